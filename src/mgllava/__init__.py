@@ -1,0 +1,1 @@
+"""MG-LLaVA for transformers."""
