@@ -1,1 +1,26 @@
+"""Configuration and modules of MG-LLaVA.
 
+A folder that the Hub gets as it is: its files import each other as siblings only.
+"""
+
+from .configuration_mgllava import MGLlavaConfig, MGLlavaHighResVisionConfig
+from .high_res_vision_mgllava import MGLlavaHighResVisionModel
+from .modeling_mgllava import (
+    MGLlavaCausalLMOutputWithPast,
+    MGLlavaForConditionalGeneration,
+    MGLlavaModel,
+    MGLlavaModelOutputWithPast,
+    MGLlavaPreTrainedModel,
+)
+
+
+__all__ = [
+    "MGLlavaCausalLMOutputWithPast",
+    "MGLlavaConfig",
+    "MGLlavaForConditionalGeneration",
+    "MGLlavaHighResVisionConfig",
+    "MGLlavaHighResVisionModel",
+    "MGLlavaModel",
+    "MGLlavaModelOutputWithPast",
+    "MGLlavaPreTrainedModel",
+]

@@ -1,0 +1,353 @@
+"""Processor of MG-LLaVA (arXiv 2406.17770): images, boxes and text to model inputs, and ids back to text."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from transformers import BatchFeature, processing_utils
+from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.utils import logging
+
+from .boxes_mgllava import flatten_boxes
+from .image_inputs_mgllava import MGLlavaBatchFeature, flat_images
+from .text_chunks_mgllava import ANSWER_BOUNDARY, BOUNDARIES, CHUNK_BOUNDARY, encode_chunks, split_text
+
+logger = logging.get_logger(__name__)
+
+# Newer transformers mark control tokens in user text, which are then no placeholders (`sanitize_control_tokens`).
+_NOT_MARKED_AS_TEXT = getattr(processing_utils, "_UNMARKED", "")
+
+
+class BoxDetectorProtocol(Protocol):
+    """What the processor needs of a box detector."""
+
+    def detect(self, images: Sequence[Any], **kwargs: Any) -> list[Mapping[str, Any]]:
+        """Find the objects of some images.
+
+        Args:
+            images (`Sequence`): Upright PIL images, arrays or tensors.
+            **kwargs: Options of the detector.
+
+        Returns:
+            `list[Mapping]`: Per image `boxes` (`(num_boxes, 4)`, xyxy in pixels of that image), `labels`, `scores`.
+        """
+        ...
+
+
+class MGLlavaProcessor(ProcessorMixin):
+    r"""Prepares images, boxes and text for MG-LLaVA.
+
+    Each `<image>` in the text becomes `image_seq_length + num_tokens_per_box * num_boxes` placeholders in one run, and
+    text is encoded in chunks around the images, as in training (see `text_chunks_mgllava.py`).
+
+    Example:
+        ```python
+        boxes = [[[10, 20, 110, 70]]]  # one image, one box
+        inputs = processor(image, "USER: <image>\nWhat is it? ASSISTANT:", boxes=boxes, return_tensors="pt")
+        inputs["input_ids"].shape  # (1, 577 + text): 576 fused tokens and one box token
+        ```
+
+    Args:
+        image_processor ([`MGLlavaImageProcessor`]): Makes `pixel_values`, `boxes` and `num_boxes`.
+        tokenizer ([`PreTrainedTokenizerBase`]): Has `image_token` in its vocabulary.
+        image_seq_length (`int`, *optional*, defaults to 576): Fused tokens per image, from the model's config.
+        num_tokens_per_box (`int`, *optional*, defaults to 1): 0 for model variants that give no box tokens.
+        chat_template (`str`, *optional*): Jinja template; see `chat_templates_mgllava.py`.
+        image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder, if the tokenizer does not name one.
+        box_detector_config (`dict`, *optional*): What a box detector is built from; plain values, saved with the
+            processor. The detector itself, [`~MGLlavaProcessor.box_detector`], is never saved.
+
+    Raises:
+        ValueError: If the tokenizer does not know `image_token`.
+    """
+
+    skip_tensor_conversion = [*ProcessorMixin.skip_tensor_conversion, "box_labels"]
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        image_seq_length: int = 576,
+        num_tokens_per_box: int = 1,
+        chat_template: str | dict[str, str] | None = None,
+        image_token: str = "<image>",
+        box_detector_config: dict[str, Any] | None = None,
+    ):
+        self.image_seq_length = image_seq_length
+        self.num_tokens_per_box = num_tokens_per_box
+        self.image_token = getattr(tokenizer, "image_token", None) or image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
+            raise ValueError(
+                f"`tokenizer` must have {self.image_token!r} in its vocabulary, got one of {len(tokenizer)} tokens "
+                f"without it. Use tokenizer.add_tokens([{self.image_token!r}], special_tokens=True)."
+            )
+        self._placeholder = re.compile(_NOT_MARKED_AS_TEXT + re.escape(self.image_token))
+        self.box_detector_config = box_detector_config
+        self._box_detector: BoxDetectorProtocol | None = None
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @property
+    def box_detector(self) -> BoxDetectorProtocol | None:
+        """What finds boxes where none are given. Kept out of saved files and of copies of the configuration."""
+        return self._box_detector
+
+    @box_detector.setter
+    def box_detector(self, detector: BoxDetectorProtocol | None) -> None:
+        self._box_detector = detector
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only: the base class would copy the detector's weights before leaving them out."""
+        detector, self._box_detector = self._box_detector, None
+        try:
+            return super().to_dict()
+        finally:
+            self._box_detector = detector
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        videos: None = None,
+        audio: None = None,
+        *,
+        boundaries: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Make the model's inputs.
+
+        Args:
+            images: An image, a list of images in the order of their placeholders, or one list of images per text; in
+                any form that the image processor takes.
+            text (`str` or `list[str]`): One prompt or several, with one `<image>` per image.
+            videos: Not supported.
+            audio: Not supported.
+            boundaries (`bool`): Whether `text` comes from a chat template that wrote the boundary characters of
+                `text_chunks_mgllava.py`. [`apply_chat_template`] sets it.
+            return_assistant_tokens_mask (`bool`): With `boundaries`: whether to return `assistant_masks`.
+            **kwargs: `boxes` (one entry per image, xyxy in pixels of the original image) and the other options of the
+                image processor ([`MGLlavaImageProcessorKwargs`]); options of the tokenizer such as `padding`,
+                `padding_side`, `truncation`, `max_length`, `return_offsets_mapping`; `return_tensors`,
+                `return_mm_token_type_ids`, `return_text_replacement_offsets`; or `text_kwargs`, `images_kwargs`.
+
+        Returns:
+            [`BatchFeature`]: `input_ids` and `attention_mask` of shape `(batch_size, length)` where text is given;
+            `pixel_values` `(num_images, 3, height, width)`, `boxes` `(num_images, max_boxes, 4)` (fp32 also after
+            `.to(dtype)`) and `num_boxes` `(num_images,)` where images are given.
+
+        Raises:
+            ValueError: If the numbers of placeholders, images and boxes differ, or truncation would cut an image.
+        """
+        images, text, _, _ = self.prepare_inputs_layout(images=images, text=text, **kwargs)
+        self.validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        merged = self._merge_kwargs(
+            self.valid_processor_kwargs,  # type: ignore[arg-type]  # transformers means the class
+            tokenizer_init_kwargs=self.tokenizer.init_kwargs,
+            **kwargs,
+        )
+        text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
+        # 5.16 has these among the text options, newer releases beside them.
+        mm_token_type_ids, replacement_offsets = (
+            text_kwargs.pop(name, None) or merged.get(name, False)
+            for name in ("return_mm_token_type_ids", "return_text_replacement_offsets")
+        )
+
+        features: dict[str, Any] = {}
+        runs: list[str] = []
+        if flat_images(images):
+            processed, runs = self._process_images(images, **{**images_kwargs, "return_tensors": None})
+            features.update(processed)
+        encoded: dict[str, Any] = {}
+        if text is not None:
+            lengths = iter([(run, run.count(self.image_token)) for run in runs])
+            chunks = [
+                split_text(sample, self._placeholder, lengths, self.tokenizer.bos_token, boundaries) for sample in text
+            ]
+            encoded = encode_chunks(
+                self.tokenizer,
+                chunks,
+                image_token_id=self.image_token_id,
+                return_assistant_tokens_mask=return_assistant_tokens_mask,
+                **text_kwargs,
+            )
+            if replacement_offsets:
+                plain = [BOUNDARIES.sub("", sample) if boundaries else sample for sample in text]
+                encoded["text_replacement_offsets"] = self.get_text_with_replacements(plain, runs)[1]
+            if mm_token_type_ids:
+                encoded["mm_token_type_ids"] = self.create_mm_token_type_ids(encoded["input_ids"])
+
+        return_tensors = (text_kwargs if text is not None else images_kwargs).get("return_tensors")
+        return MGLlavaBatchFeature({**encoded, **features}, return_tensors, self.skip_tensor_conversion)
+
+    def validate_inputs(
+        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ) -> None:
+        """Check what was given against each other, before anything is computed.
+
+        Args:
+            images: Loaded images, flat or one list per text.
+            text: List of texts.
+            videos: Must be `None`.
+            audio: Must be `None`.
+            **kwargs: The other arguments of the call.
+
+        Raises:
+            ValueError: If nothing is given, or the numbers of placeholders and images differ.
+        """
+        if videos is not None or audio is not None:
+            raise ValueError("`videos` and `audio` must be None: MG-LLaVA takes images and text.")
+        if images is None and text is None:
+            raise ValueError("`images` or `text` must be given, got neither.")
+        given = flat_images(images)
+        if kwargs.get("boxes") is not None and not given:
+            raise ValueError("`boxes` must come with images, got boxes without an image. Pass `images` too.")
+        if text is None:
+            return
+        if not all(isinstance(sample, str) for sample in text):
+            raise ValueError(f"`text` must be a string or a list of strings, got {[type(s).__name__ for s in text]}.")
+        expected = [len(self._placeholder.findall(sample)) for sample in text]
+        if sum(expected) != len(given):
+            raise ValueError(
+                f"`text` must have one {self.image_token!r} per image, got {sum(expected)} placeholders and "
+                f"{len(given)} images."
+            )
+        is_nested = isinstance(images, list | tuple) and all(isinstance(group, list | tuple) for group in images)
+        if images is not None and is_nested and len(images) == len(text):
+            for index, (placeholders, group) in enumerate(zip(expected, images, strict=True)):
+                if placeholders != len(group):
+                    raise ValueError(
+                        f"`text[{index}]` must have one {self.image_token!r} per image of `images[{index}]`, got "
+                        f"{placeholders} placeholders and {len(group)} images."
+                    )
+
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
+        """Find the boxes that are not given, then process the images and make their runs of placeholders."""
+        images = flat_images(images)
+        boxes = kwargs.pop("boxes", None)
+        entries = [None] * len(images) if boxes is None else flatten_boxes(boxes)
+        missing = [index for index, entry in enumerate(entries) if entry is None and index < len(images)]
+        if missing and self.box_detector is not None:
+            found = self.box_detector.detect([images[index] for index in missing])
+            for index, entry in zip(missing, found, strict=True):
+                entries[index] = entry
+        elif boxes is None:
+            logger.warning_once(
+                "`boxes` is not given and the processor has no `box_detector`: the model gets the single box "
+                "[0, 0, 0, 0] per image, as in training for images without objects. Pass `boxes` for better answers."
+            )
+        return super()._process_images(images, boxes=entries, **kwargs)
+
+    def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any) -> str:
+        """Make the run of placeholders of one image.
+
+        Args:
+            image_inputs (`Mapping`): Output of the image processor.
+            image_idx (`int`): Which image.
+            **kwargs: Not used.
+
+        Returns:
+            `str`: One placeholder per fused token and box token.
+        """
+        num_boxes = int(image_inputs["num_boxes"][image_idx])
+        return self.image_token * (self.image_seq_length + self.num_tokens_per_box * num_boxes)
+
+    def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
+        """Count the placeholders that images of these sizes may take, for serving engines to plan with.
+
+        Args:
+            image_sizes (`list`, *optional*): `(height, width)` per image.
+            **kwargs: Not used.
+
+        Returns:
+            [`MultiModalData`]: The count with as many boxes as `box_limit`, which the boxes alone decide.
+        """
+        if image_sizes is None:
+            return MultiModalData()
+        most = self.image_seq_length + self.num_tokens_per_box * (self.image_processor.box_limit or 1)
+        return MultiModalData(num_image_tokens=[most] * len(image_sizes), num_image_patches=[1] * len(image_sizes))
+
+    def apply_chat_template(  # type: ignore[override]  # the options by name
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        *,
+        tokenize: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        sanitize_control_tokens: bool = False,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Render conversations and, with `tokenize=True`, make the model's inputs from them.
+
+        Beyond the base class, image blocks may carry `boxes`, as in
+        `{"type": "image", "url": ..., "boxes": [[10, 20, 110, 70]]}`. And with the templates of
+        `chat_templates_mgllava.py` every piece of the conversation is encoded alone, as in training (a rendered string
+        of several turns that is passed to the processor has lost these boundaries); the mask of the assistant's tokens
+        then marks exactly the ones that the original trains on.
+
+        Args:
+            conversation: A list of messages, or a list of such lists.
+            chat_template (`str`, *optional*): A template or the name of one; by default the processor's.
+            tokenize (`bool`): Whether to return ids instead of a string.
+            return_assistant_tokens_mask (`bool`): Whether to return `assistant_masks` too (with `return_dict=True`).
+            sanitize_control_tokens (`bool`): Whether user text cannot write control tokens and placeholders; needs a
+                newer transformers.
+            processor_kwargs (`dict`, *optional*): Arguments of [`~MGLlavaProcessor.__call__`].
+            **kwargs: The other arguments of the base class, and variables of the template.
+
+        Returns:
+            `str`, ids, or with `return_dict=True` a [`BatchFeature`].
+
+        Raises:
+            ValueError: If `boxes` are given both in the conversation and in `processor_kwargs`.
+            NotImplementedError: If this transformers cannot sanitize.
+        """
+        processor_kwargs = dict(processor_kwargs or {})
+        boxes: list[Any] = []
+        conversation = _take_boxes(conversation, boxes)
+        if any(entry is not None for entry in boxes):
+            if processor_kwargs.get("boxes") is not None:
+                raise ValueError("`boxes` must be in the conversation or in `processor_kwargs`, got both.")
+            if tokenize:
+                processor_kwargs["boxes"] = boxes
+        if sanitize_control_tokens:
+            if not hasattr(self.tokenizer, "_mark_chat_inputs"):
+                raise NotImplementedError("`sanitize_control_tokens` needs a newer transformers. Upgrade it.")
+            kwargs["sanitize_control_tokens"] = True
+
+        named = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        template = named.get(chat_template or "default", chat_template) or ""
+        if tokenize and "chunk_boundary" in template:
+            kwargs.update(chunk_boundary=CHUNK_BOUNDARY, answer_boundary=ANSWER_BOUNDARY)
+            if sanitize_control_tokens:
+                kwargs["literal_image_token"] = False
+            processor_kwargs["boundaries"] = True
+            # The boundaries tell the answers exactly; the base class would compare character offsets.
+            processor_kwargs["return_assistant_tokens_mask"] = return_assistant_tokens_mask
+            return_assistant_tokens_mask = False
+        return super().apply_chat_template(
+            conversation,
+            chat_template,
+            tokenize=tokenize,
+            return_assistant_tokens_mask=return_assistant_tokens_mask,
+            processor_kwargs=processor_kwargs,
+            **kwargs,
+        )
+
+
+def _take_boxes(value: Any, boxes: list[Any]) -> Any:
+    """Copy a conversation without the `boxes` of its images, which go to the list, and without boundary characters."""
+    if isinstance(value, str):
+        return BOUNDARIES.sub("", value)
+    if isinstance(value, Mapping):
+        if value.get("type") in ("image", "image_url"):
+            boxes.append(value.get("boxes"))
+            value = {key: item for key, item in value.items() if key != "boxes"}
+        return {key: _take_boxes(item, boxes) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_take_boxes(item, boxes) for item in value]
+    return value
+
+
+__all__ = ["BoxDetectorProtocol", "MGLlavaProcessor"]

@@ -1,0 +1,225 @@
+"""Box maths against the original's numbers and against an NMS written out here."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mgllava.processing.boxes_mgllava import (
+    flatten_boxes,
+    limit_boxes,
+    nms_per_label,
+    prepare_boxes,
+    read_boxes,
+    to_model_frame,
+)
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = json.loads((GOLDEN / "boxes_only.json").read_text())["cases"]
+TO_768 = {"resize_to": 768, "crop_to": (768, 768), "pad_to_square": True}
+
+
+def detected(*boxes, labels=None, scores=None):
+    return {
+        "boxes": list(boxes),
+        "labels": labels or ["cat"] * len(boxes),
+        "scores": scores or [1 - i / 100 for i in range(len(boxes))],
+    }
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case["id"]))
+def test_prepare_boxes_equals_the_original(case):
+    boxes, labels = prepare_boxes(
+        {"boxes": case["boxes"], "labels": case["labels"], "scores": case["scores"]},
+        (case["height"], case["width"]),
+        resize_to=768,
+        crop_to=(768, 768),
+        pad_to_square=case["pad_image_to_square"],
+        iou_threshold=case["iou_threshold"],
+        limit_mode=case["limit_mode"],
+        limit=case["limit_num"],
+        close_to_max_length=case["close_to_max_length"],
+    )
+    assert boxes.dtype == torch.float32
+    assert boxes.tolist() == case["out_boxes"]
+    assert labels == case["out_labels"]
+
+
+def slow_nms(boxes, scores, labels, threshold):
+    """Greedy NMS, one pair at a time, fp32 IoU compared with a double as torchvision's CPU kernel does."""
+    order = sorted(range(len(boxes)), key=lambda i: -scores[i])
+    kept = []
+    for i in order:
+        for j in kept:
+            if labels[i] != labels[j]:
+                continue
+            a, b = boxes[i], boxes[j]
+            width = max(np.float32(0), min(a[2], b[2]) - max(a[0], b[0]))
+            height = max(np.float32(0), min(a[3], b[3]) - max(a[1], b[1]))
+            inter = width * height
+            union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter
+            if union > 0 and float(inter / union) > threshold:
+                break
+        else:
+            kept.append(i)
+    return kept
+
+
+def test_nms_per_label_equals_a_written_out_nms():
+    rng = np.random.default_rng(0)
+    corners = rng.integers(-50, 200, (300, 2))
+    boxes = np.concatenate([corners, corners + rng.integers(0, 80, (300, 2))], axis=1).astype(np.float32)
+    scores = rng.integers(0, 40, 300).astype(np.float32) / 40  # many ties
+    labels = rng.integers(0, 5, 300).tolist()
+    kept = nms_per_label(torch.from_numpy(boxes), torch.from_numpy(scores), labels, 0.2)
+    assert kept == slow_nms(boxes, scores, labels, 0.2)
+    assert 20 < len(kept) < 300
+
+
+def test_nms_suppresses_an_iou_of_exactly_a_fifth():
+    boxes = torch.tensor([[0.0, 0, 10, 6], [0, 4, 10, 10]])  # 20 of 100
+    assert nms_per_label(boxes, torch.tensor([0.9, 0.8]), ["a", "a"], 0.2) == [0]
+    assert nms_per_label(boxes, torch.tensor([0.9, 0.8]), ["a", "b"], 0.2) == [0, 1]
+
+
+def test_nms_does_not_mix_labels_of_fully_negative_boxes():
+    boxes = torch.tensor([[-20.0, -20, -10, -10], [-9, -9, 1, 1], [-20, -20, -10, -10]])
+    assert nms_per_label(boxes, torch.tensor([0.9, 0.8, 0.7]), [0, 1, 2], 0.2) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("limit", "close", "expected"),
+    [(59, False, 40), (60, False, 60), (50, False, 40), (49, False, 10), (None, False, 60), (None, True, 2)],
+)
+def test_limit_per_category(limit, close, expected):
+    labels = ["b", "a"] * 30
+    kept = limit_boxes(labels, "per_category", limit, close)
+    assert len(kept) == expected
+    if expected < 60:  # regrouped, labels in the order of their first box, best first
+        assert [labels[i] for i in kept] == ["b"] * (expected // 2) + ["a"] * (expected // 2)
+        assert kept[: expected // 2] == list(range(0, expected, 2))
+
+
+@pytest.mark.parametrize(
+    ("limit", "close", "expected"), [(10, False, 10), (None, False, 60), (10, True, 20), (None, True, 20)]
+)
+def test_limit_per_image(limit, close, expected):
+    assert limit_boxes(["a"] * 60, "per_image", limit, close) == list(range(expected))
+
+
+def test_limit_refuses_an_unknown_mode():
+    with pytest.raises(ValueError, match="per_image.*got 'per_box'"):
+        limit_boxes(["a"], "per_box", 1)
+
+
+def test_bare_boxes_keep_their_order_and_number():
+    boxes = [[50, 50, 60, 60], [50, 50, 60, 60], [0, 0, 100, 100]]
+    kept, labels = prepare_boxes(np.array(boxes), (100, 100), **{**TO_768, "resize_to": 200, "crop_to": (200, 200)})
+    assert kept.tolist() == [[100, 100, 120, 120], [100, 100, 120, 120], [0, 0, 200, 200]]
+    assert labels == []
+
+
+def test_mapping_without_scores_is_a_choice_of_regions_that_keeps_its_labels():
+    entry = {"boxes": [[0, 0, 9, 9], [0, 0, 9, 9], [50, 50, 60, 60]], "labels": ["a", "a", "outside"]}
+    kept, labels = prepare_boxes(entry, (10, 10), **TO_768)
+    assert len(kept) == 2 and labels == ["a", "a"]
+
+
+def test_mapping_without_labels_is_one_category():
+    kept, labels = prepare_boxes({"boxes": [[0, 0, 9, 9], [0, 0, 9, 8]], "scores": [0.1, 0.9]}, (10, 10), **TO_768)
+    assert kept.tolist() == [[0, 0, 691, 614]] and labels == []
+
+
+def test_docstring_example():
+    assert prepare_boxes([[10, 20, 110, 70]], (100, 200), **TO_768)[0].tolist() == [[38, 269, 422, 461]]
+
+
+@pytest.mark.parametrize("entry", [None, [], np.zeros((0, 4)), [[900, 0, 950, 10]], detected()])
+def test_without_boxes_there_is_the_zero_box(entry):
+    boxes, labels = prepare_boxes(entry, (100, 100), **TO_768)
+    assert boxes.tolist() == [[0, 0, 0, 0]] and labels == []
+
+
+def test_boxes_that_touch_the_border_stay_with_zero_size():
+    boxes = torch.tensor([[-5.0, -5, 0, 5], [100, 0, 120, 50], [-9, 0, -1, 5], [101, 0, 120, 50]])
+    kept, inside = to_model_frame(boxes, (100, 100), resize_to=None, crop_to=None)
+    assert inside.tolist() == [True, True, False, False]
+    assert kept.tolist() == [[0, 0, 0, 5], [100, 0, 100, 50]]
+
+
+def test_sides_whose_resized_length_is_one_short_shift_the_boxes():
+    sides = [side for side in range(1, 5000) if int(side * (768 / side)) == 767]
+    assert len(sides) == 211 and sides[:4] == [47, 94, 147, 173]
+    for side in range(1, 400):
+        moved, _ = to_model_frame(torch.zeros(1, 4), (side, side), resize_to=768, crop_to=(768, 768))
+        assert moved.tolist() == [[1.0] * 4 if side in sides else [0.0] * 4]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ([[1, 2, 3]], r"`boxes\[7\]` must have shape \(num_boxes, 4\), got \(1, 3\)"),
+        ([1, 2, 3, 4], r"must have shape \(num_boxes, 4\), got \(4,\)"),
+        ([[0, 0, 1, 1], [0, 0, float("nan"), 1]], "finite.*nan.*index 1"),
+        ([[0, 0, float("inf"), 1]], "finite.*inf.*index 0"),
+        ([[0, 0, 1, 1], [9, 0, 1, 1]], r"x1 <= x2.*\[9.0, 0.0, 1.0, 1.0\] at index 1"),
+        ([[0, 9, 1, 1]], "y1 <= y2.*Swap the corners"),
+        ({"boxes": [[0, 0, 1, 1]], "scores": [1, 2], "labels": ["a"]}, "got 2 scores for 1 boxes"),
+        ({"boxes": [[0, 0, 1, 1]], "scores": [1], "labels": []}, "got 0 labels for 1 boxes"),
+        ({"boxes": [[0, 0, 1, 1]], "scores": [float("nan")]}, "finite scores, got nan at index 0"),
+        ({"bboxes": [[0, 0, 1, 1]]}, r"key 'boxes'.*got the keys \['bboxes'\]"),
+    ],
+)
+def test_wrong_boxes_are_named(entry, message):
+    with pytest.raises(ValueError, match=message):
+        read_boxes(entry, "boxes[7]")
+
+
+@pytest.mark.parametrize("entry", ["cat", [["a", "b", "c", "d"]], object()])
+def test_entries_that_are_no_numbers_are_refused(entry):
+    with pytest.raises(TypeError, match="`boxes` must be an array of numbers"):
+        read_boxes(entry)
+
+
+BOX = [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("boxes", "count"),
+    [
+        (None, 1),
+        (detected(BOX), 1),
+        ([BOX], 1),
+        (np.ones((2, 4)), 1),
+        (np.zeros((0, 4)), 1),
+        ([torch.tensor(BOX), torch.tensor(BOX)], 1),
+        ([], 0),
+        ([[]], 1),
+        ([[BOX, BOX]], 1),
+        ([[BOX], [], None], 3),
+        ([detected(BOX), None], 2),
+        ([np.ones((3, 4)), np.ones((2, 4))], 2),
+        (torch.ones(5, 2, 4), 5),
+        ([[[BOX]], [[BOX], [BOX]]], 3),
+        ([[], [detected(BOX)], [None, [BOX]]], 3),
+    ],
+)
+def test_flatten_boxes_gives_one_entry_per_image(boxes, count):
+    assert len(flatten_boxes(boxes)) == count
+
+
+def test_many_boxes_are_fast():
+    rng = np.random.default_rng(0)
+    corners = rng.integers(0, 900, (5000, 2))
+    entry = {
+        "boxes": np.concatenate([corners, corners + rng.integers(1, 100, (5000, 2))], axis=1),
+        "labels": rng.integers(0, 1000, 5000).tolist(),
+        "scores": rng.random(5000),
+    }
+    start = time.perf_counter()
+    boxes, _ = prepare_boxes(entry, (1000, 1000), **TO_768, limit=None)
+    assert time.perf_counter() - start < 2  # 0.05 s on an idle core
+    assert len(boxes) > 1000

@@ -1,0 +1,263 @@
+"""Both image processor backends against the original's pixels and against PIL by hand."""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mgllava.processing import MGLlavaBatchFeature, MGLlavaImageProcessor, MGLlavaImageProcessorPil
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = [case for case in json.loads((GOLDEN / "cases.json").read_text())["cases"] if case["kind"] == "image"]
+BACKENDS = [MGLlavaImageProcessorPil, MGLlavaImageProcessor]
+SMALL = {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}}
+RAW = {"do_rescale": False, "do_normalize": False}
+
+
+def noise(height, width, channels=3, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def inputs_of(case):
+    raw = {"boxes": case["raw_boxes"], "labels": case["raw_labels"], "scores": case["raw_scores"]}
+    return {
+        "images": GOLDEN / case["image"],
+        "boxes": [raw],
+        "do_pad": case["pad_image_to_square"],
+        "iou_threshold": case["iou_threshold"],
+        "box_limit_mode": case["limit_mode"],
+        "box_limit": case["limit_num"],
+        "return_box_labels": True,
+        "return_tensors": "pt",
+    }
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_against_the_original(case):
+    expected = load_file(GOLDEN / "cases" / f"{case['name']}.safetensors")
+    pil = MGLlavaImageProcessorPil()(**inputs_of(case))
+    torch.testing.assert_close(pil["pixel_values"][0][:, 8::16, 8::16], expected["pixel_values_aux_s16"], atol=1e-6, rtol=0)
+
+    default = MGLlavaImageProcessor()(**inputs_of(case))
+    difference = (default["pixel_values"] - pil["pixel_values"]).abs()
+    assert difference.max() < 0.03  # two 8-bit levels
+    assert (difference > 1e-4).float().mean() < 0.004
+    assert difference.mean() < 6e-5
+
+    for features in (pil, default):
+        assert features["boxes"].dtype == torch.float32 and features["num_boxes"].dtype == torch.int64
+        assert features["boxes"][0].tolist() == case["boxes"]
+        assert features["num_boxes"].tolist() == [case["n_boxes"]]
+        assert features["box_labels"] == [case["labels"]]
+
+
+def test_pil_backend_equals_the_original_in_8_bits():
+    pixels = MGLlavaImageProcessorPil()(GOLDEN / "images" / "landscape.png", **RAW)["pixel_values"][0]
+    expected = np.array(PIL.Image.open(GOLDEN / "cases" / "landscape_basic_aux_uint8.png"))
+    np.testing.assert_array_equal(np.moveaxis(pixels, 0, -1), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("height", "width"), [(1, 1000), (1000, 1), (8, 8), (31, 47)])
+def test_small_model_sizes_and_odd_images_equal_pil_by_hand(backend, height, width):
+    image = PIL.Image.fromarray(noise(height, width))
+    side = max(height, width)
+    square = PIL.Image.new("RGB", (side, side), (122, 116, 104))
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    expected = np.moveaxis(np.array(square.resize((48, 48), PIL.Image.Resampling.BICUBIC)), -1, 0)
+    pixels = backend(**SMALL)(image, **RAW)["pixel_values"][0]
+    assert np.abs(np.asarray(pixels).astype(int) - expected).max() <= (0 if backend is MGLlavaImageProcessorPil else 2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_kind_of_input_gives_the_same_pixels(backend, tmp_path):
+    array = noise(20, 30)
+    image = PIL.Image.fromarray(array)
+    path = tmp_path / "image.png"
+    image.save(path)
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    processor = backend(**SMALL)
+    expected = np.asarray(processor(image)["pixel_values"][0])
+    read_only = np.asarray(image)
+    for given in (
+        array,
+        read_only,
+        array[::-1].copy()[::-1],  # negative strides
+        np.moveaxis(array, -1, 0),
+        torch.from_numpy(array),
+        torch.from_numpy(array).permute(2, 0, 1),
+        (array / 255).astype(np.float32),
+        array.astype(np.float64),
+        torch.from_numpy(array).to(torch.int64),
+        path,
+        str(path),
+        encoded,
+        [image],
+        [[image]],
+        np.stack([array]),
+    ):
+        np.testing.assert_array_equal(np.asarray(processor(given)["pixel_values"][0]), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_modes_become_rgb_and_alpha_is_dropped(backend):
+    processor = backend(**SMALL)
+    rgba = PIL.Image.fromarray(noise(16, 16, 4), "RGBA")
+    palette = PIL.Image.fromarray(noise(16, 16)).quantize(8)
+    palette.info["transparency"] = 0
+    grey = PIL.Image.fromarray(noise(16, 16)[..., 0])
+    for image in (rgba, palette, grey, grey.convert("1"), grey.convert("LA"), rgba.convert("RGB").convert("CMYK")):
+        expected = processor(image.convert("RGB"))["pixel_values"][0]
+        np.testing.assert_array_equal(np.asarray(processor(image)["pixel_values"][0]), np.asarray(expected))
+    for array in (np.array(grey), np.array(grey)[..., None], np.array(grey)[None], np.array(rgba.convert("RGB"))):
+        image = PIL.Image.fromarray(array.squeeze())
+        np.testing.assert_array_equal(
+            np.asarray(processor(array)["pixel_values"][0]), np.asarray(processor(image)["pixel_values"][0])
+        )
+    np.testing.assert_array_equal(
+        np.asarray(processor(np.array(rgba))["pixel_values"][0]), np.asarray(processor(rgba)["pixel_values"][0])
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_16_bit_greyscale_is_scaled_not_clipped(backend, tmp_path):
+    grey = noise(16, 16)[..., 0]
+    deep = grey.astype(np.uint16) * 257
+    PIL.Image.fromarray(deep).save(tmp_path / "deep.png")
+    processor = backend(**SMALL)
+    expected = np.asarray(processor(PIL.Image.fromarray(grey))["pixel_values"][0])
+    for given in (tmp_path / "deep.png", PIL.Image.fromarray(deep), deep):
+        np.testing.assert_array_equal(np.asarray(processor(given)["pixel_values"][0]), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exif_orientation_is_applied_and_boxes_are_in_the_upright_frame(backend, tmp_path):
+    upright = PIL.Image.fromarray(noise(20, 40))
+    stored = upright.transpose(PIL.Image.Transpose.ROTATE_90)  # orientation 6: turn by 270° to see it
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    stored.save(tmp_path / "turned.png", exif=exif)
+    processor = backend(**SMALL)
+    box = [[0, 0, 40, 20]]
+    expected = processor(upright, boxes=[box])
+    for given in (tmp_path / "turned.png", PIL.Image.open(tmp_path / "turned.png")):
+        features = processor(given, boxes=[box])
+        np.testing.assert_array_equal(
+            np.asarray(features["pixel_values"][0]), np.asarray(expected["pixel_values"][0])
+        )
+        assert features["boxes"][0].tolist() == expected["boxes"][0].tolist() == [[0, 12, 48, 36]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_boxes_are_padded_with_zeros_and_counted(backend):
+    images = [PIL.Image.fromarray(noise(10, 10, seed=i)) for i in range(3)]
+    boxes = [[[0, 0, 5, 5], [1, 1, 9, 9]], None, [[2, 2, 4, 4]]]
+    features = backend(**SMALL)(images, boxes=boxes, return_tensors="pt")
+    assert features["pixel_values"].shape == (3, 3, 48, 48)
+    assert features["num_boxes"].tolist() == [2, 1, 1]
+    assert features["boxes"].shape == (3, 2, 4)
+    assert features["boxes"][:, 1].tolist() == [[5, 5, 43, 43], [0, 0, 0, 0], [0, 0, 0, 0]]
+    assert "box_labels" not in features
+    nested = backend(**SMALL)([images[:1], images[1:]], boxes=[boxes[:1], boxes[1:]], return_tensors="pt")
+    torch.testing.assert_close(dict(nested), dict(features))
+
+
+def test_default_limit_and_settings_survive_saving(tmp_path):
+    processor = MGLlavaImageProcessor(box_limit=None, iou_threshold=0.5, box_limit_mode="per_image", **SMALL)
+    processor.save_pretrained(tmp_path)
+    for backend in BACKENDS:
+        loaded = backend.from_pretrained(tmp_path)
+        assert (loaded.box_limit, loaded.iou_threshold, loaded.box_limit_mode) == (None, 0.5, "per_image")
+        assert dict(loaded.size) == SMALL["size"]
+    saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert saved["image_processor_type"] == "MGLlavaImageProcessor"
+    assert not {"boxes", "close_to_max_length", "return_box_labels"} & set(saved)
+    assert MGLlavaImageProcessorPil().to_dict()["image_processor_type"] == "MGLlavaImageProcessor"
+    assert MGLlavaImageProcessor.model_input_names == ["pixel_values", "boxes", "num_boxes"]
+
+
+def test_close_to_max_length_keeps_one_box_per_label():
+    raw = {"boxes": [[0, 0, 5, 5], [50, 50, 60, 60], [20, 20, 30, 30]], "labels": ["a", "a", "b"], "scores": [0.9, 0.8, 1]}
+    features = MGLlavaImageProcessor(**SMALL)(
+        noise(100, 100), boxes=[raw], close_to_max_length=True, return_box_labels=True
+    )
+    assert features["box_labels"] == [["b", "a"]]
+
+
+def test_casting_the_inputs_leaves_boxes_in_fp32(tmp_path):
+    features = MGLlavaImageProcessor()(noise(767, 767), boxes=[[[1, 2, 763, 765]]], return_tensors="pt")
+    assert isinstance(features, MGLlavaBatchFeature)
+    cast = features.to("cpu", torch.bfloat16)
+    assert cast["pixel_values"].dtype == torch.bfloat16
+    assert cast["boxes"].dtype == torch.float32
+    assert cast["boxes"][0].tolist() == [[1, 2, 764, 766]]
+
+
+def test_ambiguous_channels_are_an_error_until_named():
+    array = noise(3, 8, 3)
+    processor = MGLlavaImageProcessor(**SMALL)
+    with pytest.raises(ValueError, match=r"shape \(3, 8, 3\).*input_data_format"):
+        processor(array)
+    last = processor(array, input_data_format="channels_last")["pixel_values"][0]
+    first = processor(array, input_data_format="channels_first")["pixel_values"][0]
+    assert not torch.equal(last, first)
+    torch.testing.assert_close(last, processor(PIL.Image.fromarray(array))["pixel_values"][0])
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (object(), TypeError, "`images` must hold PIL images.*got object"),
+        ([noise(4, 5), 3], TypeError, "got int"),
+        (None, TypeError, "got NoneType"),
+        (np.zeros(5), TypeError, r"got an array of shape \(5,\)"),
+        (noise(7, 7, 5), ValueError, r"shape \(7, 7, 5\): neither end"),
+        (np.zeros((0, 5, 3), np.uint8), ValueError, "at least one pixel"),
+        (np.full((5, 5, 3), np.nan), ValueError, "values from 0 to 255"),
+        (np.full((5, 5, 3), -1.0), ValueError, "got -1.0 to -1.0"),
+        ("no/such/file.png", ValueError, "no/such/file.png"),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_no_image_is_named(backend, given, error, message):
+    with pytest.raises(error, match=message):
+        backend(**SMALL)(given)
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path):
+    (tmp_path / "text.png").write_text("text")
+    with pytest.raises(PIL.UnidentifiedImageError, match=r"text\.png"):
+        MGLlavaImageProcessor()(tmp_path / "text.png")
+
+
+def test_wrong_options_are_named():
+    processor = MGLlavaImageProcessor(**SMALL)
+    image = noise(9, 9)
+    with pytest.raises(ValueError, match="`boxes` must have one entry per image, got 2 entries for 1 images"):
+        processor(image, boxes=[[[0, 0, 1, 1]], []])
+    with pytest.raises(ValueError, match=r"`boxes\[1\]` must hold finite"):
+        processor([image, image], boxes=[None, [[0, 0, np.nan, 1]]])
+    with pytest.raises(ValueError, match="`size` must be given as"):
+        processor(image, size={"height": 48, "width": 48})
+    with pytest.raises(ValueError, match="`do_rescale` must be True"):
+        processor(image, do_rescale=False)
+
+
+def test_urls_are_fetched(monkeypatch):
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(noise(9, 9)).save(buffer, format="PNG")
+
+    class Response:
+        content = buffer.getvalue()
+
+    monkeypatch.setattr("httpx.get", lambda *args, **kwargs: Response())
+    processor = MGLlavaImageProcessor(**SMALL)
+    torch.testing.assert_close(
+        processor("https://example.org/image.png")["pixel_values"][0], processor(noise(9, 9))["pixel_values"][0]
+    )

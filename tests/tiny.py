@@ -1,0 +1,105 @@
+"""Small models with random weights, and inputs for them: 96 px images, a 3x3 grid of tokens."""
+
+import torch
+from transformers import CONFIG_MAPPING
+
+from mgllava import MGLlavaConfig, MGLlavaForConditionalGeneration
+
+
+IMAGE_TOKEN_ID, VOCAB_SIZE = 100, 128
+IMAGE_SIZE, NUM_FUSED_TOKENS = 96, 9
+
+_TEXT_SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    # Large enough that answers depend on the image.
+    "initializer_range": 0.4,
+}
+
+
+def tiny_config(llm: str = "llama", text_config: dict | None = None, **kwargs) -> MGLlavaConfig:
+    sizes = {**_TEXT_SIZES, **({"head_dim": 8} if llm == "qwen3" else {}), **(text_config or {})}
+    kwargs.setdefault("image_token_id", IMAGE_TOKEN_ID)
+    kwargs.setdefault("unpadded_vocab_size", IMAGE_TOKEN_ID)
+    return MGLlavaConfig(
+        text_config=CONFIG_MAPPING[llm](**sizes),
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 42,
+            "patch_size": 14,
+        },
+        high_res_vision_config={"depths": [1, 1, 1, 1], "hidden_sizes": [8, 12, 16, 24], "image_size": IMAGE_SIZE},
+        box_multi_level_size=20,
+        **kwargs,
+    )
+
+
+def tiny_model(*args, seed: int = 0, **kwargs) -> MGLlavaForConditionalGeneration:
+    """Build a model whose every parameter is random, also those that start at zero."""
+    torch.manual_seed(seed)
+    model = MGLlavaForConditionalGeneration(tiny_config(*args, **kwargs)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith(("model.language_model", "lm_head")):
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+def random_boxes(*shape: int, size: int = IMAGE_SIZE, seed: int = 0) -> torch.Tensor:
+    """Draw boxes with whole-numbered corners inside a square of `size` pixels, of shape `(*shape, 4)`."""
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.randint(0, size + 1, (*shape, 2, 2), generator=generator).float()
+    return torch.cat([corners.amin(-2), corners.amax(-2)], dim=-1)
+
+
+def tiny_inputs(
+    box_counts: list[list[int]], tokens_per_box: int = 1, padding_side: str = "left", seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Batch of prompts: `box_counts[i]` lists the number of boxes of each image in prompt i."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = [count for prompt in box_counts for count in prompt]
+    rows = []
+    for index, prompt in enumerate(box_counts):
+        ids = [1, *torch.randint(3, 90, (2 + index,), generator=generator).tolist()]
+        for count in prompt:
+            ids += [IMAGE_TOKEN_ID] * (NUM_FUSED_TOKENS + tokens_per_box * count)
+            ids += torch.randint(3, 90, (3,), generator=generator).tolist()
+        rows.append(torch.tensor(ids))
+    inputs = {
+        "input_ids": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=padding_side),
+        "attention_mask": torch.nn.utils.rnn.pad_sequence(
+            [torch.ones_like(row) for row in rows], batch_first=True, padding_side=padding_side
+        ),
+    }
+    if counts:
+        boxes = torch.zeros(len(counts), max(counts), 4)
+        for index, count in enumerate(counts):
+            boxes[index, :count] = random_boxes(count, seed=seed + index)
+        pixels = torch.randn(len(counts), 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+        inputs |= {"pixel_values": pixels, "boxes": boxes, "num_boxes": torch.tensor(counts)}
+    return inputs
+
+
+def one_prompt(inputs: dict, box_counts: list[list[int]], index: int) -> dict[str, torch.Tensor]:
+    """Cut one prompt out of a batch of `tiny_inputs`, without its padding."""
+    mask = inputs["attention_mask"][index].bool()
+    single = {"input_ids": inputs["input_ids"][index : index + 1, mask]}
+    single["attention_mask"] = torch.ones_like(single["input_ids"])
+    first = sum(len(prompt) for prompt in box_counts[:index])
+    images = slice(first, first + len(box_counts[index]))
+    if box_counts[index]:
+        most = max(box_counts[index])
+        single |= {"pixel_values": inputs["pixel_values"][images], "boxes": inputs["boxes"][images, :most]}
+        single["num_boxes"] = inputs["num_boxes"][images]
+    return single
