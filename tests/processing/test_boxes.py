@@ -111,7 +111,7 @@ def test_limit_per_image(limit, close, expected):
 
 
 def test_limit_refuses_an_unknown_mode():
-    with pytest.raises(ValueError, match="per_image.*got 'per_box'"):
+    with pytest.raises(ValueError, match=r"per_image.*got 'per_box'"):
         limit_boxes(["a"], "per_box", 1)
 
 
@@ -133,6 +133,12 @@ def test_mapping_without_labels_is_one_category():
     assert kept.tolist() == [[0, 0, 691, 614]] and labels == []
 
 
+@pytest.mark.parametrize("as_row", [tuple, np.array, torch.tensor])
+def test_rows_of_any_kind_are_read(as_row):
+    boxes, labels, scores = read_boxes([as_row([1, 2, 3, 4]), as_row([5, 6, 7, 8])])
+    assert boxes.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]] and labels is scores is None
+
+
 def test_docstring_example():
     assert prepare_boxes([[10, 20, 110, 70]], (100, 200), **TO_768)[0].tolist() == [[38, 269, 422, 461]]
 
@@ -148,6 +154,11 @@ def test_boxes_that_touch_the_border_stay_with_zero_size():
     kept, inside = to_model_frame(boxes, (100, 100), resize_to=None, crop_to=None)
     assert inside.tolist() == [True, True, False, False]
     assert kept.tolist() == [[0, 0, 0, 5], [100, 0, 100, 50]]
+
+
+def test_halves_are_rounded_to_even():
+    moved, _ = to_model_frame(torch.tensor([[1.0, 3, 5, 7]]), (10, 10), resize_to=5, crop_to=(5, 5))
+    assert moved.tolist() == [[0, 2, 2, 4]]
 
 
 def test_sides_whose_resized_length_is_one_short_shift_the_boxes():

@@ -1,8 +1,10 @@
 """Both image processor backends against the original's pixels and against PIL by hand."""
 
 import base64
-import io
+import http.server
 import json
+import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +44,9 @@ def inputs_of(case):
 def test_against_the_original(case):
     expected = load_file(GOLDEN / "cases" / f"{case['name']}.safetensors")
     pil = MGLlavaImageProcessorPil()(**inputs_of(case))
-    torch.testing.assert_close(pil["pixel_values"][0][:, 8::16, 8::16], expected["pixel_values_aux_s16"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        pil["pixel_values"][0][:, 8::16, 8::16], expected["pixel_values_aux_s16"], atol=1e-6, rtol=0
+    )
 
     default = MGLlavaImageProcessor()(**inputs_of(case))
     difference = (default["pixel_values"] - pil["pixel_values"]).abs()
@@ -148,9 +152,7 @@ def test_exif_orientation_is_applied_and_boxes_are_in_the_upright_frame(backend,
     expected = processor(upright, boxes=[box])
     for given in (tmp_path / "turned.png", PIL.Image.open(tmp_path / "turned.png")):
         features = processor(given, boxes=[box])
-        np.testing.assert_array_equal(
-            np.asarray(features["pixel_values"][0]), np.asarray(expected["pixel_values"][0])
-        )
+        np.testing.assert_array_equal(np.asarray(features["pixel_values"][0]), np.asarray(expected["pixel_values"][0]))
         assert features["boxes"][0].tolist() == expected["boxes"][0].tolist() == [[0, 12, 48, 36]]
 
 
@@ -183,7 +185,11 @@ def test_default_limit_and_settings_survive_saving(tmp_path):
 
 
 def test_close_to_max_length_keeps_one_box_per_label():
-    raw = {"boxes": [[0, 0, 5, 5], [50, 50, 60, 60], [20, 20, 30, 30]], "labels": ["a", "a", "b"], "scores": [0.9, 0.8, 1]}
+    raw = {
+        "boxes": [[0, 0, 5, 5], [50, 50, 60, 60], [20, 20, 30, 30]],
+        "labels": ["a", "a", "b"],
+        "scores": [0.9, 0.8, 1],
+    }
     features = MGLlavaImageProcessor(**SMALL)(
         noise(100, 100), boxes=[raw], close_to_max_length=True, return_box_labels=True
     )
@@ -249,15 +255,13 @@ def test_wrong_options_are_named():
         processor(image, do_rescale=False)
 
 
-def test_urls_are_fetched(monkeypatch):
-    buffer = io.BytesIO()
-    PIL.Image.fromarray(noise(9, 9)).save(buffer, format="PNG")
-
-    class Response:
-        content = buffer.getvalue()
-
-    monkeypatch.setattr("httpx.get", lambda *args, **kwargs: Response())
+def test_urls_are_fetched(tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    PIL.Image.fromarray(noise(9, 9)).save(tmp_path / "image.png")
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
     processor = MGLlavaImageProcessor(**SMALL)
-    torch.testing.assert_close(
-        processor("https://example.org/image.png")["pixel_values"][0], processor(noise(9, 9))["pixel_values"][0]
-    )
+    with http.server.HTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        fetched = processor(f"http://127.0.0.1:{server.server_port}/image.png")
+        server.shutdown()
+    torch.testing.assert_close(fetched["pixel_values"][0], processor(noise(9, 9))["pixel_values"][0])

@@ -169,12 +169,14 @@ def read_boxes(entry: Any, name: str = "boxes") -> tuple[torch.Tensor, list[Labe
 
 
 def _as_float_tensor(values: Any, name: str) -> torch.Tensor:
+    if isinstance(values, list | tuple):  # of arrays or tensors, which torch reads slowly or not at all
+        values = [row.tolist() if hasattr(row, "tolist") else row for row in values]
     try:
         return torch.as_tensor(values, dtype=torch.float32, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
-            f"`{name}` must be an array of numbers with one row x1, y1, x2, y2 per box, "
-            f"got {type(values).__name__} that is none ({error})."
+            f"`{name}` must be an array of numbers, got {type(values).__name__} ({error}). "
+            "Pass one row x1, y1, x2, y2 per box, and one score per box."
         ) from error
 
 

@@ -305,6 +305,6 @@ def pad_to_square(image: torch.Tensor, fill: Sequence[int]) -> torch.Tensor:
 
 
 def _short_side(size: SizeDict) -> int:
-    if not size.shortest_edge:
+    if not size.shortest_edge or size.longest_edge:
         raise ValueError(f"`size` must be given as {{'shortest_edge': pixels}}, got {dict(size)}.")
     return int(size.shortest_edge)

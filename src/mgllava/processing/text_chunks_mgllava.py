@@ -89,7 +89,7 @@ def encode_chunks(
         tokenizer: A tokenizer of transformers, fast or slow.
         texts (`Sequence`): The chunks of each text.
         image_token_id (`int`): Id of the placeholder.
-        add_special_tokens (`bool`): Whether to start with BOS where the tokenizer does so and the text does not.
+        add_special_tokens (`bool`): Whether to start with BOS where the tokenizer has one and the text does not.
         padding (`bool` or `str`): As in the tokenizer's `pad`, like the next two and `return_attention_mask`.
         padding_side (`str`, *optional*): `"left"` or `"right"`; by default the tokenizer's.
         pad_to_multiple_of (`int`, *optional*): Pad to a multiple of this length.
@@ -130,7 +130,8 @@ def encode_chunks(
     )
     ids_of_chunks = iter(encoded.get("input_ids", []))
     offsets_of_chunks = iter(encoded.get("offset_mapping", []))
-    starts_with_bos = add_special_tokens and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    # By hand, as the original does: several of its tokenizers (Yi-1.5) do not add BOS by themselves.
+    starts_with_bos = add_special_tokens and tokenizer.bos_token_id is not None
 
     input_ids: list[list[int]] = []
     offsets: list[list[tuple[int, int]]] = []

@@ -1,0 +1,77 @@
+"""The main job, end to end: convert an original checkpoint, load it, ask about a photograph (`make demo`).
+
+The checkpoint is the small one that the tests use. Its weights are random, so its answers are noise; everything
+around the weights is what the published models go through.
+"""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from rich.console import Console
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import draw_bounding_boxes
+from transformers import AutoModel, AutoProcessor, TextStreamer
+
+import mgllava  # noqa: F401  (makes the Auto classes know MG-LLaVA)
+from mgllava.conversion import convert_checkpoint
+
+
+ROOT = Path(__file__).parent.parent
+CHECKPOINT, OUTPUT = ROOT / "tests" / "golden", ROOT / "demo-output"
+BOXES = {"cup": [172, 17, 410, 308], "saucer": [76, 68, 481, 390], "spoon": [325, 66, 425, 328]}
+QUESTION = "What is on the table?"
+
+
+def main() -> None:
+    console = Console()
+    console.rule("1. Convert the original checkpoint")
+    repository = convert_checkpoint(
+        checkpoint=CHECKPOINT / "xtuner" / "iter_10.pth",
+        llm=CHECKPOINT / "llm",
+        vision_tower=CHECKPOINT / "clip",
+        high_res_tower=CHECKPOINT / "convnext",
+        prompt_template="vicuna",
+        output=OUTPUT / "model",
+        overwrite=True,
+    )
+    for path in sorted(repository.iterdir()):
+        console.print(f"  {path.relative_to(ROOT)}  {path.stat().st_size / 1e3:,.1f} kB", highlight=False)
+
+    console.rule("2. Load it")
+    model = AutoModel.from_pretrained(repository)
+    processor = AutoProcessor.from_pretrained(repository)
+    console.print(f"  {type(model).__name__}, {model.num_parameters():,} parameters, {type(processor).__name__}")
+
+    console.rule("3. Ask about a photograph")
+    image = Image.open(Path(__file__).parent / "coffee.jpg")
+    picture = draw_bounding_boxes(
+        pil_to_tensor(image), torch.tensor(list(BOXES.values())), list(BOXES), colors=["cyan", "yellow", "lime"], width=3
+    )
+    to_pil_image(picture).save(OUTPUT / "boxes.png")
+    content = [
+        {"type": "image", "image": image, "boxes": list(BOXES.values())},
+        {"type": "text", "text": QUESTION},
+    ]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    placeholders = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    fused = model.config.image_seq_length
+    console.print(f"  examples/coffee.jpg: {fused} fused tokens and {placeholders - fused} object tokens ({', '.join(BOXES)})")
+    console.print(f"  the boxes are drawn in {(OUTPUT / 'boxes.png').relative_to(ROOT)}", highlight=False)
+    console.print(f"\n[bold]Question[/bold]  {QUESTION}")
+    console.print("[bold]Answer[/bold]    ", end="")
+    model.generate(**inputs, max_new_tokens=24, do_sample=False, streamer=TextStreamer(processor.tokenizer, True))
+    console.print(
+        "\n[yellow]The weights of this small checkpoint are random, so the answer is noise. "
+        "Convert a published checkpoint with `mgllava convert` for answers.[/yellow]"
+    )
+
+
+if __name__ == "__main__":
+    main()

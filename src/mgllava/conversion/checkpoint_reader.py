@@ -1,0 +1,62 @@
+"""XTuner checkpoints: mmengine `.pth` files and DeepSpeed folders, read lazily and without running their code."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ConversionError
+from .tensor_files import LazyTensor, open_torch_file, tensors_of
+from .zero import open_zero_folder
+
+
+@dataclass
+class XTunerCheckpoint:
+    """An opened checkpoint.
+
+    Args:
+        tensors (`dict[str, LazyTensor]`): Its state dict.
+        meta (`dict[str, Any]`): What the runner says about itself: config text, iteration, versions.
+        files (`list[Path]`): The files it lies in.
+        path (`Path`): What was opened.
+    """
+
+    tensors: dict[str, LazyTensor]
+    meta: dict[str, Any]
+    files: list[Path]
+    path: Path
+
+    @property
+    def config_text(self) -> str:
+        """Text of the training config, Python source. It is searched, never executed."""
+        text = self.meta.get("cfg", "")
+        return text if isinstance(text, str) else ""
+
+
+def read_checkpoint(path: str | Path, trust_pickle: bool = False) -> XTunerCheckpoint:
+    """Open an XTuner checkpoint.
+
+    Args:
+        path (`str` or `Path`): A `.pth` file, or the folder that DeepSpeed writes (often named `….pth` as well).
+        trust_pickle (`bool`, *optional*, defaults to `False`): Read files that hold pickled objects beside the
+            weights. The objects are skipped, and no code of theirs is run, even then.
+
+    Returns:
+        `XTunerCheckpoint`: Its tensors, still on disk.
+
+    Raises:
+        ConversionError: If the checkpoint does not exist, is damaged, or holds pickled objects and is not trusted.
+    """
+    path = Path(path)
+    if path.is_dir():
+        tensors, meta, files = open_zero_folder(path, trust_pickle)
+        return XTunerCheckpoint(tensors, meta, files, path)
+    if not path.is_file():
+        raise ConversionError(f"`checkpoint` must be a file or a folder, but {path} does not exist.")
+    content = open_torch_file(path, trust_pickle)
+    # mmengine's layout, or a bare state dict.
+    state = content["state_dict"] if isinstance(content, dict) and "state_dict" in content else content
+    meta = content.get("meta") or {} if state is not content else {}
+    return XTunerCheckpoint(tensors_of(state, path), meta, [path], path)
+
+
+__all__ = ["XTunerCheckpoint", "read_checkpoint"]

@@ -1,0 +1,212 @@
+"""From the tensors of a checkpoint, and the configs of its towers, to an `MGLlavaConfig`."""
+
+import copy
+import re
+
+from transformers import PreTrainedConfig
+
+from mgllava.modeling import MGLlavaConfig
+
+from .errors import ConversionError
+from .sources import HighResTower
+from .tensor_files import LazyTensor
+from .vocabulary import Vocabulary
+
+
+# Side of the high-resolution input of every published checkpoint, for files whose config text does not say it.
+_PUBLISHED_IMAGE_SIZE = 768
+
+_FUSION = "fuse_module."
+_PROJECTOR = "projector.model.0.weight"
+_BOX_PROJECTOR = "bbox_projector.model.0.weight"
+_FIRST_LEVEL = "multi_level_linear.0.weight"
+_GATE = "fuse_module.gate.0.weight"
+_HIGH_RES_CONV = "fuse_module.slow_conv.weight"
+_LOW_RES_CONV = "fuse_module.fast_conv.weight"
+
+
+def detect_fusion_type(tensors: dict[str, LazyTensor], vision_size: int, high_res_size: int) -> str:
+    """Tell from names and shapes how a checkpoint fuses the two resolutions.
+
+    Args:
+        tensors (`dict[str, LazyTensor]`): The checkpoint.
+        vision_size (`int`): Width of the CLIP tower, D.
+        high_res_size (`int`): Width of the last stage of the ConvNeXt, H.
+
+    Returns:
+        `str`: Value of `MGLlavaConfig.fusion_type`.
+
+    Raises:
+        ConversionError: If the checkpoint is none of the known variants or does not fit the towers.
+    """
+    convolved = any(name.startswith(_FUSION) for name in tensors)
+    if convolved:
+        _check_width(tensors, _LOW_RES_CONV, 0, vision_size, "vision_tower")
+        _check_width(tensors, _HIGH_RES_CONV, 0, high_res_size, "high_res_tower")
+    width = _input_width(tensors, _PROJECTOR)
+    # fuse_model 0, 1, 2 and 3 of the original, and none
+    variants = {
+        (True, True, vision_size): "conv_gate",
+        (True, True, 2 * vision_size): "conv_gate_concat",
+        (True, False, 2 * vision_size): "channel_concat",
+        (False, False, vision_size + high_res_size): "plain_channel_concat",
+        (False, False, vision_size): "none",
+    }
+    fusion_type = variants.get((convolved, _GATE in tensors, width))
+    if fusion_type is None:
+        raise ConversionError(
+            f"The checkpoint's fusion is of no known kind: {_PROJECTOR} reads {width} channels, expected "
+            f"{vision_size} (width of --vision-tower), {2 * vision_size}, or {vision_size + high_res_size} "
+            f"(with {high_res_size} of --high-res-tower) and matching fuse_module.* tensors. "
+            f"Is one of the towers another one than in training? It has: {_shapes(tensors)}."
+        )
+    return fusion_type
+
+
+def detect_box_feature_type(tensors: dict[str, LazyTensor], hidden_sizes: list[int]) -> str:
+    """Tell from names and shapes what a checkpoint's box features are made from.
+
+    Args:
+        tensors (`dict[str, LazyTensor]`): The checkpoint.
+        hidden_sizes (`list[int]`): Channels of each stage of the ConvNeXt.
+
+    Returns:
+        `str`: Value of `MGLlavaConfig.box_feature_type`.
+
+    Raises:
+        ConversionError: If the checkpoint is none of the known variants or does not fit the tower.
+    """
+    width = _input_width(tensors, _BOX_PROJECTOR)
+    if _FIRST_LEVEL in tensors:
+        if tensors[_FIRST_LEVEL].shape[:1] == (width,):
+            return "multi_level"
+    elif width == hidden_sizes[-1]:
+        return "last_stage"
+    elif width == sum(hidden_sizes):
+        return "pyramid"
+    raise ConversionError(
+        f"The checkpoint's box features are of no known kind: {_BOX_PROJECTOR} reads {width} channels, expected "
+        f"{sum(hidden_sizes)} (all stages of --high-res-tower, {hidden_sizes}), {hidden_sizes[-1]} (the last), or the "
+        f"width of multi_level_linear.*. Is --high-res-tower another one than in training? "
+        f"The checkpoint has: {_shapes(tensors)}."
+    )
+
+
+def read_image_size(config_text: str) -> int:
+    """Read the side of the high-resolution input from the text of a training config.
+
+    Args:
+        config_text (`str`): Python source as mmengine stores it; it is never executed.
+
+    Returns:
+        `int`: The side in pixels; 768, as in every published checkpoint, if the text does not say it.
+    """
+    match = re.search(r"image_size_aux\s*=\s*(\d+)", config_text)
+    return int(match[1]) if match else _PUBLISHED_IMAGE_SIZE
+
+
+def stored_vision_config(published: PreTrainedConfig) -> PreTrainedConfig:
+    """Take the last layer off a CLIP config: the model reads the features before it.
+
+    Args:
+        published (`PreTrainedConfig`): Config of the published tower.
+
+    Returns:
+        `PreTrainedConfig`: Config of the tower as stored.
+    """
+    stored = copy.deepcopy(published)
+    stored.num_hidden_layers = published.num_hidden_layers - 1
+    return stored
+
+
+def build_config(
+    tensors: dict[str, LazyTensor],
+    text_config: PreTrainedConfig,
+    vision_config: PreTrainedConfig,
+    high_res_tower: HighResTower,
+    vocabulary: Vocabulary,
+    image_size: int,
+) -> MGLlavaConfig:
+    """Build the config that a checkpoint's tensors imply.
+
+    Args:
+        tensors (`dict[str, LazyTensor]`): The checkpoint.
+        text_config (`PreTrainedConfig`): Config of the language model.
+        vision_config (`PreTrainedConfig`): Config of the published CLIP tower.
+        high_res_tower (`HighResTower`): The ConvNeXt.
+        vocabulary (`Vocabulary`): Sizes of the vocabulary.
+        image_size (`int`): Side of the high-resolution input.
+
+    Returns:
+        `MGLlavaConfig`: The config.
+
+    Raises:
+        ConversionError: If checkpoint and towers do not fit together.
+    """
+    text_config = copy.deepcopy(text_config)
+    text_config.vocab_size = vocabulary.padded_rows
+    hidden_sizes = high_res_tower.hidden_sizes
+    fusion_type = detect_fusion_type(tensors, vision_config.hidden_size, hidden_sizes[-1])
+    box_feature_type = detect_box_feature_type(tensors, hidden_sizes)
+    _check_width(tensors, _PROJECTOR, 0, text_config.hidden_size, "llm")
+    multi_level = {"box_multi_level_size": tensors[_FIRST_LEVEL].shape[0]} if _FIRST_LEVEL in tensors else {}
+    try:
+        return MGLlavaConfig(
+            text_config=text_config,
+            vision_config=stored_vision_config(vision_config),
+            high_res_vision_config={
+                "architecture": high_res_tower.architecture,
+                "depths": high_res_tower.depths,
+                "hidden_sizes": hidden_sizes,
+                "image_size": image_size,
+            },
+            image_token_id=vocabulary.image_token_id,
+            unpadded_vocab_size=vocabulary.original_rows,
+            fusion_type=fusion_type,
+            box_feature_type=box_feature_type,
+            tie_word_embeddings=getattr(text_config, "tie_word_embeddings", False),
+            architectures=["MGLlavaForConditionalGeneration"],
+            **multi_level,
+        )
+    except ValueError as error:
+        raise ConversionError(f"Checkpoint and towers do not fit together: {error}") from error
+
+
+def _check_width(tensors: dict[str, LazyTensor], name: str, axis: int, width: int, argument: str) -> None:
+    found = _shape(tensors, name)[axis]
+    if found != width:
+        raise ConversionError(
+            f"`{argument}` is another one than in training: it is {width} channels wide, while {name} of the "
+            f"checkpoint has shape {_shape(tensors, name)} and so belongs to one of {found}."
+        )
+
+
+def _input_width(tensors: dict[str, LazyTensor], name: str) -> int:
+    return _shape(tensors, name)[1]
+
+
+def _shape(tensors: dict[str, LazyTensor], name: str) -> tuple[int, ...]:
+    # Two axes at least, so that a damaged vector gets a message and no IndexError.
+    if name not in tensors or len(tensors[name].shape) < 2:
+        raise ConversionError(
+            f"The checkpoint has no matrix {name}: it is no MG-LLaVA checkpoint, or not whole. "
+            f"It has {len(tensors)} tensors: {_shapes(tensors)}."
+        )
+    return tensors[name].shape
+
+
+def _shapes(tensors: dict[str, LazyTensor], limit: int = 30) -> str:
+    own = {name: tensor.shape for name, tensor in tensors.items() if not name.startswith(("llm.", "visual_encoder"))}
+    listed = [f"{name} {shape}" for name, shape in own.items()]
+    language = len(tensors) - len(own)
+    rest = [f"{len(listed) - limit} more"] if len(listed) > limit else []
+    return ", ".join(listed[:limit] + rest + ([f"{language} of language model and towers"] if language else []))
+
+
+__all__ = [
+    "build_config",
+    "detect_box_feature_type",
+    "detect_fusion_type",
+    "read_image_size",
+    "stored_vision_config",
+]

@@ -1,0 +1,435 @@
+"""From an XTuner checkpoint and the repositories it was trained from to one MG-LLaVA repository."""
+
+import datetime
+import platform
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from mgllava.modeling import MGLlavaConfig, MGLlavaForConditionalGeneration
+from mgllava.processing import CHAT_TEMPLATES, MGLlavaImageProcessor, MGLlavaProcessor
+
+from .checkpoint_reader import XTunerCheckpoint, read_checkpoint
+from .config_mapping import build_config, read_image_size
+from .errors import ConversionError
+from .key_mapping import XTUNER_TO_MODEL, XTUNER_TOWERS_TO_MODEL, model_drop_reason, rename, to_xtuner
+from .lora import lora_scaling, merge_lora, split_lora
+from .shard_writer import ShardPlan, StagingFolder, plan_shards, write_json, write_shard
+from .sources import (
+    Source,
+    clip_config,
+    clip_weights,
+    language_model_config,
+    language_model_weights,
+    open_high_res_tower,
+)
+from .tensor_files import LazyTensor, sha256
+from .vocabulary import Vocabulary, generation_config, grow_table, load_tokenizer, plan_vocabulary
+
+
+REPORT_NAME = "conversion_report.json"
+# Small enough to convert, resume and load on modest machines; transformers' own 50 GB suits only large ones.
+DEFAULT_SHARD_SIZE = "5GB"
+
+# Told the name of a stage, the bytes that were just done and the bytes of the whole stage.
+Progress = Callable[[str, int, int], None]
+
+_EMBEDDING = "model.language_model.embed_tokens.weight"
+_TABLES = (_EMBEDDING, "lm_head.weight", "lm_head.bias")
+_SAMPLES = 10
+
+
+@dataclass
+class _Gathered:
+    """Tensors of all sources under the model's names.
+
+    `kind` is "sft" (the checkpoint holds the language model), "pretrain" (it does not) or "lora". `kept` names the
+    tensors that are the checkpoint's own and so keep their dtype.
+    """
+
+    tensors: dict[str, LazyTensor] = field(default_factory=dict)
+    kept: set[str] = field(default_factory=set)
+    dropped: dict[str, dict[str, str]] = field(default_factory=dict)
+    unexpected: list[str] = field(default_factory=list)
+    files: dict[str, list[Path]] = field(default_factory=dict)
+    kind: str = "sft"
+    scaling: float | None = None
+
+    def drop(self, source: str, name: str, reason: str) -> None:
+        self.dropped.setdefault(source, {})[name] = reason
+
+
+def convert_checkpoint(
+    checkpoint: str | Path,
+    llm: str | Path,
+    vision_tower: str | Path,
+    high_res_tower: str | Path,
+    prompt_template: str,
+    output: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
+    trust_pickle: bool = False,
+    lora_alpha: float | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Convert an XTuner checkpoint of MG-LLaVA into a repository that `from_pretrained` reads.
+
+    Weights are streamed: one tensor is in memory at a time. The output appears under its name only when it is
+    complete; an interrupted run leaves `OUTPUT.incomplete`, which the same command continues.
+
+    Args:
+        checkpoint (`str` or `Path`): An mmengine `.pth` file or a DeepSpeed ZeRO folder; fine-tuned, pretrain-stage
+            or LoRA. Towers in it (saved with frozen parameters) are used in place of the repositories'.
+        llm (`str` or `Path`): Folder or Hub id of the language model: tokenizer, config, and for pretrain-stage and
+            LoRA checkpoints the weights.
+        vision_tower (`str` or `Path`): Folder or Hub id of the CLIP model.
+        high_res_tower (`str` or `Path`): Folder, Hub id or open_clip name of the ConvNeXt CLIP.
+        prompt_template (`str`): `"vicuna"`, `"llama3"`, `"phi3"` or `"yi"`.
+        output (`str` or `Path`): Folder to write.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): Dtype of all weights. `"auto"`: tensors of
+            the checkpoint keep theirs, all others get the language model's.
+        max_shard_size (`str` or `int`, *optional*, defaults to `"5GB"`): Size of the largest weight file.
+        trust_pickle (`bool`, *optional*, defaults to `False`): Read checkpoints that hold pickled objects beside the
+            weights. The objects are skipped, and no code of theirs is run, even then.
+        lora_alpha (`float`, *optional*): `lora_alpha` of a LoRA checkpoint whose config text does not say it.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace an MG-LLaVA repository at `output`.
+        progress (`Callable[[str, int, int], None]`, *optional*): Told the stage, bytes just done, bytes in total.
+
+    Returns:
+        `Path`: The output.
+
+    Raises:
+        ConversionError: If anything is missing, damaged, left over, of the wrong shape, or in the way.
+    """
+    if prompt_template not in CHAT_TEMPLATES:
+        raise ConversionError(f"`prompt_template` must be one of {sorted(CHAT_TEMPLATES)}, got {prompt_template!r}.")
+    output = Path(output).absolute()
+    staging = StagingFolder(output, overwrite)
+    progress = progress or (lambda stage, done, total: None)
+
+    opened = read_checkpoint(checkpoint, trust_pickle)
+    text_config, llm_folder = language_model_config(llm)
+    vision_config, image_settings = clip_config(vision_tower)
+    tower = open_high_res_tower(high_res_tower)
+
+    gathered = _Gathered()
+    _gather_language_model(gathered, opened, llm, lora_alpha)
+    _gather_tower(gathered, opened, "vision_tower", lambda: clip_weights(vision_tower))
+    _gather_tower(gathered, opened, "high_res_vision_tower", lambda: tower.source)
+    _gather_rest(gathered, opened)
+    _drop_unused(gathered, vision_config.num_hidden_layers - 1)
+
+    tokenizer = load_tokenizer(llm_folder)
+    vocabulary = plan_vocabulary(tokenizer, _table_rows(gathered, opened))
+    config = build_config(
+        opened.tensors, text_config, vision_config, tower, vocabulary, read_image_size(opened.config_text)
+    )
+    main_dtype = _main_dtype(dtype, gathered, text_config)
+    _set_dtype(config, main_dtype)
+    tensors = _account(gathered, config, vocabulary)
+    keep = gathered.kept if dtype == "auto" else set()
+    tensors = {name: tensor if name in keep else tensor.to(main_dtype) for name, tensor in tensors.items()}
+
+    plan = plan_shards(tensors, max_shard_size)
+    sources = {"checkpoint": opened.files, **gathered.files}
+    sources.setdefault("llm", [])
+    sources["llm"] = sources["llm"] + [
+        llm_folder / name
+        for name in ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+        if (llm_folder / name).is_file()
+    ]
+    inside = [path for files in sources.values() for path in files if path.absolute().is_relative_to(output)]
+    if inside:
+        raise ConversionError(f"{inside[0]} lies in {output}, which would be replaced. Choose another --output.")
+    digests = _digest(sources, progress)
+    _write_weights(staging, plan, digests, progress)
+
+    config.save_pretrained(staging.path)
+    generation_config(llm_folder, text_config, tokenizer, prompt_template, config.unused_token_ids).save_pretrained(
+        staging.path
+    )
+    _processor(config, tokenizer, image_settings, prompt_template).save_pretrained(staging.path)
+    given: dict[str, Any] = {
+        "checkpoint": checkpoint,
+        "llm": llm,
+        "vision_tower": vision_tower,
+        "high_res_tower": high_res_tower,
+        "prompt_template": prompt_template,
+        "dtype": dtype,
+        "max_shard_size": max_shard_size,
+        "trust_pickle": trust_pickle,
+        "lora_alpha": lora_alpha,
+    }
+    write_json(
+        staging.path / REPORT_NAME,
+        _report(given, opened, gathered, config, vocabulary, tensors, plan, sources, digests),
+    )
+    staging.publish()
+    return output
+
+
+def _gather_language_model(
+    gathered: _Gathered, checkpoint: XTunerCheckpoint, llm: str | Path, lora_alpha: float | None
+) -> None:
+    lora = split_lora({name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith("llm.")})
+    for name, reason in lora.dropped.items():
+        gathered.drop("checkpoint", name, reason)
+    state: dict[str, LazyTensor] = {}
+    if lora.factors:
+        gathered.kind = "lora"
+    elif not lora.plain:
+        gathered.kind = "pretrain"
+    if gathered.kind == "pretrain" or (gathered.kind == "lora" and not lora.has_base):
+        state, gathered.files["llm"] = language_model_weights(llm)
+        for name in sorted(state.keys() & lora.plain.keys()):
+            gathered.drop("llm", name.removeprefix("llm."), "replaced by the checkpoint's own")
+    state |= lora.plain
+    for name, factors in lora.factors.items():
+        if name not in state or len(factors) != 2:
+            lost = "base weight" if name not in state else "other factor"
+            gathered.unexpected += [
+                f"checkpoint: {factor.origin} (its {lost} is missing)" for factor in factors.values()
+            ]
+            continue
+        scaling = lora_scaling(lora_alpha, factors["A"].shape[0], checkpoint.config_text)
+        gathered.scaling = scaling
+        state[name] = merge_lora(state[name], factors["A"], factors["B"], scaling)
+    for name, tensor in state.items():
+        new_name = rename(name, XTUNER_TO_MODEL)
+        if new_name is None:
+            gathered.unexpected.append(f"language model: {name} {tensor.shape}")
+            continue
+        gathered.tensors[new_name] = tensor
+        if name in lora.plain and name not in lora.factors:
+            gathered.kept.add(new_name)
+
+
+def _gather_tower(
+    gathered: _Gathered, checkpoint: XTunerCheckpoint, module: str, open_source: Callable[[], Source]
+) -> None:
+    prefix = f"model.{module}."
+    own: dict[str, LazyTensor] = {}
+    for name, tensor in checkpoint.tensors.items():
+        new_name = rename(name, XTUNER_TOWERS_TO_MODEL)
+        if new_name is not None and new_name.startswith(prefix):
+            own[new_name] = tensor
+    argument = module.replace("_vision", "") if module.startswith("high") else module
+    source = open_source()
+    gathered.files[argument] = [] if own else source.files
+    for name, reason in source.dropped.items():
+        gathered.drop(argument, name, reason)
+    gathered.unexpected += [f"{argument}: {name}" for name in source.unexpected]
+    if own:
+        # All or nothing: a half that was trained and a half that was not make no tower.
+        for name in source.tensors:
+            gathered.drop(argument, name, "the checkpoint has this tower itself")
+    gathered.tensors |= own or source.tensors
+    gathered.kept |= own.keys()
+
+
+def _gather_rest(gathered: _Gathered, checkpoint: XTunerCheckpoint) -> None:
+    for name, tensor in checkpoint.tensors.items():
+        if name.startswith("llm.") or rename(name, XTUNER_TOWERS_TO_MODEL) is not None:
+            continue
+        new_name = rename(name, XTUNER_TO_MODEL)
+        if new_name is None:
+            gathered.unexpected.append(f"checkpoint: {name} {tensor.shape}")
+        else:
+            gathered.tensors[new_name] = tensor
+            gathered.kept.add(new_name)
+
+
+def _drop_unused(gathered: _Gathered, stored_clip_layers: int) -> None:
+    for name in list(gathered.tensors):
+        reason = model_drop_reason(name, stored_clip_layers)
+        if reason is not None:
+            gathered.drop("renamed", name, reason)
+            del gathered.tensors[name]
+
+
+def _table_rows(gathered: _Gathered, checkpoint: XTunerCheckpoint) -> int:
+    if _EMBEDDING not in gathered.tensors:
+        raise ConversionError(
+            f"The embedding table {to_xtuner(_EMBEDDING)} is missing (missing: 1 at least). {checkpoint.path} holds "
+            f"{sum(name.startswith('llm.') for name in checkpoint.tensors)} tensors of the language model: "
+            "is the checkpoint whole?"
+        )
+    return gathered.tensors[_EMBEDDING].shape[0]
+
+
+def _main_dtype(dtype: str | torch.dtype, gathered: _Gathered, text_config: PreTrainedConfig) -> torch.dtype:
+    if dtype == "auto":
+        configured = getattr(text_config, "dtype", None)
+        if gathered.kind == "sft" or configured is None:
+            return gathered.tensors[_EMBEDDING].dtype
+        dtype = configured
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if found not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ConversionError(f"`dtype` must be auto, float32, float16 or bfloat16, got {dtype}.")
+    return found
+
+
+def _set_dtype(config: MGLlavaConfig, dtype: torch.dtype) -> None:
+    for part in (config, config.text_config, config.vision_config, config.high_res_vision_config):
+        part.dtype = dtype
+
+
+def _account(gathered: _Gathered, config: MGLlavaConfig, vocabulary: Vocabulary) -> dict[str, LazyTensor]:
+    """Check that sources and model match name by name, and give the tensors in the model's order."""
+    try:
+        with torch.device("meta"):
+            model: Any = MGLlavaForConditionalGeneration(config)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise ConversionError(f"No model can be built from these parts: {error}") from error
+    tensors = dict(gathered.tensors)
+    for name in _TABLES:
+        if name in tensors and tensors[name].shape[:1] == (vocabulary.original_rows,):
+            tensors[name] = grow_table(tensors[name], vocabulary.padded_rows)
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for name, target in (model.all_tied_weights_keys or {}).items():
+        expected.pop(name, None)
+        if name in tensors and target in tensors:
+            if not torch.equal(gathered.tensors[name].load(), gathered.tensors[target].load()):
+                raise ConversionError(
+                    f"The config ties {name} to {target}, but their values differ in the checkpoint. "
+                    "Set tie_word_embeddings to false in the config.json of --llm."
+                )
+            gathered.drop("renamed", name, f"equal to {target}, which it is tied to")
+            del tensors[name]
+
+    missing = [f"{name} {shape}" for name, shape in expected.items() if name not in tensors]
+    unexpected = gathered.unexpected + [
+        f"{name} {tensor.shape} from {tensor.origin}" for name, tensor in tensors.items() if name not in expected
+    ]
+    wrong = [
+        f"{name}: expected {shape}, got {tensors[name].shape} from {tensors[name].origin}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if missing or unexpected or wrong:
+        raise ConversionError(
+            "The sources do not make up the model. Is the checkpoint whole, and are the language model and both "
+            "towers the ones that it was trained with?"
+            + _listed("missing", missing)
+            + _listed("unexpected", unexpected)
+            + _listed("wrong shape", wrong)
+        )
+    return {name: tensors[name] for name in expected}
+
+
+def _listed(title: str, items: list[str]) -> str:
+    if not items:
+        return f"\n{title}: 0"
+    more = f"\n  and {len(items) - _SAMPLES} more" if len(items) > _SAMPLES else ""
+    return f"\n{title}: {len(items)}" + "".join(f"\n  {item}" for item in items[:_SAMPLES]) + more
+
+
+def _digest(sources: Mapping[str, list[Path]], progress: Progress) -> dict[str, str]:
+    files = list(dict.fromkeys(path for paths in sources.values() for path in paths))
+    total = sum(path.stat().st_size for path in files)
+    return {str(path): sha256(path, lambda done: progress("reading sources", done, total)) for path in files}
+
+
+def _write_weights(
+    staging: StagingFolder, plan: ShardPlan, source_digests: Mapping[str, str], progress: Progress
+) -> None:
+    # Digests by content, so that sources may have moved between two runs.
+    contents = {f"{number}": digest for number, digest in enumerate(sorted(source_digests.values()))}
+    done = staging.keep_finished({shard.filename: shard.digest(contents) for shard in plan.shards}, plan.shards)
+    total = sum(shard.size for shard in plan.shards)
+    staging.check_space(sum(shard.size for shard in plan.shards if shard.filename not in done))
+    for shard in plan.shards:
+        if shard.filename in done:
+            progress("writing weights", shard.size, total)
+        else:
+            write_shard(shard, staging.path, lambda count: progress("writing weights", count, total))
+    if plan.index is not None:
+        write_json(staging.path / "model.safetensors.index.json", plan.index)
+
+
+def _processor(
+    config: MGLlavaConfig, tokenizer: Any, image_settings: Mapping[str, Any], prompt_template: str
+) -> MGLlavaProcessor:
+    side = config.high_res_vision_config.image_size
+    statistics = {name: image_settings[name] for name in ("image_mean", "image_std") if name in image_settings}
+    return MGLlavaProcessor(
+        image_processor=MGLlavaImageProcessor(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}, **statistics
+        ),
+        tokenizer=tokenizer,
+        image_seq_length=config.image_seq_length,
+        num_tokens_per_box=config.num_tokens_per_box,
+        chat_template=CHAT_TEMPLATES[prompt_template],
+    )
+
+
+def _report(
+    given: Mapping[str, Any],
+    checkpoint: XTunerCheckpoint,
+    gathered: _Gathered,
+    config: MGLlavaConfig,
+    vocabulary: Vocabulary,
+    tensors: Mapping[str, LazyTensor],
+    plan: ShardPlan,
+    sources: Mapping[str, list[Path]],
+    digests: Mapping[str, str],
+) -> dict[str, Any]:
+    dropped: dict[str, dict[str, list[str]]] = {}
+    for source, names in gathered.dropped.items():
+        for name, reason in names.items():
+            dropped.setdefault(source, {}).setdefault(reason, []).append(name)
+    return {
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "arguments": {name: value if value is None else str(value) for name, value in given.items()},
+        "versions": {"python": platform.python_version(), **_versions(("mgllava", "torch", "transformers"))},
+        "sources": {
+            source: [{"file": str(path), "bytes": path.stat().st_size, "sha256": digests[str(path)]} for path in files]
+            for source, files in sources.items()
+        },
+        "checkpoint": {
+            "kind": gathered.kind,
+            "meta": {name: value for name, value in checkpoint.meta.items() if _is_plain(value)},
+            "lora_scaling": gathered.scaling,
+            "keys": list(checkpoint.tensors),
+        },
+        "variant": {
+            "fusion_type": config.fusion_type,
+            "object_merging": config.object_merging,
+            "box_feature_type": config.box_feature_type,
+        },
+        "vocabulary": {
+            "image_token_id": vocabulary.image_token_id,
+            "original_rows": vocabulary.original_rows,
+            "padded_rows": vocabulary.padded_rows,
+        },
+        "files": {shard.filename: shard.size for shard in plan.shards},
+        "tensors": {
+            name: {"from": tensor.origin, "dtype": str(tensor.dtype).removeprefix("torch.")}
+            for name, tensor in tensors.items()
+        },
+        "dropped": dropped,
+    }
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (str, int, float, bool))
+
+
+__all__ = ["DEFAULT_SHARD_SIZE", "REPORT_NAME", "Progress", "convert_checkpoint"]

@@ -1,0 +1,279 @@
+"""Safetensors shards written one tensor at a time, in a folder that shows its name only when it is complete."""
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+
+from .errors import ConversionError
+from .tensor_files import LazyTensor
+
+
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_PROGRESS_FILE = "conversion_progress.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file to be written.
+
+    Args:
+        filename (`str`): Its name.
+        tensors (`dict[str, LazyTensor]`): What it holds, in order.
+        header (`bytes`): Length and header of the file.
+    """
+
+    filename: str
+    tensors: dict[str, LazyTensor]
+    header: bytes
+
+    @property
+    def size(self) -> int:
+        """Size of the file in bytes."""
+        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def digest(self, source_digests: Mapping[str, str]) -> str:
+        """Identify the contents before they exist: layout, origin of every value, digests of the sources.
+
+        Args:
+            source_digests (`Mapping[str, str]`): SHA-256 of every source file.
+
+        Returns:
+            `str`: SHA-256 in hexadecimal.
+        """
+        origins = {name: tensor.origin for name, tensor in self.tensors.items()}
+        plan = json.dumps([self.header.decode("latin-1"), origins, sorted(source_digests.items())])
+        return hashlib.sha256(plan.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """All files of a model.
+
+    Args:
+        shards (`list[Shard]`): The files.
+        index (`dict | None`): Contents of the index; `None` when one file holds all.
+    """
+
+    shards: list[Shard]
+    index: dict[str, object] | None
+
+
+def plan_shards(tensors: Mapping[str, LazyTensor], max_shard_size: str | int) -> ShardPlan:
+    """Spread tensors over files, as transformers does.
+
+    Args:
+        tensors (`Mapping[str, LazyTensor]`): Tensors by name.
+        max_shard_size (`str` or `int`): Largest file, such as `"5GB"`. A larger tensor gets a file of its own.
+
+    Returns:
+        `ShardPlan`: The files; nothing is read or written.
+
+    Raises:
+        ConversionError: If the size cannot be understood, or safetensors files cannot hold a dtype.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPE_NAMES:
+            raise ConversionError(f"{name} has dtype {tensor.dtype}, expected one of {list(_DTYPE_NAMES)}.")
+    try:
+        split = split_state_dict_into_shards_factory(
+            dict(tensors),
+            get_storage_size=lambda tensor: tensor.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise ConversionError(
+            f"`max_shard_size` must be like 5GB or 500MB, got {max_shard_size} ({error})."
+        ) from error
+    shards = []
+    for filename, names in split.filename_to_tensors.items():
+        # Widest dtype first, so that every tensor is aligned to its items.
+        names = sorted(names, key=lambda name: -tensors[name].dtype.itemsize)
+        chosen = {name: tensors[name] for name in names}
+        shards.append(Shard(filename, chosen, _header(chosen)))
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename} if split.is_sharded else None
+    return ShardPlan(shards, index)
+
+
+def _header(tensors: Mapping[str, LazyTensor]) -> bytes:
+    """Build the start of a safetensors file: the header's length in 8 bytes, then the header in JSON."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        entries[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_shard(shard: Shard, folder: Path, on_bytes: Callable[[int], None]) -> None:
+    """Write one file; it gets its name when it is complete.
+
+    Args:
+        shard (`Shard`): What to write.
+        folder (`Path`): Where.
+        on_bytes (`Callable[[int], None]`): Told the size of every tensor written.
+
+    Raises:
+        ConversionError: If a tensor is not as planned.
+    """
+    path = folder / shard.filename
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(shard.header)
+        for name, planned in shard.tensors.items():
+            values = planned.load()
+            if tuple(values.shape) != planned.shape or values.dtype != planned.dtype:
+                raise ConversionError(
+                    f"{name}: expected {planned.shape} {planned.dtype} from {planned.origin}, "
+                    f"got {tuple(values.shape)} {values.dtype}."
+                )
+            file.write(memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            on_bytes(planned.nbytes)
+            del values
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+class StagingFolder:
+    """A folder beside the output, where an interrupted run leaves its shards and the next one finds them.
+
+    Args:
+        output (`Path`): The folder that is to appear.
+        overwrite (`bool`): Whether an MG-LLaVA repository that is there may be replaced.
+
+    Raises:
+        ConversionError: If the output exists and may not be replaced.
+    """
+
+    def __init__(self, output: Path, overwrite: bool):
+        self.output = output
+        self.path = output.with_name(output.name + ".incomplete")
+        if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+            return
+        if not overwrite:
+            raise ConversionError(f"{output} exists. Choose another --output, or pass --overwrite to replace it.")
+        config = output / "config.json"
+        if not config.is_file() or json.loads(config.read_text(encoding="utf-8")).get("model_type") != "mgllava":
+            # A mistyped path must not cost somebody's home folder.
+            raise ConversionError(f"{output} is no MG-LLaVA repository, so --overwrite does not replace it.")
+
+    def keep_finished(self, digests: Mapping[str, str], shards: list[Shard]) -> set[str]:
+        """Keep the shards of an earlier run that are exactly as planned now, and delete all else that it left.
+
+        Args:
+            digests (`Mapping[str, str]`): For each shard the digest of its plan.
+            shards (`list[Shard]`): The shards.
+
+        Returns:
+            `set[str]`: Names of the shards that are done.
+        """
+        done: set[str] = set()
+        progress = self.path / _PROGRESS_FILE
+        if progress.is_file():
+            earlier = json.loads(progress.read_text(encoding="utf-8"))
+            for shard in shards:
+                path = self.path / shard.filename
+                same_plan = earlier.get(shard.filename) == digests[shard.filename]
+                if same_plan and path.is_file() and path.stat().st_size == shard.size:
+                    done.add(shard.filename)
+        self.path.mkdir(parents=True, exist_ok=True)
+        for entry in self.path.iterdir():
+            if entry.name in done:
+                continue
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+        # Names on disk are complete files, so the plan can be noted before they exist.
+        write_json(progress, dict(digests))
+        return done
+
+    def check_space(self, needed: int) -> None:
+        """Check that the disk has room.
+
+        Args:
+            needed (`int`): Bytes still to be written.
+
+        Raises:
+            ConversionError: If it has not.
+        """
+        check_disk_space(self.path, needed)
+
+    def publish(self) -> None:
+        """Give the folder its name; what it replaces goes."""
+        (self.path / _PROGRESS_FILE).unlink()
+        if not self.output.exists():
+            self.path.rename(self.output)
+            return
+        replaced = self.output.with_name(self.output.name + ".replaced")
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        self.output.rename(replaced)
+        self.path.rename(self.output)
+        shutil.rmtree(replaced)
+
+
+def check_disk_space(folder: Path, needed: int) -> None:
+    """Check that the disk under a folder has room.
+
+    Args:
+        folder (`Path`): A folder that exists.
+        needed (`int`): Bytes to be written.
+
+    Raises:
+        ConversionError: If it has not.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ConversionError(
+            f"Not enough disk space in {folder}: {needed / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free."
+        )
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON under a temporary name first.
+
+    Args:
+        path (`Path`): The file.
+        content (`object`): What to write.
+    """
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.rename(path)
+
+
+__all__ = [
+    "Shard",
+    "ShardPlan",
+    "StagingFolder",
+    "check_disk_space",
+    "plan_shards",
+    "write_json",
+    "write_shard",
+]

@@ -1,0 +1,158 @@
+"""Tokenizer and embedding table with a place for the `<image>` placeholder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AddedToken, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
+
+from .errors import ConversionError
+from .tensor_files import LazyTensor
+
+
+IMAGE_TOKEN = "<image>"
+
+# Tensor cores and tensor-parallel engines like tables of this granularity, as other LLaVA repositories have.
+_ROW_MULTIPLE = 64
+# Rows read at a time, which bounds the memory of the mean over a table.
+_ROW_BLOCK = 4096
+
+# What ends an answer in each chat template, besides the end-of-sequence token of the language model.
+STOP_WORDS: dict[str, tuple[str, ...]] = {
+    "vicuna": (),
+    "llama3": ("<|eot_id|>",),
+    "phi3": ("<|end|>", "<|endoftext|>"),
+    "yi": ("<|im_end|>", "<|endoftext|>"),
+}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Sizes of the vocabulary.
+
+    Args:
+        image_token_id (`int`): Id of the placeholder.
+        original_rows (`int`): Rows of the language model's own embedding table.
+        padded_rows (`int`): Rows of the table in the repository.
+    """
+
+    image_token_id: int
+    original_rows: int
+    padded_rows: int
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load a language model's tokenizer and add the placeholder and what generation in batches needs.
+
+    Args:
+        folder (`Path`): Repository of the language model.
+
+    Returns:
+        `PreTrainedTokenizerBase`: The tokenizer; ids that it had stay as they are.
+
+    Raises:
+        ConversionError: If there is no tokenizer, or it has neither padding, unknown nor end-of-sequence token.
+    """
+    # `tokenizer.json` as it is: transformers 5 rebuilds Llama tokenizers by rules of its own, which give other ids
+    # after special tokens than the ones that the checkpoints were trained with.
+    tokenizer_class = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
+    try:
+        tokenizer: Any = tokenizer_class.from_pretrained(folder, padding_side="left")
+    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        raise ConversionError(f"`llm`: the tokenizer in {folder} cannot be read ({error}).") from error
+    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ConversionError(
+            f"`llm`: the tokenizer in {folder} has no padding token and neither unknown nor end-of-sequence token to "
+            "pad with. Set `pad_token` in its tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def plan_vocabulary(tokenizer: Any, original_rows: int) -> Vocabulary:
+    """Choose the size of the embedding table.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): It knows the placeholder.
+        original_rows (`int`): Rows of the language model's table.
+
+    Returns:
+        `Vocabulary`: With a table that covers the placeholder, padded to a multiple of 64.
+    """
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    rows = max(original_rows, image_token_id + 1)
+    return Vocabulary(image_token_id, original_rows, -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE)
+
+
+def grow_table(table: LazyTensor, rows: int) -> LazyTensor:
+    """Append rows to an embedding table or an output head, each the mean of the old ones in fp32.
+
+    Args:
+        table (`LazyTensor`): Table of shape `(vocabulary, hidden)`, or bias of shape `(vocabulary,)`.
+        rows (`int`): Rows that it shall have.
+
+    Returns:
+        `LazyTensor`: The grown table; itself if it has as many rows.
+    """
+    old_rows = table.shape[0]
+    if old_rows >= rows:
+        return table
+
+    def load() -> torch.Tensor:
+        old = table.load()
+        total = torch.zeros(table.shape[1:], dtype=torch.float32)
+        for start in range(0, old_rows, _ROW_BLOCK):
+            total += old[start : start + _ROW_BLOCK].float().sum(0)
+        grown = torch.empty((rows, *table.shape[1:]), dtype=table.dtype)
+        grown[:old_rows] = old
+        grown[old_rows:] = (total / old_rows).to(table.dtype)
+        return grown
+
+    origin = f"{table.origin} + {rows - old_rows} rows, mean of the others"
+    return LazyTensor((rows, *table.shape[1:]), table.dtype, origin, load)
+
+
+def generation_config(
+    folder: Path, config: PreTrainedConfig, tokenizer: Any, prompt_template: str, suppress_tokens: list[int]
+) -> GenerationConfig:
+    """Write down how to generate: greedily, as the reference evaluates, until the template's stop words.
+
+    Args:
+        folder (`Path`): Repository of the language model.
+        config (`PreTrainedConfig`): Config of the language model.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
+        prompt_template (`str`): Name of the chat template.
+        suppress_tokens (`list[int]`): Ids that must never be generated.
+
+    Returns:
+        `GenerationConfig`: The generation config.
+    """
+    # Only the ids: sampling settings of the bare language model are no part of MG-LLaVA.
+    has_own = (folder / "generation_config.json").is_file()
+    own = GenerationConfig.from_pretrained(folder) if has_own else config
+    stop_ids: list[int] = []
+    for ids in (own.eos_token_id, tokenizer.eos_token_id):
+        stop_ids += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    vocabulary = tokenizer.get_vocab()
+    stop_ids += [vocabulary[word] for word in STOP_WORDS[prompt_template] if word in vocabulary]
+    stop_ids = list(dict.fromkeys(stop_ids))
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id if tokenizer.bos_token_id is not None else own.bos_token_id,
+        eos_token_id=stop_ids[0] if len(stop_ids) == 1 else stop_ids,
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=suppress_tokens,
+    )
+
+
+__all__ = [
+    "IMAGE_TOKEN",
+    "STOP_WORDS",
+    "Vocabulary",
+    "generation_config",
+    "grow_table",
+    "load_tokenizer",
+    "plan_vocabulary",
+]

@@ -1,0 +1,147 @@
+"""DeepSpeed ZeRO folders, consolidated by deepspeed's own reader."""
+
+import contextlib
+import io
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import ConversionError
+from .tensor_files import LazyTensor, open_torch_file, tensors_of
+
+
+# Objects of deepspeed itself (loss scalers, address tables) lie in every one of its files; none of them is needed.
+_INERT_MODULES = ("deepspeed",)
+
+
+def find_zero_folder(path: Path) -> Path:
+    """Find the folder with deepspeed's files: the folder given, or the one that its `latest` file names.
+
+    Args:
+        path (`Path`): A folder.
+
+    Returns:
+        `Path`: The folder that holds `*_model_states.pt`.
+
+    Raises:
+        ConversionError: If there is none.
+    """
+    if any(path.glob("*_model_states.pt")):
+        return path
+    latest = path / "latest"
+    if latest.is_file():
+        folder = path / latest.read_text(encoding="utf-8").strip()
+        if any(folder.glob("*_model_states.pt")):
+            return folder
+        raise ConversionError(f"{latest} names {folder}, which holds no *_model_states.pt.")
+    raise ConversionError(
+        f"{path} is no DeepSpeed checkpoint: expected *_model_states.pt in it, or a file `latest` that names the "
+        f"folder with them. It holds {sorted(entry.name for entry in path.iterdir())[:10]}."
+    )
+
+
+def open_zero_folder(path: Path, trust_pickle: bool) -> tuple[dict[str, LazyTensor], dict[str, Any], list[Path]]:
+    """Open a DeepSpeed checkpoint of any ZeRO stage.
+
+    Args:
+        path (`Path`): The checkpoint's folder, or the one above it with a `latest` file.
+        trust_pickle (`bool`): Read files that name classes of other packages than deepspeed; their objects are
+            skipped either way.
+
+    Returns:
+        `tuple`: The tensors (fp32 where they were trained), the runner's `meta`, and the files read.
+
+    Raises:
+        ConversionError: If files are missing or damaged, hold pickled objects, or deepspeed is not installed.
+    """
+    folder = find_zero_folder(path)
+    model_files = sorted(folder.glob("*_model_states.pt"))
+    optimizer_files = sorted(folder.glob("*_optim_states.pt"))
+    first = open_torch_file(model_files[0], trust_pickle, _INERT_MODULES)
+    meta = first.get("meta") or {}
+    if not optimizer_files:
+        # Without optimizer states the weights are whole in the model file, unless stage 3 had partitioned them.
+        if model_files[0].name != "mp_rank_00_model_states.pt":
+            raise ConversionError(
+                f"{folder} is a ZeRO stage 3 checkpoint without its *_optim_states.pt, which hold the weights."
+            )
+        return tensors_of(first["module"], model_files[0]), meta, model_files[:1]
+    state = _consolidate(folder, trust_pickle)
+    tensors = {
+        name: LazyTensor(tuple(value.shape), value.dtype, f"{folder.name}:{name}", value.contiguous)
+        for name, value in state.items()
+    }
+    return tensors, meta, model_files + optimizer_files
+
+
+def _consolidate(folder: Path, trust_pickle: bool) -> dict[str, Any]:
+    try:
+        from deepspeed.utils import zero_to_fp32
+    except ImportError as error:
+        raise ConversionError(
+            f"{folder} is a DeepSpeed ZeRO checkpoint; reading it needs deepspeed: pip install mgllava[zero]."
+        ) from error
+    try:
+        # The reader prints what it does and draws bars of its own.
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            _frugal_torch(zero_to_fp32, trust_pickle),
+        ):
+            state: dict[str, Any] = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(
+                str(folder.parent), tag=folder.name, lazy_mode=True
+            )
+    except (ValueError, KeyError, OSError, NotImplementedError) as error:
+        if isinstance(error, ConversionError):
+            raise
+        raise ConversionError(f"deepspeed cannot read the checkpoint in {folder}: {error}") from error
+    return state
+
+
+@contextlib.contextmanager
+def _frugal_torch(reader: Any, trust_pickle: bool) -> Iterator[None]:
+    """Let deepspeed's reader load files without running code, and keep what it joins on disk.
+
+    The reader calls `torch.load(weights_only=False)`, and for stages 1 and 2 joins the partitions of all weights in
+    memory (136 GB for 34B parameters).
+    """
+
+    class FrugalTorch:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+        def load(self, path: str, **kwargs: Any) -> Any:
+            return open_torch_file(Path(path), trust_pickle, _INERT_MODULES)
+
+        def cat(self, tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+            return tensors[0] if len(tensors) == 1 else _join_on_disk(tensors)
+
+    original = reader.torch
+    reader.torch = FrugalTorch()
+    try:
+        yield
+    finally:
+        reader.torch = original
+
+
+def _join_on_disk(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Concatenate flat tensors into one that lives in an unnamed temporary file."""
+    total = sum(tensor.numel() for tensor in tensors)
+    dtype = tensors[0].dtype
+    if not total:
+        return torch.empty(0, dtype=dtype)
+    handle, name = tempfile.mkstemp(prefix="mgllava-zero-")
+    os.close(handle)
+    try:
+        joined = torch.from_file(name, shared=True, size=total, dtype=dtype)
+    finally:
+        # The mapping keeps the contents until the tensor is gone; no crash leaves the file behind.
+        os.unlink(name)
+    return torch.cat([tensor.flatten() for tensor in tensors], out=joined)
+
+
+__all__ = ["find_zero_folder", "open_zero_folder"]

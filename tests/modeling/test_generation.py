@@ -1,0 +1,192 @@
+"""`generate` in all its modes, on prompts with no, one and two images."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationMixin, TextIteratorStreamer
+
+from ..tiny import VOCAB_SIZE, one_prompt, random_boxes, tiny_config, tiny_inputs, tiny_model
+
+
+MIXED = [[3], [], [1, 5], [2]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def generate(model, inputs, **kwargs):
+    kwargs = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, **kwargs}
+    return model.generate(**inputs, **kwargs)
+
+
+def new_tokens(model, inputs, **kwargs):
+    return generate(model, inputs, **kwargs)[:, inputs["input_ids"].shape[1] :]
+
+
+def greedy_without_cache(model, inputs, steps):
+    """Run the model over the whole prompt for every token: slow and simple."""
+    inputs, tokens = dict(inputs), []
+    for _ in range(steps):
+        scores = model(**inputs, use_cache=False).logits[:, -1]
+        scores[:, model.config.unused_token_ids] = -torch.inf
+        tokens.append(scores.argmax(-1, keepdim=True))
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens[-1]], dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    return torch.cat(tokens, dim=1)
+
+
+def test_greedy_with_cache_equals_the_whole_prompt_every_time(model):
+    inputs = one_prompt(tiny_inputs(MIXED), MIXED, 2)
+    assert torch.equal(new_tokens(model, inputs), greedy_without_cache(model, inputs, 6))
+
+
+def test_answers_depend_on_the_image(model):
+    inputs = tiny_inputs([[3], [3]])
+    other = {**inputs, "pixel_values": inputs["pixel_values"].flip(0)}
+    assert not torch.equal(new_tokens(model, inputs), new_tokens(model, other))
+
+
+def test_batch_of_eight_with_0_to_120_boxes_equals_one_at_a_time():
+    # Weights of a trained model separate the candidates better than random ones do; the seed gives no near ties.
+    model = tiny_model(text_config={"max_position_embeddings": 1024}).double()
+    counts = [[1], [120], [17], [], [60], [2, 3], [99], [5]]
+    inputs = tiny_inputs(counts)
+    batch = new_tokens(model, inputs, max_new_tokens=8)
+    for index in range(len(counts)):
+        single = new_tokens(model, one_prompt(inputs, counts, index), max_new_tokens=8)
+        assert batch[index].tolist() == single[0].tolist()
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"num_beams": 2, "early_stopping": True, "length_penalty": 0.5},
+    ],
+)
+def test_beams_of_a_mixed_batch_equal_those_of_each_prompt(model, kwargs):
+    inputs = tiny_inputs(MIXED)
+    batch = new_tokens(model, inputs, **kwargs)
+    per_prompt = kwargs.get("num_return_sequences", 1)
+    for index in range(len(MIXED)):
+        single = new_tokens(model, one_prompt(inputs, MIXED, index), **kwargs)
+        assert batch[index * per_prompt : (index + 1) * per_prompt].tolist() == single.tolist()
+
+
+def test_several_samples_per_prompt_see_their_own_images(model):
+    inputs = tiny_inputs(MIXED)
+    # Sampling from the single best candidate is greedy, whatever the seed.
+    samples = new_tokens(model, inputs, do_sample=True, top_k=1, num_return_sequences=3)
+    greedy = new_tokens(model, inputs)
+    assert samples.tolist() == greedy.repeat_interleave(3, dim=0).tolist()
+
+
+def test_sampling_is_reproducible_and_varies(model):
+    inputs = tiny_inputs([[3]])
+    draws = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        draws.append(new_tokens(model, inputs, do_sample=True, temperature=5.0, max_new_tokens=12).tolist())
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_static_cache_equals_dynamic_cache(model):
+    inputs = tiny_inputs(MIXED)
+    static = new_tokens(model, inputs, cache_implementation="static", disable_compile=True)
+    assert torch.equal(static, new_tokens(model, inputs))
+
+
+def test_without_cache_equals_with_cache(model):
+    inputs = tiny_inputs(MIXED)
+    assert torch.equal(new_tokens(model, inputs, use_cache=False), new_tokens(model, inputs))
+
+
+def test_placeholder_and_padding_are_never_generated():
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[model.config.unused_token_ids] *= 50.0
+    inputs = tiny_inputs(MIXED)
+    assert model(**inputs).logits[:, -1].argmax(-1).max() >= 100  # they would win
+    for kwargs in ({}, {"num_beams": 2}, {"do_sample": True, "temperature": 3.0}):
+        assert new_tokens(model, inputs, max_new_tokens=10, **kwargs).max() < 100
+
+
+def test_repetition_penalty_changes_the_answer(model):
+    inputs = tiny_inputs([[3]])
+    plain = new_tokens(model, inputs, max_new_tokens=20)
+    penalized = new_tokens(model, inputs, max_new_tokens=20, repetition_penalty=5.0)
+    assert penalized.unique().numel() > plain.unique().numel()
+
+
+def test_streamer_receives_every_token(model):
+    class Collector(TextIteratorStreamer):
+        def __init__(self):
+            self.tokens = []
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            pass
+
+    inputs, collector = tiny_inputs([[3]]), Collector()
+    output = generate(model, inputs, streamer=collector)
+    assert collector.tokens == output[0].tolist()
+
+
+def test_prompt_lookup_decoding_equals_greedy(model):
+    inputs = tiny_inputs([[3]])
+    assert torch.equal(
+        new_tokens(model, inputs, prompt_lookup_num_tokens=3, max_new_tokens=12),
+        new_tokens(model, inputs, max_new_tokens=12),
+    )
+
+
+def test_assisted_decoding_with_a_smaller_model_equals_greedy(model):
+    assistant = tiny_model(text_config={"num_hidden_layers": 1}, seed=1)
+    inputs = tiny_inputs([[3]])
+    assert torch.equal(
+        new_tokens(model, inputs, assistant_model=assistant, max_new_tokens=12),
+        new_tokens(model, inputs, max_new_tokens=12),
+    )
+
+
+@pytest.mark.skipif(
+    not hasattr(GenerationMixin, "_supports_mm_encoder_outputs"),
+    reason="this release of transformers hands images to the assistant, which a text model refuses",
+)
+def test_assisted_decoding_with_a_text_model_equals_greedy(model):
+    torch.manual_seed(3)
+    assistant = AutoModelForCausalLM.from_config(tiny_config().text_config).eval()
+    assert assistant.config.vocab_size == VOCAB_SIZE
+    inputs = tiny_inputs([[3]])
+    assert torch.equal(
+        new_tokens(model, inputs, assistant_model=assistant, max_new_tokens=12),
+        new_tokens(model, inputs, max_new_tokens=12),
+    )
+
+
+def test_generate_from_embeddings_equals_ids(model):
+    inputs = tiny_inputs([[3], [1]])
+    expected = new_tokens(model, inputs)
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+    assert torch.equal(generate(model, {**inputs, "inputs_embeds": embeds}), expected)
+
+
+def test_second_turn_continues_on_the_cache(model):
+    inputs = tiny_inputs([[3]])
+    first = generate(model, inputs, return_dict_in_generate=True)
+    question = torch.tensor([[11, 12, 13]])
+    ids = torch.cat([first.sequences, question], dim=1)
+    longer = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    continued = generate(model, longer, past_key_values=first.past_key_values)
+    images = {name: inputs[name] for name in ("pixel_values", "boxes", "num_boxes")}
+    assert torch.equal(continued, generate(model, {**longer, **images}))
+
+
+def test_number_of_boxes_may_exceed_those_of_training(model):
+    inputs = tiny_inputs([[150]])
+    inputs["boxes"] = random_boxes(1, 150)
+    assert new_tokens(model, inputs).shape == (1, 6)

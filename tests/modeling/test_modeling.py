@@ -1,0 +1,247 @@
+"""The model on small random weights: inputs, loss, variants, dtypes, saving and loading."""
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from mgllava import MGLlavaForConditionalGeneration
+
+from ..tiny import IMAGE_TOKEN_ID, one_prompt, tiny_config, tiny_inputs, tiny_model
+
+
+LLMS = ["llama", "phi3", "qwen2", "qwen3", "mistral"]
+MIXED = [[3], [], [1, 5], [2]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.mark.parametrize("llm", LLMS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_text_only_output_is_the_bare_language_model(llm, tied, tmp_path):
+    model = tiny_model(llm, text_config={"tie_word_embeddings": tied})
+    assert (model.lm_head.weight is model.model.language_model.embed_tokens.weight) == tied
+    bare = AutoModelForCausalLM.from_config(model.config.text_config).eval()
+    bare.model.load_state_dict(model.model.language_model.state_dict())
+    bare.lm_head.load_state_dict(model.lm_head.state_dict())
+    inputs = tiny_inputs([[], []])
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, bare(**inputs).logits)
+
+
+@pytest.mark.parametrize("llm", LLMS)
+def test_save_and_load_give_the_same_logits_and_no_stray_key(llm, tmp_path):
+    model = tiny_model(llm)
+    model.save_pretrained(tmp_path)
+    loaded, info = MGLlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    inputs = tiny_inputs(MIXED)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForImageTextToText])
+def test_auto_classes_give_the_model_that_generates(auto_class, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert type(auto_class.from_pretrained(tmp_path)) is MGLlavaForConditionalGeneration
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_batch_equals_one_prompt_at_a_time(model, padding_side):
+    inputs = tiny_inputs(MIXED, padding_side=padding_side)
+    with torch.no_grad():
+        batch = model(**inputs).logits
+        for index in range(len(MIXED)):
+            single = model(**one_prompt(inputs, MIXED, index)).logits[0]
+            row = batch[index, inputs["attention_mask"][index].bool()]
+            torch.testing.assert_close(row, single, rtol=1e-4, atol=1e-4)
+
+
+def test_box_tokens_follow_the_fused_tokens_of_their_image(model):
+    inputs = tiny_inputs([[2, 3]])
+    fused, boxes = model.model.encode_images(inputs["pixel_values"], inputs["boxes"], inputs["num_boxes"])
+    features = model.get_image_features(inputs["pixel_values"], inputs["boxes"], inputs["num_boxes"]).pooler_output
+    for index, count in enumerate((2, 3)):
+        assert torch.equal(features[index], torch.cat([fused[index], boxes[index, :count]]))
+
+
+def test_missing_boxes_are_the_single_zero_box(model):
+    inputs = tiny_inputs([[1], [1]])
+    inputs["boxes"].zero_()
+    expected = model(**inputs).logits
+    del inputs["boxes"], inputs["num_boxes"]
+    assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_boxes_without_pixels_are_ignored(model):
+    inputs = tiny_inputs([[], []])
+    with_boxes = {**inputs, "boxes": torch.rand(2, 3, 4), "num_boxes": torch.tensor([3, 1])}
+    assert torch.equal(model(**with_boxes).logits, model(**inputs).logits)
+
+
+def test_features_computed_before_equal_pixels(model):
+    inputs = tiny_inputs(MIXED)
+    expected = model(**inputs).logits
+    images = {name: inputs.pop(name) for name in ("pixel_values", "boxes", "num_boxes")}
+    features = model.get_image_features(**images)
+    assert torch.equal(model(**inputs, mm_encoder_outputs={"image": features}).logits, expected)
+
+
+def test_inputs_embeds_equal_input_ids(model):
+    inputs = tiny_inputs(MIXED)
+    expected = model(**inputs).logits
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+    assert torch.equal(model(inputs_embeds=embeds, **inputs).logits, expected)
+
+
+@pytest.mark.parametrize("kept", [1, 4, torch.tensor([2, 5])])
+def test_logits_to_keep_selects_positions(model, kept):
+    inputs = tiny_inputs([[2], [1]])
+    full = model(**inputs).logits
+    expected = full[:, -kept:] if isinstance(kept, int) else full[:, kept]
+    torch.testing.assert_close(model(**inputs, logits_to_keep=kept).logits, expected)
+
+
+def test_return_dict_false_gives_a_tuple(model):
+    inputs = tiny_inputs([[2]])
+    output = model(**inputs, return_dict=False)
+    assert isinstance(output, tuple)
+    assert torch.equal(output[0], model(**inputs).logits)
+
+
+def test_loss_is_cross_entropy_over_the_original_vocabulary_without_image_positions(model):
+    inputs = tiny_inputs([[3], [1, 2]], padding_side="right")
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    output = model(**inputs, labels=labels)
+    targets = labels[:, 1:].masked_fill(labels[:, 1:] == IMAGE_TOKEN_ID, -100)
+    logits = output.logits[:, :-1, :100]  # the 28 rows above are the placeholder and padding
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    torch.testing.assert_close(output.loss, expected)
+    total = model(**inputs, labels=labels, num_items_in_batch=10).loss
+    torch.testing.assert_close(total, expected * (targets != -100).sum() / 10)
+
+
+def test_resized_vocabulary_counts_in_loss_and_generation():
+    model = tiny_model()
+    model.resize_token_embeddings(105, pad_to_multiple_of=8)
+    assert model.config.text_config.vocab_size == 112
+    assert model.config.unpadded_vocab_size == 105
+    assert model.generation_config.suppress_tokens == [100, *range(105, 112)]
+    ids = torch.tensor([[1, 5, 103, 104, 2]])
+    assert torch.isfinite(model(input_ids=ids, labels=ids).loss)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    inputs = tiny_inputs([[3], [1, 2]], padding_side="right")
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_every_parameter_has_a_gradient():
+    for kwargs in (
+        {},
+        {"fusion_type": "patch_info_mining", "object_merging": "box_to_fused", "box_feature_type": "multi_level"},
+        {"fusion_type": "resampler", "object_merging": "fused_to_box", "box_feature_type": "last_stage"},
+    ):
+        model = tiny_model(**kwargs)
+        inputs = tiny_inputs([[3]], tokens_per_box=model.config.num_tokens_per_box)
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_implementations_agree(model, implementation, tmp_path):
+    model.save_pretrained(tmp_path)
+    other = MGLlavaForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=implementation).eval()
+    for part in (other, other.model.vision_tower, other.model.language_model):
+        assert part.config._attn_implementation == implementation
+    inputs = tiny_inputs(MIXED)
+    mask = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        torch.testing.assert_close(other(**inputs).logits[mask], model(**inputs).logits[mask], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_runs_on_float32_pixels_and_stays_close(model, dtype, tmp_path):
+    model.save_pretrained(tmp_path)
+    half = MGLlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype).eval()
+    inputs = tiny_inputs([[3], [1]])
+    images = {name: inputs[name] for name in ("pixel_values", "boxes", "num_boxes")}
+    with torch.no_grad():
+        features = torch.cat(half.get_image_features(**images).pooler_output)
+        expected = torch.cat(model.get_image_features(**images).pooler_output)
+        assert half(**inputs).logits.dtype == dtype
+    assert features.dtype == dtype
+    assert (features.float() - expected).norm() / expected.norm() < (0.03 if dtype == torch.bfloat16 else 0.005)
+
+
+VARIANTS = [
+    *({"fusion_type": name} for name in ("conv_gate_concat", "channel_concat", "plain_channel_concat")),
+    *({"fusion_type": name} for name in ("patch_info_mining", "resampler", "none")),
+    *({"object_merging": name} for name in ("box_to_fused", "fused_to_box", "none")),
+    *({"box_feature_type": name} for name in ("multi_level", "last_stage")),
+    {"fusion_type": "none", "object_merging": "none"},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(variant.values()))
+def test_variants_save_load_and_batch_like_single(variant, tmp_path):
+    model = tiny_model(**variant)
+    model.save_pretrained(tmp_path)
+    loaded, info = MGLlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    inputs = tiny_inputs(MIXED, tokens_per_box=model.config.num_tokens_per_box)
+    with torch.no_grad():
+        batch = loaded.eval()(**inputs).logits
+        for index in range(len(MIXED)):
+            single = model(**one_prompt(inputs, MIXED, index)).logits[0]
+            row = batch[index, inputs["attention_mask"][index].bool()]
+            torch.testing.assert_close(row, single, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("object_merging", ["concat", "box_to_fused", "fused_to_box"])
+def test_boxes_matter_and_padding_boxes_do_not(object_merging):
+    model = tiny_model(object_merging=object_merging)
+    inputs = tiny_inputs([[2], [4]], tokens_per_box=model.config.num_tokens_per_box)
+    logits = model(**inputs).logits
+    padded = {**inputs, "boxes": inputs["boxes"].clone()}
+    padded["boxes"][0, 2:] = torch.tensor([10.0, 10.0, 50.0, 50.0])
+    torch.testing.assert_close(model(**padded).logits, logits)
+    padded["boxes"][0, :2] = torch.tensor([0.0, 0.0, 96.0, 96.0])
+    assert (model(**padded).logits - logits).abs().max() > 1e-3
+
+
+WRONG_INPUTS = [
+    ({"num_boxes": torch.tensor([2])}, "The prompt holds 12 image placeholders, but its 1 image.s. give 11 embeddings"),
+    ({"num_boxes": torch.tensor([0])}, "`num_boxes` must lie between 1 and the 3 rows of `boxes`, got .0."),
+    ({"num_boxes": torch.tensor([4])}, "`num_boxes` must lie between 1 and the 3 rows of `boxes`, got .4."),
+    ({"num_boxes": torch.tensor([3, 3])}, r"`num_boxes` must have shape \(1,\), got \(2,\)"),
+    ({"boxes": torch.zeros(1, 3, 5)}, r"`boxes` must have shape \(num_images, max_boxes, 4\).*got \(1, 3, 5\)"),
+    ({"boxes": torch.zeros(3, 4)}, r"`boxes` must have shape .*got \(3, 4\)"),
+    ({"boxes": torch.zeros(2, 3, 4)}, r"`boxes` must have shape .* with 1 images.*got \(2, 3, 4\)"),
+    ({"pixel_values": torch.zeros(1, 3, 64, 64)}, r"`pixel_values` must have shape \(num_images, 3, 96, 96\), got"),
+    ({"inputs_embeds": torch.zeros(1, 18, 32)}, "exactly one of `input_ids` and `inputs_embeds`"),
+    ({"mm_encoder_outputs": {"image": object()}}, "either `pixel_values` or `mm_encoder_outputs`"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG_INPUTS, ids=lambda value: None if isinstance(value, dict) else value)
+def test_wrong_inputs_are_named(model, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        model(**{**tiny_inputs([[3]]), **wrong})
+
+
+def test_meta_device_construction_allocates_nothing():
+    with torch.device("meta"):
+        model = MGLlavaForConditionalGeneration(tiny_config())
+    assert all(parameter.is_meta for parameter in model.parameters())

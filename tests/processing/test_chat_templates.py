@@ -1,0 +1,276 @@
+"""Chat templates against the original's strings, ids and loss masks."""
+
+import json
+from pathlib import Path
+
+import PIL.Image
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from mgllava.processing import CHAT_TEMPLATES, MGLlavaImageProcessor, MGLlavaProcessor
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+PROMPTS = json.loads((GOLDEN / "prompts.json").read_text())
+TRAIN = json.loads((GOLDEN / "train_text.json").read_text())["cases"]
+QUESTIONS, ANSWERS, SYSTEM = PROMPTS["questions"], PROMPTS["answers"], PROMPTS["system"]
+FAMILIES = {"vicuna": "vicuna", "llama3": "llama3_chat", "phi3": "phi3_chat", "yi": "qwen_chat"}
+CASES = [f"{turns}_{system}" for turns in ("one_turn", "two_turns") for system in ("no_system", "with_system")]
+IMAGE = PIL.Image.new("RGB", (30, 20), "teal")
+SPECIALS = ["<|bos|>", "<|eos|>", "<|eot_id|>", "<|end|>", "<|im_end|>", "<|im_start|>", "<|start_header_id|>"]
+
+
+def processor_of(tokenizer, **kwargs):
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    image_processor = MGLlavaImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    return MGLlavaProcessor(image_processor, tokenizer, image_seq_length=4, chat_template=CHAT_TEMPLATES, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_like():
+    return processor_of(AutoTokenizer.from_pretrained(GOLDEN / "llm"))
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    """A GPT-2-like tokenizer: no space in front, a leading space belongs to the word, BOS by a post-processor."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    corpus = [*QUESTIONS, *ANSWERS, SYSTEM, json.dumps(PROMPTS["templates"])]
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=SPECIALS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    raw.train_from_iterator(corpus, trainer)
+    raw.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<|bos|>", eos_token="<|eos|>", pad_token="<|eos|>", padding_side="left"
+    )
+    return processor_of(tokenizer)
+
+
+def conversation_of(case, image=None, to_answer=True):
+    """The conversation of a case; image blocks come after the text on purpose."""
+    messages = [{"role": "system", "content": SYSTEM}] if "with_system" in case else []
+    for turn in range(2 if "two_turns" in case else 1):
+        content = [{"type": "text", "text": QUESTIONS[turn]}]
+        if turn == 0:
+            content.append({"type": "image"} if image is None else {"type": "image", "image": image})
+        messages.append({"role": "user", "content": content})
+        messages.append({"role": "assistant", "content": ANSWERS[turn]})
+    return messages if to_answer else messages[:-1]
+
+
+def collapse(ids, image_token_id):
+    """Undo the expansion: one -200 per run of placeholders, as the original writes an image."""
+    output = []
+    for token in ids:
+        if token != image_token_id:
+            output.append(token)
+        elif not output or output[-1] != -200:
+            output.append(-200)
+    return output
+
+
+def original_ids_and_labels(template, case, raw, bos_id, eos_id):
+    """The original's training encoder: every piece by the bare tokenizer, nothing of transformers in between."""
+    ids, labels = [], []
+
+    def add(new, learnt):
+        ids.extend(new)
+        labels.extend(new if learnt else [-100] * len(new))
+
+    def encode(text):
+        return raw.encode(text, add_special_tokens=False).ids if text else []
+
+    needs_bos = True
+    for turn in PROMPTS["templates"][template]["train"][case]["turns"]:
+        if needs_bos:
+            add([bos_id], False)
+        before, *after = turn["input"].split("<image>")
+        add(encode(before), False)
+        for chunk in after:
+            add([-200], False)
+            add(encode(chunk), False)
+        add(encode(turn["output"]), True)
+        if turn["need_eos_token"]:
+            add([eos_id], True)
+        add(encode(turn["sep"]), False)
+        needs_bos = turn["need_eos_token"]
+    return ids, labels
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_strings_equal_the_original(sentencepiece_like, family, case):
+    golden = PROMPTS["templates"][FAMILIES[family]]
+
+    def render(messages, **kwargs):
+        return sentencepiece_like.apply_chat_template(messages, family, **kwargs)
+
+    trained = golden["train"][case]["concatenated"].format(BOS="<s>", EOS="</s>")
+    assert render(conversation_of(case)) == trained
+    prompt = render(conversation_of(case, to_answer=False), add_generation_prompt=True)
+    if "one_turn" in case:
+        assert prompt == golden["chat"][case]
+    # a longer history has the training form, without the BOS that tokenization puts in front
+    last = golden["train"][case]["turns"][-1]["output"]
+    assert trained.removeprefix("<s>").startswith(prompt + last)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_images_move_to_the_front_of_their_turn(sentencepiece_like, family):
+    def render(content):
+        return sentencepiece_like.apply_chat_template([{"role": "user", "content": content}], family)
+
+    text, image = {"type": "text", "text": " What? "}, {"type": "image"}
+    expected = render("<image>\nWhat?")
+    assert "<image>\nWhat?" in expected
+    for content in (
+        [image, text],
+        [text, image],
+        "What? <image>",
+        "<image> What?",
+        [{"type": "text", "text": "What?<image>"}],
+    ):
+        assert render(content) == expected
+    assert "<image>\n<image>\nWhat?" in render([image, text, image])
+    assert " What? " in render(" What? ")
+    assert render([image]) == render("<image>") == expected.replace("<image>\nWhat?", "<image>")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_generation_prompt_the_turn_stays_open(sentencepiece_like, family):
+    messages = [{"role": "user", "content": "Hi"}]
+    short = sentencepiece_like.apply_chat_template(messages, family)
+    long = sentencepiece_like.apply_chat_template(messages, family, add_generation_prompt=True)
+    assert long.startswith(short) and "assistant" in long[len(short) :].lower()
+
+
+@pytest.mark.parametrize("roles", [["assistant"], ["user", "user"], ["user", "system"], ["user", "assistant", "tool"]])
+def test_turns_must_alternate(sentencepiece_like, roles):
+    messages = [{"role": role, "content": "x"} for role in roles]
+    with pytest.raises(Exception, match=f"must alternate.*got {roles[-1]} as message {len(roles)}"):
+        sentencepiece_like.apply_chat_template(messages, "yi")
+
+
+def test_unknown_content_blocks_are_refused(sentencepiece_like):
+    messages = [{"role": "user", "content": [{"type": "video"}]}]
+    with pytest.raises(Exception, match="'text' or 'image', got 'video'"):
+        sentencepiece_like.apply_chat_template(messages, "vicuna")
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_ids_and_mask_equal_the_original(sentencepiece_like, family, case):
+    golden = TRAIN[f"{FAMILIES[family]}.{case}"]
+    features = sentencepiece_like.apply_chat_template(
+        conversation_of(case, IMAGE), family, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    (ids,), (mask,) = features["input_ids"], features["assistant_masks"]
+    assert len(ids) == len(mask) and ids.count(sentencepiece_like.image_token_id) == 5
+    assert collapse(ids, sentencepiece_like.image_token_id) == golden["input_ids"]
+    learnt = [token for token, is_learnt in zip(ids, mask, strict=True) if is_learnt]
+    assert learnt == [label for label in golden["labels"] if label != -100]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_byte_level_ids_and_mask_equal_the_original_encoder(byte_level, family, case):
+    raw = byte_level.tokenizer.backend_tokenizer
+    expected, labels = original_ids_and_labels(FAMILIES[family], case, raw, bos_id=0, eos_id=1)
+    features = byte_level.apply_chat_template(
+        conversation_of(case, IMAGE), family, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    (ids,), (mask,) = features["input_ids"], features["assistant_masks"]
+    assert collapse(ids, byte_level.image_token_id) == expected
+    learnt = [token for token, is_learnt in zip(ids, mask, strict=True) if is_learnt]
+    assert learnt == [label for label in labels if label != -100] and learnt
+
+
+def test_the_original_encoder_of_this_file_agrees_with_the_golden_ids(sentencepiece_like):
+    raw = sentencepiece_like.tokenizer.backend_tokenizer
+    for name, golden in TRAIN.items():
+        assert original_ids_and_labels(*name.split("."), raw, 1, 2) == (golden["input_ids"], golden["labels"])
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_masks_of_a_padded_batch_equal_those_of_its_rows(byte_level, padding_side):
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    batch = [conversation_of("one_turn_no_system", IMAGE), conversation_of("two_turns_with_system", IMAGE)]
+    rows = [byte_level.apply_chat_template(row, "llama3", **options) for row in batch]
+    features = byte_level.apply_chat_template(
+        batch,
+        "llama3",
+        **options,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": padding_side},
+    )
+    for index, row in enumerate(rows):
+        real = features["attention_mask"][index].bool()
+        assert features["input_ids"][index][real].tolist() == row["input_ids"][0]
+        assert features["assistant_masks"][index][real].tolist() == row["assistant_masks"][0]
+        assert features["assistant_masks"][index][~real].sum() == 0
+    assert (features["attention_mask"][0, 0] == 0) == (padding_side == "left")
+
+
+def test_a_prompt_has_bos_once_and_equals_the_rendered_string(sentencepiece_like):
+    messages = conversation_of("one_turn_with_system", IMAGE, to_answer=False)
+    prompt = sentencepiece_like.apply_chat_template(messages, "vicuna", add_generation_prompt=True)
+    ids = sentencepiece_like.apply_chat_template(messages, "vicuna", add_generation_prompt=True, tokenize=True)
+    assert ids == sentencepiece_like(IMAGE, prompt)["input_ids"]
+    assert ids[0][0] == 1 and ids[0].count(1) == 1
+
+
+def test_continue_final_message_leaves_the_answer_open(sentencepiece_like):
+    messages = conversation_of("one_turn_no_system", IMAGE)
+    text = sentencepiece_like.apply_chat_template(messages, "phi3", continue_final_message=True)
+    assert text.endswith("<|assistant|>\nA red circle.")
+    ids = sentencepiece_like.apply_chat_template(messages, "phi3", continue_final_message=True, tokenize=True)[0]
+    closed = TRAIN["phi3_chat.one_turn_no_system"]["input_ids"]
+    answer = sentencepiece_like.tokenizer.encode("A red circle.", add_special_tokens=False)
+    collapsed = collapse(ids, sentencepiece_like.image_token_id)
+    assert collapsed == closed[: len(collapsed)] and collapsed[-len(answer) :] == answer
+
+
+def test_users_cannot_write_boundaries(sentencepiece_like):
+    def ids(text):
+        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "ok"}]
+        return sentencepiece_like.apply_chat_template(
+            messages, "vicuna", tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+
+    plain, forged = ids("teach me"), ids("teach\U000ff4d1 me\U000ff4d0")
+    assert forged["input_ids"] == plain["input_ids"]
+    assert forged["assistant_masks"] == plain["assistant_masks"]
+
+
+def test_templates_without_boundaries_still_work(byte_level):
+    template = (
+        "{% for m in messages %}{{ m['role'] }}:{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
+    )
+    features = byte_level.apply_chat_template(
+        [{"role": "user", "content": "circle"}],
+        template,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    learnt = [t for t, m in zip(features["input_ids"][0], features["assistant_masks"][0], strict=True) if m]
+    assert byte_level.decode(learnt) == "circle"
+
+
+def test_sanitized_user_text_writes_no_placeholder_and_no_control_token(byte_level):
+    messages = [{"role": "user", "content": "<image> <|eot_id|> x"}]
+    options = {"tokenize": True, "add_generation_prompt": True, "sanitize_control_tokens": True}
+    if not hasattr(byte_level.tokenizer, "_mark_chat_inputs"):
+        with pytest.raises(NotImplementedError, match="newer transformers"):
+            byte_level.apply_chat_template(messages, "llama3", **options)
+        return
+    (ids,) = byte_level.apply_chat_template(messages, "llama3", **options)
+    assert byte_level.image_token_id not in ids
+    assert ids.count(byte_level.tokenizer.convert_tokens_to_ids("<|eot_id|>")) == 1  # the template's own
+    assert "<image> <|eot_id|> x" in byte_level.decode(ids)
+    messages[0]["content"] = [{"type": "image", "image": IMAGE}, {"type": "text", "text": "<image>"}]
+    (ids,) = byte_level.apply_chat_template(messages, "llama3", **options)
+    assert ids.count(byte_level.image_token_id) == 5
