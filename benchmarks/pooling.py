@@ -18,7 +18,6 @@ from torchvision.ops import roi_align
 
 from mgllava.modeling.regions_mgllava import pool_boxes
 
-
 WIDTHS, SIDES, IMAGE_SIZE, POOLED_SIZE = (192, 384, 768, 1536), (192, 96, 48, 24), 768, 56
 
 

@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -16,7 +16,6 @@ from transformers import AutoModel, AutoProcessor, TextStreamer
 import mgllava  # noqa: F401  (makes the Auto classes know MG-LLaVA)
 from mgllava.conversion import convert_checkpoint
 
-
 ROOT = Path(__file__).parent.parent
 CHECKPOINT, OUTPUT = ROOT / "tests" / "golden", ROOT / "demo-output"
 BOXES = {"cup": [172, 17, 410, 308], "saucer": [76, 68, 481, 390], "spoon": [325, 66, 425, 328]}
@@ -46,7 +45,11 @@ def main() -> None:
     console.rule("3. Ask about a photograph")
     image = Image.open(Path(__file__).parent / "coffee.jpg")
     picture = draw_bounding_boxes(
-        pil_to_tensor(image), torch.tensor(list(BOXES.values())), list(BOXES), colors=["cyan", "yellow", "lime"], width=3
+        pil_to_tensor(image),
+        torch.tensor(list(BOXES.values())),
+        list(BOXES),
+        colors=["cyan", "yellow", "lime"],
+        width=3,
     )
     to_pil_image(picture).save(OUTPUT / "boxes.png")
     content = [
@@ -62,7 +65,9 @@ def main() -> None:
     )
     placeholders = int((inputs["input_ids"] == model.config.image_token_id).sum())
     fused = model.config.image_seq_length
-    console.print(f"  examples/coffee.jpg: {fused} fused tokens and {placeholders - fused} object tokens ({', '.join(BOXES)})")
+    console.print(
+        f"  examples/coffee.jpg: {fused} fused tokens and {placeholders - fused} object tokens ({', '.join(BOXES)})"
+    )
     console.print(f"  the boxes are drawn in {(OUTPUT / 'boxes.png').relative_to(ROOT)}", highlight=False)
     console.print(f"\n[bold]Question[/bold]  {QUESTION}")
     console.print("[bold]Answer[/bold]    ", end="")

@@ -2,7 +2,6 @@
 
 import os
 
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
@@ -10,8 +9,7 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 from mgllava.conversion import convert_checkpoint
-
-from .golden_cases import GOLDEN
+from tests.golden_cases import GOLDEN
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-
 GOLDEN = Path(__file__).parent / "golden"
 
 # The original's placeholder, and the id that the converter gives it here: the first behind the 420 words.

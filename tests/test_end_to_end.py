@@ -6,8 +6,7 @@ import sys
 
 import pytest
 
-from .golden_cases import GOLDEN, case
-
+from tests.golden_cases import GOLDEN, case
 
 ANSWER = """
 import json, sys, torch

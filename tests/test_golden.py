@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-from .golden_cases import (
+from tests.golden_cases import (
     GOLDEN,
     IMAGE_ID,
     VOCAB_SIZE,
@@ -17,7 +17,6 @@ from .golden_cases import (
     load_json,
     load_tensors,
 )
-
 
 # Limits of the golden set's README: float32 sums in another order stay far below.
 PIXELS, FEATURES, LOGITS, LOSS = 1e-6, 5e-5, 3e-4, 1e-4
@@ -99,7 +98,11 @@ def assert_stages_equal(stages, tensors):
     compared = set()
     for name, expected in tensors.items():
         stage = next(
-            (s for s in sorted(stages, key=len, reverse=True) if name == s or name.startswith((f"{s}_s", f"{s}_last"))),
+            (
+                s
+                for s in sorted(stages, key=len, reverse=True)
+                if name == s or name.startswith((f"{s}_s", f"{s}_last"))
+            ),
             None,
         )
         if stage is not None and expected.dtype == torch.float32:
@@ -125,9 +128,7 @@ def test_inputs_equal_golden(processor, name):
     assert inputs["boxes"][0].tolist() == golden["boxes"]
     assert inputs["num_boxes"].tolist() == [golden["n_boxes"]]
     assert list(inputs["box_labels"][0]) == golden["labels"]
-    assert_near(
-        thinned("pixel_values_aux_s16", inputs["pixel_values"][0]), tensors["pixel_values_aux_s16"], PIXELS
-    )
+    assert_near(thinned("pixel_values_aux_s16", inputs["pixel_values"][0]), tensors["pixel_values_aux_s16"], PIXELS)
 
 
 @pytest.mark.parametrize("name", IMAGE_CASES)
@@ -156,7 +157,9 @@ def test_projected_tokens_stand_where_the_placeholder_was(model, processor):
     stages = run(model, process(processor, golden))
     start = golden["input_ids"].index(-200)
     assert_near(stages["projected"], tensors["inputs_embeds"][start : start + 576], FEATURES)
-    assert_near(stages["inputs_embeds"][start + 576 : start + 576 + golden["n_boxes"]], tensors["box_projected"], FEATURES)
+    assert_near(
+        stages["inputs_embeds"][start + 576 : start + 576 + golden["n_boxes"]], tensors["box_projected"], FEATURES
+    )
 
 
 @pytest.mark.parametrize(
@@ -316,4 +319,6 @@ def test_training_text_equals_golden(processor):
     labels = [token if is_target else -100 for token, is_target in zip(ids, trained, strict=True)]
     assert [label for label in labels if label != -100] == [label for label in golden["labels"] if label != -100]
     position = golden["input_ids"].index(-200)
-    assert labels[:position] + labels[position + 577 :] == golden["labels"][:position] + golden["labels"][position + 1 :]
+    assert (
+        labels[:position] + labels[position + 577 :] == golden["labels"][:position] + golden["labels"][position + 1 :]
+    )

@@ -10,7 +10,6 @@ import pytest
 
 import mgllava
 
-
 PACKAGE = Path(mgllava.__file__).parent
 HUB_FILES = sorted(path for folder in ("modeling", "processing") for path in (PACKAGE / folder).glob("*.py"))
 HUB_PACKAGES = {"torch", "torchvision", "transformers", "timm", "huggingface_hub", "numpy", "PIL", "tokenizers"}

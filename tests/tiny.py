@@ -5,7 +5,6 @@ from transformers import CONFIG_MAPPING
 
 from mgllava import MGLlavaConfig, MGLlavaForConditionalGeneration
 
-
 IMAGE_TOKEN_ID, VOCAB_SIZE = 100, 128
 IMAGE_SIZE, NUM_FUSED_TOKENS = 96, 9
 

@@ -15,7 +15,6 @@ from mgllava.modeling import (
 )
 from mgllava.processing import MGLlavaImageProcessor, MGLlavaImageProcessorPil, MGLlavaProcessor
 
-
 __version__ = "0.1.0"
 
 AutoConfig.register(MGLlavaConfig.model_type, MGLlavaConfig, exist_ok=True)

@@ -4,8 +4,7 @@ import pytest
 from transformers import AutoConfig
 
 from mgllava import MGLlavaConfig
-
-from ..tiny import tiny_config
+from tests.tiny import tiny_config
 
 
 def test_default_is_the_published_vicuna_7b():

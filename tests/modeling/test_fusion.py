@@ -8,10 +8,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from mgllava import MGLlavaForConditionalGeneration
 from mgllava.modeling.fusion_mgllava import FUSIONS
-
-from ..golden_cases import load_tensors
-from ..tiny import tiny_config, tiny_model
-
+from tests.golden_cases import load_tensors
+from tests.tiny import tiny_config, tiny_model
 
 RENAMED = {"slow": "high_res", "fast": "low_res"}
 GOLDEN_VARIANTS = {"conv_gate": 0, "conv_gate_concat": 1, "channel_concat": 2, "plain_channel_concat": 3}

@@ -4,8 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationMixin, TextIteratorStreamer
 
-from ..tiny import VOCAB_SIZE, one_prompt, random_boxes, tiny_config, tiny_inputs, tiny_model
-
+from tests.tiny import VOCAB_SIZE, one_prompt, random_boxes, tiny_config, tiny_inputs, tiny_model
 
 MIXED = [[3], [], [1, 5], [2]]
 

@@ -5,9 +5,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mgllava import MGLlavaForConditionalGeneration
-
-from ..tiny import IMAGE_TOKEN_ID, one_prompt, tiny_config, tiny_inputs, tiny_model
-
+from tests.tiny import IMAGE_TOKEN_ID, one_prompt, tiny_config, tiny_inputs, tiny_model
 
 LLMS = ["llama", "phi3", "qwen2", "qwen3", "mistral"]
 MIXED = [[3], [], [1, 5], [2]]
@@ -222,7 +220,10 @@ def test_boxes_matter_and_padding_boxes_do_not(object_merging):
 
 
 WRONG_INPUTS = [
-    ({"num_boxes": torch.tensor([2])}, "The prompt holds 12 image placeholders, but its 1 image.s. give 11 embeddings"),
+    (
+        {"num_boxes": torch.tensor([2])},
+        "The prompt holds 12 image placeholders, but its 1 image.s. give 11 embeddings",
+    ),
     ({"num_boxes": torch.tensor([0])}, "`num_boxes` must lie between 1 and the 3 rows of `boxes`, got .0."),
     ({"num_boxes": torch.tensor([4])}, "`num_boxes` must lie between 1 and the 3 rows of `boxes`, got .4."),
     ({"num_boxes": torch.tensor([3, 3])}, r"`num_boxes` must have shape \(1,\), got \(2,\)"),
@@ -235,7 +236,9 @@ WRONG_INPUTS = [
 ]
 
 
-@pytest.mark.parametrize(("wrong", "message"), WRONG_INPUTS, ids=lambda value: None if isinstance(value, dict) else value)
+@pytest.mark.parametrize(
+    ("wrong", "message"), WRONG_INPUTS, ids=lambda value: None if isinstance(value, dict) else value
+)
 def test_wrong_inputs_are_named(model, wrong, message):
     with pytest.raises(ValueError, match=message):
         model(**{**tiny_inputs([[3]]), **wrong})

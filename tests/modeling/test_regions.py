@@ -7,7 +7,6 @@ from torchvision.ops import roi_align
 
 from mgllava.modeling.regions_mgllava import pool_boxes
 
-
 IMAGE_SIZE = 768
 
 

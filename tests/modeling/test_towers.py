@@ -9,9 +9,8 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from mgllava.modeling import MGLlavaHighResVisionConfig, MGLlavaHighResVisionModel
-
-from ..golden_cases import GOLDEN
-from ..tiny import tiny_model
+from tests.golden_cases import GOLDEN
+from tests.tiny import tiny_model
 
 
 def test_high_res_tower_equals_open_clip_trunk():

@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from tokenizers import processors
 from transformers import AutoProcessor, AutoTokenizer, ByT5Tokenizer
 
 import mgllava
@@ -94,6 +95,14 @@ def test_chunks_are_encoded_alone_after_bos(processor):
     assert processor(RED, "USER: <image>\nhi there", boxes=[TWO], add_special_tokens=False)["input_ids"][0] == ids[1:]
     assert processor(text="hi")["input_ids"] == [processor.tokenizer("hi")["input_ids"]]
     assert processor(text="")["input_ids"] == [[1]]
+
+
+def test_bos_is_put_in_front_even_if_the_tokenizer_would_not():
+    """Yi-1.5's tokenizer, among others, leaves BOS out; the original adds the id by hand."""
+    tokenizer = golden_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    assert tokenizer("hi")["input_ids"][0] != 1
+    assert small(tokenizer)(text="hi")["input_ids"][0][0] == 1
 
 
 def test_a_slow_tokenizer_without_bos(processor):

@@ -5,5 +5,4 @@ from .convert import convert_checkpoint
 from .errors import ConversionError
 from .export_xtuner import export_xtuner
 
-
 __all__ = ["ConversionError", "XTunerCheckpoint", "convert_checkpoint", "export_xtuner", "read_checkpoint"]

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -11,7 +12,6 @@ from .errors import ConversionError
 from .sources import HighResTower
 from .tensor_files import LazyTensor
 from .vocabulary import Vocabulary
-
 
 # Side of the high-resolution input of every published checkpoint, for files whose config text does not say it.
 _PUBLISHED_IMAGE_SIZE = 768
@@ -144,12 +144,16 @@ def build_config(
         ConversionError: If checkpoint and towers do not fit together.
     """
     text_config = copy.deepcopy(text_config)
+    # Where the language model lay on the converter's machine says nothing to others.
+    text_config.name_or_path = ""
     text_config.vocab_size = vocabulary.padded_rows
     hidden_sizes = high_res_tower.hidden_sizes
     fusion_type = detect_fusion_type(tensors, vision_config.hidden_size, hidden_sizes[-1])
     box_feature_type = detect_box_feature_type(tensors, hidden_sizes)
     _check_width(tensors, _PROJECTOR, 0, text_config.hidden_size, "llm")
-    multi_level = {"box_multi_level_size": tensors[_FIRST_LEVEL].shape[0]} if _FIRST_LEVEL in tensors else {}
+    variant: dict[str, Any] = {"fusion_type": fusion_type, "box_feature_type": box_feature_type}
+    if _FIRST_LEVEL in tensors:
+        variant["box_multi_level_size"] = tensors[_FIRST_LEVEL].shape[0]
     try:
         return MGLlavaConfig(
             text_config=text_config,
@@ -162,11 +166,9 @@ def build_config(
             },
             image_token_id=vocabulary.image_token_id,
             unpadded_vocab_size=vocabulary.original_rows,
-            fusion_type=fusion_type,
-            box_feature_type=box_feature_type,
             tie_word_embeddings=getattr(text_config, "tie_word_embeddings", False),
             architectures=["MGLlavaForConditionalGeneration"],
-            **multi_level,
+            **variant,
         )
     except ValueError as error:
         raise ConversionError(f"Checkpoint and towers do not fit together: {error}") from error

@@ -31,7 +31,6 @@ from .sources import (
 from .tensor_files import LazyTensor, sha256
 from .vocabulary import Vocabulary, generation_config, grow_table, load_tokenizer, plan_vocabulary
 
-
 REPORT_NAME = "conversion_report.json"
 # Small enough to convert, resume and load on modest machines; transformers' own 50 GB suits only large ones.
 DEFAULT_SHARD_SIZE = "5GB"
@@ -276,7 +275,7 @@ def _main_dtype(dtype: str | torch.dtype, gathered: _Gathered, text_config: PreT
     return found
 
 
-def _set_dtype(config: MGLlavaConfig, dtype: torch.dtype) -> None:
+def _set_dtype(config: Any, dtype: torch.dtype) -> None:
     for part in (config, config.text_config, config.vision_config, config.high_res_vision_config):
         part.dtype = dtype
 
@@ -355,7 +354,7 @@ def _write_weights(
 
 
 def _processor(
-    config: MGLlavaConfig, tokenizer: Any, image_settings: Mapping[str, Any], prompt_template: str
+    config: Any, tokenizer: Any, image_settings: Mapping[str, Any], prompt_template: str
 ) -> MGLlavaProcessor:
     side = config.high_res_vision_config.image_size
     statistics = {name: image_settings[name] for name in ("image_mean", "image_std") if name in image_settings}

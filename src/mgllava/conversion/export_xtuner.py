@@ -15,7 +15,6 @@ from .key_mapping import XTUNER_TO_MODEL, rename, to_xtuner
 from .shard_writer import check_disk_space
 from .tensor_files import LazyTensor, open_weights
 
-
 _TOWERS = ("model.vision_tower.", "model.high_res_vision_tower.")
 _EMBEDDING = "model.language_model.embed_tokens.weight"
 _TABLES = (_EMBEDDING, "lm_head.weight", "lm_head.bias")
@@ -125,7 +124,7 @@ def _rows(named: tuple[str, LazyTensor], config: MGLlavaConfig) -> torch.Tensor:
     return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, kept.shape, kept.stride())
 
 
-def _meta(config: MGLlavaConfig, report: dict[str, Any]) -> dict[str, Any]:
+def _meta(config: Any, report: dict[str, Any]) -> dict[str, Any]:
     # The reader of the file needs the image size; the rest is for people.
     own = {"cfg": f"image_size_aux = {config.high_res_vision_config.image_size}\n"}
     return {**own, **report.get("meta", {}), "mgllava_version": mgllava.__version__}

@@ -2,7 +2,6 @@
 
 import re
 
-
 # Prefixes, tried in order. Each ends at a dot, so that no name matches two of them.
 XTUNER_TO_MODEL: tuple[tuple[str, str], ...] = (
     ("llm.model.", "model.language_model."),

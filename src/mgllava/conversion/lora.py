@@ -9,7 +9,6 @@ import torch
 from .errors import ConversionError
 from .tensor_files import LazyTensor
 
-
 _WRAPPER = "llm.base_model.model."
 _LOW_RANK = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.default\.weight$")
 

@@ -15,7 +15,6 @@ import torch
 
 from .errors import ConversionError
 
-
 # What a tensor in a torch file is built with. Storages are resolved by `torch.load` itself.
 _REAL_GLOBALS = {
     ("collections", "OrderedDict"),
@@ -36,6 +35,7 @@ class InertObject:
     """Stands for an object of a class that is not loaded. It takes any state and does nothing with it."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "InertObject":
+        """Make a placeholder from whatever the original would have been made from."""
         return super().__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -88,10 +88,9 @@ def load_without_code(path: str | Path, may_be_inert: Callable[[str], bool], mma
             return type(name.rpartition(".")[2], (InertObject,), {})
 
     # The part of the interface of the `pickle` module that `torch.load` uses.
-    restricted = types.SimpleNamespace(
-        Unpickler=Unpickler,
-        load=lambda file, **kwargs: Unpickler(file, **kwargs).load(),
-    )
+    restricted: Any = types.ModuleType("restricted_pickle")
+    restricted.Unpickler = Unpickler
+    restricted.load = lambda file, **kwargs: Unpickler(file, **kwargs).load()
     return torch.load(path, map_location="cpu", mmap=mmap, weights_only=False, pickle_module=restricted)
 
 

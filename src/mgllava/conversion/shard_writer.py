@@ -8,13 +8,13 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from .errors import ConversionError
 from .tensor_files import LazyTensor
-
 
 _DTYPE_NAMES = {
     torch.float64: "F64",
@@ -74,7 +74,7 @@ class ShardPlan:
     """
 
     shards: list[Shard]
-    index: dict[str, object] | None
+    index: dict[str, Any] | None
 
 
 def plan_shards(tensors: Mapping[str, LazyTensor], max_shard_size: str | int) -> ShardPlan:
@@ -136,7 +136,7 @@ def write_shard(shard: Shard, folder: Path, on_bytes: Callable[[int], None]) -> 
     Args:
         shard (`Shard`): What to write.
         folder (`Path`): Where.
-        on_bytes (`Callable[[int], None]`): Told the size of every tensor written.
+        on_bytes (`Callable[[int], None]`): Told how many bytes were written, again and again.
 
     Raises:
         ConversionError: If a tensor is not as planned.
@@ -145,6 +145,7 @@ def write_shard(shard: Shard, folder: Path, on_bytes: Callable[[int], None]) -> 
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
         file.write(shard.header)
+        on_bytes(len(shard.header))
         for name, planned in shard.tensors.items():
             values = planned.load()
             if tuple(values.shape) != planned.shape or values.dtype != planned.dtype:
@@ -152,9 +153,10 @@ def write_shard(shard: Shard, folder: Path, on_bytes: Callable[[int], None]) -> 
                     f"{name}: expected {planned.shape} {planned.dtype} from {planned.origin}, "
                     f"got {tuple(values.shape)} {values.dtype}."
                 )
-            file.write(memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            data: Any = values.contiguous().reshape(-1).view(torch.uint8).numpy()
+            file.write(memoryview(data))
             on_bytes(planned.nbytes)
-            del values
+            del values, data
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)
@@ -252,7 +254,8 @@ def check_disk_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ConversionError(
-            f"Not enough disk space in {folder}: {needed / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free."
+            f"Not enough disk space in {folder}: {needed / 1e9:.1f} GB are to be written, "
+            f"{free / 1e9:.1f} GB are free."
         )
 
 

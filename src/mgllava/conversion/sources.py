@@ -14,7 +14,6 @@ from .errors import ConversionError
 from .key_mapping import CLIP_DROPS, CLIP_TO_MODEL, OPEN_CLIP_DROPS, OPEN_CLIP_TO_MODEL, drop_reason, rename
 from .tensor_files import LazyTensor, open_safetensors, open_torch_file, open_weights, tensors_of
 
-
 _CONFIG_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
 _SAFETENSORS_FILES = ["model*.safetensors"]
 _PICKLED_FILES = ["pytorch_model*.bin"]

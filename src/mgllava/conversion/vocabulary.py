@@ -10,7 +10,6 @@ from transformers import AddedToken, AutoTokenizer, GenerationConfig, PreTrained
 from .errors import ConversionError
 from .tensor_files import LazyTensor
 
-
 IMAGE_TOKEN = "<image>"
 
 # Tensor cores and tensor-parallel engines like tables of this granularity, as other LLaVA repositories have.
@@ -139,7 +138,8 @@ def generation_config(
     vocabulary = tokenizer.get_vocab()
     stop_ids += [vocabulary[word] for word in STOP_WORDS[prompt_template] if word in vocabulary]
     stop_ids = list(dict.fromkeys(stop_ids))
-    return GenerationConfig(
+    config_class: Any = GenerationConfig  # untyped
+    return config_class(  # type: ignore[no-any-return]
         bos_token_id=tokenizer.bos_token_id if tokenizer.bos_token_id is not None else own.bos_token_id,
         eos_token_id=stop_ids[0] if len(stop_ids) == 1 else stop_ids,
         pad_token_id=tokenizer.pad_token_id,

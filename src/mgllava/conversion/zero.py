@@ -13,7 +13,6 @@ import torch
 from .errors import ConversionError
 from .tensor_files import LazyTensor, open_torch_file, tensors_of
 
-
 # Objects of deepspeed itself (loss scalers, address tables) lie in every one of its files; none of them is needed.
 _INERT_MODULES = ("deepspeed",)
 

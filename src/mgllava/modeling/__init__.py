@@ -13,7 +13,6 @@ from .modeling_mgllava import (
     MGLlavaPreTrainedModel,
 )
 
-
 __all__ = [
     "MGLlavaCausalLMOutputWithPast",
     "MGLlavaConfig",

@@ -37,8 +37,10 @@ class MGLlavaCrossAttention(nn.Module):
             context (`torch.Tensor` of shape `(batch_size, num_keys, context_size)`): Tokens that answer.
             context_mask (`torch.BoolTensor` of shape `(batch_size, num_keys)`, *optional*):
                 `True` where a key may be attended to.
-            query_positions, context_positions (`torch.Tensor` of shape `(num_queries or num_keys, hidden_size)`,
-                *optional*): Added to the projected queries and keys.
+            query_positions (`torch.Tensor` of shape `(num_queries, hidden_size)`, *optional*):
+                Added to the projected queries.
+            context_positions (`torch.Tensor` of shape `(num_keys, hidden_size)`, *optional*):
+                Added to the projected keys.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, num_queries, query_size)`.

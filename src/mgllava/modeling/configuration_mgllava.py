@@ -1,6 +1,6 @@
 """Configuration of MG-LLaVA (arXiv 2406.17770)."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig
@@ -41,7 +41,21 @@ class MGLlavaHighResVisionConfig(PreTrainedConfig):
                 f"got depths={self.depths} and hidden_sizes={self.hidden_sizes}."
             )
         if self.image_size % 32:
-            raise ValueError(f"`image_size` must be a multiple of 32 (the last stage's stride), got {self.image_size}.")
+            raise ValueError(
+                f"`image_size` must be a multiple of 32 (the last stage's stride), got {self.image_size}."
+            )
+
+
+def _read_sub_config(value: Any, name: str, model_type: str, **defaults: Any) -> PreTrainedConfig:
+    """Build the sub configuration `name` from nothing, a dictionary (left as it is) or a configuration."""
+    if value is None:
+        return CONFIG_MAPPING[model_type](**defaults)
+    if isinstance(value, dict):
+        model_type = value.get("model_type", model_type)
+        return CONFIG_MAPPING[model_type](**{**value, "model_type": model_type})
+    if isinstance(value, PreTrainedConfig):
+        return value
+    raise TypeError(f"`{name}` must be a configuration or a dictionary, got {type(value).__name__}.")
 
 
 @strict
@@ -84,7 +98,6 @@ class MGLlavaConfig(PreTrainedConfig):
             Whether `lm_head` shares the embedding table; taken from `text_config` when that says so.
 
     Example:
-
     ```python
     >>> from mgllava import MGLlavaConfig, MGLlavaForConditionalGeneration
 
@@ -101,9 +114,10 @@ class MGLlavaConfig(PreTrainedConfig):
         "high_res_vision_config": MGLlavaHighResVisionConfig,
     }
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
-    high_res_vision_config: dict | PreTrainedConfig | None = None
+    # Configurations once `__post_init__` is done, whatever they were given as.
+    text_config: Any = None
+    vision_config: Any = None
+    high_res_vision_config: Any = None
     image_token_id: int = 32000
     unpadded_vocab_size: int | None = None
     fusion_type: Literal[
@@ -122,27 +136,19 @@ class MGLlavaConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        # The caller's dictionaries stay as they are: `from_dict` hands over the ones it will read again.
-        if self.text_config is None:
-            self.text_config = CONFIG_MAPPING["llama"](vocab_size=32064)
-        elif isinstance(self.text_config, dict):
-            model_type = self.text_config.get("model_type", "llama")
-            self.text_config = CONFIG_MAPPING[model_type](**{**self.text_config, "model_type": model_type})
-
-        if self.vision_config is None:
-            self.vision_config = CONFIG_MAPPING["clip_vision_model"](
-                hidden_size=1024,
-                intermediate_size=4096,
-                num_hidden_layers=23,
-                num_attention_heads=16,
-                image_size=336,
-                patch_size=14,
-                projection_dim=768,
-            )
-        elif isinstance(self.vision_config, dict):
-            model_type = self.vision_config.get("model_type", "clip_vision_model")
-            self.vision_config = CONFIG_MAPPING[model_type](**{**self.vision_config, "model_type": model_type})
-
+        self.text_config = _read_sub_config(self.text_config, "text_config", "llama", vocab_size=32064)
+        self.vision_config = _read_sub_config(
+            self.vision_config,
+            "vision_config",
+            "clip_vision_model",
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=23,
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
+            projection_dim=768,
+        )
         if self.high_res_vision_config is None:
             self.high_res_vision_config = MGLlavaHighResVisionConfig()
         elif isinstance(self.high_res_vision_config, dict):

@@ -112,9 +112,7 @@ class MGLlavaResampler(nn.Module):
         self.output_size = low_size
         self.grid_size = config.token_grid_size
         self.queries = nn.Parameter(torch.randn(config.image_seq_length, low_size) * 0.02)
-        self.attention = MGLlavaCrossAttention(
-            low_size, high_size, low_size, config.vision_config.num_attention_heads
-        )
+        self.attention = MGLlavaCrossAttention(low_size, high_size, low_size, config.vision_config.num_attention_heads)
 
     def forward(self, low_res: torch.Tensor, feature_maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Fuse tokens `(num_images, num_tokens, low_size)` with the last of `feature_maps`."""

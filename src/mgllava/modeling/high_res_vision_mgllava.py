@@ -41,7 +41,7 @@ class MGLlavaHighResVisionModel(PreTrainedModel):
         if isinstance(module, ConvNeXtBlock) and module.gamma is not None:
             init.constant_(module.gamma, 1e-6)
 
-    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BackboneOutput:
+    def forward(self, pixel_values: torch.Tensor) -> BackboneOutput:
         """Compute the maps of all four stages.
 
         Args:

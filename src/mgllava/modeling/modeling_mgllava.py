@@ -92,8 +92,8 @@ class MGLlavaPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        # transformers passes by modules of outside packages that own no parameter themselves, so what a block wants for
-        # its layers is noted on the layers.
+        # transformers passes by modules of outside packages that own no parameter themselves, so what a block wants
+        # for its layers is noted on the layers.
         initialization = getattr(module, "initialization", None)
         if initialization == "xavier_uniform":
             init.xavier_uniform_(module.weight)
@@ -184,6 +184,7 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
                 has the single box `[0, 0, 0, 0]`, as in training on images without objects.
             num_boxes (`torch.LongTensor` of shape `(num_images,)`, *optional*):
                 How many of the boxes of each image are real, at least 1. By default all are.
+            **kwargs: `return_dict=False` gives a tuple.
 
         Returns:
             `BaseModelOutputWithPooling`: `last_hidden_state` holds the fused tokens, of shape
@@ -219,8 +220,8 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
             boxes = pixel_values.new_zeros(num_images, 1, 4, dtype=torch.float32)
         if boxes.ndim != 3 or boxes.shape[0] != num_images or boxes.shape[1] == 0 or boxes.shape[2] != 4:
             raise ValueError(
-                f"`boxes` must have shape (num_images, max_boxes, 4) with {num_images} images and at least one box, got "
-                f"{tuple(boxes.shape)}. Pass x1, y1, x2, y2 in pixels of the {size}x{size} input, zero-padded."
+                f"`boxes` must have shape (num_images, max_boxes, 4) with {num_images} images and at least one box, "
+                f"got {tuple(boxes.shape)}. Pass x1, y1, x2, y2 in pixels of the {size}x{size} input, zero-padded."
             )
         if num_boxes is None:
             num_boxes = torch.full((num_images,), boxes.shape[1], device=boxes.device)
@@ -308,6 +309,7 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
                 How many of the boxes of each image are real. Ignored without `pixel_values`.
             mm_encoder_outputs (`dict`, *optional*):
                 `{"image": output of get_image_features}`, to use in place of `pixel_values`.
+            **kwargs: Arguments of the language model, such as `use_cache` and `output_hidden_states`.
 
         Returns:
             `MGLlavaModelOutputWithPast`.
@@ -350,10 +352,9 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
 
 
 class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
-    """MG-LLaVA with its language modeling head.
+    r"""MG-LLaVA with its language modeling head.
 
     Example:
-
     ```python
     >>> from transformers import AutoModel, AutoProcessor
     >>> import mgllava
@@ -451,6 +452,8 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
                 Compute logits for the last so many positions only (0: all), or for the positions in a 1-D tensor.
             mm_encoder_outputs (`dict`, *optional*):
                 `{"image": output of get_image_features}`, to use in place of `pixel_values`.
+            **kwargs: Arguments of the language model, such as `use_cache` and `output_hidden_states`, and of the loss
+                (`num_items_in_batch`).
 
         Returns:
             `MGLlavaCausalLMOutputWithPast`.
@@ -480,9 +483,7 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
                 labels = labels.masked_fill(input_ids == self.config.image_token_id, -100)
             # Padding rows of the table are no words: with them in the sum the loss would not be the reference's.
             vocab_size = self.config.unpadded_vocab_size or self.config.text_config.vocab_size
-            loss = self.loss_function(
-                logits=logits[..., :vocab_size], labels=labels, vocab_size=vocab_size, **kwargs
-            )
+            loss = self.loss_function(logits=logits[..., :vocab_size], labels=labels, vocab_size=vocab_size, **kwargs)
         return MGLlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -13,7 +13,6 @@ from torch.nn import functional as F  # noqa: N812
 from .configuration_mgllava import MGLlavaConfig
 from .projector_mgllava import MGLlavaProjector
 
-
 # Bins per side of the RoI-align grid. The count matters although the mean is taken: it decides how densely the box is
 # sampled.
 POOLED_SIZE = {"pyramid": 56, "multi_level": 56, "last_stage": 7}
@@ -27,8 +26,8 @@ def roi_axis_weights(start: torch.Tensor, end: torch.Tensor, size: int, pooled_s
     cells, is clamped onto the map if it lies up to one cell outside and counts as zero beyond that.
 
     Instead of visiting samples, this counts those between each pair of neighbouring cells: `count` samples whose mean
-    distance to the left cell is `offset` give it `count * (1 - offset)` and the right cell `count * offset`. The shapes
-    do not depend on the boxes, and the cost does not depend on their size.
+    distance to the left cell is `offset` give it `count * (1 - offset)` and the right cell `count * offset`. The
+    shapes do not depend on the boxes, and the cost does not depend on their size.
 
     Args:
         start (`torch.Tensor` of shape `(...)`): Lower ends of the regions, in cells of the map.
