@@ -1,10 +1,13 @@
 """Access to the original's numbers under `tests/golden` (see the README there)."""
 
+import contextlib
 import json
+import re
 from functools import cache
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -35,3 +38,80 @@ def expand_placeholders(ids: list[int], num_boxes: int, fill: int = IMAGE_ID) ->
     """Replace the original's one placeholder by as many as the image has embeddings."""
     position = ids.index(REFERENCE_IMAGE_ID)
     return ids[:position] + [fill] * (NUM_FUSED_TOKENS + num_boxes) + ids[position + 1 :]
+
+
+# How the golden set thins its tensors out, by the suffix of their names. Token tensors have no leading channels.
+THINNED = {
+    "pixel_values_aux_s16": lambda t: t[:, 8::16, 8::16],
+    "pixel_values_s8": lambda t: t[:, 4::8, 4::8],
+    "convnext_stage3_s2": lambda t: t[:, ::2, ::2],
+}
+
+
+def thinned(name, tensor):
+    if name in THINNED:
+        return THINNED[name](tensor)
+    stem, _, suffix = name.rpartition("_")
+    if stem and suffix.startswith("s") and suffix[1:].isdigit():
+        return tensor[:: int(suffix[1:])]
+    return tensor[-16:] if name.endswith("_last16") else tensor
+
+
+def process(processor, golden, **kwargs):
+    return processor(
+        Image.open(GOLDEN / golden["image"]),
+        golden["prompt"],
+        boxes=[{"boxes": golden["raw_boxes"], "labels": golden["raw_labels"], "scores": golden["raw_scores"]}],
+        box_limit_mode=golden["limit_mode"],
+        box_limit=golden["limit_num"],
+        iou_threshold=golden["iou_threshold"],
+        do_pad=golden["pad_image_to_square"],
+        return_tensors="pt",
+        **kwargs,
+    )
+
+
+@contextlib.contextmanager
+def recorded_stages(model):
+    """Collect what each stage computes for the first image, under the names of the golden set."""
+    stages, parts = {}, model.model
+
+    def record_boxes(module, inputs, output):
+        stages["box_features"], stages["box_projected"] = inputs[0][0], output[0]
+
+    hooks = [
+        parts.vision_tower.register_forward_pre_hook(lambda m, i: stages.update(pixel_values=i[0][0])),
+        parts.vision_tower.register_forward_hook(
+            lambda m, i, o: stages.update(clip_features=o.last_hidden_state[0, 1:])
+        ),
+        parts.high_res_vision_tower.register_forward_hook(
+            lambda m, i, o: stages.update(convnext_stage3=o.feature_maps[-1][0], feature_maps=o.feature_maps)
+        ),
+        parts.fusion.register_forward_hook(lambda m, i, o: stages.update(fused=o[0])),
+        parts.multi_modal_projector.register_forward_hook(lambda m, i, o: stages.update(projected=o[0])),
+        parts.box_projector.register_forward_hook(record_boxes),
+        parts.language_model.register_forward_pre_hook(
+            lambda m, i, kwargs: stages.update(inputs_embeds=kwargs["inputs_embeds"][0]), with_kwargs=True
+        ),
+    ]
+    try:
+        yield stages
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def run(model, inputs):
+    with recorded_stages(model) as stages, torch.no_grad():
+        stages["logits"] = model(**inputs).logits[0, :, :VOCAB_SIZE]
+    stages["pixel_values_aux"] = inputs["pixel_values"][0]
+    return stages
+
+
+def stage_pairs(stages: dict, tensors: dict):
+    """Yield (stage, what it computed, what the original computed) for every stage that the golden set holds."""
+    for name, expected in tensors.items():
+        names = (s for s in stages if name == s or re.fullmatch(rf"{s}_(s|last)\d+", name))
+        stage = next(names, None)
+        if stage is not None and expected.dtype == torch.float32:
+            yield stage, thinned(name, stages[stage]), expected

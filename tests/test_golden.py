@@ -1,7 +1,5 @@
 """The original's numbers, reached through the public interface: convert, load, process, run."""
 
-import contextlib
-
 import pytest
 import torch
 from PIL import Image
@@ -16,81 +14,18 @@ from tests.golden_cases import (
     expand_placeholders,
     load_json,
     load_tensors,
+    process,
+    recorded_stages,
+    run,
+    thinned,
 )
 
 # Limits of the golden set's README: float32 sums in another order stay far below.
 PIXELS, FEATURES, LOGITS, LOSS = 1e-6, 5e-5, 3e-4, 1e-4
 
-# How the golden set thins its tensors out, by the suffix of their names. Token tensors have no leading channels.
-THINNED = {
-    "pixel_values_aux_s16": lambda t: t[:, 8::16, 8::16],
-    "pixel_values_s8": lambda t: t[:, 4::8, 4::8],
-    "convnext_stage3_s2": lambda t: t[:, ::2, ::2],
-}
-
 
 def assert_near(actual, expected, limit):
     torch.testing.assert_close(actual, expected, rtol=0, atol=limit)
-
-
-def thinned(name, tensor):
-    if name in THINNED:
-        return THINNED[name](tensor)
-    stem, _, suffix = name.rpartition("_")
-    if stem and suffix.startswith("s") and suffix[1:].isdigit():
-        return tensor[:: int(suffix[1:])]
-    return tensor[-16:] if name.endswith("_last16") else tensor
-
-
-def process(processor, golden, **kwargs):
-    return processor(
-        Image.open(GOLDEN / golden["image"]),
-        golden["prompt"],
-        boxes=[{"boxes": golden["raw_boxes"], "labels": golden["raw_labels"], "scores": golden["raw_scores"]}],
-        box_limit_mode=golden["limit_mode"],
-        box_limit=golden["limit_num"],
-        iou_threshold=golden["iou_threshold"],
-        do_pad=golden["pad_image_to_square"],
-        return_tensors="pt",
-        **kwargs,
-    )
-
-
-@contextlib.contextmanager
-def recorded_stages(model):
-    """Collect what each stage computes for the first image, under the names of the golden set."""
-    stages, parts = {}, model.model
-
-    def record_boxes(module, inputs, output):
-        stages["box_features"], stages["box_projected"] = inputs[0][0], output[0]
-
-    hooks = [
-        parts.vision_tower.register_forward_pre_hook(lambda m, i: stages.update(pixel_values=i[0][0])),
-        parts.vision_tower.register_forward_hook(
-            lambda m, i, o: stages.update(clip_features=o.last_hidden_state[0, 1:])
-        ),
-        parts.high_res_vision_tower.register_forward_hook(
-            lambda m, i, o: stages.update(convnext_stage3=o.feature_maps[-1][0], feature_maps=o.feature_maps)
-        ),
-        parts.fusion.register_forward_hook(lambda m, i, o: stages.update(fused=o[0])),
-        parts.multi_modal_projector.register_forward_hook(lambda m, i, o: stages.update(projected=o[0])),
-        parts.box_projector.register_forward_hook(record_boxes),
-        parts.language_model.register_forward_pre_hook(
-            lambda m, i, kwargs: stages.update(inputs_embeds=kwargs["inputs_embeds"][0]), with_kwargs=True
-        ),
-    ]
-    try:
-        yield stages
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def run(model, inputs):
-    with recorded_stages(model) as stages, torch.no_grad():
-        stages["logits"] = model(**inputs).logits[0, :, :VOCAB_SIZE]
-    stages["pixel_values_aux"] = inputs["pixel_values"][0]
-    return stages
 
 
 def assert_stages_equal(stages, tensors):
@@ -180,10 +115,12 @@ def convert_state(convert, tmp_path_factory):
     """Convert a state dict of the ablation files as the pretrain-stage checkpoint that it would have been."""
 
     def run(file, prefix):
-        state = {key.removeprefix(prefix): value for key, value in load_tensors(f"ablations/{file}").items()}
-        names = ("projector.", "bbox_projector.", "fuse_module.", "multi_level_linear.")
+        tensors = load_tensors(f"ablations/{file}")
+        state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        if "projector.model.0.weight" not in state:  # the set has the box part alone
+            stage_1 = torch.load(GOLDEN / "xtuner" / "iter_5_pretrain.pth", weights_only=True)["state_dict"]
+            state = {key: value for key, value in stage_1.items() if not key.startswith("bbox_")} | state
         path = tmp_path_factory.mktemp("checkpoint") / "iter_1.pth"
-        state = {key: value for key, value in state.items() if key.startswith(names)}
         torch.save({"meta": {"cfg": ""}, "state_dict": state}, path)
         repository = convert(path)
         model = AutoModel.from_pretrained(repository, dtype=torch.float32).eval()

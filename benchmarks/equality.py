@@ -1,0 +1,43 @@
+"""How far from the original: the greatest absolute difference of each stage over the golden cases.
+
+Usage: `python benchmarks/equality.py` from the root of the repository.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from report import report
+from transformers import AutoModel, AutoProcessor
+
+from mgllava.conversion import convert_checkpoint
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests.golden_cases import GOLDEN, cases, load_tensors, process, run, stage_pairs
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        repository = convert_checkpoint(
+            checkpoint=GOLDEN / "xtuner" / "iter_10.pth",
+            llm=GOLDEN / "llm",
+            vision_tower=GOLDEN / "clip",
+            high_res_tower=GOLDEN / "convnext",
+            prompt_template="vicuna",
+            output=Path(folder) / "model",
+        )
+        model = AutoModel.from_pretrained(repository, dtype=torch.float32).eval()
+        processor = AutoProcessor.from_pretrained(repository, backend="pil")
+
+    differences: dict[str, float] = {}
+    for golden in cases("image"):
+        stages = run(model, process(processor, golden))
+        for stage, actual, expected in stage_pairs(stages, load_tensors(f"cases/{golden['name']}")):
+            differences[stage] = max(differences.get(stage, 0.0), (actual - expected).abs().max().item())
+    rows = [{"stage": stage, "max difference": difference} for stage, difference in differences.items()]
+    report("equality", f"Greatest difference from the original over {len(cases('image'))} images, float32 CPU", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+from mgllava.conversion import ConversionError, read_checkpoint
+from mgllava.conversion.tensor_files import open_weights
+
+from .zero_folders import write_zero
+
+
+def _assert_same(tensors, state):
+    assert tensors.keys() == state.keys()
+    for name, value in state.items():
+        assert tensors[name].shape == tuple(value.shape)
+        torch.testing.assert_close(tensors[name].load(), value, rtol=0, atol=0)
+
+
+def test_mmengine_file_is_read_lazily_with_its_meta(golden, golden_state):
+    checkpoint = read_checkpoint(golden / "xtuner" / "iter_10.pth")
+    _assert_same(checkpoint.tensors, golden_state("iter_10.pth"))
+    assert checkpoint.meta["iter"] == 10
+    assert "image_size_aux = 768" in checkpoint.config_text
+
+
+def test_bare_and_old_state_dicts_are_read(tmp_path, golden_state):
+    state = golden_state("iter_5_pretrain.pth")
+    torch.save(state, tmp_path / "bare.pth")
+    torch.save({"state_dict": state}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    _assert_same(read_checkpoint(tmp_path / "bare.pth").tensors, state)
+    _assert_same(read_checkpoint(tmp_path / "old.pth").tensors, state)
+
+
+def test_pickled_objects_are_refused_by_name(golden):
+    with pytest.raises(ConversionError, match=r"mmengine\.logging\.history_buffer\.HistoryBuffer.*--trust-pickle"):
+        read_checkpoint(golden / "xtuner" / "iter_5_with_message_hub.pth")
+
+
+def test_trusted_pickle_is_read_without_mmengine(golden, golden_state):
+    assert "mmengine" not in sys.modules
+    checkpoint = read_checkpoint(golden / "xtuner" / "iter_5_with_message_hub.pth", trust_pickle=True)
+    _assert_same(checkpoint.tensors, golden_state("iter_5_pretrain.pth"))
+    assert "mmengine" not in sys.modules
+
+
+class _Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_pickle_never_runs(tmp_path, zipped):
+    fuse, path = tmp_path / "fuse", tmp_path / "bomb.pth"
+    state = {"weight": torch.arange(3.0)}
+    torch.save({"state_dict": state, "hub": _Bomb(fuse)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ConversionError, match="--trust-pickle"):
+        read_checkpoint(path)
+    _assert_same(read_checkpoint(path, trust_pickle=True).tensors, state)
+    assert not fuse.exists()
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.9])
+def test_truncated_checkpoint_is_named(tmp_path, golden, fraction):
+    whole = (golden / "xtuner" / "iter_10.pth").read_bytes()
+    path = tmp_path / "cut.pth"
+    path.write_bytes(whole[: int(len(whole) * fraction)])
+    with pytest.raises(ConversionError, match=r"cut\.pth cannot be read"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {}, {"state_dict": {"weight": 3}}])
+def test_file_without_state_dict_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(ConversionError, match="must hold a state dict"):
+        read_checkpoint(tmp_path / "other.pth")
+
+
+def test_missing_path_and_foreign_folder_are_refused(tmp_path):
+    with pytest.raises(ConversionError, match="does not exist"):
+        read_checkpoint(tmp_path / "nowhere.pth")
+    with pytest.raises(ConversionError, match="is no DeepSpeed checkpoint"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_zero_folder_equals_the_plain_state(tmp_path, golden_state, stage, world_size):
+    pytest.importorskip("deepspeed")
+    state = golden_state("iter_10.pth")
+    frozen = {"visual_encoder.vision_model.pre_layrnorm.weight": torch.randn(7).bfloat16()}
+    extra = {"meta": {"iter": 10, "cfg": "image_size_aux = 768"}}
+    folder = write_zero(
+        tmp_path / "iter_10.pth", state, stage=stage, world_size=world_size, frozen=frozen, extra=extra
+    )
+    checkpoint = read_checkpoint(folder)
+    _assert_same(checkpoint.tensors, {**frozen, **state})
+    assert checkpoint.meta == extra["meta"]
+    assert len(checkpoint.files) == (2 * world_size if stage == 3 else world_size + 1)
+    (tmp_path / "latest").write_text("iter_10.pth")
+    assert read_checkpoint(tmp_path).files == checkpoint.files
+
+
+def test_zero_model_file_without_optimizer_states(tmp_path, golden_state):
+    state = golden_state("iter_5_pretrain.pth")
+    torch.save({"module": state, "meta": {"iter": 5}}, tmp_path / "mp_rank_00_model_states.pt")
+    _assert_same(read_checkpoint(tmp_path).tensors, state)
+
+
+def test_zero_with_lost_files_is_refused(tmp_path, golden_state):
+    pytest.importorskip("deepspeed")
+    folder = write_zero(tmp_path / "iter", golden_state("iter_5_pretrain.pth"), stage=3)
+    optimizer_files = sorted(folder.glob("*_optim_states.pt"))
+    optimizer_files[1].unlink()
+    with pytest.raises(ConversionError, match="Expected 2 of"):
+        read_checkpoint(folder)
+    optimizer_files[0].unlink()
+    with pytest.raises(ConversionError, match="stage 3 checkpoint without"):
+        read_checkpoint(folder)
+
+
+def test_zero_with_foreign_objects_needs_trust(tmp_path, golden_state, monkeypatch):
+    pytest.importorskip("deepspeed")
+    runner = types.ModuleType("foreign_runner")
+    runner.History = type("History", (), {"__module__": "foreign_runner"})
+    state = golden_state("iter_5_pretrain.pth")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "foreign_runner", runner)
+        folder = write_zero(tmp_path / "iter", state, stage=2, extra={"message_hub": runner.History()})
+    with pytest.raises(ConversionError, match=r"foreign_runner\.History.*--trust-pickle"):
+        read_checkpoint(folder)
+    _assert_same(read_checkpoint(folder, trust_pickle=True).tensors, state)
+
+
+def test_missing_deepspeed_names_the_extra(tmp_path, golden_state, monkeypatch):
+    pytest.importorskip("deepspeed")
+    folder = write_zero(tmp_path / "iter", golden_state("iter_5_pretrain.pth"), stage=2)
+    monkeypatch.setitem(sys.modules, "deepspeed.utils", None)
+    with pytest.raises(ConversionError, match=r"pip install mgllava\[zero\]"):
+        read_checkpoint(folder)
+
+
+def test_index_with_lost_shard_is_refused(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
+    with pytest.raises(ConversionError, match=r"model-00001-of-00001\.safetensors"):
+        open_weights(tmp_path)
+
+
+def test_truncated_safetensors_is_named(tmp_path, golden):
+    whole = (golden / "llm" / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-1])
+    with pytest.raises(ConversionError, match="truncated"):
+        open_weights(tmp_path)
+
+
+def test_package_import_leaves_deepspeed_to_the_reader():
+    # transformers imports deepspeed by itself where it is installed, so only our own modules are judged.
+    code = (
+        "import sys; sys.modules['deepspeed'] = None\n"
+        "import mgllava.cli, mgllava.conversion\n"
+        "from mgllava.conversion.zero import open_zero_folder\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,74 @@
+import pytest
+import torch
+
+from mgllava.conversion import ConversionError
+from mgllava.conversion.lora import lora_scaling, merge_lora, read_lora_alpha, split_lora
+from mgllava.conversion.tensor_files import from_tensor
+
+
+def _lazy(*shape, dtype=torch.float32):
+    return from_tensor(torch.randn(*shape).to(dtype), "test")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_is_the_formula_in_fp32(dtype):
+    base, low_a, low_b = _lazy(6, 4, dtype=dtype), _lazy(2, 4, dtype=dtype), _lazy(6, 2, dtype=dtype)
+    merged = merge_lora(base, low_a, low_b, 4.0)
+    expected = base.load().double() + 4.0 * low_b.load().double() @ low_a.load().double()
+    assert merged.dtype == dtype
+    torch.testing.assert_close(merged.load(), expected.to(dtype))
+    assert not torch.equal(merged.load(), base.load())
+
+
+def test_factors_that_do_not_fit_are_refused():
+    with pytest.raises(ConversionError, match=r"do not fit the base weight"):
+        merge_lora(_lazy(6, 4), _lazy(2, 5), _lazy(6, 2), 1.0)
+
+
+def test_names_of_peft_are_taken_apart():
+    prefix = "llm.base_model.model.model"
+    state = {
+        f"{prefix}.layers.0.mlp.up_proj.base_layer.weight": _lazy(2, 2),
+        f"{prefix}.layers.0.mlp.up_proj.lora_A.default.weight": _lazy(1, 2),
+        f"{prefix}.layers.0.mlp.up_proj.lora_B.default.weight": _lazy(2, 1),
+        f"{prefix}.norm.weight": _lazy(2),
+        "llm.base_model.model.lm_head.original_module.weight": _lazy(3, 2),
+        "llm.base_model.model.lm_head.modules_to_save.default.weight": _lazy(3, 2),
+    }
+    parts = split_lora(state)
+    assert parts.plain.keys() == {
+        "llm.model.layers.0.mlp.up_proj.weight",
+        "llm.model.norm.weight",
+        "llm.lm_head.weight",
+    }
+    assert parts.factors["llm.model.layers.0.mlp.up_proj.weight"].keys() == {"A", "B"}
+    assert parts.dropped.keys() == {"llm.base_model.model.lm_head.original_module.weight"}
+    assert parts.has_base
+    saved = state["llm.base_model.model.lm_head.modules_to_save.default.weight"]
+    assert parts.plain["llm.lm_head.weight"] is saved
+
+
+@pytest.mark.parametrize(
+    ("text", "alpha"),
+    [
+        ("llm_lora = dict(type='peft.LoraConfig', r=8, lora_alpha=32, bias='none')", 32),
+        ("model = dict(\n    llm_lora=dict(\n        lora_alpha=256,\n        r=512))", 256),
+        ("llm_lora = dict(lora_alpha=16)\nvisual_encoder_lora = dict(lora_alpha=64)", 16),
+        ("a = dict(lora_alpha=16)\nb = dict(lora_alpha=64)", None),
+        ("image_size_aux = 768", None),
+        ("__import__('os').abort()", None),
+    ],
+)
+def test_alpha_is_searched_in_the_config_text(text, alpha):
+    assert read_lora_alpha(text) == alpha
+
+
+def test_scaling():
+    text = "lora_alpha=32"
+    assert lora_scaling(None, 8, text) == 4
+    assert lora_scaling(8.0, 8, text) == 1
+    assert lora_scaling(None, 16, text + ", use_rslora=True") == 8
+    with pytest.raises(ConversionError, match="--lora-alpha"):
+        lora_scaling(None, 8, "")
+    with pytest.raises(ConversionError, match="alpha_pattern"):
+        lora_scaling(None, 8, "lora_alpha=32, alpha_pattern=dict(q_proj=3)")

@@ -1,0 +1,124 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mgllava.conversion import ConversionError
+from mgllava.conversion.shard_writer import StagingFolder, check_disk_space, plan_shards, write_shard
+from mgllava.conversion.tensor_files import LazyTensor, from_tensor
+
+
+TENSORS = {
+    "half": torch.randn(3, 5).half(),
+    "scalar": torch.tensor(2.5),
+    "brain": torch.randn(7).bfloat16(),
+    "flag": torch.tensor([True, False, True]),
+    "index": torch.arange(5),
+    "strided": torch.randn(4, 6).T,
+    "empty": torch.empty(0, 3),
+    "full": torch.randn(8, 8),
+}
+
+
+def _lazy():
+    return {name: from_tensor(value, f"test:{name}") for name, value in TENSORS.items()}
+
+
+@pytest.mark.parametrize(("size", "files"), [("1GB", 1), (200, 3)])
+def test_files_hold_what_safetensors_reads(tmp_path, size, files):
+    plan = plan_shards(_lazy(), size)
+    assert len(plan.shards) == files
+    loaded = {}
+    for shard in plan.shards:
+        write_shard(shard, tmp_path, lambda count: None)
+        assert (tmp_path / shard.filename).stat().st_size == shard.size
+        loaded.update(load_file(tmp_path / shard.filename))
+    assert loaded.keys() == TENSORS.keys()
+    for name, value in TENSORS.items():
+        assert loaded[name].dtype == value.dtype
+        torch.testing.assert_close(loaded[name], value, rtol=0, atol=0)
+    assert (plan.index is None) == (files == 1)
+    if plan.index:
+        assert plan.index["weight_map"].keys() == TENSORS.keys()
+        assert plan.index["metadata"]["total_size"] == sum(value.nbytes for value in TENSORS.values())
+
+
+def test_one_tensor_is_alive_at_a_time(tmp_path):
+    alive, most = set(), 0
+
+    class Tracked(torch.Tensor):
+        def __del__(self):
+            alive.discard(id(self))
+
+    def load():
+        nonlocal most
+        value = torch.ones(4).as_subclass(Tracked)
+        alive.add(id(value))
+        most = max(most, len(alive))
+        return value
+
+    tensors = {f"t{i}": LazyTensor((4,), torch.float32, "test", load) for i in range(6)}
+    write_shard(plan_shards(tensors, "1GB").shards[0], tmp_path, lambda count: None)
+    # The next one is read before Python lets go of the name of the last.
+    assert most <= 2
+
+
+def test_a_tensor_that_is_not_as_planned_stops_the_file(tmp_path):
+    planned = LazyTensor((2,), torch.float32, "test", lambda: torch.zeros(3))
+    with pytest.raises(ConversionError, match="expected"):
+        write_shard(plan_shards({"t": planned}, "1GB").shards[0], tmp_path, lambda count: None)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_bad_shard_size_and_dtype_are_refused():
+    with pytest.raises(ConversionError, match="max_shard_size"):
+        plan_shards(_lazy(), "much")
+    with pytest.raises(ConversionError, match="complex64"):
+        plan_shards({"t": from_tensor(torch.zeros(1, dtype=torch.complex64), "test")}, "1GB")
+
+
+def test_full_disk_is_noticed_before_writing(tmp_path):
+    with pytest.raises(ConversionError, match="Not enough disk space"):
+        check_disk_space(tmp_path, 10**18)
+
+
+def test_digest_tells_plans_apart():
+    shard = plan_shards(_lazy(), "1GB").shards[0]
+    other_origin = {name: from_tensor(value, f"other:{name}") for name, value in TENSORS.items()}
+    digests = {
+        shard.digest({"a": "1"}),
+        shard.digest({"a": "2"}),
+        plan_shards(other_origin, "1GB").shards[0].digest({"a": "1"}),
+    }
+    assert len(digests) == 3
+    assert shard.digest({"a": "1"}) == plan_shards(_lazy(), "1GB").shards[0].digest({"a": "1"})
+
+
+def test_staging_keeps_only_finished_shards_of_the_same_plan(tmp_path):
+    staging = StagingFolder(tmp_path / "out", overwrite=False)
+    shards = plan_shards(_lazy(), 200).shards
+    digests = {shard.filename: shard.digest({}) for shard in shards}
+    assert staging.keep_finished(digests, shards) == set()
+    write_shard(shards[0], staging.path, lambda count: None)
+    write_shard(shards[1], staging.path, lambda count: None)
+    (staging.path / shards[1].filename).write_bytes(b"cut")
+    (staging.path / "model-00003-of-00003.safetensors.partial").write_bytes(b"half")
+    assert staging.keep_finished(digests, shards) == {shards[0].filename}
+    assert {path.name for path in staging.path.iterdir()} == {shards[0].filename, "conversion_progress.json"}
+    changed = {**digests, shards[0].filename: "another plan"}
+    assert staging.keep_finished(changed, shards) == set()
+
+
+def test_outputs_in_the_way(tmp_path):
+    output = tmp_path / "out"
+    StagingFolder(output, overwrite=False)
+    output.mkdir()
+    StagingFolder(output, overwrite=False)
+    (output / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConversionError, match="--overwrite to replace it"):
+        StagingFolder(output, overwrite=False)
+    with pytest.raises(ConversionError, match="is no MG-LLaVA repository"):
+        StagingFolder(output, overwrite=True)
+    (output / "config.json").write_text(json.dumps({"model_type": "mgllava"}))
+    StagingFolder(output, overwrite=True)
