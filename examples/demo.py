@@ -50,6 +50,8 @@ def main() -> None:
         list(BOXES),
         colors=["cyan", "yellow", "lime"],
         width=3,
+        label_colors="black",
+        fill_labels=True,
     )
     to_pil_image(picture).save(OUTPUT / "boxes.png")
     content = [
@@ -71,7 +73,8 @@ def main() -> None:
     console.print(f"  the boxes are drawn in {(OUTPUT / 'boxes.png').relative_to(ROOT)}", highlight=False)
     console.print(f"\n[bold]Question[/bold]  {QUESTION}")
     console.print("[bold]Answer[/bold]    ", end="")
-    model.generate(**inputs, max_new_tokens=24, do_sample=False, streamer=TextStreamer(processor.tokenizer, True))
+    streamer = TextStreamer(processor.tokenizer, skip_prompt=True)
+    model.generate(**inputs, max_new_tokens=24, do_sample=False, repetition_penalty=2.0, streamer=streamer)
     console.print(
         "\n[yellow]The weights of this small checkpoint are random, so the answer is noise. "
         "Convert a published checkpoint with `mgllava convert` for answers.[/yellow]"
