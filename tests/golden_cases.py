@@ -76,9 +76,6 @@ def recorded_stages(model):
     """Collect what each stage computes for the first image, under the names of the golden set."""
     stages, parts = {}, model.model
 
-    def record_boxes(module, inputs, output):
-        stages["box_features"], stages["box_projected"] = inputs[0][0], output[0]
-
     hooks = [
         parts.vision_tower.register_forward_pre_hook(lambda m, i: stages.update(pixel_values=i[0][0])),
         parts.vision_tower.register_forward_hook(
@@ -89,7 +86,8 @@ def recorded_stages(model):
         ),
         parts.fusion.register_forward_hook(lambda m, i, o: stages.update(fused=o[0])),
         parts.multi_modal_projector.register_forward_hook(lambda m, i, o: stages.update(projected=o[0])),
-        parts.box_projector.register_forward_hook(record_boxes),
+        parts.box_projector.linear_1.register_forward_pre_hook(lambda m, i: stages.update(box_features=i[0][0])),
+        parts.box_projector.register_forward_hook(lambda m, i, o: stages.update(box_projected=o[0])),
         parts.language_model.register_forward_pre_hook(
             lambda m, i, kwargs: stages.update(inputs_embeds=kwargs["inputs_embeds"][0]), with_kwargs=True
         ),

@@ -160,22 +160,23 @@ def test_box_feature_variants_equal_golden(convert_state, variant, box_feature_t
     assert_near(stages["box_features"], tensors[f"image_{variant}_features"], FEATURES)
     assert_near(stages["box_projected"], tensors[f"image_{variant}"], FEATURES)
 
-    # The unit check of the set: a map of 16x16 cells for an "image" of 768 px.
-    levels = tensors["map"].split(model.config.high_res_vision_config.hidden_sizes, dim=1)
-    projector = model.model.box_projector
+    assert_unit_map_equals_golden(model.model.box_projector, variant)
+
+
+def assert_unit_map_equals_golden(box_projector, variant):
+    """The unit check of the set: a map of 16x16 cells for an "image" of 768 px."""
+    tensors, features = load_tensors("ablations/align_variants"), []
+    levels = tensors["map"].split([16, 24, 32, 48], dim=1)
+    hook = box_projector.linear_1.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0][0]))
     with torch.no_grad():
-        features = projector.pool(tuple(levels), tensors["boxes"].unsqueeze(0))
-        assert_near(features[0], tensors[f"out_{variant}_features"], FEATURES)
-        assert_near(projector(features)[0], tensors[f"out_{variant}"], FEATURES)
+        projected = box_projector(levels, tensors["boxes"].unsqueeze(0))[0]
+    hook.remove()
+    assert_near(features[0], tensors[f"out_{variant}_features"], FEATURES)
+    assert_near(projected, tensors[f"out_{variant}"], FEATURES)
 
 
 def test_default_box_features_equal_golden_on_the_unit_map(model):
-    tensors = load_tensors("ablations/align_variants")
-    levels = tensors["map"].split(model.config.high_res_vision_config.hidden_sizes, dim=1)
-    with torch.no_grad():
-        features = model.model.box_projector.pool(tuple(levels), tensors["boxes"].unsqueeze(0))
-        assert_near(features[0], tensors["out_default_features"], FEATURES)
-        assert_near(model.model.box_projector(features)[0], tensors["out_default"], FEATURES)
+    assert_unit_map_equals_golden(model.model.box_projector, "default")
 
 
 def batch_inputs(processor, golden):

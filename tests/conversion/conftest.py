@@ -6,7 +6,6 @@ import torch
 
 from mgllava.conversion import convert_checkpoint
 
-
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 

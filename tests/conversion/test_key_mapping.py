@@ -13,7 +13,6 @@ from mgllava.conversion.key_mapping import (
     to_xtuner,
 )
 
-
 PAIRS = {
     "llm.model.embed_tokens.weight": "model.language_model.embed_tokens.weight",
     "llm.model.layers.31.self_attn.q_proj.weight": "model.language_model.layers.31.self_attn.q_proj.weight",

@@ -207,6 +207,20 @@ def test_variants_save_load_and_batch_like_single(variant, tmp_path):
             torch.testing.assert_close(row, single, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("variant", VARIANTS[-6:], ids=lambda variant: "-".join(variant.values()))
+def test_parts_on_disk_give_the_same_logits(variant, tmp_path):
+    model = tiny_model(**variant)
+    model.save_pretrained(tmp_path / "model")
+    placement = {"model.language_model": "cpu", "lm_head": "cpu"}
+    placement |= {f"model.{name}": "disk" for name, _ in model.model.named_children() if name != "language_model"}
+    offloaded = MGLlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "model", device_map=placement, offload_folder=tmp_path / "offload"
+    )
+    inputs = tiny_inputs([[3], [1]], tokens_per_box=model.config.num_tokens_per_box)
+    with torch.no_grad():
+        torch.testing.assert_close(offloaded(**inputs).logits, model(**inputs).logits)
+
+
 @pytest.mark.parametrize("object_merging", ["concat", "box_to_fused", "fused_to_box"])
 def test_boxes_matter_and_padding_boxes_do_not(object_merging):
     model = tiny_model(object_merging=object_merging)

@@ -102,6 +102,12 @@ def test_pool_boxes_runs_in_bfloat16_and_under_autocast_with_float32_sums(maps):
     torch.testing.assert_close(pooled, expected, rtol=0, atol=3e-5)
 
 
+def test_pool_boxes_keeps_float64(maps):
+    boxes, exact = make_boxes("inside", 100), [level.double() for level in maps]
+    pooled = torch.cat(pool_boxes(exact, boxes.unsqueeze(0), IMAGE_SIZE, 56), dim=-1)[0]
+    torch.testing.assert_close(pooled, reference(exact, boxes.double(), 56), rtol=0, atol=1e-12)
+
+
 def test_pool_boxes_compiles_without_a_graph_break(maps):
     compiled = torch.compile(pool_boxes, fullgraph=True, backend="aot_eager")
     boxes = make_boxes("inside", 12).unsqueeze(0)

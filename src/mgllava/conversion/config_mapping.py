@@ -4,6 +4,7 @@ import copy
 import re
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from mgllava.modeling import MGLlavaConfig
@@ -170,8 +171,10 @@ def build_config(
             architectures=["MGLlavaForConditionalGeneration"],
             **variant,
         )
-    except ValueError as error:
-        raise ConversionError(f"Checkpoint and towers do not fit together: {error}") from error
+    except (ValueError, StrictDataclassError) as error:
+        # huggingface_hub wraps what a config's own validation says.
+        reason = error.__cause__ or error
+        raise ConversionError(f"Checkpoint and towers do not fit together: {reason}") from error
 
 
 def _check_width(tensors: dict[str, LazyTensor], name: str, axis: int, width: int, argument: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from .errors import ConversionError
@@ -77,7 +77,7 @@ def _read_config(folder: Path, name: str | Path, argument: str) -> PreTrainedCon
         raise ConversionError(f"`{argument}`: {name} has no config.json, so it is no transformers repository.")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         raise ConversionError(f"`{argument}`: config.json of {name} cannot be read ({error}).") from error
     return config
 

@@ -149,7 +149,8 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         """
         # Bilinear, without antialiasing, in float32: what the towers were trained on (section 3.1).
         size = self.config.vision_config.image_size
-        low_res_pixels = F.interpolate(pixel_values.float(), size=(size, size), mode="bilinear", align_corners=False)
+        pixels = pixel_values.to(torch.promote_types(pixel_values.dtype, torch.float32))
+        low_res_pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
         low_res = self.vision_tower(low_res_pixels.to(self.vision_tower.dtype)).last_hidden_state[:, 1:]
         feature_maps = None
         if self.high_res_vision_tower is not None:
@@ -158,7 +159,7 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         fused_tokens = self.multi_modal_projector(self.fusion(low_res, feature_maps))
         if self.box_projector is None:
             return fused_tokens, None
-        box_tokens = self.box_projector(self.box_projector.pool(feature_maps, boxes))
+        box_tokens = self.box_projector(feature_maps, boxes)
         if self.config.object_merging == "box_to_fused":
             box_tokens = box_tokens + self.object_attention(box_tokens, fused_tokens)
         elif self.config.object_merging == "fused_to_box":

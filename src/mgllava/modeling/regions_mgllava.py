@@ -90,7 +90,8 @@ def pool_boxes(
             Number of RoI-align bins along each axis.
 
     Returns:
-        `list` of float32 `torch.Tensor` of shape `(num_images, num_boxes, channels)`, one per map.
+        `list` of `torch.Tensor` of shape `(num_images, num_boxes, channels)`, one per map; float32 (float64 for maps
+        in float64).
     """
     height, width = feature_maps[0].shape[-2:]
     # Positions are sums of many steps: float64 costs nothing at this size and keeps all digits (MPS does not have it).
@@ -103,10 +104,11 @@ def pool_boxes(
     pooled = []
     with torch.autocast(boxes.device.type, enabled=False):
         for feature_map in feature_maps:
-            level_y = _fold_upsampling(weights_y, feature_map.shape[-2]).float()
-            level_x = _fold_upsampling(weights_x, feature_map.shape[-1]).float()
+            dtype = torch.promote_types(feature_map.dtype, torch.float32)
+            level_y = _fold_upsampling(weights_y, feature_map.shape[-2]).to(dtype)
+            level_x = _fold_upsampling(weights_x, feature_map.shape[-1]).to(dtype)
             weights = (level_y.unsqueeze(-1) * level_x.unsqueeze(-2)).flatten(2)
-            pooled.append(torch.bmm(weights, feature_map.flatten(2).transpose(1, 2).float()))
+            pooled.append(torch.bmm(weights, feature_map.flatten(2).transpose(1, 2).to(dtype)))
     return pooled
 
 
@@ -135,8 +137,8 @@ class MGLlavaBoxProjector(MGLlavaProjector):
         if self.feature_type == "multi_level":
             self.level_projections = nn.ModuleList(nn.Linear(width, feature_size) for width in widths)
 
-    def pool(self, feature_maps: tuple[torch.Tensor, ...], boxes: torch.Tensor) -> torch.Tensor:
-        """Pool the boxes.
+    def forward(self, feature_maps: tuple[torch.Tensor, ...], boxes: torch.Tensor) -> torch.Tensor:
+        """Make one token per box.
 
         Args:
             feature_maps (`tuple` of four `torch.Tensor` of shape `(num_images, hidden_sizes[i], height_i, width_i)`):
@@ -145,7 +147,7 @@ class MGLlavaBoxProjector(MGLlavaProjector):
                 Boxes as x1, y1, x2, y2 in pixels of the high-resolution input.
 
         Returns:
-            `torch.Tensor` of shape `(num_images, num_boxes, input_size)`, in the dtype of the maps.
+            `torch.Tensor` of shape `(num_images, num_boxes, hidden_size)`.
         """
         if self.feature_type == "last_stage":
             feature_maps = feature_maps[-1:]
@@ -154,8 +156,10 @@ class MGLlavaBoxProjector(MGLlavaProjector):
         levels = [level.to(dtype) for level in levels]
         if self.feature_type == "multi_level":
             # The projections are linear, so projecting the mean equals the mean of the projected map.
-            return sum(project(level) for project, level in zip(self.level_projections, levels, strict=True))
-        return torch.cat(levels, dim=-1)
+            features = sum(project(level) for project, level in zip(self.level_projections, levels, strict=True))
+        else:
+            features = torch.cat(levels, dim=-1)
+        return super().forward(features)
 
 
 __all__ = ["MGLlavaBoxProjector", "pool_boxes", "roi_axis_weights"]

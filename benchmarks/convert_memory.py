@@ -1,0 +1,170 @@
+"""Memory that a conversion takes, on a checkpoint with a language model of more than 6 GB.
+
+    python benchmarks/convert_memory.py [--directory DIR]
+
+Every case runs in a process of its own. What counts is anonymous memory (`RssAnon`) beyond that of the imports: pages of
+mapped files are the kernel's to take back. Takes about 20 GB of disk, which is cleaned up.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+from report import report
+
+GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
+HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 4096, 11008, 14, 32001
+BLOCK = 1 << 24
+
+CASES = {
+    "convert, 5 GB shards": {"max_shard_size": "5GB"},
+    "convert, 1 GB shards": {"max_shard_size": "1GB"},
+    "convert to fp16, 1 GB shards": {"max_shard_size": "1GB", "dtype": "float16"},
+    "back to XTuner": {},
+}
+
+
+def language_model_shapes() -> dict[str, tuple[int, ...]]:
+    """Name the parameters of a Llama with 14 layers of the 7B model."""
+    shapes: dict[str, tuple[int, ...]] = {"llm.model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    for layer in range(LAYERS):
+        prefix = f"llm.model.layers.{layer}"
+        shapes |= {f"{prefix}.self_attn.{name}_proj.weight": (HIDDEN, HIDDEN) for name in "qkvo"}
+        shapes |= {f"{prefix}.mlp.{name}_proj.weight": (INTERMEDIATE, HIDDEN) for name in ("gate", "up")}
+        shapes[f"{prefix}.mlp.down_proj.weight"] = (HIDDEN, INTERMEDIATE)
+        shapes |= {f"{prefix}.{name}_layernorm.weight": (HIDDEN,) for name in ("input", "post_attention")}
+    return {**shapes, "llm.model.norm.weight": (HIDDEN,), "llm.lm_head.weight": (VOCABULARY, HIDDEN)}
+
+
+def write_sources(directory: Path) -> None:
+    """Write the checkpoint in bf16, and a language model folder with a fitting config."""
+    shapes = language_model_shapes()
+    numels = [torch.Size(shape).numel() for shape in shapes.values()]
+    raw = directory / "raw"
+    block = torch.randn(BLOCK).bfloat16().view(torch.uint8).numpy().data
+    with raw.open("wb") as file:
+        for _ in range(-(-sum(numels) // BLOCK)):
+            file.write(block)
+    # Mapped from the disk, so that this needs no memory either. Each tensor owns its part of the storage.
+    storage = torch.UntypedStorage.from_file(str(raw), shared=True, nbytes=raw.stat().st_size)
+    state, start = {}, 0
+    for (name, shape), numel in zip(shapes.items(), numels, strict=True):
+        own = storage[2 * start : 2 * (start + numel)]
+        state[name] = torch.empty(0, dtype=torch.bfloat16).set_(own, 0, shape)
+        start += numel
+    golden = torch.load(GOLDEN / "xtuner" / "iter_10.pth", weights_only=True)
+    rest = {key: value.bfloat16() for key, value in golden["state_dict"].items() if not key.startswith("llm.")}
+    for projector in ("projector", "bbox_projector"):
+        width = rest[f"{projector}.model.0.weight"].shape[1]
+        rest[f"{projector}.model.0.weight"] = torch.randn(HIDDEN, width).bfloat16()
+        rest[f"{projector}.model.2.weight"] = torch.randn(HIDDEN, HIDDEN).bfloat16()
+        for layer in (0, 2):
+            rest[f"{projector}.model.{layer}.bias"] = torch.randn(HIDDEN).bfloat16()
+    torch.save({"meta": golden["meta"], "state_dict": {**state, **rest}}, directory / "iter.pth")
+    del state, storage
+    raw.unlink()
+    shutil.copytree(GOLDEN / "llm", directory / "llm", ignore=shutil.ignore_patterns("model.safetensors"))
+    config = json.loads((directory / "llm" / "config.json").read_text())
+    config |= {
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": VOCABULARY,
+        "torch_dtype": "bfloat16",
+    }
+    (directory / "llm" / "config.json").write_text(json.dumps(config))
+
+
+def _memory(kind: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(kind):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {kind} in /proc/self/status: this benchmark needs Linux")
+
+
+def run_case(case: str, directory: Path) -> dict[str, float]:
+    """Run one case in this process and watch its memory."""
+    from mgllava.conversion import convert_checkpoint, export_xtuner
+
+    before = _memory("RssAnon")
+    peaks = {"RssAnon": before, "RssFile": 0}
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            for kind in peaks:
+                peaks[kind] = max(peaks[kind], _memory(kind))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    if case == "back to XTuner":
+        export_xtuner(directory / "out", directory / "back.pth")
+    else:
+        convert_checkpoint(
+            directory / "iter.pth",
+            directory / "llm",
+            GOLDEN / "clip",
+            GOLDEN / "convnext",
+            "vicuna",
+            directory / "out",
+            overwrite=True,
+            **CASES[case],
+        )
+    seconds = time.perf_counter() - start
+    done.set()
+    watcher.join()
+    return {"extra": (peaks["RssAnon"] - before) / 1e9, "mapped": peaks["RssFile"] / 1e9, "seconds": seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--directory", type=Path, help="where to put about 20 GB for a while; default: temporary")
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        print(json.dumps(run_case(arguments.case, arguments.directory)))
+        return
+    rows = []
+    with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="mgllava-memory-") as name:
+        directory = Path(name)
+        write_sources(directory)
+        size = (directory / "iter.pth").stat().st_size / 1e9
+        for case, options in CASES.items():
+            command = [sys.executable, __file__, "--case", case, "--directory", name]
+            finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            figures = json.loads(finished.stdout.splitlines()[-1])
+            shard = float(options["max_shard_size"].removesuffix("GB")) if options else None
+            rows.append(
+                {
+                    "case": case,
+                    "checkpoint GB": size,
+                    "extra memory GB": figures["extra"],
+                    "of a shard": figures["extra"] / shard if shard else "-",
+                    "mapped GB (reclaimable)": figures["mapped"],
+                    "seconds": figures["seconds"],
+                }
+            )
+        # There and back again.
+        _compare(directory / "iter.pth", directory / "back.pth")
+    report("convert_memory", "Memory beyond imports while converting", rows)
+
+
+def _compare(first: Path, second: Path) -> None:
+    one, other = (torch.load(path, weights_only=True, mmap=True)["state_dict"] for path in (first, second))
+    assert list(one) == list(other)
+    # The last conversion before the way back was to fp16.
+    assert all(torch.equal(value.half(), other[name]) for name, value in one.items())
+
+
+if __name__ == "__main__":
+    main()

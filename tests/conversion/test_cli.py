@@ -1,0 +1,74 @@
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mgllava import MGLlavaForConditionalGeneration
+from mgllava.cli import PromptTemplate, app
+from mgllava.conversion.vocabulary import STOP_WORDS
+from mgllava.processing import CHAT_TEMPLATES
+
+
+def _run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def _options(sources):
+    return [part for name, value in sources.items() for part in (f"--{name.replace('_', '-')}", value)]
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "flags"),
+    [
+        ("iter_10.pth", []),
+        ("iter_5_pretrain.pth", ["--dtype", "bfloat16"]),
+        ("iter_8_lora.pth", ["--lora-alpha", "32"]),
+        ("iter_5_with_message_hub.pth", ["--trust-pickle", "--max-shard-size", "500KB"]),
+    ],
+)
+def test_convert_and_load(tmp_path, golden, sources, checkpoint, flags):
+    output = tmp_path / "out"
+    result = _run(
+        "convert", "--checkpoint", golden / "xtuner" / checkpoint, *_options(sources), "--output", output, *flags
+    )
+    assert result.exit_code == 0, result.output
+    assert f'from_pretrained("{output}")' in result.output
+    _, info = MGLlavaForConditionalGeneration.from_pretrained(output, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+
+
+def test_convert_to_xtuner(tmp_path, converted, golden_state):
+    result = _run("convert", "--to-xtuner", "--checkpoint", converted, "--output", tmp_path / "back.pth")
+    assert result.exit_code == 0, result.output
+    state = torch.load(tmp_path / "back.pth", weights_only=True)["state_dict"]
+    assert list(state) == list(golden_state("iter_10.pth"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--checkpoint", "x.pth", "--output", "out"], "A conversion needs --llm, --vision-tower"),
+        (["--checkpoint", "x", "--output", "y", "--to-xtuner", "--llm", "z"], "takes --checkpoint and --output only"),
+        (["--checkpoint", "x", "--output", "y", "--to-xtuner"], "no MG-LLaVA repository"),
+    ],
+)
+def test_wrong_use_is_one_message(arguments, said):
+    result = _run("convert", *arguments)
+    assert result.exit_code == 1
+    assert said in result.output
+    assert "Traceback" not in result.output
+
+
+def test_damaged_checkpoint_is_one_message(tmp_path, sources):
+    (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04")
+    result = _run("convert", "--checkpoint", tmp_path / "cut.pth", *_options(sources), "--output", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "error:" in result.output and "Is it truncated?" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_help_lists_commands():
+    assert "convert" in _run("--help").output
+
+
+def test_templates_are_the_processors():
+    assert {template.value for template in PromptTemplate} == CHAT_TEMPLATES.keys() == STOP_WORDS.keys()

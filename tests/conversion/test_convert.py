@@ -1,0 +1,525 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, GenerationConfig
+
+from mgllava import MGLlavaConfig, MGLlavaForConditionalGeneration, MGLlavaProcessor
+from mgllava.conversion import ConversionError, convert_checkpoint
+from mgllava.conversion.key_mapping import to_xtuner
+from mgllava.processing import CHAT_TEMPLATES
+
+from .zero_folders import write_zero
+
+EMBEDDING = "model.language_model.embed_tokens.weight"
+
+
+def _weights(repository):
+    weights = {}
+    for path in sorted(repository.glob("*.safetensors")):
+        weights.update(load_file(path))
+    return weights
+
+
+def _save(path, state, cfg="image_size_aux = 768\n"):
+    torch.save({"meta": {"cfg": cfg}, "state_dict": state}, path)
+    return path
+
+
+def _assert_same(ours, theirs):
+    assert ours.dtype == theirs.dtype
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+# What is written
+
+
+def test_every_weight_is_the_sources(converted, golden, golden_state):
+    weights = _weights(converted)
+    checkpoint = golden_state("iter_10.pth")
+    clip = load_file(golden / "clip" / "model.safetensors")
+    trunk = torch.load(golden / "convnext" / "open_clip_pytorch_model.bin", weights_only=True)
+    for name, value in weights.items():
+        if name.startswith("model.vision_tower."):
+            _assert_same(value, clip[name.replace("model.vision_tower.", "vision_model.")])
+        elif name.startswith("model.high_res_vision_tower."):
+            _assert_same(value, trunk[name.replace("model.high_res_vision_tower.", "visual.trunk.")])
+        else:
+            original = checkpoint.pop(to_xtuner(name))
+            _assert_same(value[: len(original)], original)
+    assert not checkpoint
+
+
+def test_unused_clip_parts_are_not_stored(converted):
+    names = _weights(converted).keys()
+    layers = {name.split(".")[4] for name in names if name.startswith("model.vision_tower.encoder.layers.")}
+    assert layers == {"0", "1"}
+    assert not [name for name in names if "post_layernorm" in name]
+    assert MGLlavaConfig.from_pretrained(converted).vision_config.num_hidden_layers == 2
+
+
+def test_tables_grow_by_the_mean_row(converted, golden_state):
+    weights = _weights(converted)
+    for name in (EMBEDDING, "lm_head.weight"):
+        original = golden_state("iter_10.pth")[to_xtuner(name)]
+        assert weights[name].shape == (448, 64)
+        torch.testing.assert_close(weights[name][420:], original.mean(0).expand(28, -1), rtol=0, atol=1e-7)
+
+
+def test_config_tokenizer_and_generation(converted, golden):
+    config = MGLlavaConfig.from_pretrained(converted)
+    assert (config.text_config.vocab_size, config.unpadded_vocab_size, config.image_token_id) == (448, 420, 420)
+    assert (config.fusion_type, config.box_feature_type, config.object_merging) == ("conv_gate", "pyramid", "concat")
+    assert config.high_res_vision_config.hidden_sizes == [16, 24, 32, 48]
+    assert config.high_res_vision_config.depths == [1, 1, 2, 1]
+    assert config.dtype == torch.float32
+    generation = GenerationConfig.from_pretrained(converted)
+    assert generation.suppress_tokens == list(range(420, 448))
+    assert (generation.eos_token_id, generation.pad_token_id, generation.bos_token_id) == (2, 0, 1)
+    processor = MGLlavaProcessor.from_pretrained(converted)
+    assert processor.image_token_id == 420
+    assert processor.image_seq_length == 576
+    assert processor.chat_template == CHAT_TEMPLATES["vicuna"]
+    assert processor.tokenizer.padding_side == "left"
+    assert processor.image_processor.size["shortest_edge"] == 768
+    assert str(golden) not in (converted / "config.json").read_text()
+
+
+def test_token_ids_stay_as_they_are(converted, golden):
+    before, after = AutoTokenizer.from_pretrained(golden / "llm"), AutoTokenizer.from_pretrained(converted)
+    assert {**before.get_vocab(), "<image>": 420} == after.get_vocab()
+    cases = json.loads((golden / "cases.json").read_text())["cases"]
+    prompts = [case for case in cases if case["kind"] == "image"]
+    assert prompts
+    for case in prompts:
+        first, second = case["prompt"].split("<image>")
+        ids = [
+            1,
+            *after.encode(first, add_special_tokens=False),
+            -200,
+            *after.encode(second, add_special_tokens=False),
+        ]
+        assert ids == case["input_ids"]
+
+
+def test_report_says_what_came_from_where(converted, golden):
+    import hashlib
+
+    report = json.loads((converted / "conversion_report.json").read_text())
+    (source,) = report["sources"]["checkpoint"]
+    assert source["sha256"] == hashlib.sha256((golden / "xtuner" / "iter_10.pth").read_bytes()).hexdigest()
+    assert report["tensors"].keys() == _weights(converted).keys()
+    assert report["tensors"]["lm_head.weight"]["from"].startswith("iter_10.pth:llm.lm_head.weight")
+    assert report["checkpoint"]["kind"] == "sft"
+    assert report["checkpoint"]["meta"]["iter"] == 10
+    dropped = [name for reasons in report["dropped"].values() for names in reasons.values() for name in names]
+    clip = load_file(golden / "clip" / "model.safetensors")
+    trunk = torch.load(golden / "convnext" / "open_clip_pytorch_model.bin", weights_only=True)
+    # Nothing is unaccounted for: used or listed.
+    used = len(_weights(converted))
+    assert len(dropped) + used == len(clip) + len(trunk) + len(report["checkpoint"]["keys"])
+
+
+@pytest.mark.parametrize("checkpoint", ["iter_10.pth", "iter_5_pretrain.pth", "iter_8_lora.pth"])
+def test_from_pretrained_finds_every_key(tmp_path, golden, sources, checkpoint):
+    output = convert_checkpoint(
+        golden / "xtuner" / checkpoint, **sources, output=tmp_path / "out", max_shard_size="200KB"
+    )
+    index = json.loads((output / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) == len(list(output.glob("*.safetensors"))) > 3
+    model, info = MGLlavaForConditionalGeneration.from_pretrained(output, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert model.generation_config.suppress_tokens == model.config.unused_token_ids
+
+
+def test_pretrain_checkpoint_gets_the_language_model(tmp_path, golden, sources):
+    output = convert_checkpoint(golden / "xtuner" / "iter_5_pretrain.pth", **sources, output=tmp_path / "out")
+    base = load_file(golden / "llm" / "model.safetensors")
+    _assert_same(_weights(output)["model.language_model.norm.weight"], base["model.norm.weight"])
+    _assert_same(_weights(output)[EMBEDDING][:420], base["model.embed_tokens.weight"])
+
+
+def test_lora_checkpoint_is_merged(tmp_path, golden, sources, golden_state):
+    output = convert_checkpoint(golden / "xtuner" / "iter_8_lora.pth", **sources, output=tmp_path / "out")
+    base = load_file(golden / "llm" / "model.safetensors")
+    state, weights = golden_state("iter_8_lora.pth"), _weights(output)
+    modules = {key.split(".lora_")[0] for key in state if ".lora_A." in key}
+    assert len(modules) == 14
+    for module in modules:
+        name = module.removeprefix("llm.base_model.model.")
+        update = state[f"{module}.lora_B.default.weight"] @ state[f"{module}.lora_A.default.weight"]
+        expected = base[f"{name}.weight"] + 32 / 8 * update
+        ours = weights[f"{name}.weight".replace("model.", "model.language_model.", 1)]
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+        assert not torch.equal(ours, base[f"{name}.weight"])
+
+
+def test_lora_with_its_base_weights_needs_nothing_of_the_llm(tmp_path, sources, golden, golden_state):
+    # The fine-tuned weights under PEFT's names, with an update of zero: what comes out is the plain conversion.
+    state = {}
+    for key, value in golden_state("iter_10.pth").items():
+        wrapped = key.replace("llm.", "llm.base_model.model.", 1)
+        if "_proj.weight" in key and key.startswith("llm."):
+            module = wrapped.removesuffix(".weight")
+            state[f"{module}.base_layer.weight"] = value
+            state[f"{module}.lora_A.default.weight"] = torch.randn(2, value.shape[1])
+            state[f"{module}.lora_B.default.weight"] = torch.zeros(value.shape[0], 2)
+        else:
+            state[wrapped] = value
+    checkpoint = _save(tmp_path / "lora.pth", state)
+    with pytest.raises(ConversionError, match="--lora-alpha"):
+        convert_checkpoint(checkpoint, **sources, output=tmp_path / "out")
+    output = convert_checkpoint(checkpoint, **sources, output=tmp_path / "out", lora_alpha=4)
+    plain = convert_checkpoint(golden / "xtuner" / "iter_10.pth", **sources, output=tmp_path / "plain")
+    assert (output / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_folder_with_frozen_towers(tmp_path, sources, golden, golden_state, converted, stage):
+    pytest.importorskip("deepspeed")
+    clip = load_file(golden / "clip" / "model.safetensors")
+    frozen = {f"visual_encoder.{k}": 2 * v for k, v in clip.items() if k.startswith("vision_model.")}
+    folder = write_zero(tmp_path / "iter_10.pth", golden_state("iter_10.pth"), stage=stage, frozen=frozen)
+    output = convert_checkpoint(folder, **sources, output=tmp_path / "out")
+    ours, plain = _weights(output), _weights(converted)
+    assert ours.keys() == plain.keys()
+    for name, value in plain.items():
+        # The checkpoint's own tower wins over the repository's.
+        _assert_same(ours[name], 2 * value if name.startswith("model.vision_tower.") else value)
+
+
+# Dtypes
+
+
+def test_dtypes_of_the_checkpoint_are_kept(tmp_path, sources, golden_state):
+    state = golden_state("iter_10.pth")
+    state = {key: value.bfloat16() if key.startswith("llm.") else value for key, value in state.items()}
+    output = convert_checkpoint(_save(tmp_path / "mixed.pth", state), **sources, output=tmp_path / "out")
+    dtypes = {name: value.dtype for name, value in _weights(output).items()}
+    assert dtypes[EMBEDDING] == torch.bfloat16
+    assert dtypes["model.vision_tower.pre_layrnorm.weight"] == torch.bfloat16
+    assert dtypes["model.fusion.gate.0.weight"] == torch.float32
+    assert MGLlavaConfig.from_pretrained(output).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.bfloat16])
+def test_dtype_on_request(tmp_path, golden, sources, converted, dtype):
+    output = convert_checkpoint(golden / "xtuner" / "iter_10.pth", **sources, output=tmp_path / "out", dtype=dtype)
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    plain = _weights(converted)
+    for name, value in _weights(output).items():
+        _assert_same(value, plain[name].to(wanted))
+    config = MGLlavaConfig.from_pretrained(output)
+    assert config.dtype == wanted
+    assert config.text_config.dtype == wanted
+
+
+def test_unknown_dtype_is_refused(tmp_path, golden, sources):
+    with pytest.raises(ConversionError, match="`dtype` must be"):
+        convert_checkpoint(golden / "xtuner" / "iter_10.pth", **sources, output=tmp_path / "out", dtype="int4")
+
+
+# Variants
+
+
+def _variant(state, fusion, boxes):
+    """Rebuild a checkpoint of another variant from the golden one, with random weights where shapes change."""
+    state = dict(state)
+    width = {"conv_gate": 64, "conv_gate_concat": 128, "channel_concat": 128, "plain_channel_concat": 112, "none": 64}
+    box_width = {"pyramid": 120, "multi_level": 40, "last_stage": 48}
+    state["projector.model.0.weight"] = torch.randn(64, width[fusion])
+    state["bbox_projector.model.0.weight"] = torch.randn(64, box_width[boxes])
+    if fusion in ("plain_channel_concat", "none", "channel_concat"):
+        unwanted = "fuse_module.gate." if fusion == "channel_concat" else "fuse_module."
+        state = {key: value for key, value in state.items() if not key.startswith(unwanted)}
+    if boxes == "multi_level":
+        for level, channels in enumerate((16, 24, 32, 48)):
+            state[f"multi_level_linear.{level}.weight"] = torch.randn(40, channels)
+            state[f"multi_level_linear.{level}.bias"] = torch.randn(40)
+    return state
+
+
+@pytest.mark.parametrize("fusion", ["conv_gate", "conv_gate_concat", "channel_concat", "plain_channel_concat", "none"])
+@pytest.mark.parametrize("boxes", ["pyramid", "multi_level", "last_stage"])
+def test_variant_is_told_by_its_shapes(tmp_path, sources, golden_state, fusion, boxes):
+    state = _variant(golden_state("iter_10.pth"), fusion, boxes)
+    output = convert_checkpoint(_save(tmp_path / "variant.pth", state), **sources, output=tmp_path / "out")
+    config, weights = MGLlavaConfig.from_pretrained(output), _weights(output)
+    assert (config.fusion_type, config.box_feature_type) == (fusion, boxes)
+    _assert_same(weights["model.multi_modal_projector.linear_1.weight"], state["projector.model.0.weight"])
+    if boxes == "multi_level":
+        assert config.box_multi_level_size == 40
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "said"),
+    [
+        ("projector.model.0.weight", (64, 65), r"reads 65 channels.*projector\.model\.0\.weight \(64, 65\)"),
+        ("bbox_projector.model.0.weight", (64, 121), r"reads 121 channels.*\[16, 24, 32, 48\]"),
+    ],
+)
+def test_unknown_variant_lists_the_shapes(tmp_path, sources, golden_state, key, shape, said):
+    state = {**golden_state("iter_10.pth"), key: torch.zeros(shape)}
+    with pytest.raises(ConversionError, match=said):
+        convert_checkpoint(_save(tmp_path / "odd.pth", state), **sources, output=tmp_path / "out")
+
+
+# Tied heads and vocabularies
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_tied_head_is_not_stored(tmp_path, sources, golden, golden_state, edit_folder, stored):
+    sources = {**sources, "llm": edit_folder(golden / "llm", tie_word_embeddings=True)}
+    state = golden_state("iter_10.pth")
+    del state["llm.lm_head.weight"]
+    if stored:
+        state["llm.lm_head.weight"] = state["llm.model.embed_tokens.weight"]
+    output = convert_checkpoint(_save(tmp_path / "tied.pth", state), **sources, output=tmp_path / "out")
+    assert "lm_head.weight" not in _weights(output)
+    model, info = MGLlavaForConditionalGeneration.from_pretrained(output, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+
+
+def test_tied_head_that_differs_is_refused(tmp_path, sources, golden, edit_folder):
+    sources = {**sources, "llm": edit_folder(golden / "llm", tie_word_embeddings=True)}
+    with pytest.raises(ConversionError, match="ties lm_head"):
+        convert_checkpoint(golden / "xtuner" / "iter_10.pth", **sources, output=tmp_path / "out")
+
+
+@pytest.mark.parametrize(("rows", "padded"), [(448, 448), (449, 512), (400, 448)])
+def test_tables_that_cover_the_placeholder_do_not_grow(tmp_path, sources, golden_state, rows, padded):
+    state = golden_state("iter_10.pth")
+    for key in ("llm.model.embed_tokens.weight", "llm.lm_head.weight"):
+        state[key] = torch.randn(rows, 64)
+    output = convert_checkpoint(_save(tmp_path / "rows.pth", state), **sources, output=tmp_path / "out")
+    config = MGLlavaConfig.from_pretrained(output)
+    assert (config.text_config.vocab_size, config.unpadded_vocab_size) == (padded, rows)
+    assert GenerationConfig.from_pretrained(output).suppress_tokens == sorted({420, *range(rows, padded)})
+    _assert_same(_weights(output)["lm_head.weight"][:rows], state["llm.lm_head.weight"])
+
+
+def test_template_stop_words_end_answers(tmp_path, sources, golden, edit_folder):
+    tokenizer = AutoTokenizer.from_pretrained(golden / "llm")
+    tokenizer.add_tokens(["<|im_end|>", "<|eot_id|>"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    llm = edit_folder(golden / "llm")
+    for file in (tmp_path / "tokenizer").iterdir():
+        shutil.copy(file, llm)
+    sources = {**sources, "llm": llm, "prompt_template": "yi"}
+    output = convert_checkpoint(golden / "xtuner" / "iter_10.pth", **sources, output=tmp_path / "out")
+    assert GenerationConfig.from_pretrained(output).eos_token_id == [2, 420]
+    assert MGLlavaConfig.from_pretrained(output).image_token_id == 422
+
+
+def test_pad_token_is_set_where_there_is_none(tmp_path, sources, golden, edit_folder):
+    llm = edit_folder(golden / "llm", file="tokenizer_config.json", pad_token=None)
+    (llm / "special_tokens_map.json").unlink()
+    output = convert_checkpoint(golden / "xtuner" / "iter_10.pth", **{**sources, "llm": llm}, output=tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(output).pad_token == "<unk>"
+
+
+# Wrong and damaged sources
+
+
+def test_error_counts_and_samples_every_class(tmp_path, sources, golden_state):
+    state = golden_state("iter_10.pth")
+    state = {key: value for key, value in state.items() if ".layers.1." not in key}
+    state["llm.model.norm.weight"] = torch.ones(65)
+    state["surprise.weight"] = torch.ones(1)
+    with pytest.raises(ConversionError) as error:
+        convert_checkpoint(_save(tmp_path / "part.pth", state), **sources, output=tmp_path / "out")
+    message = str(error.value)
+    assert "missing: 9" in message
+    assert "model.language_model.layers.1.mlp.up_proj.weight (160, 64)" in message
+    assert "unexpected: 1\n  checkpoint: surprise.weight (1,)" in message
+    assert "wrong shape: 1\n  model.language_model.norm.weight: expected (64,), got (65,)" in message
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_missing_embedding_table_is_named(tmp_path, sources, golden_state):
+    state = golden_state("iter_10.pth")
+    del state["llm.model.embed_tokens.weight"]
+    with pytest.raises(ConversionError, match=r"llm\.model\.embed_tokens\.weight is missing"):
+        convert_checkpoint(_save(tmp_path / "part.pth", state), **sources, output=tmp_path / "out")
+
+
+def test_file_of_another_model_is_refused(tmp_path, sources):
+    with pytest.raises(ConversionError, match="no MG-LLaVA checkpoint, or not whole"):
+        convert_checkpoint(_save(tmp_path / "other.pth", {"bias": torch.ones(1)}), **sources, output=tmp_path / "out")
+
+
+def _clip_of_another_size(folder, edit_folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    return edit_folder(folder, vision_config={**config["vision_config"], **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_size": 32}, "`vision_tower` is another one than in training: it is 32 channels wide"),
+        ({"image_size": 224}, "needs equal grids"),
+        ({"num_hidden_layers": 2}, r"(?s)unexpected: 16.*layers\.2\."),
+        ({"num_hidden_layers": 5}, r"(?s)missing: 16.*layers\.3\."),
+    ],
+)
+def test_clip_of_another_size(tmp_path, sources, golden, edit_folder, changes, said):
+    sources = {**sources, "vision_tower": _clip_of_another_size(golden / "clip", edit_folder, **changes)}
+    with pytest.raises(ConversionError, match=said):
+        convert_checkpoint(golden / "xtuner" / "iter_10.pth", **sources, output=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("argument", "folder", "said"),
+    [
+        ("vision_tower", "llm", "`vision_tower` must be a CLIP"),
+        ("vision_tower", "xtuner", "has no config.json"),
+        ("vision_tower", "no/such/folder", "neither"),
+        ("high_res_tower", "clip", "no open_clip repository"),
+        ("high_res_tower", "no_such_model", "none of these"),
+        ("high_res_tower", "convnext_large_d_320", "say which weights"),
+        ("llm", "clip", "no language model"),
+        ("llm", "./nowhere", "neither"),
+    ],
+)
+def test_folder_of_another_kind(tmp_path, sources, golden, argument, folder, said):
+    name = golden / folder if (golden / folder).is_dir() else folder
+    with pytest.raises(ConversionError, match=said):
+        convert_checkpoint(golden / "xtuner" / "iter_10.pth", **{**sources, argument: name}, output=tmp_path / "out")
+
+
+def test_convnext_of_another_size(tmp_path, sources, golden, edit_folder):
+    tower = edit_folder(golden / "convnext", file="open_clip_config.json")
+    weights = torch.load(tower / "open_clip_pytorch_model.bin", weights_only=True)
+    weights = {k: torch.cat([v, v]) if "stages.3" in k and v.ndim else v for k, v in weights.items()}
+    torch.save(weights, tower / "open_clip_pytorch_model.bin")
+    with pytest.raises(ConversionError, match="`high_res_tower` is another one than in training: it is 96"):
+        convert_checkpoint(
+            golden / "xtuner" / "iter_10.pth", **{**sources, "high_res_tower": tower}, output=tmp_path / "out"
+        )
+
+
+def test_open_clip_safetensors_and_local_dir_schema(tmp_path, sources, golden, converted, edit_folder):
+    tower = edit_folder(golden / "convnext", file="open_clip_config.json")
+    weights = torch.load(tower / "open_clip_pytorch_model.bin", weights_only=True)
+    save_file(weights, tower / "open_clip_model.safetensors")
+    (tower / "open_clip_pytorch_model.bin").unlink()
+    sources = {**sources, "high_res_tower": f"local-dir:{tower}"}
+    output = convert_checkpoint(golden / "xtuner" / "iter_10.pth", **sources, output=tmp_path / "out")
+    assert (output / "model.safetensors").read_bytes() == (converted / "model.safetensors").read_bytes()
+
+
+def test_hub_ids_are_resolved_in_two_steps(monkeypatch, golden, sources, tmp_path, converted):
+    from mgllava.conversion import sources as module
+
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, tuple(allow_patterns)))
+        return str(golden / {"acme/llm": "llm", "acme/clip": "clip"}.get(name, "convnext"))
+
+    monkeypatch.setattr(module, "snapshot_download", download)
+    sources = {
+        **sources,
+        "llm": "acme/llm",
+        "vision_tower": "acme/clip",
+        "high_res_tower": "convnext_large_d_320:laion2b_s29b_b131k_ft_soup",
+    }
+    output = convert_checkpoint(golden / "xtuner" / "iter_10.pth", **sources, output=tmp_path / "out")
+    assert (output / "model.safetensors").read_bytes() == (converted / "model.safetensors").read_bytes()
+    # The checkpoint has the language model, so only its config and tokenizer are fetched.
+    assert not [patterns for name, patterns in asked if name == "acme/llm" and "model*.safetensors" in patterns]
+    assert "laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup" in [name for name, _ in asked]
+
+
+# Outputs
+
+
+def test_output_is_not_overwritten_unasked(tmp_path, golden, sources):
+    checkpoint, output = golden / "xtuner" / "iter_10.pth", tmp_path / "out"
+    convert_checkpoint(checkpoint, **sources, output=output)
+    (output / "note.txt").write_text("mine")
+    with pytest.raises(ConversionError, match="exists"):
+        convert_checkpoint(checkpoint, **sources, output=output)
+    assert (output / "note.txt").exists()
+    convert_checkpoint(checkpoint, **sources, output=output, overwrite=True)
+    assert not (output / "note.txt").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_sources_inside_the_output_are_not_replaced(tmp_path, golden, sources):
+    output = convert_checkpoint(golden / "xtuner" / "iter_10.pth", **sources, output=tmp_path / "out")
+    shutil.copy(golden / "xtuner" / "iter_10.pth", output)
+    with pytest.raises(ConversionError, match="lies in"):
+        convert_checkpoint(output / "iter_10.pth", **sources, output=output, overwrite=True)
+    assert (output / "iter_10.pth").exists()
+
+
+def test_full_disk_stops_before_writing(tmp_path, golden, sources, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(ConversionError, match="Not enough disk space"):
+        convert_checkpoint(golden / "xtuner" / "iter_10.pth", **sources, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+KILLED = """
+import os, signal, sys
+from mgllava.conversion import convert_checkpoint
+written = 0
+def progress(stage, done, total):
+    global written
+    written += done if stage == "writing weights" else 0
+    if written > 700_000:
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoint, llm, clip, convnext, output = sys.argv[1:]
+convert_checkpoint(checkpoint, llm, clip, convnext, "vicuna", output, max_shard_size="200KB", progress=progress)
+"""
+
+
+def test_killed_run_looks_incomplete_and_is_continued(tmp_path, golden, sources):
+    checkpoint, output = golden / "xtuner" / "iter_10.pth", tmp_path / "out"
+    arguments = [checkpoint, golden / "llm", golden / "clip", golden / "convnext", output]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, arguments)], env=os.environ)
+    assert killed.returncode == -signal.SIGKILL
+    assert not output.exists()
+    staging = tmp_path / "out.incomplete"
+    finished = {path.name: path.stat() for path in staging.glob("*.safetensors")}
+    assert len(finished) >= 2
+    assert not (staging / "config.json").exists()
+    with pytest.raises(OSError):
+        MGLlavaForConditionalGeneration.from_pretrained(staging)
+
+    convert_checkpoint(checkpoint, **sources, output=output, max_shard_size="200KB")
+    whole = convert_checkpoint(checkpoint, **sources, output=tmp_path / "whole", max_shard_size="200KB")
+    for name, before in finished.items():
+        after = (output / name).stat()
+        assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    for path in whole.iterdir():
+        if path.name != "conversion_report.json":
+            assert (output / path.name).read_bytes() == path.read_bytes()
+    assert {path.name for path in output.iterdir()} == {path.name for path in whole.iterdir()}
+    assert not staging.exists()
+
+
+def test_rest_of_another_conversion_is_not_used(tmp_path, golden, sources):
+    checkpoint, output = golden / "xtuner" / "iter_10.pth", tmp_path / "out"
+    arguments = [checkpoint, golden / "llm", golden / "clip", golden / "convnext", output]
+    subprocess.run([sys.executable, "-c", KILLED, *map(str, arguments)], env=os.environ)
+    other = golden / "xtuner" / "iter_5_pretrain.pth"
+    convert_checkpoint(other, **sources, output=output, max_shard_size="200KB")
+    whole = convert_checkpoint(other, **sources, output=tmp_path / "whole", max_shard_size="200KB")
+    for path in whole.glob("*.safetensors"):
+        assert (output / path.name).read_bytes() == path.read_bytes()
+
+
+def test_prompt_template_must_be_known(tmp_path, golden, sources):
+    with pytest.raises(ConversionError, match="prompt_template"):
+        convert_checkpoint(
+            golden / "xtuner" / "iter_10.pth", **{**sources, "prompt_template": "gpt"}, output=tmp_path / "out"
+        )

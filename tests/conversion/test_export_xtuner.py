@@ -1,0 +1,103 @@
+import pytest
+import torch
+
+from mgllava import MGLlavaForConditionalGeneration
+from mgllava.conversion import ConversionError, convert_checkpoint, export_xtuner, read_checkpoint
+
+
+def _load(path):
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def _assert_same_state(ours, theirs):
+    assert list(ours) == list(theirs)
+    for name, value in theirs.items():
+        assert ours[name].dtype == value.dtype
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", ["5GB", "200KB"])
+@pytest.mark.parametrize("name", ["iter_10.pth", "iter_5_pretrain.pth"])
+def test_there_and_back_is_identity(tmp_path, golden, sources, golden_state, name, size):
+    first = convert_checkpoint(golden / "xtuner" / name, **sources, output=tmp_path / "a", max_shard_size=size)
+    exported = export_xtuner(first, tmp_path / "back.pth")
+    _assert_same_state(_load(exported), golden_state(name))
+    second = convert_checkpoint(exported, **sources, output=tmp_path / "b", max_shard_size=size)
+    assert {path.name for path in first.iterdir()} == {path.name for path in second.iterdir()}
+    for path in first.iterdir():
+        if path.name != "conversion_report.json":
+            assert path.read_bytes() == (second / path.name).read_bytes(), path.name
+
+
+def test_file_is_no_larger_than_its_tensors(tmp_path, converted):
+    exported = export_xtuner(converted, tmp_path / "back.pth")
+    state = _load(exported)
+    assert state["llm.lm_head.weight"].untyped_storage().nbytes() == 420 * 64 * 4
+    total = sum(value.nbytes for value in state.values())
+    assert exported.stat().st_size < total + 64 * 1024
+
+
+def test_meta_keeps_what_the_runner_said(tmp_path, converted, golden):
+    checkpoint = read_checkpoint(export_xtuner(converted, tmp_path / "back.pth"))
+    assert checkpoint.meta["iter"] == 10
+    assert "image_size_aux = 768" in checkpoint.config_text
+
+
+def test_lora_comes_back_merged(tmp_path, golden, sources, golden_state):
+    first = convert_checkpoint(golden / "xtuner" / "iter_8_lora.pth", **sources, output=tmp_path / "a")
+    exported = export_xtuner(first, tmp_path / "back.pth")
+    assert _load(exported).keys() == golden_state("iter_10.pth").keys()
+    second = convert_checkpoint(exported, **sources, output=tmp_path / "b")
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+def test_repository_without_report_is_written_whole(tmp_path, converted, golden_state):
+    model = MGLlavaForConditionalGeneration.from_pretrained(converted)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="300KB")
+    exported = export_xtuner(tmp_path / "saved", tmp_path / "back.pth")
+    state, original = _load(exported), golden_state("iter_10.pth")
+    assert state.keys() == original.keys()
+    for name, value in original.items():
+        torch.testing.assert_close(state[name], value, rtol=0, atol=0)
+    assert "image_size_aux = 768" in read_checkpoint(exported).config_text
+
+
+def test_tied_head_is_written_as_xtuner_does(tmp_path, sources, golden, golden_state, edit_folder):
+    sources = {**sources, "llm": edit_folder(golden / "llm", tie_word_embeddings=True)}
+    state = golden_state("iter_10.pth")
+    state["llm.lm_head.weight"] = state["llm.model.embed_tokens.weight"]
+    torch.save({"meta": {}, "state_dict": state}, tmp_path / "tied.pth")
+    first = convert_checkpoint(tmp_path / "tied.pth", **sources, output=tmp_path / "a")
+    exported = export_xtuner(first, tmp_path / "back.pth")
+    _assert_same_state(_load(exported), state)
+    (first / "conversion_report.json").unlink()
+    assert "llm.lm_head.weight" in _load(export_xtuner(first, tmp_path / "whole.pth"))
+
+
+def test_output_is_not_overwritten_unasked(tmp_path, converted):
+    path = tmp_path / "back.pth"
+    path.write_bytes(b"mine")
+    with pytest.raises(ConversionError, match="exists"):
+        export_xtuner(converted, path)
+    assert path.read_bytes() == b"mine"
+    export_xtuner(converted, path, overwrite=True)
+    assert "llm.lm_head.weight" in _load(path)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"back.pth"}
+
+
+def test_other_repositories_are_refused(tmp_path, golden):
+    with pytest.raises(ConversionError, match="model type 'llama'"):
+        export_xtuner(golden / "llm", tmp_path / "back.pth")
+    with pytest.raises(ConversionError, match="has no config"):
+        export_xtuner(tmp_path, tmp_path / "back.pth")
+
+
+def test_variant_that_xtuner_does_not_know_is_refused(tmp_path, converted):
+    from mgllava import MGLlavaConfig
+
+    config = MGLlavaConfig.from_pretrained(converted)
+    config.object_merging = "box_to_fused"
+    MGLlavaForConditionalGeneration(config).save_pretrained(tmp_path / "saved")
+    with pytest.raises(ConversionError, match="no place for"):
+        export_xtuner(tmp_path / "saved", tmp_path / "back.pth")
+    assert not (tmp_path / "back.pth").exists()
