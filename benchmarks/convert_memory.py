@@ -2,8 +2,8 @@
 
     python benchmarks/convert_memory.py [--directory DIR]
 
-Every case runs in a process of its own. What counts is anonymous memory (`RssAnon`) beyond that of the imports: pages of
-mapped files are the kernel's to take back. Takes about 20 GB of disk, which is cleaned up.
+Every case runs in a process of its own. What counts is anonymous memory (`RssAnon`) beyond that of the imports: pages
+of mapped files are the kernel's to take back. Takes about 20 GB of disk, which is cleaned up.
 """
 
 import argparse

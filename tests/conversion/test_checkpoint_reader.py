@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -166,3 +167,21 @@ def test_package_import_leaves_deepspeed_to_the_reader():
         "from mgllava.conversion.zero import open_zero_folder\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_zero_partitions_are_joined_on_disk(tmp_path, golden_state, monkeypatch):
+    pytest.importorskip("deepspeed")
+    state = golden_state("iter_5_pretrain.pth")
+    folder = write_zero(tmp_path / "iter", state, stage=2)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1 if path == scratch else 0)
+    )
+    with pytest.raises(ConversionError, match=r"Not enough disk space in .*scratch"):
+        read_checkpoint(folder, scratch=scratch)
+    monkeypatch.undo()
+    checkpoint = read_checkpoint(folder, scratch=scratch)
+    # Nothing is left behind, while the mapping still gives the values.
+    assert not list(scratch.iterdir())
+    _assert_same(checkpoint.tensors, state)

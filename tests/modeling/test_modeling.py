@@ -244,6 +244,7 @@ WRONG_INPUTS = [
     ({"boxes": torch.zeros(1, 3, 5)}, r"`boxes` must have shape \(num_images, max_boxes, 4\).*got \(1, 3, 5\)"),
     ({"boxes": torch.zeros(3, 4)}, r"`boxes` must have shape .*got \(3, 4\)"),
     ({"boxes": torch.zeros(2, 3, 4)}, r"`boxes` must have shape .* with 1 images.*got \(2, 3, 4\)"),
+    ({"boxes": torch.full((1, 3, 4), torch.nan)}, r"`boxes` must be finite, got NaN or infinity for image.s. \[0\]"),
     ({"pixel_values": torch.zeros(1, 3, 64, 64)}, r"`pixel_values` must have shape \(num_images, 3, 96, 96\), got"),
     ({"inputs_embeds": torch.zeros(1, 18, 32)}, "exactly one of `input_ids` and `inputs_embeds`"),
     ({"mm_encoder_outputs": {"image": object()}}, "either `pixel_values` or `mm_encoder_outputs`"),

@@ -32,13 +32,15 @@ class XTunerCheckpoint:
         return text if isinstance(text, str) else ""
 
 
-def read_checkpoint(path: str | Path, trust_pickle: bool = False) -> XTunerCheckpoint:
+def read_checkpoint(path: str | Path, trust_pickle: bool = False, scratch: Path | None = None) -> XTunerCheckpoint:
     """Open an XTuner checkpoint.
 
     Args:
         path (`str` or `Path`): A `.pth` file, or the folder that DeepSpeed writes (often named `….pth` as well).
         trust_pickle (`bool`, *optional*, defaults to `False`): Read files that hold pickled objects beside the
             weights. The objects are skipped, and no code of theirs is run, even then.
+        scratch (`Path`, *optional*): Folder for temporary files, which some DeepSpeed checkpoints need: as large as
+            the weights in fp32. The system's temporary folder by default.
 
     Returns:
         `XTunerCheckpoint`: Its tensors, still on disk.
@@ -48,7 +50,7 @@ def read_checkpoint(path: str | Path, trust_pickle: bool = False) -> XTunerCheck
     """
     path = Path(path)
     if path.is_dir():
-        tensors, meta, files = open_zero_folder(path, trust_pickle)
+        tensors, meta, files = open_zero_folder(path, trust_pickle, scratch)
         return XTunerCheckpoint(tensors, meta, files, path)
     if not path.is_file():
         raise ConversionError(f"`checkpoint` must be a file or a folder, but {path} does not exist.")

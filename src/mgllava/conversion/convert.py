@@ -113,7 +113,9 @@ def convert_checkpoint(
     staging = StagingFolder(output, overwrite)
     progress = progress or (lambda stage, done, total: None)
 
-    opened = read_checkpoint(checkpoint, trust_pickle)
+    # Beside the output there has to be room anyway, while the system's temporary folder may lie in memory.
+    scratch = next(parent for parent in output.parents if parent.is_dir())
+    opened = read_checkpoint(checkpoint, trust_pickle, scratch)
     text_config, llm_folder = language_model_config(llm)
     vision_config, image_settings = clip_config(vision_tower)
     tower = open_high_res_tower(high_res_tower)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .errors import ConversionError
+from .shard_writer import check_disk_space
 from .tensor_files import LazyTensor, open_torch_file, tensors_of
 
 # Objects of deepspeed itself (loss scalers, address tables) lie in every one of its files; none of them is needed.
@@ -43,13 +44,17 @@ def find_zero_folder(path: Path) -> Path:
     )
 
 
-def open_zero_folder(path: Path, trust_pickle: bool) -> tuple[dict[str, LazyTensor], dict[str, Any], list[Path]]:
+def open_zero_folder(
+    path: Path, trust_pickle: bool, scratch: Path | None
+) -> tuple[dict[str, LazyTensor], dict[str, Any], list[Path]]:
     """Open a DeepSpeed checkpoint of any ZeRO stage.
 
     Args:
         path (`Path`): The checkpoint's folder, or the one above it with a `latest` file.
         trust_pickle (`bool`): Read files that name classes of other packages than deepspeed; their objects are
             skipped either way.
+        scratch (`Path`, *optional*): Folder on a disk with room for the weights in fp32, which stages 1 and 2 need
+            when several processes wrote the checkpoint. The system's temporary folder by default.
 
     Returns:
         `tuple`: The tensors (fp32 where they were trained), the runner's `meta`, and the files read.
@@ -69,7 +74,7 @@ def open_zero_folder(path: Path, trust_pickle: bool) -> tuple[dict[str, LazyTens
                 f"{folder} is a ZeRO stage 3 checkpoint without its *_optim_states.pt, which hold the weights."
             )
         return tensors_of(first["module"], model_files[0]), meta, model_files[:1]
-    state = _consolidate(folder, trust_pickle)
+    state = _consolidate(folder, trust_pickle, scratch)
     tensors = {
         name: LazyTensor(tuple(value.shape), value.dtype, f"{folder.name}:{name}", value.contiguous)
         for name, value in state.items()
@@ -77,7 +82,7 @@ def open_zero_folder(path: Path, trust_pickle: bool) -> tuple[dict[str, LazyTens
     return tensors, meta, model_files + optimizer_files
 
 
-def _consolidate(folder: Path, trust_pickle: bool) -> dict[str, Any]:
+def _consolidate(folder: Path, trust_pickle: bool, scratch: Path | None) -> dict[str, Any]:
     try:
         from deepspeed.utils import zero_to_fp32
     except ImportError as error:
@@ -89,7 +94,7 @@ def _consolidate(folder: Path, trust_pickle: bool) -> dict[str, Any]:
         with (
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(io.StringIO()),
-            _frugal_torch(zero_to_fp32, trust_pickle),
+            _frugal_torch(zero_to_fp32, trust_pickle, scratch),
         ):
             state: dict[str, Any] = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(
                 str(folder.parent), tag=folder.name, lazy_mode=True
@@ -102,7 +107,7 @@ def _consolidate(folder: Path, trust_pickle: bool) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _frugal_torch(reader: Any, trust_pickle: bool) -> Iterator[None]:
+def _frugal_torch(reader: Any, trust_pickle: bool, scratch: Path | None) -> Iterator[None]:
     """Let deepspeed's reader load files without running code, and keep what it joins on disk.
 
     The reader calls `torch.load(weights_only=False)`, and for stages 1 and 2 joins the partitions of all weights in
@@ -117,7 +122,7 @@ def _frugal_torch(reader: Any, trust_pickle: bool) -> Iterator[None]:
             return open_torch_file(Path(path), trust_pickle, _INERT_MODULES)
 
         def cat(self, tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
-            return tensors[0] if len(tensors) == 1 else _join_on_disk(tensors)
+            return tensors[0] if len(tensors) == 1 else _join_on_disk(tensors, scratch)
 
     original = reader.torch
     reader.torch = FrugalTorch()
@@ -127,13 +132,15 @@ def _frugal_torch(reader: Any, trust_pickle: bool) -> Iterator[None]:
         reader.torch = original
 
 
-def _join_on_disk(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def _join_on_disk(tensors: Sequence[torch.Tensor], scratch: Path | None) -> torch.Tensor:
     """Concatenate flat tensors into one that lives in an unnamed temporary file."""
     total = sum(tensor.numel() for tensor in tensors)
     dtype = tensors[0].dtype
     if not total:
         return torch.empty(0, dtype=dtype)
-    handle, name = tempfile.mkstemp(prefix="mgllava-zero-")
+    # Checked, because a mapped file that the disk cannot hold kills the process without a message.
+    check_disk_space(scratch or Path(tempfile.gettempdir()), total * dtype.itemsize)
+    handle, name = tempfile.mkstemp(prefix="mgllava-zero-", dir=scratch)
     os.close(handle)
     try:
         joined = torch.from_file(name, shared=True, size=total, dtype=dtype)

@@ -194,7 +194,7 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
 
         Raises:
             ValueError: If the shapes of `pixel_values`, `boxes` and `num_boxes` do not fit each other or the
-                configuration.
+                configuration, or boxes are not finite.
         """
         boxes, num_boxes = self._check_image_inputs(pixel_values, boxes, num_boxes)
         fused_tokens, box_tokens = self.encode_images(pixel_values, boxes, num_boxes)
@@ -233,6 +233,13 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
             lambda: (
                 f"`num_boxes` must lie between 1 and the {boxes.shape[1]} rows of `boxes`, got {num_boxes.tolist()}. "
                 "An image without objects has one box, [0, 0, 0, 0]."
+            ),
+        )
+        torch_compilable_check(
+            torch.isfinite(boxes).all(),
+            lambda: (
+                "`boxes` must be finite, got NaN or infinity for image(s) "
+                f"{(~torch.isfinite(boxes).flatten(1).all(1)).nonzero().flatten().tolist()}."
             ),
         )
         return boxes.to(pixel_values.device), num_boxes.to(pixel_values.device)
