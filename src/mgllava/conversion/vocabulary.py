@@ -139,7 +139,7 @@ def generation_config(
     stop_ids += [vocabulary[word] for word in STOP_WORDS[prompt_template] if word in vocabulary]
     stop_ids = list(dict.fromkeys(stop_ids))
     config_class: Any = GenerationConfig  # untyped
-    return config_class(  # type: ignore[no-any-return]
+    return config_class(
         bos_token_id=tokenizer.bos_token_id if tokenizer.bos_token_id is not None else own.bos_token_id,
         eos_token_id=stop_ids[0] if len(stop_ids) == 1 else stop_ids,
         pad_token_id=tokenizer.pad_token_id,
