@@ -4,6 +4,8 @@ The checkpoint is the small one that the tests use. Its weights are random, so i
 around the weights is what the published models go through.
 """
 
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -14,7 +16,6 @@ from torchvision.utils import draw_bounding_boxes
 from transformers import AutoModel, AutoProcessor, TextStreamer
 
 import mgllava  # noqa: F401  (makes the Auto classes know MG-LLaVA)
-from mgllava.conversion import convert_checkpoint
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT, OUTPUT = ROOT / "tests" / "golden", ROOT / "demo-output"
@@ -25,15 +26,17 @@ QUESTION = "What is on the table?"
 def main() -> None:
     console = Console()
     console.rule("1. Convert the original checkpoint")
-    repository = convert_checkpoint(
-        checkpoint=CHECKPOINT / "xtuner" / "iter_10.pth",
-        llm=CHECKPOINT / "llm",
-        vision_tower=CHECKPOINT / "clip",
-        high_res_tower=CHECKPOINT / "convnext",
-        prompt_template="vicuna",
-        output=OUTPUT / "model",
-        overwrite=True,
-    )
+    repository = OUTPUT / "model"
+    sources = {
+        "--checkpoint": CHECKPOINT / "xtuner" / "iter_10.pth",
+        "--llm": CHECKPOINT / "llm",
+        "--vision-tower": CHECKPOINT / "clip",
+        "--high-res-tower": CHECKPOINT / "convnext",
+        "--prompt-template": "vicuna",
+    }
+    arguments = [str(part) for option in sources.items() for part in option]
+    command = [sys.executable, "-m", "mgllava.cli", "convert", *arguments, "--output", str(repository), "--overwrite"]
+    subprocess.run(command, check=True)
     for path in sorted(repository.iterdir()):
         console.print(f"  {path.relative_to(ROOT)}  {path.stat().st_size / 1e3:,.1f} kB", highlight=False)
 

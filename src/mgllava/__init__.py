@@ -4,8 +4,14 @@ Importing this package makes the `Auto` classes of transformers know MG-LLaVA. `
 generate, as `AutoModelForImageTextToText` does.
 """
 
-import transformers
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
 
 from mgllava.modeling import (
     MGLlavaConfig,
@@ -18,9 +24,8 @@ from mgllava.processing import MGLlavaImageProcessor, MGLlavaImageProcessorPil, 
 __version__ = "0.1.0"
 
 AutoConfig.register(MGLlavaConfig.model_type, MGLlavaConfig, exist_ok=True)
-for _auto_class in (AutoModel, AutoModelForImageTextToText, getattr(transformers, "AutoModelForMultimodalLM", None)):
-    if _auto_class is not None:
-        _auto_class.register(MGLlavaConfig, MGLlavaForConditionalGeneration, exist_ok=True)
+for _auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    _auto_class.register(MGLlavaConfig, MGLlavaForConditionalGeneration, exist_ok=True)
 AutoImageProcessor.register(
     MGLlavaConfig,
     image_processor_classes={"torchvision": MGLlavaImageProcessor, "pil": MGLlavaImageProcessorPil},

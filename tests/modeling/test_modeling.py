@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+)
 
 from mgllava import MGLlavaForConditionalGeneration
 from tests.tiny import IMAGE_TOKEN_ID, one_prompt, tiny_config, tiny_inputs, tiny_model
@@ -40,7 +45,7 @@ def test_save_and_load_give_the_same_logits_and_no_stray_key(llm, tmp_path):
         assert torch.equal(loaded.eval()(**inputs).logits, model(**inputs).logits)
 
 
-@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForImageTextToText])
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM])
 def test_auto_classes_give_the_model_that_generates(auto_class, model, tmp_path):
     model.save_pretrained(tmp_path)
     assert type(auto_class.from_pretrained(tmp_path)) is MGLlavaForConditionalGeneration
