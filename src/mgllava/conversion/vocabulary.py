@@ -1,10 +1,13 @@
 """Tokenizer and embedding table with a place for the `<image>` placeholder."""
 
+import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import normalizers
 from transformers import AddedToken, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from .errors import ConversionError
@@ -53,11 +56,13 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         ConversionError: If there is no tokenizer, or it has neither padding, unknown nor end-of-sequence token.
     """
-    # `tokenizer.json` as it is: transformers 5 rebuilds Llama tokenizers by rules of its own, which give other ids
-    # after special tokens than the ones that the checkpoints were trained with.
-    tokenizer_class = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        tokenizer: Any = tokenizer_class.from_pretrained(folder, padding_side="left")
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = _read_as_it_is(folder)
+        else:
+            with tempfile.TemporaryDirectory() as built:
+                _build_tokenizer_json(folder, Path(built))
+                tokenizer = _read_as_it_is(Path(built))
     except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
         raise ConversionError(f"`llm`: the tokenizer in {folder} cannot be read ({error}).") from error
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
@@ -69,6 +74,25 @@ def load_tokenizer(folder: Path) -> Any:
             "pad with. Set `pad_token` in its tokenizer_config.json."
         )
     return tokenizer
+
+
+def _read_as_it_is(folder: Path) -> Any:
+    # transformers 5 rebuilds Llama tokenizers by rules of its own, which give other ids after special tokens than the
+    # ones that the checkpoints were trained with. The plain class takes `tokenizer.json` at its word.
+    return PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")
+
+
+def _build_tokenizer_json(folder: Path, output: Path) -> None:
+    """Turn a SentencePiece model (Vicuna has nothing else) into a `tokenizer.json`, as transformers 4 did."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    config_path = folder / "tokenizer_config.json"
+    config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
+    if config.get("tokenizer_class", "").startswith("Llama") and config.get("legacy") is not False:
+        # Then a space was put in front of every piece of text, also of one that starts with a space.
+        backend = tokenizer.backend_tokenizer
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.pre_tokenizer = None
+    tokenizer.save_pretrained(output)
 
 
 def plan_vocabulary(tokenizer: Any, original_rows: int) -> Vocabulary:
