@@ -6,7 +6,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 SOURCES := src tests examples benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench bench-pooling bench-convert clean
+.PHONY: help setup demo test test-all lint format bench bench-pooling bench-convert bench-detector clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | column -t -s '	'
@@ -37,13 +37,16 @@ format: setup  ## fix style
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
 
-bench: bench-pooling bench-convert  ## run all benchmarks; results go to benchmarks/results/
+bench: bench-pooling bench-convert bench-detector  ## run all benchmarks; results go to benchmarks/results/
 
 bench-pooling: setup  ## box pooling against upsampling, RoI-align and mean
 	$(BIN)/python benchmarks/pooling.py
 
 bench-convert: setup  ## peak memory of converting a checkpoint of several GB
 	$(BIN)/python benchmarks/convert_memory.py
+
+bench-detector: setup  ## tags and boxes against a path of the original's shape
+	$(BIN)/python benchmarks/detector.py
 
 clean:  ## remove .venv and what the commands left
 	rm -rf $(VENV) demo-output build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

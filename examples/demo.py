@@ -8,14 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
 from PIL import Image
 from rich.console import Console
-from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import draw_bounding_boxes
 from transformers import AutoModel, AutoProcessor, TextStreamer
 
 import mgllava  # noqa: F401  (makes the Auto classes know MG-LLaVA)
+from mgllava.visualization import draw_boxes
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT, OUTPUT = ROOT / "tests" / "golden", ROOT / "demo-output"
@@ -47,16 +45,7 @@ def main() -> None:
 
     console.rule("3. Ask about a photograph")
     image = Image.open(Path(__file__).parent / "coffee.jpg")
-    picture = draw_bounding_boxes(
-        pil_to_tensor(image),
-        torch.tensor(list(BOXES.values())),
-        list(BOXES),
-        colors=["cyan", "yellow", "lime"],
-        width=3,
-        label_colors="black",
-        fill_labels=True,
-    )
-    to_pil_image(picture).save(OUTPUT / "boxes.png")
+    draw_boxes(image, {"boxes": list(BOXES.values()), "labels": list(BOXES)}).save(OUTPUT / "boxes.png")
     content = [
         {"type": "image", "image": image, "boxes": list(BOXES.values())},
         {"type": "text", "text": QUESTION},

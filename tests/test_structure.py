@@ -11,8 +11,19 @@ import pytest
 import mgllava
 
 PACKAGE = Path(mgllava.__file__).parent
-HUB_FILES = sorted(path for folder in ("modeling", "processing") for path in (PACKAGE / folder).glob("*.py"))
-HUB_PACKAGES = {"torch", "torchvision", "transformers", "timm", "huggingface_hub", "numpy", "PIL", "tokenizers"}
+HUB_FOLDERS = ("modeling", "processing", "ram_plus")
+HUB_FILES = sorted(path for folder in HUB_FOLDERS for path in (PACKAGE / folder).glob("*.py"))
+HUB_PACKAGES = {
+    "torch",
+    "torchvision",
+    "transformers",
+    "timm",
+    "huggingface_hub",
+    "numpy",
+    "PIL",
+    "tokenizers",
+    "safetensors",
+}
 
 
 def imports(path):
@@ -37,7 +48,7 @@ def test_hub_file_imports_siblings_and_core_packages_only(path):
 def test_hub_file_names_are_unique_and_ours():
     names = [path.name for path in HUB_FILES if path.name != "__init__.py"]
     assert len(names) == len(set(names))
-    assert all(name.endswith("_mgllava.py") for name in names)
+    assert all(name.endswith(("_mgllava.py", "_ram_plus.py")) for name in names)
 
 
 @pytest.mark.parametrize("path", HUB_FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -59,6 +70,7 @@ def test_importing_the_package_is_light():
 
 def test_public_names():
     assert sorted(mgllava.__all__) == [
+        "BoxDetector",
         "MGLlavaConfig",
         "MGLlavaForConditionalGeneration",
         "MGLlavaImageProcessor",
@@ -66,5 +78,9 @@ def test_public_names():
         "MGLlavaModel",
         "MGLlavaPreTrainedModel",
         "MGLlavaProcessor",
+        "RamPlusConfig",
+        "RamPlusForImageTagging",
+        "RamPlusImageProcessor",
+        "RamPlusImageProcessorPil",
     ]
     assert all(hasattr(mgllava, name) for name in mgllava.__all__)

@@ -1,13 +1,14 @@
 """MG-LLaVA (arXiv 2406.17770) for transformers.
 
 Importing this package makes the `Auto` classes of transformers know MG-LLaVA. `AutoModel` gives the model that can
-generate, as `AutoModelForImageTextToText` does.
+generate, as `AutoModelForImageTextToText` does. They know the image tagger RAM++ too.
 """
 
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForImageClassification,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
@@ -19,7 +20,8 @@ from mgllava.modeling import (
     MGLlavaModel,
     MGLlavaPreTrainedModel,
 )
-from mgllava.processing import MGLlavaImageProcessor, MGLlavaImageProcessorPil, MGLlavaProcessor
+from mgllava.processing import BoxDetector, MGLlavaImageProcessor, MGLlavaImageProcessorPil, MGLlavaProcessor
+from mgllava.ram_plus import RamPlusConfig, RamPlusForImageTagging, RamPlusImageProcessor, RamPlusImageProcessorPil
 
 __version__ = "0.1.0"
 
@@ -33,8 +35,18 @@ AutoImageProcessor.register(
 )
 AutoProcessor.register(MGLlavaConfig, MGLlavaProcessor, exist_ok=True)
 
+AutoConfig.register(RamPlusConfig.model_type, RamPlusConfig, exist_ok=True)
+for _tagger_auto_class in (AutoModel, AutoModelForImageClassification):
+    _tagger_auto_class.register(RamPlusConfig, RamPlusForImageTagging, exist_ok=True)
+AutoImageProcessor.register(
+    RamPlusConfig,
+    image_processor_classes={"torchvision": RamPlusImageProcessor, "pil": RamPlusImageProcessorPil},
+    exist_ok=True,
+)
+
 
 __all__ = [
+    "BoxDetector",
     "MGLlavaConfig",
     "MGLlavaForConditionalGeneration",
     "MGLlavaImageProcessor",
@@ -42,4 +54,8 @@ __all__ = [
     "MGLlavaModel",
     "MGLlavaPreTrainedModel",
     "MGLlavaProcessor",
+    "RamPlusConfig",
+    "RamPlusForImageTagging",
+    "RamPlusImageProcessor",
+    "RamPlusImageProcessorPil",
 ]

@@ -1,5 +1,6 @@
 """The command line: `mgllava …`. Heavy imports happen inside the commands, so that help is quick."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,15 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -21,6 +30,13 @@ class PromptTemplate(str, Enum):
     LLAMA3 = "llama3"
     PHI3 = "phi3"
     YI = "yi"
+
+
+class DetectionMode(str, Enum):
+    """What boxes a detector gives."""
+
+    FAITHFUL = "faithful"
+    CLEAN = "clean"
 
 
 @app.callback()
@@ -111,14 +127,142 @@ def convert(
             console.print(f'  {variable} = {name}.from_pretrained("{written}")', soft_wrap=True, markup=False)
 
 
+@app.command()
+def convert_ram_plus(
+    checkpoint: Annotated[Path, typer.Option(help="Original checkpoint: ram_plus_swin_large_14m.pth.")],
+    tag_list: Annotated[Path, typer.Option(help="Text file with one tag per line.")],
+    thresholds: Annotated[Path, typer.Option(help="Text file with one number per line, those of the tags.")],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    swin_config: Annotated[
+        Path | None, typer.Option(help="JSON file with the sizes of the backbone. By default Swin-L at 384 pixels.")
+    ] = None,
+    decoder_config: Annotated[
+        Path | None, typer.Option(help="JSON file with the sizes of the decoder. By default the released ones.")
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(help="auto (as in the checkpoint), float32, float16 or bfloat16."),
+    ] = "auto",
+    max_shard_size: Annotated[str, typer.Option(help="Size of the largest weight file.")] = "5GB",
+    trust_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--trust-pickle",
+            help="Read a checkpoint that holds pickled objects beside the weights. The objects are skipped; no code "
+            "of theirs is run even then.",
+        ),
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier conversion wrote.")] = False,
+) -> None:
+    """Convert a RAM++ checkpoint, the image tagger, into a repository for `from_pretrained`."""
+    with _errors_as_messages():
+        from mgllava import conversion
+
+        with _progress_bars() as progress:
+            written = conversion.convert_ram_plus(
+                checkpoint,
+                tag_list,
+                thresholds,
+                output,
+                swin_config=swin_config,
+                decoder_config=decoder_config,
+                dtype=dtype,
+                max_shard_size=max_shard_size,
+                trust_pickle=trust_pickle,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        console = Console()
+        console.print(f"Wrote {written}", soft_wrap=True, markup=False)
+        console.print("Load it:\n  import mgllava\n  from transformers import AutoImageProcessor, AutoModel")
+        for name in ("AutoImageProcessor", "AutoModel"):
+            variable = "image_processor" if name == "AutoImageProcessor" else "model"
+            console.print(f'  {variable} = {name}.from_pretrained("{written}")', soft_wrap=True, markup=False)
+
+
+@app.command()
+def detect(
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="IMAGES_OR_DATASET",
+            help="A folder of images, image files, questions (.jsonl), LLaVA samples (.json), or a dataset: the "
+            "folder of save_to_disk, or Parquet with images.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Box file to write: .parquet, or .json as the original reads it.")],
+    processor: Annotated[
+        str | None, typer.Option(help="MG-LLaVA repository with a box detector: folder or Hub id.")
+    ] = None,
+    detector: Annotated[
+        str | None, typer.Option(help="Zero-shot detector: folder or Hub id.", show_default="OWLv2-L")
+    ] = None,
+    tagger: Annotated[
+        str | None, typer.Option(help="Image tagger: folder or Hub id; coco80 for the labels of COCO.")
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="What to look for, without a tagger: cup,spoon or a file with a label per line.")
+    ] = None,
+    mode: Annotated[
+        DetectionMode | None,
+        typer.Option(help="faithful: boxes as the published weights expect. clean: clipped to the image."),
+    ] = None,
+    threshold: Annotated[float, typer.Option(help="Scores must be greater.")] = 0.2,
+    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 8,
+    image_folder: Annotated[
+        Path | None, typer.Option(help="Where the paths of a JSON list start.", show_default="its folder")
+    ] = None,
+    show: Annotated[Path | None, typer.Option(help="Folder to draw the images with their boxes in.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted job; start if there is none.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again and replace the output.")] = False,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Do the I-th of N parts (from 0), for arrays of cluster jobs.")
+    ] = None,
+    shard_size: Annotated[int, typer.Option(help="Images per shard; processes share out shards.")] = 512,
+    workers: Annotated[int, typer.Option(help="Threads that read images.")] = 4,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code of repositories that bring their own.")
+    ] = False,
+) -> None:
+    """Find the boxes of images and write them to a box file.
+
+    A job that was interrupted goes on with --resume. Several GPUs: accelerate launch -m mgllava.cli detect …
+    """
+    from mgllava.box_files import BoxFileError, detect_images, open_detector
+    from mgllava.box_files.arguments import parse_array_task, parse_labels
+
+    with _errors_as_messages(BoxFileError, ImportError), _image_bar() as progress:
+        summary = detect_images(
+            list(inputs) if len(inputs) > 1 else inputs[0],
+            output,
+            open_detector(processor, detector, tagger, mode and mode.value, trust_remote_code),
+            labels=parse_labels(labels),
+            threshold=threshold,
+            batch_size=batch_size,
+            image_folder=image_folder,
+            resume=resume,
+            overwrite=overwrite,
+            array_task=parse_array_task(shard),
+            shard_size=shard_size,
+            show=show,
+            workers=workers,
+            progress=progress,
+        )
+    if summary is not None:
+        Console().print(str(summary), soft_wrap=True, markup=False, highlight=False)
+
+
 @contextmanager
-def _errors_as_messages() -> Iterator[None]:
+def _errors_as_messages(*kinds: type[Exception]) -> Iterator[None]:
     """Print what went wrong in one message, and exit with 1."""
     from mgllava.conversion import ConversionError
 
+    expected: tuple[type[Exception], ...] = (ConversionError, OSError, *kinds)
     try:
         yield
-    except (ConversionError, OSError) as error:
+    except expected as error:
         Console(stderr=True).print(f"error: {error}", style="red", soft_wrap=True, markup=False, highlight=False)
         raise typer.Exit(1) from None
 
@@ -134,6 +278,20 @@ def _progress_bars() -> Iterator[Callable[[str, int, int], None]]:
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total)
             bars.advance(tasks[stage], done)
+
+        yield progress
+
+
+@contextmanager
+def _image_bar() -> Iterator[Callable[[int, int], None]]:
+    """Show one bar, that of the main process, which has as much to do as any other."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(file=sys.stderr), disable=os.environ.get("RANK", "0") != "0") as bars:
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        task = bars.add_task("images" if processes == 1 else f"images (process 1 of {processes})", total=None)
+
+        def progress(done: int, total: int) -> None:
+            bars.update(task, advance=done, total=total)
 
         yield progress
 

@@ -95,7 +95,7 @@ def test_digest_tells_plans_apart():
 
 
 def test_staging_keeps_only_finished_shards_of_the_same_plan(tmp_path):
-    staging = StagingFolder(tmp_path / "out", overwrite=False)
+    staging = StagingFolder(tmp_path / "out", overwrite=False, model_type="mgllava")
     shards = plan_shards(_lazy(), 100).shards
     digests = {shard.filename: shard.digest({}) for shard in shards}
     assert staging.keep_finished(digests, shards) == set()
@@ -111,13 +111,13 @@ def test_staging_keeps_only_finished_shards_of_the_same_plan(tmp_path):
 
 def test_outputs_in_the_way(tmp_path):
     output = tmp_path / "out"
-    StagingFolder(output, overwrite=False)
+    StagingFolder(output, overwrite=False, model_type="mgllava")
     output.mkdir()
-    StagingFolder(output, overwrite=False)
+    StagingFolder(output, overwrite=False, model_type="mgllava")
     (output / "thesis.tex").write_text("years of work")
     with pytest.raises(ConversionError, match="--overwrite to replace it"):
-        StagingFolder(output, overwrite=False)
-    with pytest.raises(ConversionError, match="is no MG-LLaVA repository"):
-        StagingFolder(output, overwrite=True)
+        StagingFolder(output, overwrite=False, model_type="mgllava")
+    with pytest.raises(ConversionError, match="is no mgllava repository"):
+        StagingFolder(output, overwrite=True, model_type="mgllava")
     (output / "config.json").write_text(json.dumps({"model_type": "mgllava"}))
-    StagingFolder(output, overwrite=True)
+    StagingFolder(output, overwrite=True, model_type="mgllava")

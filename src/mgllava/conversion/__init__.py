@@ -2,7 +2,15 @@
 
 from .checkpoint_reader import XTunerCheckpoint, read_checkpoint
 from .convert import convert_checkpoint
+from .convert_ram_plus import convert_ram_plus
 from .errors import ConversionError
 from .export_xtuner import export_xtuner
 
-__all__ = ["ConversionError", "XTunerCheckpoint", "convert_checkpoint", "export_xtuner", "read_checkpoint"]
+__all__ = [
+    "ConversionError",
+    "XTunerCheckpoint",
+    "convert_checkpoint",
+    "convert_ram_plus",
+    "export_xtuner",
+    "read_checkpoint",
+]

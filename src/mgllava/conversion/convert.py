@@ -1,10 +1,7 @@
 """From an XTuner checkpoint and the repositories it was trained from to one MG-LLaVA repository."""
 
-import datetime
-import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,16 @@ from .config_mapping import build_config, read_image_size
 from .errors import ConversionError
 from .key_mapping import XTUNER_TO_MODEL, XTUNER_TOWERS_TO_MODEL, model_drop_reason, rename, to_xtuner
 from .lora import lora_scaling, merge_lora, split_lora
-from .shard_writer import ShardPlan, StagingFolder, plan_shards, write_json, write_shard
+from .repository_writer import (
+    DEFAULT_SHARD_SIZE,
+    REPORT_NAME,
+    Progress,
+    describe_run,
+    digest_sources,
+    match_tensors,
+    write_weights,
+)
+from .shard_writer import StagingFolder, plan_shards, write_json
 from .sources import (
     Source,
     clip_config,
@@ -28,19 +34,11 @@ from .sources import (
     language_model_weights,
     open_high_res_tower,
 )
-from .tensor_files import LazyTensor, sha256
+from .tensor_files import LazyTensor
 from .vocabulary import Vocabulary, generation_config, grow_table, load_tokenizer, plan_vocabulary
-
-REPORT_NAME = "conversion_report.json"
-# Small enough to convert, resume and load on modest machines; transformers' own 50 GB suits only large ones.
-DEFAULT_SHARD_SIZE = "5GB"
-
-# Told the name of a stage, the bytes that were just done and the bytes of the whole stage.
-Progress = Callable[[str, int, int], None]
 
 _EMBEDDING = "model.language_model.embed_tokens.weight"
 _TABLES = (_EMBEDDING, "lm_head.weight", "lm_head.bias")
-_SAMPLES = 10
 
 
 @dataclass
@@ -110,7 +108,7 @@ def convert_checkpoint(
     if prompt_template not in CHAT_TEMPLATES:
         raise ConversionError(f"`prompt_template` must be one of {sorted(CHAT_TEMPLATES)}, got {prompt_template!r}.")
     output = Path(output).absolute()
-    staging = StagingFolder(output, overwrite)
+    staging = StagingFolder(output, overwrite, MGLlavaConfig.model_type)
     progress = progress or (lambda stage, done, total: None)
 
     # Beside the output there has to be room anyway, while the system's temporary folder may lie in memory.
@@ -146,11 +144,8 @@ def convert_checkpoint(
         for name in ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
         if (llm_folder / name).is_file()
     ]
-    inside = [path for files in sources.values() for path in files if path.absolute().is_relative_to(output)]
-    if inside:
-        raise ConversionError(f"{inside[0]} lies in {output}, which would be replaced. Choose another --output.")
-    digests = _digest(sources, progress)
-    _write_weights(staging, plan, digests, progress)
+    digests = digest_sources(sources, output, progress)
+    write_weights(staging, plan, digests, progress)
 
     config.save_pretrained(staging.path)
     generation_config(llm_folder, text_config, tokenizer, prompt_template, config.unused_token_ids).save_pretrained(
@@ -168,10 +163,8 @@ def convert_checkpoint(
         "trust_pickle": trust_pickle,
         "lora_alpha": lora_alpha,
     }
-    write_json(
-        staging.path / REPORT_NAME,
-        _report(given, opened, gathered, config, vocabulary, tensors, plan, sources, digests),
-    )
+    run = describe_run(given, ("mgllava", "torch", "transformers"), sources, digests, tensors, plan)
+    write_json(staging.path / REPORT_NAME, run | _report(opened, gathered, config, vocabulary))
     staging.publish()
     return output
 
@@ -305,54 +298,13 @@ def _account(gathered: _Gathered, config: MGLlavaConfig, vocabulary: Vocabulary)
             gathered.drop("renamed", name, f"equal to {target}, which it is tied to")
             del tensors[name]
 
-    missing = [f"{name} {shape}" for name, shape in expected.items() if name not in tensors]
-    unexpected = gathered.unexpected + [
-        f"{name} {tensor.shape} from {tensor.origin}" for name, tensor in tensors.items() if name not in expected
-    ]
-    wrong = [
-        f"{name}: expected {shape}, got {tensors[name].shape} from {tensors[name].origin}"
-        for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    if missing or unexpected or wrong:
-        raise ConversionError(
-            "The sources do not make up the model. Is the checkpoint whole, and are the language model and both "
-            "towers the ones that it was trained with?"
-            + _listed("missing", missing)
-            + _listed("unexpected", unexpected)
-            + _listed("wrong shape", wrong)
-        )
-    return {name: tensors[name] for name in expected}
-
-
-def _listed(title: str, items: list[str]) -> str:
-    if not items:
-        return f"\n{title}: 0"
-    more = f"\n  and {len(items) - _SAMPLES} more" if len(items) > _SAMPLES else ""
-    return f"\n{title}: {len(items)}" + "".join(f"\n  {item}" for item in items[:_SAMPLES]) + more
-
-
-def _digest(sources: Mapping[str, list[Path]], progress: Progress) -> dict[str, str]:
-    files = list(dict.fromkeys(path for paths in sources.values() for path in paths))
-    total = sum(path.stat().st_size for path in files)
-    return {str(path): sha256(path, lambda done: progress("reading sources", done, total)) for path in files}
-
-
-def _write_weights(
-    staging: StagingFolder, plan: ShardPlan, source_digests: Mapping[str, str], progress: Progress
-) -> None:
-    # Digests by content, so that sources may have moved between two runs.
-    contents = {f"{number}": digest for number, digest in enumerate(sorted(source_digests.values()))}
-    done = staging.keep_finished({shard.filename: shard.digest(contents) for shard in plan.shards}, plan.shards)
-    total = sum(shard.size for shard in plan.shards)
-    staging.check_space(sum(shard.size for shard in plan.shards if shard.filename not in done))
-    for shard in plan.shards:
-        if shard.filename in done:
-            progress("writing weights", shard.size, total)
-        else:
-            write_shard(shard, staging.path, lambda count: progress("writing weights", count, total))
-    if plan.index is not None:
-        write_json(staging.path / "model.safetensors.index.json", plan.index)
+    return match_tensors(
+        tensors,
+        expected,
+        gathered.unexpected,
+        "The sources do not make up the model. Is the checkpoint whole, and are the language model and both towers "
+        "the ones that it was trained with?",
+    )
 
 
 def _processor(
@@ -372,28 +324,13 @@ def _processor(
 
 
 def _report(
-    given: Mapping[str, Any],
-    checkpoint: XTunerCheckpoint,
-    gathered: _Gathered,
-    config: MGLlavaConfig,
-    vocabulary: Vocabulary,
-    tensors: Mapping[str, LazyTensor],
-    plan: ShardPlan,
-    sources: Mapping[str, list[Path]],
-    digests: Mapping[str, str],
+    checkpoint: XTunerCheckpoint, gathered: _Gathered, config: MGLlavaConfig, vocabulary: Vocabulary
 ) -> dict[str, Any]:
     dropped: dict[str, dict[str, list[str]]] = {}
     for source, names in gathered.dropped.items():
         for name, reason in names.items():
             dropped.setdefault(source, {}).setdefault(reason, []).append(name)
     return {
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "arguments": {name: value if value is None else str(value) for name, value in given.items()},
-        "versions": {"python": platform.python_version(), **_versions(("mgllava", "torch", "transformers"))},
-        "sources": {
-            source: [{"file": str(path), "bytes": path.stat().st_size, "sha256": digests[str(path)]} for path in files]
-            for source, files in sources.items()
-        },
         "checkpoint": {
             "kind": gathered.kind,
             "meta": {name: value for name, value in checkpoint.meta.items() if _is_plain(value)},
@@ -410,27 +347,12 @@ def _report(
             "original_rows": vocabulary.original_rows,
             "padded_rows": vocabulary.padded_rows,
         },
-        "files": {shard.filename: shard.size for shard in plan.shards},
-        "tensors": {
-            name: {"from": tensor.origin, "dtype": str(tensor.dtype).removeprefix("torch.")}
-            for name, tensor in tensors.items()
-        },
         "dropped": dropped,
     }
-
-
-def _versions(packages: Iterable[str]) -> dict[str, str]:
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (str, int, float, bool))
 
 
-__all__ = ["DEFAULT_SHARD_SIZE", "REPORT_NAME", "Progress", "convert_checkpoint"]
+__all__ = ["convert_checkpoint"]

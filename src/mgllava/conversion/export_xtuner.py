@@ -9,9 +9,9 @@ import torch
 import mgllava
 from mgllava.modeling import MGLlavaConfig
 
-from .convert import REPORT_NAME
 from .errors import ConversionError
 from .key_mapping import XTUNER_TO_MODEL, rename, to_xtuner
+from .repository_writer import REPORT_NAME
 from .shard_writer import check_disk_space
 from .tensor_files import LazyTensor, open_weights
 

@@ -167,13 +167,14 @@ class StagingFolder:
 
     Args:
         output (`Path`): The folder that is to appear.
-        overwrite (`bool`): Whether an MG-LLaVA repository that is there may be replaced.
+        overwrite (`bool`): Whether a repository of the same kind that is there may be replaced.
+        model_type (`str`): That kind, as its config.json names it.
 
     Raises:
         ConversionError: If the output exists and may not be replaced.
     """
 
-    def __init__(self, output: Path, overwrite: bool):
+    def __init__(self, output: Path, overwrite: bool, model_type: str):
         self.output = output
         self.path = output.with_name(output.name + ".incomplete")
         if not output.exists() or (output.is_dir() and not any(output.iterdir())):
@@ -181,9 +182,9 @@ class StagingFolder:
         if not overwrite:
             raise ConversionError(f"{output} exists. Choose another --output, or pass --overwrite to replace it.")
         config = output / "config.json"
-        if not config.is_file() or json.loads(config.read_text(encoding="utf-8")).get("model_type") != "mgllava":
+        if not config.is_file() or json.loads(config.read_text(encoding="utf-8")).get("model_type") != model_type:
             # A mistyped path must not cost somebody's home folder.
-            raise ConversionError(f"{output} is no MG-LLaVA repository, so --overwrite does not replace it.")
+            raise ConversionError(f"{output} is no {model_type} repository, so --overwrite does not replace it.")
 
     def keep_finished(self, digests: Mapping[str, str], shards: list[Shard]) -> set[str]:
         """Keep the shards of an earlier run that are exactly as planned now, and delete all else that it left.

@@ -1,7 +1,9 @@
 """Images, boxes and text to the inputs of the model; a Hub folder: it imports nothing of the rest of the package."""
 
+from .box_detection_mgllava import BoxDetector
 from .boxes_mgllava import prepare_boxes
 from .chat_templates_mgllava import CHAT_TEMPLATES
+from .coco_labels_mgllava import COCO_80
 from .image_inputs_mgllava import MGLlavaBatchFeature, MGLlavaImageProcessorKwargs
 from .image_processing_mgllava import MGLlavaImageProcessor
 from .image_processing_pil_mgllava import MGLlavaImageProcessorPil
@@ -9,6 +11,8 @@ from .processing_mgllava import BoxDetectorProtocol, MGLlavaProcessor
 
 __all__ = [
     "CHAT_TEMPLATES",
+    "COCO_80",
+    "BoxDetector",
     "BoxDetectorProtocol",
     "MGLlavaBatchFeature",
     "MGLlavaImageProcessor",

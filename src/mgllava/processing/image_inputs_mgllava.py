@@ -124,21 +124,7 @@ class MGLlavaImageProcessorMixin(BaseImageProcessor):
         """
         if isinstance(image_url_or_urls, list | tuple):
             return [self.fetch_images(image) for image in image_url_or_urls]
-        image = image_url_or_urls
-        if isinstance(image, str | os.PathLike):
-            # Opened here where it is a file: `load_image` clips 16-bit greyscale.
-            image = PIL.Image.open(image) if os.path.isfile(image) else load_image(os.fspath(image))
-        if isinstance(image, PIL.Image.Image):
-            return PIL.ImageOps.exif_transpose(image)
-        if isinstance(image, np.ndarray | torch.Tensor) and image.ndim == 2:
-            return PIL.Image.fromarray(_as_uint8(_as_tensor(image)).cpu().numpy())
-        if isinstance(image, np.ndarray | torch.Tensor) and image.ndim in (3, 4):
-            return image
-        got = f"an array of shape {tuple(image.shape)}" if hasattr(image, "shape") else type(image).__name__
-        raise TypeError(
-            f"`images` must hold PIL images, arrays, tensors, paths or URLs, got {got}. "
-            "Arrays have 2 (greyscale) or 3 dimensions, or 4 for a batch."
-        )
+        return load_upright(image_url_or_urls)
 
     def _preprocess_image_like_inputs(  # type: ignore[override]  # the options by name
         self,
@@ -205,6 +191,35 @@ class MGLlavaImageProcessorMixin(BaseImageProcessor):
         if return_box_labels:
             data["box_labels"] = [labels for _, labels in prepared]
         return MGLlavaBatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["box_labels"])
+
+
+def load_upright(image: Any) -> Any:
+    """Load a path, a URL or a base64 string, and turn PIL images upright.
+
+    Args:
+        image: One image in any form.
+
+    Returns:
+        `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`: Arrays have 3 or 4 dimensions.
+
+    Raises:
+        TypeError: If it is no image.
+        ValueError: If a string is neither a path, a URL nor an encoded image.
+    """
+    if isinstance(image, str | os.PathLike):
+        # Opened here where it is a file: `load_image` clips 16-bit greyscale.
+        image = PIL.Image.open(image) if os.path.isfile(image) else load_image(os.fspath(image))
+    if isinstance(image, PIL.Image.Image):
+        return PIL.ImageOps.exif_transpose(image)
+    if isinstance(image, np.ndarray | torch.Tensor) and image.ndim == 2:
+        return PIL.Image.fromarray(_as_uint8(_as_tensor(image)).cpu().numpy())
+    if isinstance(image, np.ndarray | torch.Tensor) and image.ndim in (3, 4):
+        return image
+    got = f"an array of shape {tuple(image.shape)}" if hasattr(image, "shape") else type(image).__name__
+    raise TypeError(
+        f"`images` must hold PIL images, arrays, tensors, paths or URLs, got {got}. "
+        "Arrays have 2 (greyscale) or 3 dimensions, or 4 for a batch."
+    )
 
 
 def flat_images(images: Any) -> list[Any]:

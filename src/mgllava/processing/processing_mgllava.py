@@ -1,13 +1,19 @@
 """Processor of MG-LLaVA (arXiv 2406.17770): images, boxes and text to model inputs, and ids back to text."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+from huggingface_hub import HfApi
 from transformers import BatchFeature, processing_utils
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils import logging
 
+from .box_detection_mgllava import BoxDetector
+from .box_detector_files_mgllava import BUNDLE_FOLDER, ProcessorRepository, store_parts
 from .boxes_mgllava import flatten_boxes
 from .image_inputs_mgllava import MGLlavaBatchFeature, flat_images
 from .text_chunks_mgllava import ANSWER_BOUNDARY, BOUNDARIES, CHUNK_BOUNDARY, encode_chunks, split_text
@@ -21,11 +27,12 @@ _NOT_MARKED_AS_TEXT = getattr(processing_utils, "_UNMARKED", "")
 class BoxDetectorProtocol(Protocol):
     """What the processor needs of a box detector."""
 
-    def detect(self, images: Sequence[Any], **kwargs: Any) -> list[Mapping[str, Any]]:
+    def detect(self, images: Any, *args: Any, **kwargs: Any) -> Sequence[Mapping[str, Any]]:
         """Find the objects of some images.
 
         Args:
-            images (`Sequence`): Upright PIL images, arrays or tensors.
+            images: A list of upright PIL images, arrays or tensors.
+            *args: Options of the detector.
             **kwargs: Options of the detector.
 
         Returns:
@@ -54,8 +61,10 @@ class MGLlavaProcessor(ProcessorMixin):
         num_tokens_per_box (`int`, *optional*, defaults to 1): 0 for model variants that give no box tokens.
         chat_template (`str`, *optional*): Jinja template; see `chat_templates_mgllava.py`.
         image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder, if the tokenizer does not name one.
-        box_detector_config (`dict`, *optional*): What a box detector is built from; plain values, saved with the
-            processor. The detector itself, [`~MGLlavaProcessor.box_detector`], is never saved.
+        box_detector_config (`dict`, *optional*): What a [`BoxDetector`] is built from when boxes are first needed;
+            plain values, saved with the processor: `tagger` and `detector` (repository ids, folders, or paths in the
+            processor's own repository that start with `./`; `tagger` may be a list of labels or `None`) and `mode`.
+            Setting [`~MGLlavaProcessor.box_detector`] sets it; `None`: there is no detector.
 
     Raises:
         ValueError: If the tokenizer does not know `image_token`.
@@ -85,16 +94,159 @@ class MGLlavaProcessor(ProcessorMixin):
         self._placeholder = re.compile(_NOT_MARKED_AS_TEXT + re.escape(self.image_token))
         self.box_detector_config = box_detector_config
         self._box_detector: BoxDetectorProtocol | None = None
+        self._is_box_detector_off = False
+        self._repository: ProcessorRepository | None = None
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        cache_dir: str | os.PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        revision: str = "main",
+        **kwargs: Any,
+    ) -> "MGLlavaProcessor":
+        """Load a processor, and note where it came from: the box detector is read from there when it is needed.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or repository id.
+            cache_dir (`str` or `os.PathLike`, *optional*): Where downloads are kept.
+            force_download (`bool`, *optional*, defaults to `False`): Whether to download again.
+            local_files_only (`bool`, *optional*, defaults to `False`): Whether to download nothing.
+            token (`str` or `bool`, *optional*): For private repositories.
+            revision (`str`, *optional*, defaults to `"main"`): Branch, tag or commit.
+            **kwargs: See the base class; `trust_remote_code` holds for the box detector too.
+
+        Returns:
+            [`MGLlavaProcessor`]: The processor.
+        """
+        options: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
+        processor = super().from_pretrained(
+            pretrained_model_name_or_path, force_download=force_download, revision=revision, **options, **kwargs
+        )
+        trust_remote_code = bool(kwargs.get("trust_remote_code"))
+        name = os.fspath(pretrained_model_name_or_path)
+        processor._repository = ProcessorRepository(name, revision, options, trust_remote_code)
+        return processor
 
     @property
     def box_detector(self) -> BoxDetectorProtocol | None:
-        """What finds boxes where none are given. Kept out of saved files and of copies of the configuration."""
+        """What finds boxes where none are given; loaded from `box_detector_config` at the first use.
+
+        Set to `None`, it is switched off until [`~MGLlavaProcessor.load_box_detector`]; the configuration stays, and
+        is saved. The detector itself is kept out of pickles and of saved files, except as the folder that
+        [`~MGLlavaProcessor.save_pretrained`] writes.
+        """
+        if self._box_detector is None and self.box_detector_config is not None and not self._is_box_detector_off:
+            self.load_box_detector()
         return self._box_detector
 
     @box_detector.setter
     def box_detector(self, detector: BoxDetectorProtocol | None) -> None:
-        self._box_detector = detector
+        self._box_detector, self._is_box_detector_off = detector, detector is None
+        # By its form, not its class: a processor with remote code has a `BoxDetector` of its own.
+        if isinstance(config := getattr(detector, "config", None), dict):
+            # Paths in a repository that this detector was not loaded from must not be looked up there.
+            self.box_detector_config, self._repository = config, None
+
+    def load_box_detector(
+        self,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool | None = None,
+    ) -> BoxDetector:
+        """Load the box detector that `box_detector_config` describes, in place of the present one.
+
+        Args:
+            device (`str` or `torch.device`, *optional*): By default the accelerator if there is one (the CPU in a
+                DataLoader worker).
+            dtype (`torch.dtype`, *optional*): Of the tagger and the detector's image tower; by default bf16 on an
+                accelerator and fp32 on the CPU.
+            trust_remote_code (`bool`, *optional*): Whether code of their repositories may run; by default as this
+                processor was loaded.
+
+        Returns:
+            [`BoxDetector`]: The detector, also found as [`~MGLlavaProcessor.box_detector`].
+
+        Raises:
+            ValueError: If there is no configuration, or one that only the lost objects could fill.
+            OSError: If the repositories cannot be read.
+        """
+        if self.box_detector_config is None:
+            raise ValueError(
+                "`box_detector_config` must say what to load, got None. Set `processor.box_detector` to a BoxDetector."
+            )
+        detector = BoxDetector.from_config(
+            self.box_detector_config,
+            self._repository,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
+        self._box_detector, self._is_box_detector_off = detector, False
+        return detector
+
+    def detect(self, images: Any, **kwargs: Any) -> Sequence[Mapping[str, Any]]:
+        """Find the boxes of images, to look at them or to pass them as `boxes` later.
+
+        Args:
+            images: Images in any form, see [`BoxDetector.detect`].
+            **kwargs: `labels`, `threshold`, `batch_size`, see [`BoxDetector.detect`].
+
+        Returns:
+            `list[Mapping]`: Per image `boxes` `(num_boxes, 4)` (xyxy, pixels of the upright original image), `labels`
+            and `scores`.
+
+        Raises:
+            ValueError: If the processor has no box detector.
+        """
+        detector = self.box_detector
+        if detector is None:
+            raise ValueError(
+                "`box_detector` must be set to find boxes, got None. Set `processor.box_detector` to a BoxDetector, "
+                "or call `processor.load_box_detector()` if it was switched off."
+            )
+        return detector.detect(images, **kwargs)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """Save the processor; a box detector's models that are no repository ids go to `box_detector/` beside it.
+
+        Folders are copied as they are. Text embeddings that were computed are stored too.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder.
+            push_to_hub (`bool`, *optional*, defaults to `False`): Whether to upload it.
+            **kwargs: See the base class.
+
+        Returns:
+            `list[str]`: As the base class.
+        """
+        config = self.box_detector_config
+        if (save_models := getattr(self._box_detector, "save_pretrained", None)) is not None:
+            self.box_detector_config = save_models(save_directory)
+        elif config is not None:
+            self.box_detector_config = store_parts(config, save_directory, self._repository, {})
+        try:
+            return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        finally:
+            self.box_detector_config = config
+
+    def _upload_modified_files(  # type: ignore[override]
+        self, working_dir: str | os.PathLike, repo_id: str, files_timestamps: dict[str, float], **kwargs: Any
+    ) -> Any:
+        """Upload the box detector's folders, which the base class cannot: it knows one level of folders only."""
+        bundle = Path(working_dir) / BUNDLE_FOLDER
+        files_timestamps = {**files_timestamps, BUNDLE_FOLDER: float("inf")}
+        uploaded = super()._upload_modified_files(working_dir, repo_id, files_timestamps, **kwargs)
+        if bundle.is_dir():
+            options = {name: kwargs[name] for name in ("token", "revision", "create_pr") if kwargs.get(name)}
+            HfApi().upload_folder(repo_id=repo_id, folder_path=bundle, path_in_repo=BUNDLE_FOLDER, **options)
+        return uploaded
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only: the base class would copy the detector's weights before leaving them out."""
@@ -103,6 +255,10 @@ class MGLlavaProcessor(ProcessorMixin):
             return super().to_dict()
         finally:
             self._box_detector = detector
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the detector out: where the copy needs it, as in a DataLoader worker, it is loaded there."""
+        return {**self.__dict__, "_box_detector": None}
 
     def __call__(
         self,
@@ -227,8 +383,8 @@ class MGLlavaProcessor(ProcessorMixin):
         boxes = kwargs.pop("boxes", None)
         entries = [None] * len(images) if boxes is None else flatten_boxes(boxes)
         missing = [index for index, entry in enumerate(entries) if entry is None and index < len(images)]
-        if missing and self.box_detector is not None:
-            found = self.box_detector.detect([images[index] for index in missing])
+        if missing and (detector := self.box_detector) is not None:
+            found = detector.detect([images[index] for index in missing])
             for index, entry in zip(missing, found, strict=True):
                 entries[index] = entry
         elif boxes is None:

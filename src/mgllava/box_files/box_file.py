@@ -1,0 +1,175 @@
+"""A box file in memory: one record per image or video, found by its id."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from .errors import BoxFileError, MissingBoxesError
+
+# An image: "boxes", "labels", "scores" in parallel. A video: "frames", a list of such records.
+Record = dict[str, Any]
+Missing = Literal["error", "empty"]
+
+_SAMPLES = 5
+_ABSENT = "(absent)"
+
+
+def settings_digest(settings: Mapping[str, Any]) -> str:
+    """Identify the settings of a detector.
+
+    Args:
+        settings (`Mapping`): Plain values, as JSON has them; the order of the keys does not matter.
+
+    Returns:
+        `str`: SHA-256 in hexadecimal.
+    """
+    text = json.dumps(settings, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class BoxFile(Mapping[Any, Record]):
+    """Records of boxes by id.
+
+    An id is found as it is written in the file; if it is not there, the id whose text is the same is taken (`1` for
+    `"1"` and the other way round). So the file serves training, where the original turns all ids into text, as well
+    as evaluation, where ids are what the benchmark has. Where an id occurs several times the last record is used, as
+    the original does.
+
+    Args:
+        ids (`Iterable`): The id of each record.
+        records (`Sequence[dict]`): For each id `{"boxes", "labels", "scores"}`, with boxes as xyxy in pixels of the
+            original image (upright); or `{"frames": [...]}` for a video, with one such dictionary per frame.
+        settings (`dict`, *optional*): Settings of the detector that made the boxes; `None` if nobody noted them.
+        inputs_digest (`str`, *optional*): Digest of the list of images that the file was made from.
+        missing (`str`): What an unknown id gives: `"error"`, or `"empty"` for a record without boxes.
+        name (`str`): How error messages call the file.
+
+    Attributes:
+        duplicates (`dict`): Ids that occur more than once, and how often.
+
+    Raises:
+        ValueError: If `missing` is neither of the two.
+    """
+
+    def __init__(
+        self,
+        ids: Iterable[Any],
+        records: Sequence[Record],
+        settings: dict[str, Any] | None = None,
+        inputs_digest: str | None = None,
+        missing: Missing = "error",
+        name: str = "the box file",
+    ):
+        if missing not in ("error", "empty"):
+            raise ValueError(f"`missing` must be 'error' or 'empty', got {missing!r}.")
+        self.settings = settings
+        self.inputs_digest = inputs_digest
+        self.missing = missing
+        self.name = name
+        self.duplicates: dict[Any, int] = {}
+        self._records = records
+        self._rows: dict[Any, int] = {}
+        self._rows_by_text: dict[str, int] | None = None
+        for row, key in enumerate(ids):
+            if key in self._rows:
+                self.duplicates[key] = self.duplicates.get(key, 1) + 1
+            self._rows[key] = row
+
+    def _row(self, key: Any) -> int | None:
+        row = self._rows.get(key)
+        if row is None:
+            if self._rows_by_text is None:
+                self._rows_by_text = {str(known): row for known, row in self._rows.items()}
+            row = self._rows_by_text.get(str(key))
+        return row
+
+    def __getitem__(self, key: Any) -> Record:
+        row = self._row(key)
+        if row is not None:
+            return self._records[row]
+        if self.missing == "empty":
+            return {"boxes": [], "labels": [], "scores": []}
+        known = ", ".join(repr(known) for known, _ in zip(self._rows, range(3), strict=False))
+        raise MissingBoxesError(
+            f"{self.name} has no boxes for id {key!r}; it holds {len(self)} ids, such as {known or 'none'}. An image "
+            "in which nothing was found needs a record with empty lists. Run the detector on this image, or pass "
+            '`missing="empty"` to go on without boxes.'
+        )
+
+    def __contains__(self, key: object) -> bool:
+        return self._row(key) is not None
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def digest(self) -> str | None:
+        """Digest of the settings; `None` if they are unknown."""
+        return None if self.settings is None else settings_digest(self.settings)
+
+    def check_settings(self, expected: Mapping[str, Any], allow_other: bool = False) -> None:
+        """Refuse boxes that another detector made, or the same one with other settings.
+
+        Args:
+            expected (`Mapping`): The settings that the boxes must have been made with, see [`detection_settings`].
+            allow_other (`bool`): Whether other or unknown settings will do.
+
+        Raises:
+            BoxFileError: If the settings are others or unknown, and `allow_other` is not given. The message lists the
+                differences.
+        """
+        if allow_other:
+            return
+        advice = "Make the boxes anew with `mgllava detect`, or pass `allow_other=True` if you want these."
+        if self.settings is None:
+            raise BoxFileError(
+                f"Nothing says with which settings {self.name} was made, but `expected` asks for "
+                f"{settings_digest(expected)[:12]}. {advice}"
+            )
+        if settings_digest(self.settings) != settings_digest(expected):
+            differences = describe_differences(self.settings, expected)
+            raise BoxFileError(f"{self.name} was made with other settings than expected: {differences}. {advice}")
+
+
+def describe_differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """Name the settings that differ.
+
+    Args:
+        found (`Mapping`): Settings as they are.
+        expected (`Mapping`): Settings as they should be.
+
+    Returns:
+        `str`: For example `threshold is 0.3, expected 0.2`; the first few, if there are many.
+    """
+    left, right = _flatten(found), _flatten(expected)
+    names = sorted(left.keys() | right.keys())
+    different = [name for name in names if left.get(name, _ABSENT) != right.get(name, _ABSENT)]
+    said = [
+        f"{name} is {_short(left.get(name, _ABSENT))}, expected {_short(right.get(name, _ABSENT))}"
+        for name in different[:_SAMPLES]
+    ]
+    if len(different) > _SAMPLES:
+        said.append(f"and {len(different) - _SAMPLES} more")
+    return "; ".join(said)
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            # Lists and tuples are one thing in JSON.
+            flat[prefix + key] = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return flat
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+__all__ = ["BoxFile", "Missing", "Record", "describe_differences", "settings_digest"]

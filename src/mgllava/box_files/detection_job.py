@@ -1,0 +1,372 @@
+"""The job: boxes for many images, by any number of processes, through any number of interruptions."""
+
+import json
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mgllava.visualization import draw_boxes
+
+from .box_file import Record, describe_differences, settings_digest
+from .detectors import Detector, detection_settings
+from .errors import BoxFileError
+from .formats import check_extension, has_integer_boxes, read_metadata, replacing, require_pyarrow, write_boxes
+from .image_lists import ImageEntry, ImageList, Inputs, list_images
+from .shards import Batch, ShardFolder
+
+logger = logging.getLogger(__name__)
+
+# Told how many images were just done (those of an earlier run at once), and how many this process has to do.
+Progress = Callable[[int, int], None]
+_Detect = Callable[[list[Image.Image]], Sequence[Mapping[str, Any]]]
+
+DEFAULT_SHARD_SIZE = 512
+# Batches that are read while the detector is busy; more would only take memory.
+_BATCHES_AHEAD = 2
+# Processes wait at the end for the slowest one. The usual limit of minutes would end a job of days.
+_PATIENCE = timedelta(days=365)
+
+
+@dataclass(frozen=True)
+class DetectionSummary:
+    """What a job made.
+
+    Args:
+        output (`Path`): The box file.
+        records (`int`): Number of its records.
+        boxes (`int`): Number of its boxes.
+        unreadable (`int`): Number of images that could not be read and have no record.
+        unreadable_list (`Path`): JSON lines with ids, path and reason of each; there is no file if all could be read.
+        samples_without_image (`int`): Number of samples of a JSON list that have no image.
+    """
+
+    output: Path
+    records: int
+    boxes: int
+    unreadable: int
+    unreadable_list: Path
+    samples_without_image: int
+
+    def __str__(self) -> str:
+        said = f"Wrote {self.output}: {self.records:,} records, {self.boxes:,} boxes."
+        if self.unreadable:
+            said += f" Unreadable images: {self.unreadable:,}, see {self.unreadable_list}."
+        if self.samples_without_image:
+            said += f" Samples without an image: {self.samples_without_image:,}."
+        return said
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Images of one batch, on their way from the disk to the detector."""
+
+    shard: int
+    start: int
+    images: list[Future[Image.Image]]
+
+
+def detect_images(
+    inputs: Inputs,
+    output: str | Path,
+    detector: Detector,
+    *,
+    labels: Sequence[str] | None = None,
+    threshold: float = 0.2,
+    batch_size: int = 8,
+    image_folder: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    array_task: tuple[int, int] = (0, 1),
+    shard_size: int = DEFAULT_SHARD_SIZE,
+    show: str | Path | None = None,
+    workers: int = 4,
+    progress: Progress | None = None,
+) -> DetectionSummary | None:
+    """Find the boxes of many images and write them to a box file.
+
+    Under `accelerate launch` every process calls this with a detector on its own device and takes every n-th shard;
+    the main process merges. The result does not depend on the number of processes or interruptions: the records have
+    the order of the input, a record per id. Images that cannot be read are logged, listed beside the output and left
+    out.
+
+    Args:
+        inputs (`str`, `Path`, list of them or `datasets.Dataset`): See [`list_images`].
+        output (`str` or `Path`): The box file, `.json` or `.parquet`.
+        detector (`Detector`): What finds the boxes.
+        labels (`Sequence[str]`, *optional*): Labels to look for in place of the detector's own.
+        threshold (`float`): Least score.
+        batch_size (`int`): Images per call of the detector.
+        image_folder (`str` or `Path`, *optional*): Where the paths of a JSON list start; its own folder by default.
+        resume (`bool`): Whether to go on with a job that was interrupted; it starts if there is none.
+        overwrite (`bool`): Whether to start again, and to replace the output at the end.
+        array_task (`tuple[int, int]`): `(i, n)`: do the i-th of n parts (from 0), and do not merge. A last call
+            without it, with `resume`, merges.
+        shard_size (`int`): Images per shard, which is what processes share out among each other.
+        show (`str` or `Path`, *optional*): Folder to draw every image with its boxes in.
+        workers (`int`): Threads that read images.
+        progress (`Progress`, *optional*): Called again and again with the images just done and those of this process.
+
+    Returns:
+        `DetectionSummary`, *optional*: What was written; `None` in all processes that do not merge, and if the output
+        was complete before.
+
+    Raises:
+        BoxFileError: If there are no images or none can be read, the output exists and neither `resume` nor
+            `overwrite` is given, the job to be resumed is another one, the detector has no name, or an argument is
+            wrong.
+        ImportError: If Parquet or a dataset needs a library that is not installed.
+        OSError: If something cannot be read or written.
+    """
+    output = Path(output)
+    part, parts = array_task
+    _check_arguments(output, batch_size, shard_size, workers, part, parts, resume, overwrite)
+    images = list_images(inputs, image_folder=image_folder, exclude=show)
+    if output.suffix.lower() == ".parquet":
+        require_pyarrow()
+        _check_ids(images)
+    settings = detection_settings(detector, labels, threshold)
+    manifest = {
+        "settings": settings,
+        "inputs_digest": images.digest,
+        "images": len(images),
+        "shard_size": shard_size,
+    }
+
+    # Imported here, as it is slow.
+    from accelerate import PartialState
+
+    state = PartialState(timeout=_PATIENCE)
+    folder = ShardFolder(output)
+    if state.is_main_process:
+        _prepare(output, folder, manifest, resume, overwrite)
+    state.wait_for_everyone()
+    if folder.read_manifest() is None:
+        logger.info("%s is complete.", output)
+        return None
+    share = range(part * state.num_processes + state.process_index, len(folder.bounds), parts * state.num_processes)
+    if len(folder.bounds) < parts * state.num_processes:
+        logger.warning(
+            "%d shards for %d processes: some have nothing to do. A smaller --shard-size keeps all busy.",
+            len(folder.bounds),
+            parts * state.num_processes,
+        )
+
+    def detect(batch: list[Image.Image]) -> Sequence[Mapping[str, Any]]:
+        return detector.detect(batch, labels=labels, threshold=threshold, batch_size=batch_size)
+
+    _run(images, folder, share, detect, batch_size, workers, None if show is None else Path(show), progress)
+    state.wait_for_everyone()
+    if parts > 1 or not state.is_main_process:
+        return None
+    summary = _merge(output, folder, settings, images)
+    folder.remove()
+    return summary
+
+
+def _check_arguments(
+    output: Path, batch_size: int, shard_size: int, workers: int, part: int, parts: int, resume: bool, overwrite: bool
+) -> None:
+    check_extension(output)
+    for name, value in (("batch_size", batch_size), ("shard_size", shard_size), ("workers", workers)):
+        if value < 1:
+            raise BoxFileError(f"`{name}` must be at least 1, got {value}.")
+    if not 0 <= part < parts:
+        raise BoxFileError(f"`array_task` must be (i, n) with 0 <= i < n, got ({part}, {parts}).")
+    if parts > 1 and overwrite:
+        raise BoxFileError("Tasks of an array cannot pass `overwrite`, which would delete the work of the others.")
+    if resume and overwrite:
+        raise BoxFileError("`resume` goes on and `overwrite` starts again: pass one of them.")
+
+
+def _check_ids(images: ImageList) -> None:
+    """Find out now, not after days, that Parquet cannot hold the ids."""
+    kinds = {type(key).__name__ for entry in images.entries for key in entry.ids}
+    if len(kinds) > 1:
+        raise BoxFileError(
+            f"Parquet needs ids of one type, but the input has {' and '.join(sorted(kinds))}. Choose a .json output, "
+            "or turn all ids into text."
+        )
+
+
+def _prepare(output: Path, folder: ShardFolder, manifest: dict[str, Any], resume: bool, overwrite: bool) -> None:
+    """Decide between starting, going on and refusing. Afterwards there is a manifest if there is something to do."""
+    folder.clean()
+    if overwrite:
+        folder.remove()
+    begun = folder.has_begun()
+    if begun and not resume:
+        raise BoxFileError(
+            f"{folder.path} holds a job that was interrupted. Pass --resume to go on with it, or --overwrite to start "
+            "again."
+        )
+    if output.exists() and not begun and not overwrite:
+        if not resume:
+            raise BoxFileError(
+                f"{output} exists. Choose another --output, or pass --overwrite to replace it (--resume to go on with "
+                "an interrupted job)."
+            )
+        made = read_metadata(output)
+        wanted = {name: manifest[name] for name in made}
+        if settings_digest(made) != settings_digest(wanted):
+            raise BoxFileError(
+                f"{output} exists, and another job made it: {describe_differences(made, wanted)}. Choose another "
+                "--output, or pass --overwrite to replace it."
+            )
+        folder.remove()
+        return
+    folder.begin(manifest)
+
+
+def _run(
+    images: ImageList,
+    folder: ShardFolder,
+    share: range,
+    detect: _Detect,
+    batch_size: int,
+    workers: int,
+    show: Path | None,
+    progress: Progress | None,
+) -> None:
+    """Do some of the shards."""
+    total = sum(stop - start for start, stop in (folder.bounds[shard] for shard in share))
+
+    def report(done: int) -> None:
+        if progress is not None and done:
+            progress(done, total)
+
+    with ThreadPoolExecutor(workers) as pool:
+
+        def upcoming() -> Iterator[_Work]:
+            for shard in share:
+                start, stop = folder.bounds[shard]
+                position = folder.next_image(shard)
+                report(position - start)
+                for first in range(position, stop, batch_size):
+                    numbers = range(first, min(first + batch_size, stop))
+                    yield _Work(shard, first, [pool.submit(images.load, number) for number in numbers])
+
+        try:
+            for work in _ahead(upcoming(), _BATCHES_AHEAD):
+                batch = _detect_batch(images, work, detect, show, pool)
+                folder.append(work.shard, batch)
+                report(batch.stop - batch.start)
+        except BaseException:
+            # Do not read the images ahead before the error is shown.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _ahead(items: Iterable[_Work], number: int) -> Iterator[_Work]:
+    """Pass items on, having asked for some more of them already."""
+    waiting: deque[_Work] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > number:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _detect_batch(
+    images: ImageList,
+    work: _Work,
+    detect: _Detect,
+    show: Path | None,
+    pool: ThreadPoolExecutor,
+) -> Batch:
+    batch = Batch(work.start, work.start + len(work.images))
+    readable: list[tuple[int, Image.Image]] = []
+    for number, future in enumerate(work.images, start=work.start):
+        entry = images.entries[number]
+        # A decoder may raise anything when it meets a damaged file, and no such file may end a job of days.
+        error = future.exception()
+        if error is None:
+            readable.append((number, future.result()))
+        else:
+            reason = f"{type(error).__name__}: {error}"
+            logger.warning("Skipped %s, which cannot be read (%s).", entry.image or entry.ids[0], reason)
+            batch.unreadable.append({"ids": list(entry.ids), "image": entry.image, "reason": reason})
+    detections = detect([image for _, image in readable]) if readable else []
+    if len(detections) != len(readable):
+        raise BoxFileError(f"The detector gave {len(detections)} results for {len(readable)} images.")
+    for (number, image), detection in zip(readable, detections, strict=True):
+        batch.records.extend(_records(images.entries[number], image, detection))
+    if show is not None:
+        # Before the batch is noted as done: a kill must not cost pictures either.
+        drawn = [
+            pool.submit(_draw, show / _picture_name(number, images.entries[number]), image, detection)
+            for (number, image), detection in zip(readable, detections, strict=True)
+        ]
+        for picture in drawn:
+            picture.result()
+    return batch
+
+
+def _records(entry: ImageEntry, image: Image.Image, detection: Mapping[str, Any]) -> Iterator[Record]:
+    plain = {name: _plain(detection[name]) for name in ("boxes", "labels", "scores")}
+    for key in entry.ids:
+        yield {"id": key, "image": entry.image, "width": image.width, "height": image.height, **plain}
+
+
+def _plain(values: Any) -> list[Any]:
+    plain: list[Any] = values.tolist() if hasattr(values, "tolist") else [_scalar(value) for value in values]
+    return plain
+
+
+def _scalar(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _picture_name(number: int, entry: ImageEntry) -> str:
+    """Name a picture so that pictures sort as the input does, and none replaces another."""
+    stem = Path(entry.image).stem if entry.image is not None else str(entry.ids[0])
+    return f"{number:06d}_{''.join(letter if letter.isalnum() or letter in '.-_' else '_' for letter in stem)}.jpg"
+
+
+def _draw(path: Path, image: Image.Image, detection: Mapping[str, Any]) -> None:
+    with replacing(path) as partial:
+        # Without subsampling of colours, which blurs thin lines and small letters.
+        draw_boxes(image, detection).save(partial, format="JPEG", quality=92, subsampling=0)
+
+
+def _merge(output: Path, folder: ShardFolder, settings: dict[str, Any], images: ImageList) -> DetectionSummary:
+    """Write the output from all shards."""
+    records = boxes = 0
+    unreadable: list[dict[str, Any]] = []
+
+    def all_records() -> Iterator[Record]:
+        nonlocal records, boxes
+        for batch in folder.batches():
+            unreadable.extend(batch.unreadable)
+            for record in batch.records:
+                records += 1
+                boxes += len(record["boxes"])
+                yield record
+        if records == 0:
+            raise BoxFileError(
+                f"None of the {len(images)} images can be read; the first one: {unreadable[0]['image']} "
+                f"({unreadable[0]['reason']}). If they can be read now, pass --overwrite to start again."
+            )
+
+    integer_boxes = None
+    if output.suffix.lower() == ".parquet":
+        # The type of a column must be known before its first row.
+        integer_boxes = all(has_integer_boxes(record) for batch in folder.batches() for record in batch.records)
+    write_boxes(output, all_records(), settings, inputs_digest=images.digest, integer_boxes=integer_boxes)
+
+    unreadable_list = output.with_suffix(".unreadable.jsonl")
+    unreadable_list.unlink(missing_ok=True)
+    if unreadable:
+        with replacing(unreadable_list) as partial:
+            lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in unreadable)
+            partial.write_text("".join(lines), encoding="utf-8")
+    return DetectionSummary(output, records, boxes, len(unreadable), unreadable_list, images.samples_without_image)
+
+
+__all__ = ["DEFAULT_SHARD_SIZE", "DetectionSummary", "detect_images"]

@@ -1,0 +1,209 @@
+"""The detector of a job: named, so that its settings can be told, and loaded only when there is an image for it."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from mgllava.processing import COCO_80, BoxDetector, MGLlavaProcessor
+from mgllava.processing.box_detector_files_mgllava import locate
+
+from .errors import BoxFileError
+
+DEFAULT_DETECTOR = "google/owlv2-large-patch14-ensemble"
+# What `--tagger` calls the fixed list of the paper's ablation.
+COCO_TAGGER = "coco80"
+
+_PARTS = ("tagger", "detector")
+# Of large files only samples are read: weights that differ do so nearly everywhere, and settings are told often.
+_SAMPLES, _SAMPLE_SIZE = 64, 65_536
+
+
+class Detector(Protocol):
+    """What finds boxes: a [`BoxDetector`], or anything that has these two."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The configuration as plain values."""
+
+    def detect(
+        self, images: Any, labels: Any = None, threshold: float = 0.2, batch_size: int = 8
+    ) -> Sequence[Mapping[str, Any]]:
+        """Return `{"boxes", "labels", "scores"}` for each image, xyxy in pixels of the image."""
+
+
+class LazyDetector:
+    """A [`BoxDetector`] that is loaded at the first image, on the device of this process.
+
+    Args:
+        config (`Mapping`): What it is built from, see [`BoxDetector.from_config`]; no paths that start with `./`.
+        trust_remote_code (`bool`): Whether code of its repositories may run.
+    """
+
+    def __init__(self, config: Mapping[str, Any], trust_remote_code: bool = False):
+        self.config = dict(config)
+        self._trust_remote_code = trust_remote_code
+        self._loaded: BoxDetector | None = None
+
+    def detect(
+        self, images: Any, labels: Any = None, threshold: float = 0.2, batch_size: int = 8
+    ) -> Sequence[Mapping[str, Any]]:
+        """Find the objects of images, see [`BoxDetector.detect`].
+
+        Args:
+            images: The images.
+            labels (`list[str]`, *optional*): What to look for in place of what the tagger says.
+            threshold (`float`): Scores must be greater.
+            batch_size (`int`): Images at a time.
+
+        Returns:
+            `list[Mapping]`: Per image `boxes` (xyxy, pixels of the image), `labels` and `scores`.
+
+        Raises:
+            BoxFileError: If there is nothing to look for, or the detector cannot be built from its configuration.
+            OSError: If there is no such repository or folder.
+        """
+        if labels is None and self.config["tagger"] is None:
+            raise BoxFileError("Nothing says what to look for: pass `labels`, or a `tagger` that names it.")
+        if self._loaded is None:
+            from accelerate import PartialState
+
+            try:
+                self._loaded = BoxDetector.from_config(
+                    self.config, device=PartialState().device, trust_remote_code=self._trust_remote_code
+                )
+            except (TypeError, ValueError) as error:
+                raise BoxFileError(f"The detector cannot be loaded: {error}") from error
+        return self._loaded.detect(images, labels=labels, threshold=threshold, batch_size=batch_size)
+
+
+def open_detector(
+    processor: str | None = None,
+    detector: str | None = None,
+    tagger: str | None = None,
+    mode: str | None = None,
+    trust_remote_code: bool = False,
+) -> LazyDetector:
+    """Name a detector: that of an MG-LLaVA repository, or one made of a tagger and a zero-shot detector.
+
+    Args:
+        processor (`str`, *optional*): Folder or Hub id of an MG-LLaVA repository that has a box detector.
+        detector (`str`, *optional*): Folder or Hub id of a zero-shot detector; OWLv2-L by default.
+        tagger (`str`, *optional*): Folder or Hub id of an image tagger, or `"coco80"` for the 80 labels of COCO.
+        mode (`str`, *optional*): `"faithful"` or `"clean"`; by default that of the repository, or else faithful.
+        trust_remote_code (`bool`): Whether code of the repositories may run.
+
+    Returns:
+        `LazyDetector`: The detector; no weights are read yet.
+
+    Raises:
+        BoxFileError: If both are given, or the repository has no box detector.
+        OSError: If the repository cannot be read.
+    """
+    if processor is None:
+        config: dict[str, Any] = {
+            "tagger": COCO_80 if tagger == COCO_TAGGER else _absolute(tagger),
+            "detector": _absolute(detector or DEFAULT_DETECTOR),
+            "mode": mode or "faithful",
+        }
+        return LazyDetector(config, trust_remote_code)
+    if detector is not None or tagger is not None:
+        raise BoxFileError("`processor` brings its own detector: pass it, or `detector` and `tagger`, not both.")
+    loaded = MGLlavaProcessor.from_pretrained(processor, trust_remote_code=trust_remote_code)
+    if loaded.box_detector_config is None:
+        raise BoxFileError(f"`processor`: {processor} has no box detector. Pass `detector` and `tagger` instead.")
+    config = dict(loaded.box_detector_config)
+    for name, value in config.items():
+        if isinstance(value, str) and value.startswith("./"):
+            config[name] = locate(value, loaded._repository)
+    if mode is not None:
+        config["mode"] = mode
+    return LazyDetector(config, trust_remote_code)
+
+
+def _absolute(name: str | None) -> str | None:
+    """Name a folder so that it is none inside a processor's repository."""
+    return os.path.abspath(name) if name is not None and os.path.isdir(name) else name
+
+
+def detection_settings(
+    detector: Detector | Mapping[str, Any],
+    labels: Sequence[str] | None = None,
+    threshold: float = 0.2,
+    repository: str | Path | None = None,
+) -> dict[str, Any]:
+    """Say what boxes depend on; it travels with the box file, and [`BoxFile.check_settings`] compares it.
+
+    Models in folders are identified by their contents, so that a folder may be moved or copied.
+
+    Args:
+        detector (`Detector` or `Mapping`): The detector, or the configuration of one (`box_detector_config`).
+        labels (`Sequence[str]`, *optional*): Labels to look for in place of what the detector's tagger says.
+        threshold (`float`): Scores must be greater.
+        repository (`str` or `Path`, *optional*): The folder that paths of the configuration that start with `./` are
+            in: the processor's.
+
+    Returns:
+        `dict`: Plain values.
+
+    Raises:
+        BoxFileError: If the detector was made of models in memory, which have no name.
+    """
+    config = dict(detector if isinstance(detector, Mapping) else detector.config)
+    # Stored results of the text tower: they save time and change nothing.
+    config.pop("prompt_embeds", None)
+    for part in _PARTS:
+        source = config.get(part)
+        if not isinstance(source, str):
+            continue
+        if source.startswith("./"):
+            if repository is None:
+                raise BoxFileError(
+                    f"`detector`: its {part} has no name, so a box file could not say what made it. Save the model, "
+                    "and make the detector with its folder."
+                )
+            source = str(Path(repository) / source)
+        if os.path.isdir(source):
+            config[part] = folder_digest(source)
+    settings = {"detector": config, "labels": None if labels is None else list(labels), "threshold": threshold}
+    # As a file gives it back, so that the two compare equal.
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
+
+
+def folder_digest(folder: str | Path) -> str:
+    """Identify a model by the files in its folder.
+
+    Args:
+        folder (`str` or `Path`): A model's folder.
+
+    Returns:
+        `str`: `sha256:` and a digest of names, sizes and contents of its JSON and weight files; of large files,
+        samples of the contents.
+    """
+    content = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix not in (".json", ".safetensors", ".bin", ".txt"):
+            continue
+        size = path.stat().st_size
+        content.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            if size <= _SAMPLES * _SAMPLE_SIZE:
+                content.update(file.read())
+                continue
+            for number in range(_SAMPLES):
+                file.seek((size - _SAMPLE_SIZE) * number // (_SAMPLES - 1))
+                content.update(file.read(_SAMPLE_SIZE))
+    return f"sha256:{content.hexdigest()}"
+
+
+__all__ = [
+    "COCO_TAGGER",
+    "Detector",
+    "LazyDetector",
+    "detection_settings",
+    "folder_digest",
+    "open_detector",
+]

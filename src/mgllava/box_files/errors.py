@@ -1,0 +1,15 @@
+"""The errors of box files."""
+
+
+class BoxFileError(ValueError):
+    """A box file cannot be read, written or made; the message says what to do about it."""
+
+
+class MissingBoxesError(BoxFileError, KeyError):
+    """A box file has no record for an id."""
+
+    # KeyError would show the message in quotes.
+    __str__ = Exception.__str__
+
+
+__all__ = ["BoxFileError", "MissingBoxesError"]

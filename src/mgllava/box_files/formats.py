@@ -1,0 +1,391 @@
+"""Box files on disk: the JSON of the original project, and Parquet."""
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from .box_file import BoxFile, Missing, Record, settings_digest
+from .errors import BoxFileError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+logger = logging.getLogger(__name__)
+
+FORMATS = (".json", ".parquet")
+_BOX_KEYS = ("boxes", "scores", "labels")
+_METADATA_KEY = b"mgllava"
+# Rows that are turned into Arrow at a time: bounds the memory of writing, and is the row group of the file.
+_ROWS_AT_A_TIME = 10_000
+
+
+def read_boxes(path: str | Path, missing: Missing = "error") -> BoxFile:
+    """Read a box file: JSON in any of the original's forms, or Parquet.
+
+    The JSON forms are a list of records with an `id`, a dictionary from ids to records, either of them with `frames`
+    instead of boxes, and the list with `video` (a file name) that the evaluation on videos uses; its ids are the
+    names without the extension.
+
+    Args:
+        path (`str` or `Path`): A `.json` or `.parquet` file.
+        missing (`str`): What an id gives that is not in the file: `"error"`, or `"empty"` for a record without boxes.
+
+    Returns:
+        `BoxFile`: The records by id, and the settings that they were made with, if the file (JSON: the
+        `NAME.settings.json` beside it) tells them.
+
+    Raises:
+        BoxFileError: If the file is none of these, a record is damaged, or the settings belong to another file.
+        ImportError: If the file is Parquet and pyarrow is not installed.
+        OSError: If the file cannot be read.
+    """
+    path = Path(path)
+    extension = check_extension(path)
+    file = _read_json(path, missing) if extension == ".json" else _read_parquet(path, missing)
+    if file.duplicates:
+        samples = ", ".join(f"{key!r} ({count} times)" for key, count in islice(file.duplicates.items(), 3))
+        logger.warning(
+            "%s: %d ids occur more than once, such as %s. The last record of each is used.",
+            path,
+            len(file.duplicates),
+            samples,
+        )
+    return file
+
+
+def write_boxes(
+    path: str | Path,
+    records: Iterable[Mapping[str, Any]],
+    settings: Mapping[str, Any] | None = None,
+    *,
+    inputs_digest: str | None = None,
+    layout: Literal["list", "dictionary"] = "list",
+    integer_boxes: bool | None = None,
+) -> Path:
+    """Write a box file; it gets its name when it is complete.
+
+    JSON has exactly the original's keys, and the settings go to `NAME.settings.json`. Parquet has the columns `id`,
+    `image`, `width`, `height`, `boxes`, `labels` and `scores`, and the settings are in its metadata.
+
+    Args:
+        path (`str` or `Path`): The file, `.json` or `.parquet`.
+        records (`Iterable[Mapping]`): What to write, read once and in order. Each has `id` (text or integer) or, JSON
+            only, `video` (file name); and `boxes` (xyxy in pixels of the original image), `labels` and `scores` in
+            parallel or, JSON only, `frames`. `image`, `width` and `height` (pixels) go to Parquet.
+        settings (`Mapping`, *optional*): Settings of the detector, see [`detection_settings`].
+        inputs_digest (`str`, *optional*): Digest of the list of images.
+        layout (`str`): JSON only: `"list"` for training and evaluation, `"dictionary"` for training alone.
+        integer_boxes (`bool`, *optional*): Parquet only: whether all coordinates are integers. `None`: look, which
+            takes all records into memory.
+
+    Returns:
+        `Path`: The file.
+
+    Raises:
+        BoxFileError: If the extension is unknown or a record cannot be written.
+        ImportError: If Parquet is asked for and pyarrow is not installed.
+        OSError: If the file cannot be written.
+    """
+    path = Path(path)
+    extension = check_extension(path)
+    metadata: dict[str, Any] = {}
+    if settings is not None:
+        metadata = {"settings_digest": settings_digest(settings), "settings": dict(settings)}
+    if inputs_digest is not None:
+        metadata["inputs_digest"] = inputs_digest
+    checked = (_checked(record, f"record {number}") for number, record in enumerate(records))
+    with replacing(path) as partial:
+        if extension == ".json":
+            _write_json(partial, checked, layout)
+            side_file = settings_path(path)
+            if metadata:
+                # The settings come first: killed in between, there are settings without boxes, never the reverse.
+                with replacing(side_file) as partial_side_file:
+                    metadata["bytes"] = partial.stat().st_size
+                    text = json.dumps(metadata, indent=2, ensure_ascii=False) + "\n"
+                    partial_side_file.write_text(text, encoding="utf-8")
+            else:
+                side_file.unlink(missing_ok=True)
+        else:
+            _write_parquet(partial, checked, metadata, integer_boxes)
+    return path
+
+
+def check_extension(path: Path) -> str:
+    """Find the format of a box file.
+
+    Args:
+        path (`Path`): The file.
+
+    Returns:
+        `str`: One of `FORMATS`.
+
+    Raises:
+        BoxFileError: If the extension is another.
+    """
+    extension = path.suffix.lower()
+    if extension not in FORMATS:
+        raise BoxFileError(f"A box file must end in {' or '.join(FORMATS)}, got {path}.")
+    return extension
+
+
+def settings_path(path: Path) -> Path:
+    """Name the file with the settings of a JSON box file.
+
+    Args:
+        path (`Path`): The box file.
+
+    Returns:
+        `Path`: `NAME.settings.json` beside it.
+    """
+    return path.with_suffix(".settings.json")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a file under another name, and rename it when it is complete and on the disk.
+
+    Args:
+        path (`Path`): The file.
+
+    Yields:
+        `Path`: The name to write to, in the same folder. Nothing is left of it after an error.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _checked(record: Any, where: str) -> Record:
+    """Check that a record can be read by the original."""
+    if not isinstance(record, Mapping):
+        raise BoxFileError(f"{where} must be a dictionary, got {type(record).__name__}.")
+    if "frames" in record:
+        for number, frame in enumerate(record["frames"]):
+            _checked(frame, f"{where}, frame {number}")
+        return dict(record)
+    absent = [key for key in _BOX_KEYS if key not in record]
+    if absent:
+        raise BoxFileError(f"{where} must have {', '.join(_BOX_KEYS)} (or frames), but {', '.join(absent)} is absent.")
+    lengths = {key: len(record[key]) for key in _BOX_KEYS}
+    if len(set(lengths.values())) > 1:
+        raise BoxFileError(f"{where}: boxes, scores and labels must have the same length, got {lengths}.")
+    if any(len(box) != 4 for box in record["boxes"]):
+        raise BoxFileError(f"{where}: every box must be [x1, y1, x2, y2].")
+    return dict(record)
+
+
+def _identified(record: Record, where: str) -> Any:
+    """Find the id of a record."""
+    if "id" in record:
+        key = record["id"]
+    elif "video" in record:
+        key = Path(record["video"]).stem
+    else:
+        raise BoxFileError(f"{where} must have an `id` (or, for evaluation on videos, `video`).")
+    if isinstance(key, bool) or not isinstance(key, (str, int)):
+        raise BoxFileError(f"{where}: `id` must be text or an integer, got {key!r}.")
+    return key
+
+
+def _write_json(path: Path, records: Iterable[Record], layout: str) -> None:
+    if layout not in ("list", "dictionary"):
+        raise ValueError(f"`layout` must be 'list' or 'dictionary', got {layout!r}.")
+    start, end = ("[", "]") if layout == "list" else ("{", "}")
+    with path.open("w", encoding="utf-8") as file:
+        file.write(start)
+        keys: set[str] = set()
+        for number, record in enumerate(records):
+            key = _identified(record, f"record {number}")
+            file.write("\n" if number == 0 else ",\n")
+            if layout == "dictionary":
+                if str(key) in keys:
+                    raise BoxFileError(f"Id {key!r} occurs twice, which a dictionary cannot hold. Write a list.")
+                keys.add(str(key))
+                file.write(json.dumps(str(key), ensure_ascii=False) + ": ")
+                names: tuple[str, ...] = ()
+            else:
+                names = ("id",) if "id" in record else ("video",)
+            names += ("frames",) if "frames" in record else _BOX_KEYS
+            file.write(json.dumps({name: record[name] for name in names}, ensure_ascii=False))
+        file.write(f"\n{end}\n")
+
+
+def _read_json(path: Path, missing: Missing) -> BoxFile:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BoxFileError(f"{path} is no JSON ({error}). Is it truncated?") from error
+    ids: list[Any]
+    if isinstance(content, dict):
+        ids = list(content)
+        records = [_checked(record, f"{path}: record {key!r}") for key, record in content.items()]
+    elif isinstance(content, list):
+        records = [_checked(record, f"{path}: record {number}") for number, record in enumerate(content)]
+        ids = [_identified(record, f"{path}: record {number}") for number, record in enumerate(records)]
+    else:
+        raise BoxFileError(f"{path} must hold a list or a dictionary of records, got {type(content).__name__}.")
+    return BoxFile(ids, records, **read_metadata(path), missing=missing, name=str(path))
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Read how a box file was made, without its boxes.
+
+    Args:
+        path (`Path`): The box file.
+
+    Returns:
+        `dict`: `settings` and `inputs_digest`; `None` where nothing tells.
+
+    Raises:
+        BoxFileError: If the settings belong to another file, or were changed.
+        ImportError: If the file is Parquet and pyarrow is not installed.
+    """
+    metadata: dict[str, Any] = {}
+    side_file = settings_path(path)
+    if check_extension(path) == ".parquet":
+        require_pyarrow()
+        from pyarrow.parquet import read_schema
+
+        metadata = json.loads((read_schema(path).metadata or {}).get(_METADATA_KEY, b"{}"))
+    elif side_file.is_file():
+        metadata = json.loads(side_file.read_text(encoding="utf-8"))
+        if metadata.get("bytes") != path.stat().st_size:
+            raise BoxFileError(
+                f"{side_file.name} does not belong to {path}, which was changed later. Delete it if the settings of "
+                "these boxes are unknown."
+            )
+    settings = metadata.get("settings")
+    if settings is not None and settings_digest(settings) != metadata.get("settings_digest"):
+        raise BoxFileError(f"The settings of {path} were changed after it was made: they do not have their digest.")
+    return {"settings": settings, "inputs_digest": metadata.get("inputs_digest")}
+
+
+def require_pyarrow() -> None:
+    """Check that Parquet can be read and written.
+
+    Raises:
+        ImportError: If pyarrow is not installed.
+    """
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError as error:
+        raise ImportError("Parquet needs pyarrow: pip install 'mgllava[datasets]'.") from error
+
+
+def _schema(integer_ids: bool, integer_boxes: bool, metadata: Mapping[str, Any]) -> "pyarrow.Schema":
+    import pyarrow as pa
+
+    coordinate = pa.int32() if integer_boxes else pa.float64()
+    fields = [
+        ("id", pa.int64() if integer_ids else pa.string()),
+        ("image", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("boxes", pa.list_(pa.list_(coordinate, 4))),
+        ("labels", pa.list_(pa.string())),
+        ("scores", pa.list_(pa.float64())),
+    ]
+    return pa.schema(fields, metadata={_METADATA_KEY: json.dumps(metadata, ensure_ascii=False)})
+
+
+def _write_parquet(
+    path: Path, records: Iterator[Record], metadata: Mapping[str, Any], integer_boxes: bool | None
+) -> None:
+    require_pyarrow()
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetWriter
+
+    if integer_boxes is None:
+        in_memory = list(records)
+        integer_boxes = all(has_integer_boxes(record) for record in in_memory)
+        records = iter(in_memory)
+    first = next(records, None)
+    integer_ids = first is not None and isinstance(_identified(first, "record 0"), int)
+    schema = _schema(integer_ids, integer_boxes, metadata)
+    remaining = chain([] if first is None else [first], records)
+    with ParquetWriter(path, schema, compression="zstd") as writer:
+        while rows := list(islice(remaining, _ROWS_AT_A_TIME)):
+            for record in rows:
+                if "frames" in record:
+                    raise BoxFileError("Parquet box files hold images; write the boxes of videos to JSON.")
+                if isinstance(_identified(record, "a record"), int) != integer_ids:
+                    raise BoxFileError(
+                        f"Parquet needs ids of one type, got both text and integers ({record['id']!r}). Write JSON, "
+                        "or turn all ids into text."
+                    )
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+
+
+def has_integer_boxes(record: Mapping[str, Any]) -> bool:
+    """Tell whether all coordinates of an image's boxes are integers.
+
+    Args:
+        record (`Mapping`): A record with `boxes`.
+
+    Returns:
+        `bool`: Whether they are; so too without boxes.
+    """
+    return all(isinstance(value, int) for box in record.get("boxes", ()) for value in box)
+
+
+class _ArrowRecords(Sequence[Record]):
+    """Rows of an Arrow table, which takes less memory than dictionaries; a row becomes one when it is asked for."""
+
+    def __init__(self, table: "pyarrow.Table"):
+        self._table = table
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    @overload
+    def __getitem__(self, row: int) -> Record: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> list[Record]: ...
+
+    def __getitem__(self, row: int | slice) -> Record | list[Record]:
+        if isinstance(row, slice):
+            return [self[number] for number in range(*row.indices(len(self)))]
+        record: Record = self._table.slice(row, 1).to_pylist()[0]
+        return record
+
+
+def _read_parquet(path: Path, missing: Missing) -> BoxFile:
+    require_pyarrow()
+    import pyarrow as pa
+    from pyarrow.parquet import read_table
+
+    try:
+        table = read_table(path)
+    except pa.ArrowInvalid as error:
+        raise BoxFileError(f"{path} is no Parquet file ({error}). Is it truncated?") from error
+    absent = [name for name in ("id", *_BOX_KEYS) if name not in table.column_names]
+    if absent:
+        raise BoxFileError(f"{path} has no column {', '.join(absent)}, so it is no box file.")
+    ids = table.column("id").to_pylist()
+    return BoxFile(ids, _ArrowRecords(table), **read_metadata(path), missing=missing, name=str(path))
+
+
+__all__ = [
+    "FORMATS",
+    "check_extension",
+    "has_integer_boxes",
+    "read_boxes",
+    "read_metadata",
+    "replacing",
+    "require_pyarrow",
+    "settings_path",
+    "write_boxes",
+]

@@ -1,0 +1,283 @@
+"""What there is to detect: folders, image files, JSON lists of questions or conversations, datasets."""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from PIL import Image
+
+from mgllava.processing.image_inputs_mgllava import as_rgb, load_upright
+
+from .errors import BoxFileError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Inputs: TypeAlias = "str | Path | Sequence[str | Path] | Dataset"
+
+IMAGE_EXTENSIONS = frozenset(
+    (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+)
+_ID_NAMES = ("question_id", "id", "index")
+# What `datasets.Dataset.save_to_disk` leaves.
+_DATASET_FILES = ("state.json", "dataset_dict.json")
+
+
+@dataclass(frozen=True)
+class ImageEntry:
+    """An image, and the ids of all records that are to have its boxes.
+
+    Args:
+        ids (`tuple`): Text or integers.
+        image (`str`, *optional*): Its path as the input gives it; `None` if the image has none.
+    """
+
+    ids: tuple[Any, ...]
+    image: str | None
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """Images in the order of the input, each of them once.
+
+    Args:
+        entries (`list[ImageEntry]`): The images.
+        open (`Callable[[int], Any]`): Gives a path or a binary file for the number of an image.
+        source (`str`): Where they come from, part of the digest.
+        samples_without_image (`int`): Samples of a JSON list that were left out: text only, or with a video.
+    """
+
+    entries: list[ImageEntry]
+    open: Callable[[int], Any] = field(repr=False)
+    source: str
+    samples_without_image: int = 0
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of ids and paths, in hexadecimal. Pixels are not read."""
+        content = hashlib.sha256(json.dumps([self.source, self.samples_without_image]).encode())
+        for entry in self.entries:
+            content.update(json.dumps([entry.ids, entry.image]).encode())
+        return content.hexdigest()
+
+    def load(self, number: int) -> Image.Image:
+        """Read an image.
+
+        Args:
+            number (`int`): Which one.
+
+        Returns:
+            `PIL.Image.Image`: RGB, upright (its EXIF orientation is applied).
+
+        Raises:
+            Exception: Whatever the decoder raises when the image is damaged.
+        """
+        with Image.open(self.open(number)) as file:
+            image: Image.Image = load_upright(file)
+        if image.mode == "RGB":
+            return image
+        # As the processor does it: PIL alone would clip images of 16 bits.
+        return Image.fromarray(as_rgb(image).permute(1, 2, 0).numpy())
+
+
+def list_images(
+    inputs: Inputs, *, image_folder: str | Path | None = None, exclude: str | Path | None = None
+) -> ImageList:
+    """List the images of an input.
+
+    What an id is depends on the input:
+
+    - a folder, read with all below it: the path below the folder;
+    - image files: the path as given;
+    - JSON lines (`.jsonl`): `question_id`, `id` or `index`, as the benchmark has it;
+    - LLaVA's JSON (`.json`, a list of samples): `id` as text, for so training looks it up;
+    - a dataset (of the datasets library, or its folder, or Parquet with an image column): the column `question_id`,
+      `id` or `index`, or else the number of the row.
+
+    In JSON lists many ids may share an image; it is listed once.
+
+    Args:
+        inputs (`str`, `Path`, list of them or `datasets.Dataset`): One of the above.
+        image_folder (`str` or `Path`, *optional*): Where the paths of a JSON list start; its own folder by default.
+        exclude (`str` or `Path`, *optional*): A folder to leave out.
+
+    Returns:
+        `ImageList`: The images.
+
+    Raises:
+        BoxFileError: If there is no image, or the input is none of the above.
+        ImportError: If a dataset is given and the datasets library is not installed.
+        OSError: If the input cannot be read.
+    """
+    if not isinstance(inputs, (str, Path, list, tuple)):
+        return _from_dataset(inputs, "dataset")
+    paths = [Path(path) for path in ([inputs] if isinstance(inputs, (str, Path)) else inputs)]
+    absent = [str(path) for path in paths if not path.exists()]
+    if absent:
+        raise BoxFileError(
+            f"No such file or folder: {', '.join(absent[:3])}. Give a folder, images, JSON or a dataset."
+        )
+    if len(paths) == 1:
+        found = _from_path(paths[0], image_folder, exclude)
+    else:
+        others = [str(path) for path in paths if not is_image(path)]
+        if others:
+            raise BoxFileError(f"Several inputs must all be images, got {', '.join(others[:3])}.")
+        found = _from_files([str(path) for path in paths], Path(), "")
+    if not found.entries:
+        extensions = " ".join(sorted(IMAGE_EXTENSIONS))
+        raise BoxFileError(f"No images in {', '.join(map(str, paths)) or 'an empty list'} (looked for {extensions}).")
+    return found
+
+
+def is_image(path: Path) -> bool:
+    """Tell whether a path looks like an image.
+
+    Args:
+        path (`Path`): The path.
+
+    Returns:
+        `bool`: Whether its extension is that of an image.
+    """
+    return path.suffix.lower() in IMAGE_EXTENSIONS
+
+
+def _from_path(path: Path, image_folder: str | Path | None, exclude: str | Path | None) -> ImageList:
+    root = path.parent if image_folder is None else Path(image_folder)
+    if path.is_dir():
+        return _from_folder(path, exclude)
+    if is_image(path):
+        return _from_files([str(path)], Path(), "")
+    if path.suffix == ".jsonl":
+        return _from_samples(_json_lines(path), root, path, text_ids=False)
+    if path.suffix == ".json":
+        return _from_samples(_json_list(path), root, path, text_ids=True)
+    if path.suffix == ".parquet":
+        return _from_dataset(_load_parquet([path]), str(path))
+    raise BoxFileError(f"{path} must be a folder, an image, .json, .jsonl or .parquet.")
+
+
+def _from_folder(folder: Path, exclude: str | Path | None) -> ImageList:
+    if any((folder / name).is_file() for name in _DATASET_FILES):
+        return _from_dataset(_load_from_disk(folder), str(folder))
+    excluded = None if exclude is None else Path(exclude).resolve()
+    images: list[str] = []
+    parquet: list[Path] = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        # Pictures of an earlier run are no input.
+        folders[:] = [name for name in folders if excluded is None or (Path(parent) / name).resolve() != excluded]
+        for name in names:
+            path = Path(parent) / name
+            if is_image(path):
+                images.append(path.relative_to(folder).as_posix())
+            elif path.suffix == ".parquet":
+                parquet.append(path)
+    if not images and parquet:
+        return _from_dataset(_load_parquet(sorted(parquet)), str(folder))
+    return _from_files(sorted(images), folder, "")
+
+
+def _from_files(names: Sequence[str], root: Path, source: str) -> ImageList:
+    entries = [ImageEntry((name,), name) for name in dict.fromkeys(names)]
+    return ImageList(entries, lambda number: root / str(entries[number].image), source)
+
+
+def _json_lines(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise BoxFileError(f"{path}, line {number} is no JSON ({error}).") from error
+
+
+def _json_list(path: Path) -> list[Any]:
+    try:
+        samples = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BoxFileError(f"{path} is no JSON ({error}). Name a file with one sample per line .jsonl.") from error
+    if not isinstance(samples, list):
+        raise BoxFileError(f"{path} must hold a list of samples, got {type(samples).__name__}.")
+    return samples
+
+
+def _from_samples(samples: Iterable[Any], root: Path, path: Path, text_ids: bool) -> ImageList:
+    ids_by_image: dict[str, dict[Any, None]] = {}
+    without_image = 0
+    for number, sample in enumerate(samples):
+        where = f"{path}: sample {number}"
+        if not isinstance(sample, dict):
+            raise BoxFileError(f"{where} must be a dictionary, got {type(sample).__name__}.")
+        image = sample.get("image")
+        if not image:
+            without_image += 1
+            continue
+        if not isinstance(image, str):
+            raise BoxFileError(f"{where}: `image` must be one path, got {image!r}.")
+        key = next((sample[name] for name in _ID_NAMES if name in sample), None)
+        if isinstance(key, bool) or not isinstance(key, (str, int)):
+            raise BoxFileError(f"{where} must have {', '.join(_ID_NAMES)} as text or an integer, got {key!r}.")
+        ids_by_image.setdefault(image, {})[str(key) if text_ids else key] = None
+    entries = [ImageEntry(tuple(ids), image) for image, ids in ids_by_image.items()]
+    return ImageList(entries, lambda number: root / str(entries[number].image), "", without_image)
+
+
+def _import_datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("Datasets need the datasets library: pip install 'mgllava[datasets]'.") from error
+    return datasets
+
+
+def _load_from_disk(folder: Path) -> Any:
+    datasets = _import_datasets()
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
+        raise BoxFileError(
+            f"{folder} holds the splits {', '.join(splits)}; give one of them, as {folder / splits[0]}."
+        )
+    return datasets.load_from_disk(str(folder))
+
+
+def _load_parquet(paths: list[Path]) -> Any:
+    files = [str(path) for path in paths]
+    return _import_datasets().load_dataset("parquet", data_files=files, split="train")
+
+
+def _from_dataset(dataset: Any, source: str) -> ImageList:
+    datasets = _import_datasets()
+    if not isinstance(dataset, datasets.Dataset):
+        raise BoxFileError(f"`inputs` must be paths or a datasets.Dataset (one split), got {type(dataset).__name__}.")
+    features = dataset.features
+    column = next((name for name, feature in features.items() if isinstance(feature, datasets.Image)), None)
+    if column is None:
+        raise BoxFileError(
+            f"{source} has no column of images, only {', '.join(features)}. Cast one: "
+            'dataset.cast_column("image", datasets.Image()).'
+        )
+    # The bytes as they are: decoding happens where a damaged image is noted and skipped.
+    dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    id_column = next((name for name in _ID_NAMES if name in features), None)
+    ids = range(len(dataset)) if id_column is None else dataset[id_column][:]
+    entries = [ImageEntry((key,), None) for key in ids]
+
+    def open_image(number: int) -> Any:
+        stored = dataset[number][column]
+        if stored is None:
+            raise OSError("the row holds no image")
+        return stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
+
+    return ImageList(entries, open_image, source)
+
+
+__all__ = ["IMAGE_EXTENSIONS", "ImageEntry", "ImageList", "Inputs", "is_image", "list_images"]

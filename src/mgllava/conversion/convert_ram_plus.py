@@ -1,0 +1,362 @@
+"""From the original checkpoint of RAM++, with its tag list and thresholds, to a repository for `from_pretrained`."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from mgllava.ram_plus import RamPlusConfig, RamPlusForImageTagging, RamPlusImageProcessor
+from mgllava.ram_plus.configuration_ram_plus import DEFAULT_TAG_THRESHOLD
+
+from .errors import ConversionError
+from .key_mapping import drop_reason, rename
+from .repository_writer import (
+    DEFAULT_SHARD_SIZE,
+    REPORT_NAME,
+    Progress,
+    describe_run,
+    digest_sources,
+    match_tensors,
+    write_weights,
+)
+from .shard_writer import StagingFolder, plan_shards, write_json
+from .tensor_files import LazyTensor, open_torch_file, tensors_of
+
+_LABEL_EMBED = "label_embed"
+_MODEL = "model"
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+_TO_MODEL: tuple[tuple[str, str], ...] = (
+    # The original merges patches at the end of a stage, timm at the start of the next.
+    *((f"visual_encoder.layers.{s}.downsample.", f"vision_tower.layers.{s + 1}.downsample.") for s in range(3)),
+    ("visual_encoder.", "vision_tower."),
+    ("image_proj.", "image_projection."),
+    ("wordvec_proj.", "decoder.word_projection."),
+    (_LABEL_EMBED, "decoder.label_embed"),
+    ("reweight_scale", "decoder.reweight_scale"),
+    ("tagging_head.encoder.layer.", "decoder.layers."),
+    ("fc.", "classifier."),
+)
+_LAYER_TO_MODEL: tuple[tuple[str, str], ...] = (
+    ("crossattention.self.query.", "q_proj."),
+    ("crossattention.self.key.", "k_proj."),
+    ("crossattention.self.value.", "v_proj."),
+    ("crossattention.output.dense.", "o_proj."),
+    ("crossattention.output.LayerNorm.", "attention_norm."),
+    ("intermediate.dense.", "fc1."),
+    ("output.dense.", "fc2."),
+    ("output.LayerNorm.", "output_norm."),
+)
+_DROPS: tuple[tuple[str, str], ...] = (
+    (r"visual_encoder\..*\.(relative_position_index|attn_mask)$", "buffer, computed from the config"),
+    (r"tagging_head\.embeddings\.", "not used: tags enter as embeddings of their descriptions"),
+    (r"tagging_head\.encoder\.layer\.\d+\.attention\.", "not used: tags do not attend to each other"),
+    (r"tagging_head\.(.*\.)?pooler\.", "not used: every tag has an output of its own"),
+)
+_OLD_NAME = "vision_multi"  # of `tagging_head`, in older checkpoints
+
+_SWIN_KEYS = ("image_res", "window_size", "embed_dim", "depths", "num_heads")
+_DECODER_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_OPTIONAL_DECODER_KEYS = (
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "layer_norm_eps",
+    "initializer_range",
+)
+
+
+@dataclass
+class _Checkpoint:
+    """Tensors of an original checkpoint, by their own names, and what lies beside them in the file."""
+
+    path: Path
+    tensors: dict[str, LazyTensor]
+    beside: dict[str, str] = field(default_factory=dict)
+
+
+def convert_ram_plus(
+    checkpoint: str | Path,
+    tag_list: str | Path,
+    thresholds: str | Path,
+    output: str | Path,
+    *,
+    swin_config: str | Path | None = None,
+    decoder_config: str | Path | None = None,
+    dtype: str | torch.dtype = "auto",
+    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
+    trust_pickle: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Convert an original checkpoint of RAM++ into a repository that `from_pretrained` reads.
+
+    Weights are streamed: one tensor is in memory at a time, and an optimizer's state in the file is not read. The
+    output appears under its name only when it is complete; an interrupted run leaves `OUTPUT.incomplete`, which the
+    same command continues.
+
+    Args:
+        checkpoint (`str` or `Path`): The `.pth` file: the state dict, under `model` or bare.
+        tag_list (`str` or `Path`): UTF-8 text with one tag per line, in the order of their indices.
+        thresholds (`str` or `Path`): Text with one number per line, which belongs to the tag in the same line of
+            `tag_list`. Tags behind the last line have 0.68.
+        output (`str` or `Path`): Folder to write.
+        swin_config (`str` or `Path`, *optional*): JSON file with the sizes of the backbone, as the original has it.
+            By default those of the released model, Swin-L at 384 pixels.
+        decoder_config (`str` or `Path`, *optional*): JSON file with the sizes of the tag decoder, as the original has
+            it. By default those of the released model.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): Dtype of all weights. `"auto"`: as they are.
+        max_shard_size (`str` or `int`, *optional*, defaults to `"5GB"`): Size of the largest weight file.
+        trust_pickle (`bool`, *optional*, defaults to `False`): Read a checkpoint that holds pickled objects beside the
+            weights. The objects are skipped, and no code of theirs is run, even then.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace a RAM++ repository at `output`.
+        progress (`Callable[[str, int, int], None]`, *optional*): Told the stage, bytes just done, bytes in total.
+
+    Returns:
+        `Path`: The output.
+
+    Raises:
+        ConversionError: If anything is missing, damaged, left over, of the wrong shape, or in the way.
+    """
+    output = Path(output).absolute()
+    staging = StagingFolder(output, overwrite, RamPlusConfig.model_type)
+    progress = progress or (lambda stage, done, total: None)
+
+    tags = _read_tags(_existing(tag_list, "tag_list"))
+    limits = _read_thresholds(_existing(thresholds, "thresholds"), len(tags))
+    sizes = _read_swin_config(swin_config) | _read_decoder_config(decoder_config)
+    opened = _read_checkpoint(_existing(checkpoint, "checkpoint"), trust_pickle)
+    config = _build_config(sizes, tags, limits, opened)
+    tensors, dropped = _account(opened, config)
+    config.dtype = _main_dtype(dtype, tensors)
+    if dtype != "auto":
+        tensors = {name: tensor.to(config.dtype) for name, tensor in tensors.items()}
+
+    plan = plan_shards(tensors, max_shard_size)
+    given_files = {
+        "checkpoint": checkpoint,
+        "tag_list": tag_list,
+        "thresholds": thresholds,
+        "swin_config": swin_config,
+        "decoder_config": decoder_config,
+    }
+    sources = {name: [Path(path)] for name, path in given_files.items() if path is not None}
+    digests = digest_sources(sources, output, progress)
+    write_weights(staging, plan, digests, progress)
+
+    config.save_pretrained(staging.path)
+    size = {"height": config.image_size, "width": config.image_size}
+    RamPlusImageProcessor(size=size).save_pretrained(staging.path)
+    given: dict[str, Any] = {
+        **given_files,
+        "dtype": dtype,
+        "max_shard_size": max_shard_size,
+        "trust_pickle": trust_pickle,
+    }
+    run = describe_run(given, ("mgllava", "torch", "transformers", "timm"), sources, digests, tensors, plan)
+    write_json(staging.path / REPORT_NAME, run | _report(opened, config, len(limits), dropped))
+    staging.publish()
+    return output
+
+
+def _existing(path: str | Path, argument: str) -> Path:
+    if not Path(path).is_file():
+        raise ConversionError(f"`{argument}` must be a file, but there is no file {path}.")
+    return Path(path)
+
+
+def _read_lines(path: Path, argument: str) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConversionError(f"`{argument}` must be UTF-8 text, but {path} is not ({error}).") from error
+    lines = text.rstrip("\n").split("\n") if text.strip() else []
+    blank = [number for number, line in enumerate(lines, start=1) if not line.strip()]
+    if not lines or blank:
+        found = f"line {blank[0]} is blank" if blank else "it is empty"
+        raise ConversionError(f"`{argument}` must hold one entry per line, but in {path} {found}.")
+    return lines
+
+
+def _read_tags(path: Path) -> list[str]:
+    return [line.strip() for line in _read_lines(path, "tag_list")]
+
+
+def _read_thresholds(path: Path, num_tags: int) -> list[float]:
+    lines = _read_lines(path, "thresholds")
+    if len(lines) > num_tags:
+        raise ConversionError(
+            f"`thresholds` must have at most one line for each tag, but {path} has {len(lines)} lines and the tag "
+            f"list has {num_tags} tags. Is it the file of another tag list?"
+        )
+    limits = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            limit = float(line)
+        except ValueError:
+            limit = math.nan
+        if not 0 <= limit <= 1:
+            raise ConversionError(
+                f"`thresholds` must hold numbers from 0 to 1, but line {number} of {path} is {line!r}."
+            )
+        limits.append(limit)
+    return limits
+
+
+def _read_json(path: str | Path, argument: str, required: tuple[str, ...]) -> dict[str, Any]:
+    path = _existing(path, argument)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(f"`{argument}` must be JSON, but {path} is not ({error}).") from error
+    missing = [key for key in required if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise ConversionError(f"`{argument}` must hold {', '.join(required)}, but {path} lacks {', '.join(missing)}.")
+    return dict(content)
+
+
+def _read_swin_config(path: str | Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    content = _read_json(path, "swin_config", _SWIN_KEYS)
+    return {("image_size" if key == "image_res" else key): content[key] for key in _SWIN_KEYS}
+
+
+def _read_decoder_config(path: str | Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    content = _read_json(path, "decoder_config", _DECODER_KEYS)
+    # `encoder_width` is not read: the original puts the width of `label_embed` in its place.
+    return {key: content[key] for key in (*_DECODER_KEYS, *_OPTIONAL_DECODER_KEYS) if key in content}
+
+
+def _read_checkpoint(path: Path, trust_pickle: bool) -> _Checkpoint:
+    content = open_torch_file(path, trust_pickle)
+    beside: dict[str, str] = {}
+    if isinstance(content, dict) and isinstance(content.get(_MODEL), dict):
+        beside = {str(key): _summary(value) for key, value in content.items() if key != _MODEL}
+        content = content[_MODEL]
+    tensors = tensors_of(content, path)
+    if _LABEL_EMBED not in tensors or len(tensors[_LABEL_EMBED].shape) != 2:
+        raise ConversionError(
+            f"{path} is no RAM++ checkpoint: it has no matrix {_LABEL_EMBED}. It has {len(tensors)} tensors, such as "
+            f"{', '.join(list(tensors)[:5])}."
+        )
+    return _Checkpoint(path, tensors, beside)
+
+
+def _summary(value: Any) -> str:
+    """Say what an entry of the file is, for the report."""
+    tensors, pending = [], [value]
+    while pending:
+        entry = pending.pop()
+        if isinstance(entry, torch.Tensor):
+            tensors.append(entry)
+        elif isinstance(entry, dict):
+            pending += entry.values()
+        elif isinstance(entry, list | tuple):
+            pending += entry
+    if not tensors:
+        return type(value).__name__
+    return f"{type(value).__name__} with {len(tensors)} tensors, {sum(tensor.nbytes for tensor in tensors)} bytes"
+
+
+def _build_config(sizes: dict[str, Any], tags: list[str], limits: list[float], opened: _Checkpoint) -> RamPlusConfig:
+    rows, width = opened.tensors[_LABEL_EMBED].shape
+    if not rows or rows % len(tags):
+        raise ConversionError(
+            f"The tag list and the checkpoint do not belong together: the list has {len(tags)} tags, and "
+            f"{_LABEL_EMBED} of {opened.path} has {rows} rows, which is no multiple of it. Pass the list that the "
+            "model was trained with."
+        )
+    try:
+        return RamPlusConfig(
+            **sizes,
+            projection_dim=width,
+            num_descriptions=rows // len(tags),
+            id2label=dict(enumerate(tags)),
+            thresholds=limits + [DEFAULT_TAG_THRESHOLD] * (len(tags) - len(limits)),
+            architectures=["RamPlusForImageTagging"],
+        )
+    except (ValueError, StrictDataclassError) as error:
+        # huggingface_hub wraps what a config's own validation says.
+        raise ConversionError(f"No model has these sizes: {error.__cause__ or error}") from error
+
+
+def _account(opened: _Checkpoint, config: RamPlusConfig) -> tuple[dict[str, LazyTensor], dict[str, list[str]]]:
+    """Rename all tensors, and check that they and the model match name by name."""
+    tensors: dict[str, LazyTensor] = {}
+    dropped: dict[str, list[str]] = {}
+    unexpected = []
+    for own_name, tensor in opened.tensors.items():
+        name = own_name.replace(_OLD_NAME, "tagging_head")
+        reason = drop_reason(name, _DROPS)
+        if reason is not None:
+            dropped.setdefault(reason, []).append(own_name)
+            continue
+        new_name = _to_model(name)
+        if new_name is None or new_name in tensors:
+            unexpected.append(f"{own_name} {tensor.shape}" + (" (there twice)" if new_name in tensors else ""))
+        else:
+            tensors[new_name] = tensor
+    with torch.device("meta"):
+        model = RamPlusForImageTagging(config)
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    label_embed = tensors["decoder.label_embed"]
+    tensors["decoder.label_embed"] = _reshaped(label_embed, expected["decoder.label_embed"])
+
+    matched = match_tensors(
+        tensors,
+        expected,
+        unexpected,
+        "The checkpoint does not make up the model. Is it whole, and are --swin-config and --decoder-config (or the "
+        "released sizes, without them) those that it was trained with?",
+    )
+    return matched, dropped
+
+
+def _to_model(name: str) -> str | None:
+    """Rename a parameter as the model has it; `None` if no rule fits."""
+    new_name = rename(name, _TO_MODEL)
+    layer = re.match(r"(decoder\.layers\.\d+\.)(.*)", new_name or "")
+    if layer is None:
+        return new_name
+    part = rename(layer[2], _LAYER_TO_MODEL)
+    return None if part is None else layer[1] + part
+
+
+def _reshaped(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
+    return LazyTensor(shape, tensor.dtype, f"{tensor.origin} as {shape}", lambda: tensor.load().reshape(shape))
+
+
+def _main_dtype(dtype: str | torch.dtype, tensors: Mapping[str, LazyTensor]) -> torch.dtype:
+    if dtype == "auto":
+        return tensors["image_projection.weight"].dtype
+    found = _DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if found is None or found not in _DTYPES.values():
+        raise ConversionError(f"`dtype` must be auto, {', '.join(_DTYPES)}, got {dtype}.")
+    return found
+
+
+def _report(
+    opened: _Checkpoint, config: RamPlusConfig, num_thresholds: int, dropped: Mapping[str, list[str]]
+) -> dict[str, Any]:
+    return {
+        "checkpoint": {"keys": list(opened.tensors), "not_read": opened.beside},
+        "tags": {
+            "count": len(config.id2label),
+            "descriptions_per_tag": config.num_descriptions,
+            "thresholds_from_file": num_thresholds,
+            "thresholds_by_default": len(config.thresholds) - num_thresholds,
+        },
+        "dropped": dict(dropped),
+    }
+
+
+__all__ = ["convert_ram_plus"]

@@ -1,0 +1,183 @@
+"""Pictures of what the model sees: boxes with their labels."""
+
+import colorsys
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import draw_bounding_boxes
+
+from mgllava.processing.image_inputs_mgllava import as_rgb, load_upright
+
+Color = tuple[int, int, int]
+_Rectangle = tuple[float, float, float, float]
+
+# Steps of the golden angle keep any number of hues apart. The first is cyan, which photographs have least of.
+_FIRST_HUE, _GOLDEN_ANGLE = 0.5, 0.381966
+# Below this many pixels (geometric mean of the sides) letters would cover the objects, so the image is enlarged.
+_LEAST_SIDE = 360
+
+
+class _Plate(NamedTuple):
+    """A label and the rectangle that it is written on."""
+
+    text: str
+    place: _Rectangle
+
+
+def draw_boxes(
+    image: Any,
+    detections: Any,
+    *,
+    scores: bool = True,
+    line_width: int | None = None,
+    font_size: int | None = None,
+    font: str | None = None,
+) -> Image.Image:
+    """Draw boxes with their labels. Sizes fit the image, each label has a colour, and all stays inside the image.
+
+    Where labels would cover each other, that of the best box has its place first.
+
+    Args:
+        image: The original image: PIL, array, tensor, path or URL, as the processor takes it.
+        detections (`Mapping` or array of shape `(num_boxes, 4)`): `{"boxes", "labels", "scores"}`, what a detector
+            returns and box files hold (labels and scores may be absent), or boxes alone: xyxy in pixels of the
+            original image (upright: its EXIF orientation is applied). Parts outside the image are not drawn.
+        scores (`bool`): Whether to write the scores behind the labels.
+        line_width (`int`, *optional*): In pixels; fits the image by default.
+        font_size (`int`, *optional*): In pixels; fits the image by default.
+        font (`str`, *optional*): A TrueType file. The built-in font has Latin letters only.
+
+    Returns:
+        `PIL.Image.Image`: A new picture, RGB and upright, of the size of the image; or a whole multiple of it where
+        the image is too small for letters.
+
+    Raises:
+        ValueError: If the boxes are not of shape `(num_boxes, 4)` or not xyxy, or labels or scores are not as many.
+    """
+    picture = to_pil_image(as_rgb(load_upright(image)))
+    boxes, labels, values = _unpack(detections)
+    enlarged = math.ceil(_LEAST_SIDE / math.sqrt(picture.width * picture.height))
+    if enlarged > 1:
+        picture = picture.resize((picture.width * enlarged, picture.height * enlarged), Image.Resampling.BICUBIC)
+        boxes = boxes * enlarged
+    limits = boxes.new_tensor([picture.width, picture.height] * 2)
+    order = ((boxes[:, 2:] >= 0) & (boxes[:, :2] < limits[:2])).all(dim=1).nonzero().flatten().tolist()
+    if not order:
+        return picture
+    # The edges of a box that is larger than the image are drawn along the border of the image.
+    boxes = boxes.minimum(limits - 1).clamp(min=0)
+    if values is not None:
+        order.sort(key=lambda row: -values[row])
+
+    side = math.sqrt(picture.width * picture.height)
+    width = line_width or max(2, round(side / 250))
+    size = font_size or max(12, round(side / 32))
+    letters = ImageFont.load_default(size) if font is None else ImageFont.truetype(font, size)
+    names = labels or [str(number) for number in range(len(boxes))]
+    colors = dict(zip(dict.fromkeys(names), _colors(len(set(names))), strict=True))
+
+    # The best box is drawn last, on top. Dark lines around the coloured ones show them on a ground of their colour.
+    rim = max(1, width // 3)
+    around = boxes + boxes.new_tensor([-rim, -rim, rim, rim])
+    worst_first = order[::-1]
+    drawn = draw_bounding_boxes(pil_to_tensor(picture), around[worst_first], colors="black", width=width + 2 * rim)
+    drawn = draw_bounding_boxes(
+        drawn, boxes[worst_first], colors=[colors[names[row]] for row in worst_first], width=width
+    )
+    picture = to_pil_image(drawn)
+    draw = ImageDraw.Draw(picture)
+    plates: dict[int, _Plate] = {}
+    for row in order:
+        parts = [] if labels is None else [labels[row]]
+        if scores and values is not None:
+            parts.append(f"{values[row]:.2f}")
+        text = " ".join(parts).strip()
+        if text:
+            extent = draw.textbbox((0, 0), text, font=letters)
+            place = _place(
+                extent, boxes[row].tolist(), picture.size, width + 1, [plate.place for plate in plates.values()]
+            )
+            plates[row] = _Plate(text, place)
+    for row, plate in reversed(plates.items()):
+        _write(draw, plate, colors[names[row]], letters)
+    return picture
+
+
+def _unpack(detections: Any) -> tuple[torch.Tensor, list[str] | None, list[float] | None]:
+    labels: Sequence[Any] | None = None
+    scores: Any = None
+    boxes = detections
+    if isinstance(detections, Mapping):
+        boxes, labels, scores = detections["boxes"], detections.get("labels"), detections.get("scores")
+    boxes = torch.as_tensor(boxes, dtype=torch.float64).cpu()
+    if boxes.numel() == 0:
+        boxes = boxes.reshape(0, 4)
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"`boxes` must have shape (num_boxes, 4), got {tuple(boxes.shape)}. Pass those of one image.")
+    reversed_corners = (boxes[:, :2] > boxes[:, 2:]).any(dim=1)
+    if reversed_corners.any():
+        raise ValueError(
+            f"`boxes` must be xyxy with x1 <= x2 and y1 <= y2, got {boxes[reversed_corners][0].tolist()}."
+        )
+    for name, values in (("labels", labels), ("scores", scores)):
+        if values is not None and len(values) != len(boxes):
+            raise ValueError(f"`{name}` must be as many as the boxes, {len(boxes)}, got {len(values)}.")
+    return (
+        boxes,
+        None if labels is None else [str(label) for label in labels],
+        None if scores is None else [float(score) for score in scores],
+    )
+
+
+def _colors(number: int) -> list[Color]:
+    """Choose colours that differ in hue, all bright enough to be seen on a dark photograph."""
+    chosen = []
+    for index in range(number):
+        red, green, blue = colorsys.hsv_to_rgb((_FIRST_HUE + index * _GOLDEN_ANGLE) % 1, 0.8, 1.0)
+        chosen.append((round(255 * red), round(255 * green), round(255 * blue)))
+    return chosen
+
+
+def _place(
+    extent: Sequence[float],
+    box: Sequence[float],
+    image_size: tuple[int, int],
+    margin: int,
+    taken: Sequence[_Rectangle],
+) -> _Rectangle:
+    """Find a place for a label of some extent at its box, where it fits and covers no other."""
+    width, height = extent[2] - extent[0] + 2 * margin, extent[3] - extent[1] + 2 * margin
+    x1, y1, x2, y2 = box
+    # Above the box, inside at the top, inside at the bottom, below; on the left, then on the right.
+    places = [(x, y) for x in (x1, x2 - width + 1) for y in (y1 - height, y1, y2 - height + 1, y2 + 1)]
+    highest_x, highest_y = image_size[0] - width, image_size[1] - height
+    for x, y in places:
+        # Sideways a label may move along its box; upwards it would leave it.
+        x = max(0, min(x, highest_x))
+        if 0 <= y <= highest_y and not any(
+            x < other[2] and other[0] < x + width and y < other[3] and other[1] < y + height for other in taken
+        ):
+            break
+    else:
+        x, y = max(0, min(x1, highest_x)), max(0, min(y1 - height, highest_y))
+    return x, y, x + width, y + height
+
+
+def _write(
+    draw: ImageDraw.ImageDraw, plate: _Plate, color: Color, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+) -> None:
+    """Write a label on its plate."""
+    x1, y1, x2, y2 = plate.place
+    draw.rectangle((x1, y1, x2 - 1, y2 - 1), fill=color)
+    # Weights of Rec. 601: how bright the plate looks.
+    brightness = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
+    left, top, right, bottom = draw.textbbox((0, 0), plate.text, font=font)
+    start = (x1 + x2 - left - right) / 2, (y1 + y2 - top - bottom) / 2
+    draw.text(start, plate.text, font=font, fill="black" if brightness > 110 else "white")
+
+
+__all__ = ["draw_boxes"]

@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+
+from mgllava.box_files import BoxFile, BoxFileError, MissingBoxesError, settings_digest
+
+EMPTY = {"boxes": [], "labels": [], "scores": []}
+SETTINGS = {
+    "detector": {"detector": "owl", "mode": "faithful", "tagger": ["a", "b"]},
+    "labels": None,
+    "threshold": 0.2,
+}
+
+
+def record(number):
+    return {"boxes": [[0, 0, number, number]], "labels": ["cup"], "scores": [0.5]}
+
+
+def test_ids_are_found_as_they_are_and_by_their_text():
+    file = BoxFile([1, "2", "x"], [record(1), record(2), record(3)])
+    assert file[1] == file["1"] == file[np.int64(1)] == record(1)
+    assert file["2"] == file[2] == record(2)
+    assert "2" in file and 2 in file and "3" not in file
+    assert list(file) == [1, "2", "x"] and len(file) == 3
+
+
+def test_the_same_type_wins_over_the_same_text():
+    file = BoxFile([1, "1"], [record(1), record(2)])
+    assert file[1] == record(1) and file["1"] == record(2)
+    assert file.duplicates == {}
+
+
+def test_the_last_of_several_records_is_used_and_they_are_counted():
+    file = BoxFile(["a", "b", "a", "a"], [record(1), record(2), record(3), record(4)])
+    assert file["a"] == record(4)
+    assert file.duplicates == {"a": 3}
+
+
+def test_missing_id_is_named():
+    file = BoxFile(["a"], [record(1)], name="boxes.json")
+    with pytest.raises(MissingBoxesError, match=r"^boxes\.json has no boxes for id 'b'; it holds 1 ids, such as 'a'"):
+        file["b"]
+    # As mappings behave:
+    assert file.get("b") is None
+    assert isinstance(MissingBoxesError("x"), KeyError)
+
+
+def test_missing_id_can_be_an_image_without_boxes():
+    file = BoxFile(["a"], [record(1)], missing="empty")
+    assert file["b"] == EMPTY and file["a"] == record(1)
+    assert "b" not in file
+    with pytest.raises(ValueError, match="`missing` must be 'error' or 'empty', got 'zero'"):
+        BoxFile([], [], missing="zero")
+
+
+def test_digest_ignores_the_order_of_keys_only():
+    reordered = dict(reversed(SETTINGS.items()))
+    assert settings_digest(SETTINGS) == settings_digest(reordered)
+    assert settings_digest(SETTINGS) != settings_digest({**SETTINGS, "threshold": 0.21})
+
+
+def test_boxes_of_other_settings_are_refused_unless_told():
+    file = BoxFile([], [], settings=SETTINGS)
+    file.check_settings({**SETTINGS})
+    other = {**SETTINGS, "detector": {**SETTINGS["detector"], "mode": "clean"}, "threshold": 0.3}
+    with pytest.raises(
+        BoxFileError, match=r'detector\.mode is "faithful", expected "clean"; threshold is 0\.2, expec'
+    ):
+        file.check_settings(other)
+    file.check_settings(other, allow_other=True)
+
+
+def test_boxes_of_unknown_settings_are_refused_unless_told():
+    file = BoxFile([], [])
+    assert file.digest is None
+    with pytest.raises(BoxFileError, match="Nothing says with which settings"):
+        file.check_settings(SETTINGS)
+    file.check_settings(SETTINGS, allow_other=True)

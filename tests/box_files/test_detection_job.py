@@ -1,0 +1,402 @@
+"""The job: complete, in order, and the same through any number of processes and interruptions."""
+
+import json
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mgllava.box_files import (
+    BoxFileError,
+    detect_images,
+    detection_job,
+    detection_settings,
+    list_images,
+    read_boxes,
+    shards,
+)
+from tests.box_files.conftest import NUMBER
+from tests.box_files.stub_detector import StubDetector
+
+UNREADABLE = ["0000.png", "0250.png", "0499.png"]
+OPTIONS = {"shard_size": 48, "batch_size": 4}
+
+
+@pytest.fixture(scope="session")
+def undisturbed(many_images, tmp_path_factory):
+    """The box files of a run without interruptions, by extension."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    outputs = {extension: folder / extension / f"boxes.{extension}" for extension in ("json", "parquet")}
+    for output in outputs.values():
+        detect_images(many_images, output, StubDetector(), **OPTIONS)
+    return outputs
+
+
+def files_of(output):
+    names = [output, output.with_suffix(".settings.json"), output.with_suffix(".unreadable.jsonl")]
+    return {path.name: path.read_bytes() for path in names if path.exists()}
+
+
+def leftovers(output):
+    return [path.name for path in output.parent.iterdir() if "shards" in path.name or "partial" in path.name]
+
+
+def test_every_image_has_its_boxes_in_order(many_images, undisturbed):
+    images, detector = list_images(many_images), StubDetector()
+    file = read_boxes(undisturbed["parquet"])
+    readable = [name for entry in images.entries if (name := entry.image) not in UNREADABLE]
+    assert list(file) == readable and len(readable) == NUMBER - 3
+    for number in range(1, NUMBER, 50):
+        image = images.load(number)
+        expected = detector.detect([image])[0]
+        found = file[f"{number:04d}.png"]
+        assert {name: found[name] for name in expected} == expected
+        assert (found["width"], found["height"]) == image.size and found["image"] == f"{number:04d}.png"
+    assert file.settings == detection_settings(detector)
+    from_json = read_boxes(undisturbed["json"])
+    assert [from_json[name]["boxes"] for name in readable] == [file[name]["boxes"] for name in readable]
+
+
+def test_unreadable_images_are_counted_logged_and_listed(many_images, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        summary = detect_images(many_images, tmp_path / "boxes.json", StubDetector())
+    assert summary.unreadable == 3 and summary.records == NUMBER - 3
+    listed = [json.loads(line) for line in summary.unreadable_list.read_text().splitlines()]
+    assert [entry["image"] for entry in listed] == UNREADABLE
+    assert "UnidentifiedImageError" in listed[1]["reason"]
+    assert "Skipped 0250.png, which cannot be read (UnidentifiedImageError" in caplog.text
+    assert "Unreadable images: 3, see" in str(summary)
+
+
+def test_nothing_readable_is_an_error_and_leaves_no_output(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    with pytest.raises(BoxFileError, match=r"None of the 1 images can be read; the first one: a\.jpg"):
+        detect_images(tmp_path, tmp_path / "boxes.json", StubDetector())
+    assert not (tmp_path / "boxes.json").exists()
+
+
+def test_boxes_in_pixels_of_the_upright_image(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.new("RGB", (30, 10)).save(tmp_path / "a.jpg", exif=exif)
+    detect_images(tmp_path, tmp_path / "boxes.parquet", StubDetector())
+    record = read_boxes(tmp_path / "boxes.parquet")["a.jpg"]
+    assert (record["width"], record["height"]) == (10, 30)
+
+
+def test_questions_about_one_image_share_its_boxes_and_one_detection(some_images, tmp_path):
+    lines = [{"question_id": number, "image": f"{number % 2}.png"} for number in range(6)]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("\n".join(map(json.dumps, lines)))
+    log = tmp_path / "log"
+    detect_images(questions, tmp_path / "boxes.json", StubDetector(log=str(log)), image_folder=some_images)
+    file = read_boxes(tmp_path / "boxes.json")
+    assert sorted(file) == [0, 1, 2, 3, 4, 5]
+    assert file[0]["boxes"] == file[4]["boxes"] and len(log.read_text().split()) == 2
+
+
+def test_labels_and_threshold_reach_the_detector_and_the_settings(some_images, tmp_path):
+    given = []
+
+    class Listening(StubDetector):
+        def detect(self, images, labels=None, threshold=0.2, batch_size=8):
+            given.append((labels, threshold, batch_size))
+            return super().detect(images, labels, threshold, batch_size)
+
+    detector = Listening()
+    detect_images(some_images, tmp_path / "b.json", detector, labels=["fork"], threshold=0.4, batch_size=16)
+    assert given == [(["fork"], 0.4, 16)]
+    settings = read_boxes(tmp_path / "b.json").settings
+    assert settings == detection_settings(detector, ["fork"], 0.4)
+    assert (settings["labels"], settings["threshold"]) == (["fork"], 0.4)
+
+
+def test_tensors_and_fractions_become_plain_values(some_images, tmp_path):
+    import torch
+
+    class Tensors(StubDetector):
+        def detect(self, images, labels=None, threshold=0.2, batch_size=8):
+            return [
+                {"boxes": torch.tensor([[0.5, 1, 2, 3]]), "labels": ["cup"], "scores": torch.tensor([0.25])}
+                for _ in images
+            ]
+
+    detect_images(some_images, tmp_path / "b.parquet", Tensors())
+    record = read_boxes(tmp_path / "b.parquet")["3.png"]
+    assert record["boxes"] == [[0.5, 1.0, 2.0, 3.0]] and record["scores"] == [0.25]
+
+
+def test_detector_that_loses_an_image_is_found_out(some_images, tmp_path):
+    class Losing(StubDetector):
+        def detect(self, images, labels=None, threshold=0.2, batch_size=8):
+            return super().detect(images[1:])
+
+    with pytest.raises(BoxFileError, match="gave 7 results for 8 images"):
+        detect_images(some_images, tmp_path / "b.json", Losing())
+
+
+def test_show_draws_every_image(some_images, tmp_path):
+    show = some_images / "shown"
+    for _ in range(2):
+        detect_images(some_images, tmp_path / "b.json", StubDetector(), show=show, overwrite=True)
+        names = sorted(path.name for path in show.iterdir())
+        assert names == [f"{number:06d}_{number}.jpg" for number in range(10)]
+    assert len(read_boxes(tmp_path / "b.json")) == 10  # pictures of the first run are no input of the second
+
+
+# Interruptions
+
+
+def _killed_runs(many_images, output, kills, seconds, seed):
+    """Run the job in processes that are killed at random moments; the last one may finish."""
+    # A server that has imported everything forks each process, so that kills hit the work and not the imports.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.box_files.stub_detector"])
+    moments = random.Random(seed)
+    log = output.parent / "log"
+    for kill in range(kills + 1):
+        process = context.Process(
+            target=detect_images,
+            args=(str(many_images), str(output), StubDetector(seconds=seconds, log=str(log))),
+            kwargs={**OPTIONS, "resume": True},
+        )
+        process.start()
+        if kill == kills:
+            process.join()
+            assert process.exitcode == 0
+        else:
+            # From before the first batch to some batches on. All 20 together are less than the work, 125 batches.
+            time.sleep(0.1 + moments.uniform(0, 5 * seconds))
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            assert process.exitcode == -signal.SIGKILL, "the job was done before the last kill"
+    return log.read_text().split()
+
+
+@pytest.mark.parametrize(
+    ("extension", "kills", "seed"),
+    [
+        ("parquet", 5, 0),
+        pytest.param("json", 20, 1, marks=pytest.mark.slow),
+        pytest.param("parquet", 20, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_at_random_moments_the_result_is_the_same(many_images, undisturbed, tmp_path, extension, kills, seed):
+    output = tmp_path / f"boxes.{extension}"
+    detected = _killed_runs(many_images, output, kills, seconds=0.05, seed=seed)
+    assert files_of(output) == files_of(undisturbed[extension])
+    assert leftovers(output) == []
+    # Nothing that was finished is done again: at most the batch in work at each kill.
+    assert NUMBER - 3 <= len(detected) <= NUMBER - 3 + kills * OPTIONS["batch_size"]
+
+
+class Killed(BaseException):
+    """Stands for a kill at a chosen place."""
+
+
+def _kill(*_, **__):
+    raise Killed
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (shards.os, "fsync"),  # a shard is written and has not its name yet
+        (shards.os, "replace"),  # the manifest is not there yet
+        (detection_job, "_merge"),  # all shards are done
+        (detection_job, "write_boxes"),
+        (Path, "replace"),  # the output is written and has not its name yet
+        (shards.ShardFolder, "remove"),  # the output is there, and so are the shards
+        (shards.shutil, "rmtree"),  # the shards are being removed
+    ],
+)
+@pytest.mark.parametrize("extension", ["json", "parquet"])
+def test_killed_at_a_delicate_place_the_result_is_the_same(
+    many_images, undisturbed, tmp_path, monkeypatch, owner, name, extension
+):
+    output = tmp_path / f"boxes.{extension}"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(owner, name, _kill)
+        detect_images(many_images, output, StubDetector(), **OPTIONS)
+    detect_images(many_images, output, StubDetector(), resume=True, **OPTIONS)
+    assert files_of(output) == files_of(undisturbed[extension])
+    assert leftovers(output) == []
+
+
+def test_line_that_was_cut_short_is_done_again(many_images, undisturbed, tmp_path, monkeypatch):
+    output = tmp_path / "boxes.json"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(detection_job, "_merge", _kill)
+        detect_images(many_images, output, StubDetector(), **OPTIONS)
+    folder = tmp_path / "boxes.json.shards"
+    complete = folder / "shard-000002.jsonl"
+    complete.with_name(complete.name + ".partial").write_bytes(complete.read_bytes()[:-10])
+    complete.unlink()
+    detector = StubDetector()
+    detect_images(many_images, output, detector, resume=True, **OPTIONS)
+    assert detector.calls == 1
+    assert files_of(output) == files_of(undisturbed["json"])
+
+
+def test_damaged_shard_is_found_when_merging(many_images, tmp_path, monkeypatch):
+    output = tmp_path / "boxes.json"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(detection_job, "_merge", _kill)
+        detect_images(many_images, output, StubDetector(), **OPTIONS)
+    shard = tmp_path / "boxes.json.shards" / "shard-000001.jsonl"
+    shard.write_bytes(b"".join(shard.read_bytes().splitlines(keepends=True)[1:]))
+    with pytest.raises(BoxFileError, match=r"shard-000001\.jsonl is absent or damaged"):
+        detect_images(many_images, output, StubDetector(), resume=True, **OPTIONS)
+    assert not output.exists()
+    shard.unlink()
+    assert detect_images(many_images, output, StubDetector(), resume=True, **OPTIONS).records == NUMBER - 3
+
+
+def test_progress_counts_what_an_earlier_run_did(many_images, tmp_path, monkeypatch):
+    class Dying(StubDetector):
+        def detect(self, images, labels=None, threshold=0.2, batch_size=8):
+            if self.calls == 30:
+                raise Killed
+            return super().detect(images)
+
+    with pytest.raises(Killed):
+        detect_images(many_images, tmp_path / "b.json", Dying(), **OPTIONS)
+    seen = []
+    detector = StubDetector()
+    detect_images(
+        many_images, tmp_path / "b.json", detector, resume=True, **OPTIONS, progress=lambda *now: seen.append(now)
+    )
+    assert seen[0] == (48, NUMBER) and sum(done for done, _ in seen) == NUMBER
+    assert detector.calls == 125 - 30
+
+
+# Several processes
+
+
+def test_two_processes_make_the_same_file(many_images, undisturbed, tmp_path):
+    output = tmp_path / "boxes.parquet"
+    log = tmp_path / "log"
+    arguments = json.dumps([str(many_images), str(output), {"log": str(log)}, OPTIONS])
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    subprocess.run(
+        [sys.executable, "-m", *launch, "-m", "tests.box_files.stub_detector", arguments],
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert files_of(output) == files_of(undisturbed["parquet"])
+    assert len(log.read_text().split()) == NUMBER - 3
+    assert leftovers(output) == []
+
+
+def test_tasks_of_an_array_and_a_last_call_make_the_same_file(many_images, undisturbed, tmp_path):
+    output = tmp_path / "boxes.parquet"
+    for part in (2, 0, 1):
+        detector = StubDetector()
+        task = {"array_task": (part, 3), "resume": True}
+        assert detect_images(many_images, output, detector, **task, **OPTIONS) is None
+        assert 0 < detector.calls < 60
+    assert not output.exists()
+    detector = StubDetector()
+    detect_images(many_images, output, detector, resume=True, **OPTIONS)
+    assert detector.calls == 0
+    assert files_of(output) == files_of(undisturbed["parquet"])
+
+
+def test_too_few_shards_for_the_processes_are_mentioned(some_images, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        detect_images(some_images, tmp_path / "b.json", StubDetector(), array_task=(1, 4))
+    assert "1 shards for 4 processes" in caplog.text
+
+
+# What is there already
+
+
+def test_complete_output_is_not_made_twice(some_images, tmp_path):
+    output = tmp_path / "boxes.parquet"
+    detect_images(some_images, output, StubDetector())
+    with pytest.raises(BoxFileError, match=r"boxes\.parquet exists\. .* --overwrite .*--resume"):
+        detect_images(some_images, output, StubDetector())
+    detector = StubDetector()
+    assert detect_images(some_images, output, detector, resume=True) is None and detector.calls == 0
+    assert detect_images(some_images, output, detector, overwrite=True).records == 10 and detector.calls == 2
+    with pytest.raises(BoxFileError, match=r"another job made it: settings\.threshold is 0\.2, expected 0\.3"):
+        detect_images(some_images, output, StubDetector(), threshold=0.3, resume=True)
+
+
+@pytest.fixture
+def interrupted(some_images, tmp_path, monkeypatch):
+    """A job that was killed before it was merged."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(detection_job, "_merge", _kill)
+        detect_images(some_images, tmp_path / "boxes.json", StubDetector(), shard_size=5)
+    return tmp_path / "boxes.json"
+
+
+def test_interrupted_job_is_neither_continued_nor_lost_unasked(some_images, interrupted):
+    with pytest.raises(BoxFileError, match=r"holds a job that was interrupted\. Pass --resume"):
+        detect_images(some_images, interrupted, StubDetector(), shard_size=5)
+    detector = StubDetector()
+    assert detect_images(some_images, interrupted, detector, shard_size=5, overwrite=True).records == 10
+    assert detector.calls == 2
+
+
+def test_another_job_is_not_continued(some_images, interrupted):
+    for options, said in [
+        ({"threshold": 0.5}, r"settings\.threshold is 0\.2, expected 0\.5"),
+        ({"detector": StubDetector(mode="clean")}, r'settings\.detector\.mode is "faithful", expected "clean"'),
+        ({"shard_size": 4}, "shard_size is 5, expected 4"),
+    ]:
+        options = {"detector": StubDetector(), "shard_size": 5, **options}
+        with pytest.raises(BoxFileError, match=f"belongs to another job: .*{said}"):
+            detect_images(some_images, interrupted, resume=True, **options)
+    Image.new("RGB", (2, 2)).save(some_images / "new.png")
+    with pytest.raises(BoxFileError, match=r"belongs to another job: images is 10, expected 11; inputs_digest is"):
+        detect_images(some_images, interrupted, StubDetector(), shard_size=5, resume=True)
+
+
+def test_job_that_failed_before_its_first_batch_stands_in_nobodys_way(some_images, tmp_path):
+    class Absent(StubDetector):
+        def detect(self, images, labels=None, threshold=0.2, batch_size=8):
+            raise OSError("no such model")
+
+    with pytest.raises(OSError, match="no such model"):
+        detect_images(some_images, tmp_path / "b.json", Absent(mode="typo"))
+    assert detect_images(some_images, tmp_path / "b.json", StubDetector()).records == 10
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"output": "boxes.txt"}, r"must end in \.json or \.parquet"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"shard_size": 0}, "`shard_size` must be at least 1"),
+        ({"workers": 0}, "`workers` must be at least 1"),
+        ({"array_task": (3, 3)}, r"`array_task` must be \(i, n\)"),
+        ({"array_task": (1, 3), "overwrite": True}, "would delete the work of the others"),
+        ({"resume": True, "overwrite": True}, "pass one of them"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_done(some_images, tmp_path, options, said):
+    output = tmp_path / options.pop("output", "boxes.json")
+    with pytest.raises(BoxFileError, match=said):
+        detect_images(some_images, output, StubDetector(), **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["some"]
+
+
+def test_ids_of_two_types_are_refused_for_parquet_before_anything_is_done(some_images):
+    questions = some_images / "questions.jsonl"
+    questions.write_text('{"id": 1, "image": "1.png"}\n{"id": "2", "image": "2.png"}')
+    detector = StubDetector()
+    with pytest.raises(BoxFileError, match="ids of one type, but the input has int and str"):
+        detect_images(questions, some_images / "boxes.parquet", detector)
+    assert detector.calls == 0
+    assert detect_images(questions, some_images / "boxes.json", detector).records == 2

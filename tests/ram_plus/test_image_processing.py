@@ -1,0 +1,129 @@
+"""Both image processor backends against the original's pixels and against PIL by hand."""
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from transformers import AutoImageProcessor
+
+from mgllava import RamPlusImageProcessor, RamPlusImageProcessorPil
+from tests.ram_plus.golden import arrays, image_path
+
+BACKENDS = [RamPlusImageProcessorPil, RamPlusImageProcessor]
+SIZE = {"height": 128, "width": 128}
+RAW = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
+LEVEL = 1 / 255 / 0.224  # one 8-bit level after normalisation, at most
+
+
+def noise(height, width, channels=3):
+    return np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def raw(image_processor, *images, **kwargs):
+    return image_processor(list(images), **RAW, **kwargs)["pixel_values"]
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_against_the_original(index):
+    expected = arrays(f"ram_img{index}")["pixel_values"]
+    exact = RamPlusImageProcessorPil(size=SIZE)(image_path(index), return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(exact, expected, rtol=0, atol=1e-6)
+
+    default = RamPlusImageProcessor(size=SIZE)(image_path(index), return_tensors="pt")["pixel_values"][0]
+    difference = (default - expected).abs()
+    assert difference.max() < LEVEL + 1e-5
+    assert (difference > 1e-5).float().mean() < 0.041
+    assert difference.mean() < 7.1e-4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_released_size_is_the_default(backend):
+    assert backend()(noise(20, 30), return_tensors="pt")["pixel_values"].shape == (1, 3, 384, 384)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batch_equals_one_by_one(backend):
+    image_processor, paths = backend(size=SIZE), [image_path(index) for index in range(5)]
+    together = image_processor(paths, return_tensors="pt")["pixel_values"]
+    alone = [image_processor(path, return_tensors="pt")["pixel_values"] for path in paths]
+    assert torch.equal(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "P", "1", "CMYK"])
+def test_modes_are_converted_as_pil_does(backend, mode):
+    image = PIL.Image.fromarray(noise(8, 8)).convert(mode)
+    if mode in ("RGBA", "LA"):
+        image.putalpha(60)
+    expected = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    assert torch.equal(raw(backend(size={"height": 8, "width": 8}), image)[0], expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kinds_of_input_give_the_same(backend, tmp_path):
+    array = noise(9, 12, 4)
+    image = PIL.Image.fromarray(array)
+    image.save(tmp_path / "image.png")
+    channels_first = torch.from_numpy(array).permute(2, 0, 1)
+    kinds = [tmp_path / "image.png", str(tmp_path / "image.png"), image, array, channels_first, array / 255]
+    given = raw(backend(size={"height": 9, "width": 12}), *kinds)
+    for pixels in given:
+        assert torch.equal(pixels, channels_first[:3])
+    grey = raw(backend(size={"height": 9, "width": 12}), array[..., 0], array[..., :1])
+    assert torch.equal(grey, channels_first[:1].expand(2, 3, -1, -1))
+    batch = backend(size={"height": 9, "width": 12})(np.stack([array, array]), **RAW)["pixel_values"]
+    assert torch.equal(batch, channels_first[:3].expand(2, -1, -1, -1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_channels_as_told(backend):
+    ambiguous = noise(3, 3)
+    image_processor = backend(size={"height": 3, "width": 3})
+    last = raw(image_processor, ambiguous, input_data_format="channels_last")[0]
+    assert torch.equal(last, torch.from_numpy(ambiguous).permute(2, 0, 1))
+    first = raw(image_processor, ambiguous, input_data_format="channels_first")[0]
+    assert torch.equal(first, torch.from_numpy(ambiguous))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exif_orientation_is_ignored_unless_wanted(backend, tmp_path):
+    stored = PIL.Image.fromarray(noise(8, 8))
+    exif = stored.getexif()
+    exif[0x0112] = 6  # to be turned clockwise for viewing
+    stored.save(tmp_path / "turned.png", exif=exif)
+    upright = torch.from_numpy(np.array(stored.transpose(PIL.Image.Transpose.ROTATE_270))).permute(2, 0, 1)
+    as_stored = torch.from_numpy(np.array(stored)).permute(2, 0, 1)
+    image_processor = backend(size={"height": 8, "width": 8})
+    for image in (tmp_path / "turned.png", PIL.Image.open(tmp_path / "turned.png")):
+        assert torch.equal(raw(image_processor, image)[0], as_stored)
+        assert torch.equal(raw(image_processor, image, do_exif_transpose=True)[0], upright)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("image", "error", "said"),
+    [
+        (3.0, TypeError, "got float"),
+        (
+            noise(8, 8).astype(np.int64),
+            ValueError,
+            "8-bit arrays, or floating point arrays from 0 to 1, got torch.int64",
+        ),
+        (noise(8, 8) * 1.0, ValueError, "from 0.0 to 2"),
+        (np.full((8, 8, 3), np.nan), ValueError, "to nan"),
+        (noise(8, 8, 5), ValueError, "channel"),
+        (noise(1, 8)[0, 0], ValueError, r"2 or 3 dimensions, or 4 for a batch, got shape \(3,\)"),
+        ("no/such/file.png", ValueError, "no/such/file.png"),
+    ],
+)
+def test_wrong_images(backend, image, error, said):
+    with pytest.raises(error, match=said):
+        backend()(image, return_tensors="pt")
+
+
+@pytest.mark.parametrize(("backend", "expected"), [("pil", BACKENDS[0]), ("torchvision", BACKENDS[1])])
+def test_settings_survive_saving(tmp_path, backend, expected):
+    expected(size=SIZE, do_exif_transpose=True).save_pretrained(tmp_path)
+    loaded = AutoImageProcessor.from_pretrained(tmp_path, backend=backend)
+    assert type(loaded) is expected
+    assert loaded.do_exif_transpose is True and dict(loaded.size) == SIZE
