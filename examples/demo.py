@@ -1,5 +1,7 @@
 """The main job, end to end: convert an original checkpoint, load it, ask about a photograph (`make demo`).
 
+Usage: `python examples/demo.py [FOLDER]`; what it makes goes to FOLDER, `demo-output` by default.
+
 The checkpoint is the small one that the tests use. Its weights are random, so its answers are noise; everything
 around the weights is what the published models go through.
 """
@@ -16,15 +18,16 @@ import mgllava  # noqa: F401  (makes the Auto classes know MG-LLaVA)
 from mgllava.visualization import draw_boxes
 
 ROOT = Path(__file__).parent.parent
-CHECKPOINT, OUTPUT = ROOT / "tests" / "golden", ROOT / "demo-output"
+CHECKPOINT, IMAGE = ROOT / "tests" / "golden", ROOT / "examples" / "coffee.jpg"
 BOXES = {"cup": [172, 17, 410, 308], "saucer": [76, 68, 481, 390], "spoon": [325, 66, 425, 328]}
 QUESTION = "What is on the table?"
 
 
 def main() -> None:
+    output = Path(sys.argv[1] if len(sys.argv) > 1 else "demo-output")
     console = Console()
     console.rule("1. Convert the original checkpoint")
-    repository = OUTPUT / "model"
+    repository = output / "model"
     sources = {
         "--checkpoint": CHECKPOINT / "xtuner" / "iter_10.pth",
         "--llm": CHECKPOINT / "llm",
@@ -36,7 +39,7 @@ def main() -> None:
     command = [sys.executable, "-m", "mgllava.cli", "convert", *arguments, "--output", str(repository), "--overwrite"]
     subprocess.run(command, check=True)
     for path in sorted(repository.iterdir()):
-        console.print(f"  {path.relative_to(ROOT)}  {path.stat().st_size / 1e3:,.1f} kB", highlight=False)
+        console.print(f"  {path}  {path.stat().st_size / 1e3:,.1f} kB", highlight=False)
 
     console.rule("2. Load it")
     model = AutoModel.from_pretrained(repository)
@@ -44,8 +47,8 @@ def main() -> None:
     console.print(f"  {type(model).__name__}, {model.num_parameters():,} parameters, {type(processor).__name__}")
 
     console.rule("3. Ask about a photograph")
-    image = Image.open(Path(__file__).parent / "coffee.jpg")
-    draw_boxes(image, {"boxes": list(BOXES.values()), "labels": list(BOXES)}).save(OUTPUT / "boxes.png")
+    image = Image.open(IMAGE)
+    draw_boxes(image, {"boxes": list(BOXES.values()), "labels": list(BOXES)}).save(output / "boxes.png")
     content = [
         {"type": "image", "image": image, "boxes": list(BOXES.values())},
         {"type": "text", "text": QUESTION},
@@ -60,9 +63,9 @@ def main() -> None:
     placeholders = int((inputs["input_ids"] == model.config.image_token_id).sum())
     fused = model.config.image_seq_length
     console.print(
-        f"  examples/coffee.jpg: {fused} fused tokens and {placeholders - fused} object tokens ({', '.join(BOXES)})"
+        f"  examples/{IMAGE.name}: {fused} fused tokens and {placeholders - fused} object tokens ({', '.join(BOXES)})"
     )
-    console.print(f"  the boxes are drawn in {(OUTPUT / 'boxes.png').relative_to(ROOT)}", highlight=False)
+    console.print(f"  the boxes are drawn in {output / 'boxes.png'}", highlight=False)
     console.print(f"\n[bold]Question[/bold]  {QUESTION}")
     console.print("[bold]Answer[/bold]    ", end="")
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True)

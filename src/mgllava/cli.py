@@ -1,4 +1,4 @@
-"""The command line: `mgllava …`. Heavy imports happen inside the commands, so that help is quick."""
+"""The command line: `mgllava …`. Every command imports what it needs itself."""
 
 import os
 import sys
