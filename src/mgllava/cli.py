@@ -39,6 +39,20 @@ class DetectionMode(str, Enum):
     CLEAN = "clean"
 
 
+# Options that both converters have.
+DtypeOption = Annotated[str, typer.Option(help="auto (as in the checkpoint), float32, float16 or bfloat16.")]
+ShardSizeOption = Annotated[str, typer.Option(help="Size of the largest weight file.")]
+TrustPickleOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-pickle",
+        help="Read a checkpoint that holds pickled objects beside the weights. The objects are skipped; no code of "
+        "theirs is run even then.",
+    ),
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier conversion wrote.")]
+
+
 @app.callback()
 def _mgllava() -> None:
     """MG-LLaVA for transformers."""
@@ -59,23 +73,13 @@ def convert(
     prompt_template: Annotated[
         PromptTemplate | None, typer.Option(help="Chat template of the language model.")
     ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(help="auto (as in the checkpoint), float32, float16 or bfloat16."),
-    ] = "auto",
-    max_shard_size: Annotated[str, typer.Option(help="Size of the largest weight file.")] = "5GB",
-    trust_pickle: Annotated[
-        bool,
-        typer.Option(
-            "--trust-pickle",
-            help="Read checkpoints that hold pickled objects beside the weights. The objects are skipped; no code of "
-            "theirs is run even then.",
-        ),
-    ] = False,
+    dtype: DtypeOption = "auto",
+    max_shard_size: ShardSizeOption = "5GB",
+    trust_pickle: TrustPickleOption = False,
     lora_alpha: Annotated[
         float | None, typer.Option(help="lora_alpha of a LoRA checkpoint whose config text does not say it.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier conversion wrote.")] = False,
+    overwrite: OverwriteOption = False,
     to_xtuner: Annotated[
         bool, typer.Option("--to-xtuner", help="The way back: from a repository to an XTuner .pth file.")
     ] = False,
@@ -117,14 +121,7 @@ def convert(
                 overwrite=overwrite,
                 progress=progress,
             )
-        console = Console()
-        console.print(f"Wrote {written}", soft_wrap=True, markup=False)
-        console.print(
-            "Load it:\n  import mgllava\n  from transformers import AutoModelForImageTextToText, AutoProcessor"
-        )
-        for name in ("AutoProcessor", "AutoModelForImageTextToText"):
-            variable = "processor" if name == "AutoProcessor" else "model"
-            console.print(f'  {variable} = {name}.from_pretrained("{written}")', soft_wrap=True, markup=False)
+        _say_how_to_load(written, processor="AutoProcessor", model="AutoModelForImageTextToText")
 
 
 @app.command()
@@ -139,20 +136,10 @@ def convert_ram_plus(
     decoder_config: Annotated[
         Path | None, typer.Option(help="JSON file with the sizes of the decoder. By default the released ones.")
     ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(help="auto (as in the checkpoint), float32, float16 or bfloat16."),
-    ] = "auto",
-    max_shard_size: Annotated[str, typer.Option(help="Size of the largest weight file.")] = "5GB",
-    trust_pickle: Annotated[
-        bool,
-        typer.Option(
-            "--trust-pickle",
-            help="Read a checkpoint that holds pickled objects beside the weights. The objects are skipped; no code "
-            "of theirs is run even then.",
-        ),
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier conversion wrote.")] = False,
+    dtype: DtypeOption = "auto",
+    max_shard_size: ShardSizeOption = "5GB",
+    trust_pickle: TrustPickleOption = False,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Convert a RAM++ checkpoint, the image tagger, into a repository for `from_pretrained`."""
     with _errors_as_messages():
@@ -172,12 +159,15 @@ def convert_ram_plus(
                 overwrite=overwrite,
                 progress=progress,
             )
-        console = Console()
-        console.print(f"Wrote {written}", soft_wrap=True, markup=False)
-        console.print("Load it:\n  import mgllava\n  from transformers import AutoImageProcessor, AutoModel")
-        for name in ("AutoImageProcessor", "AutoModel"):
-            variable = "image_processor" if name == "AutoImageProcessor" else "model"
-            console.print(f'  {variable} = {name}.from_pretrained("{written}")', soft_wrap=True, markup=False)
+        _say_how_to_load(written, image_processor="AutoImageProcessor", model="AutoModel")
+
+
+def _say_how_to_load(repository: Path, **auto_classes: str) -> None:
+    """Print the lines that load what was written; `auto_classes` by the names of the variables."""
+    lines = ["import mgllava", f"from transformers import {', '.join(sorted(auto_classes.values()))}"]
+    lines += [f'{variable} = {name}.from_pretrained("{repository}")' for variable, name in auto_classes.items()]
+    text = "\n  ".join([f"Wrote {repository}\nLoad it:", *lines])
+    Console().print(text, soft_wrap=True, markup=False)
 
 
 @app.command()
