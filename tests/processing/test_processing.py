@@ -98,7 +98,7 @@ def test_chunks_are_encoded_alone_after_bos(processor):
 
 
 def test_bos_is_put_in_front_even_if_the_tokenizer_would_not():
-    """Yi-1.5's tokenizer, among others, leaves BOS out; the original adds the id by hand."""
+    """Some tokenizers leave BOS out; the original adds the id by hand."""
     tokenizer = golden_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     assert tokenizer("hi")["input_ids"][0] != 1

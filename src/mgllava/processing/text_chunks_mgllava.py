@@ -130,7 +130,7 @@ def encode_chunks(
     )
     ids_of_chunks = iter(encoded.get("input_ids", []))
     offsets_of_chunks = iter(encoded.get("offset_mapping", []))
-    # By hand, as the original does: several of its tokenizers (Yi-1.5) do not add BOS by themselves.
+    # By hand, as the original does: not every tokenizer adds BOS by itself.
     starts_with_bos = add_special_tokens and tokenizer.bos_token_id is not None
 
     input_ids: list[list[int]] = []
