@@ -18,6 +18,7 @@ class MGLlavaHighResVisionModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _no_split_modules = ["ConvNeXtStage"]
+    # It has no attention, so it must not be what refuses an implementation for the whole model.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
