@@ -12,12 +12,13 @@ from typing import Any
 
 from PIL import Image
 
+from mgllava.atomic_files import replacing
 from mgllava.visualization import draw_boxes
 
 from .box_file import Record, describe_differences, settings_digest
 from .detectors import Detector, detection_settings
 from .errors import BoxFileError
-from .formats import check_extension, has_integer_boxes, read_metadata, replacing, require_pyarrow, write_boxes
+from .formats import check_extension, has_integer_boxes, read_metadata, require_pyarrow, write_boxes
 from .image_lists import ImageEntry, ImageList, Inputs, list_images
 from .shards import Batch, ShardFolder
 
@@ -150,11 +151,11 @@ def detect_images(
     if folder.read_manifest() is None:
         logger.info("%s is complete.", output)
         return None
-    share = range(part * state.num_processes + state.process_index, len(folder.bounds), parts * state.num_processes)
-    if len(folder.bounds) < parts * state.num_processes:
+    share = range(part * state.num_processes + state.process_index, folder.num_shards, parts * state.num_processes)
+    if folder.num_shards < parts * state.num_processes:
         logger.warning(
             "%d shards for %d processes: some have nothing to do. A smaller --shard-size keeps all busy.",
-            len(folder.bounds),
+            folder.num_shards,
             parts * state.num_processes,
         )
 
@@ -235,7 +236,7 @@ def _run(
     progress: Progress | None,
 ) -> None:
     """Do some of the shards."""
-    total = sum(stop - start for start, stop in (folder.bounds[shard] for shard in share))
+    total = sum(stop - start for start, stop in map(folder.bounds, share))
 
     def report(done: int) -> None:
         if progress is not None and done:
@@ -245,7 +246,7 @@ def _run(
 
         def upcoming() -> Iterator[_Work]:
             for shard in share:
-                start, stop = folder.bounds[shard]
+                start, stop = folder.bounds(shard)
                 position = folder.next_image(shard)
                 report(position - start)
                 for first in range(position, stop, batch_size):

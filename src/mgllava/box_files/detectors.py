@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mgllava.processing import COCO_80, BoxDetector, MGLlavaProcessor
-from mgllava.processing.box_detector_files_mgllava import locate
+from mgllava.processing.box_detection_mgllava import DEFAULT_DETECTOR
 
 from .errors import BoxFileError
 
-DEFAULT_DETECTOR = "google/owlv2-large-patch14-ensemble"
 # What `--tagger` calls the fixed list of the paper's ablation.
 COCO_TAGGER = "coco80"
 
@@ -112,15 +111,12 @@ def open_detector(
     if detector is not None or tagger is not None:
         raise BoxFileError("`processor` brings its own detector: pass it, or `detector` and `tagger`, not both.")
     loaded = MGLlavaProcessor.from_pretrained(processor, trust_remote_code=trust_remote_code)
-    if loaded.box_detector_config is None:
+    located = loaded.locate_box_detector()
+    if located is None:
         raise BoxFileError(f"`processor`: {processor} has no box detector. Pass `detector` and `tagger` instead.")
-    config = dict(loaded.box_detector_config)
-    for name, value in config.items():
-        if isinstance(value, str) and value.startswith("./"):
-            config[name] = locate(value, loaded._repository)
     if mode is not None:
-        config["mode"] = mode
-    return LazyDetector(config, trust_remote_code)
+        located["mode"] = mode
+    return LazyDetector(located, trust_remote_code)
 
 
 def _absolute(name: str | None) -> str | None:

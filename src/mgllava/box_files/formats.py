@@ -2,12 +2,12 @@
 
 import json
 import logging
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
+
+from mgllava.atomic_files import replacing
 
 from .box_file import BoxFile, Missing, Record, settings_digest
 from .errors import BoxFileError
@@ -144,27 +144,6 @@ def settings_path(path: Path) -> Path:
         `Path`: `NAME.settings.json` beside it.
     """
     return path.with_suffix(".settings.json")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Write a file under another name, and rename it when it is complete and on the disk.
-
-    Args:
-        path (`Path`): The file.
-
-    Yields:
-        `Path`: The name to write to, in the same folder. Nothing is left of it after an error.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _checked(record: Any, where: str) -> Record:
@@ -384,7 +363,6 @@ __all__ = [
     "has_integer_boxes",
     "read_boxes",
     "read_metadata",
-    "replacing",
     "require_pyarrow",
     "settings_path",
     "write_boxes",

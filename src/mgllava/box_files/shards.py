@@ -106,11 +106,23 @@ class ShardFolder:
             shutil.rmtree(self._finished)
 
     @property
-    def bounds(self) -> list[tuple[int, int]]:
-        """First image, and the one behind the last, of each shard."""
+    def num_shards(self) -> int:
+        """Number of shards of the job."""
         assert self.manifest is not None
-        images, size = self.manifest["images"], self.manifest["shard_size"]
-        return [(start, min(start + size, images)) for start in range(0, images, size)]
+        return -(-self.manifest["images"] // self.manifest["shard_size"])
+
+    def bounds(self, shard: int) -> tuple[int, int]:
+        """Tell which images a shard has.
+
+        Args:
+            shard (`int`): Number of the shard.
+
+        Returns:
+            `tuple[int, int]`: Number of its first image, and of the one behind its last.
+        """
+        assert self.manifest is not None
+        start = shard * self.manifest["shard_size"]
+        return start, min(start + self.manifest["shard_size"], self.manifest["images"])
 
     def _complete(self, shard: int) -> Path:
         return self.path / f"shard-{shard:06d}.jsonl"
@@ -127,7 +139,7 @@ class ShardFolder:
         Returns:
             `int`: Number of the first image that is not done; the end of the shard if all are.
         """
-        start, stop = self.bounds[shard]
+        start, stop = self.bounds(shard)
         if self._complete(shard).is_file():
             return stop
         partial = self._partial(shard)
@@ -157,7 +169,7 @@ class ShardFolder:
         # Unbuffered: a batch is handed to the system by one call, and survives the death of this process.
         with partial.open("ab", buffering=0) as file:
             file.write(json.dumps(vars(batch), ensure_ascii=False).encode() + b"\n")
-            if batch.stop == self.bounds[shard][1]:
+            if batch.stop == self.bounds(shard)[1]:
                 os.fsync(file.fileno())
                 partial.rename(self._complete(shard))
 
@@ -170,7 +182,8 @@ class ShardFolder:
         Raises:
             BoxFileError: If a shard is not complete.
         """
-        for shard, (start, stop) in enumerate(self.bounds):
+        for shard in range(self.num_shards):
+            start, stop = self.bounds(shard)
             path, position = self._complete(shard), start
             if path.is_file():
                 with path.open("rb") as file:

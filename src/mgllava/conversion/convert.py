@@ -137,13 +137,9 @@ def convert_checkpoint(
     tensors = {name: tensor if name in keep else tensor.to(main_dtype) for name, tensor in tensors.items()}
 
     plan = plan_shards(tensors, max_shard_size)
-    sources = {"checkpoint": opened.files, **gathered.files}
-    sources.setdefault("llm", [])
-    sources["llm"] = sources["llm"] + [
-        llm_folder / name
-        for name in ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-        if (llm_folder / name).is_file()
-    ]
+    names = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    llm_files = [llm_folder / name for name in names if (llm_folder / name).is_file()]
+    sources = {"checkpoint": opened.files, **gathered.files, "llm": [*gathered.files.get("llm", []), *llm_files]}
     digests = digest_sources(sources, output, progress)
     write_weights(staging, plan, digests, progress)
 

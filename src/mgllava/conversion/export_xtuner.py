@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 import mgllava
+from mgllava.atomic_files import replacing
 from mgllava.modeling import MGLlavaConfig
 
 from .errors import ConversionError
@@ -59,9 +60,8 @@ def export_xtuner(repository: str | Path, output: str | Path, *, overwrite: bool
     state = {key: _rows(renamed[key], config) for key in keys}
     output.parent.mkdir(parents=True, exist_ok=True)
     check_disk_space(output.parent, sum(tensor.nbytes for tensor in state.values()))
-    partial = output.with_name(output.name + ".partial")
-    torch.save({"meta": _meta(config, report), "state_dict": state}, partial)
-    partial.rename(output)
+    with replacing(output) as partial:
+        torch.save({"meta": _meta(config, report), "state_dict": state}, partial)
     return output
 
 

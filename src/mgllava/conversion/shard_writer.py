@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import struct
 from collections.abc import Callable, Mapping
@@ -12,6 +11,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
+
+from mgllava.atomic_files import replacing
 
 from .errors import ConversionError
 from .tensor_files import LazyTensor
@@ -142,8 +143,7 @@ def write_shard(shard: Shard, folder: Path, on_bytes: Callable[[int], None]) -> 
         ConversionError: If a tensor is not as planned.
     """
     path = folder / shard.filename
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         file.write(shard.header)
         on_bytes(len(shard.header))
         for name, planned in shard.tensors.items():
@@ -157,9 +157,6 @@ def write_shard(shard: Shard, folder: Path, on_bytes: Callable[[int], None]) -> 
             file.write(memoryview(data))
             on_bytes(planned.nbytes)
             del values, data
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
 
 
 class StagingFolder:
@@ -267,9 +264,8 @@ def write_json(path: Path, content: object) -> None:
         path (`Path`): The file.
         content (`object`): What to write.
     """
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.rename(path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 __all__ = [

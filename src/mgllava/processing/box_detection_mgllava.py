@@ -26,6 +26,9 @@ from .tagging_mgllava import ImageTagger, tags_as_labels
 
 logger = logging.get_logger(__name__)
 
+# The detector of the paper (section 3.1).
+DEFAULT_DETECTOR = "google/owlv2-large-patch14-ensemble"
+
 DetectionMode = Literal["faithful", "clean"]
 _MODES = ("faithful", "clean")
 _CONFIG_KEYS = ("tagger", "detector", "mode", "prompt_embeds")
@@ -79,7 +82,7 @@ class BoxDetector:
     def __init__(
         self,
         tagger: Any = None,
-        detector: Any = "google/owlv2-large-patch14-ensemble",
+        detector: Any = DEFAULT_DETECTOR,
         *,
         mode: DetectionMode = "faithful",
         tagger_processor: Any = None,
@@ -398,4 +401,4 @@ def _load(image: Any, index: int) -> torch.Tensor:
         raise ValueError(f"`images[{index}]`{what[:200]} cannot be read: {error}") from error
 
 
-__all__ = ["BoxDetector", "DetectionMode"]
+__all__ = ["DEFAULT_DETECTOR", "BoxDetector", "DetectionMode"]

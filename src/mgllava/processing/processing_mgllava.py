@@ -13,7 +13,7 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils import logging
 
 from .box_detection_mgllava import BoxDetector
-from .box_detector_files_mgllava import BUNDLE_FOLDER, ProcessorRepository, store_parts
+from .box_detector_files_mgllava import BUNDLE_FOLDER, ProcessorRepository, locate, store_parts
 from .boxes_mgllava import flatten_boxes
 from .image_inputs_mgllava import MGLlavaBatchFeature, flat_images
 from .text_chunks_mgllava import ANSWER_BOUNDARY, BOUNDARIES, CHUNK_BOUNDARY, encode_chunks, split_text
@@ -188,6 +188,23 @@ class MGLlavaProcessor(ProcessorMixin):
         )
         self._box_detector, self._is_box_detector_off = detector, False
         return detector
+
+    def locate_box_detector(self) -> dict[str, Any] | None:
+        """Tell what the box detector is built from, with the places of what lies in the processor's own repository.
+
+        Returns:
+            `dict`, *optional*: `box_detector_config` with folders and files in place of paths that start with `./`.
+
+        Raises:
+            ValueError: If such a path is in no repository.
+            OSError: If the repository cannot be read.
+        """
+        if self.box_detector_config is None:
+            return None
+        return {
+            name: locate(value, self._repository) if isinstance(value, str) else value
+            for name, value in self.box_detector_config.items()
+        }
 
     def detect(self, images: Any, **kwargs: Any) -> Sequence[Mapping[str, Any]]:
         """Find the boxes of images, to look at them or to pass them as `boxes` later.
