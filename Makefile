@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
-SOURCES := src tests examples benchmarks
+SOURCES := src tests examples benchmarks small_world
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all lint format bench bench-pooling bench-convert bench-detector clean

@@ -1,0 +1,95 @@
+"""Answers follow from the scene; here they are found again by other means: from the text of the question."""
+
+import re
+from collections import Counter
+
+import pytest
+
+from small_world.questions import KINDS, ask, describe
+from small_world.scenes import Scene, SceneObject, make_scene
+
+SCENES = [make_scene("train", number) for number in range(300)]
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"]
+
+
+def singular(name):
+    return {"crosses": "cross"}.get(name, name.removesuffix("s"))
+
+
+def matching(scene, words):
+    """Objects that fit all the words, each a colour, a shape, or `object`."""
+    return [item for item in scene.objects if all(word in (item.color, item.shape, "object") for word in words)]
+
+
+def only(scene, name):
+    [item] = matching(scene, name.split())
+    return item
+
+
+def expected(scene, question):
+    """The answer, worked out from the text."""
+    text = question.text
+    if match := re.fullmatch(r"Is there an? (\w+) (\w+)\?", text):
+        return "yes" if matching(scene, match.groups()) else "no"
+    if match := re.fullmatch(r"What color is the (\w+)\?", text):
+        return only(scene, match[1]).color
+    if match := re.fullmatch(r"What shape is the (\w+) object\?", text):
+        return only(scene, match[1]).shape
+    if match := re.fullmatch(r"How many (.+) are there\?", text):
+        return NUMBERS[len(matching(scene, [singular(word) for word in match[1].split()]))]
+    if match := re.fullmatch(r"Where is the (.+)\?", text):
+        x, y = only(scene, match[1]).center
+        column = ("left", "", "right")[int(3 * x / scene.width)]
+        row = ("top", "", "bottom")[int(3 * y / scene.height)]
+        return f"{row} {column}".strip() or "center"
+    if match := re.fullmatch(r"Is the (.+) (left or right of|above or below) the (.+)\?", text):
+        (ax, ay), (bx, by) = only(scene, match[1]).center, only(scene, match[3]).center
+        return ("left" if ax < bx else "right") if match[2].startswith("left") else ("above" if ay < by else "below")
+    if match := re.fullmatch(r"What (letter|digit) is on the (.+)\?", text):
+        character = only(scene, match[2]).character
+        assert character.isdigit() == (match[1] == "digit")
+        return character
+    raise AssertionError(text)
+
+
+def test_every_answer_follows_from_its_question():
+    for scene in SCENES:
+        for question in ask(scene):
+            assert question.answer == expected(scene, question), (scene, question)
+
+
+def test_no_question_is_asked_twice_of_a_picture():
+    for scene in SCENES:
+        texts = [question.text for question in ask(scene)]
+        assert len(texts) == len(set(texts))
+
+
+def test_a_limit_keeps_all_kinds():
+    counts = Counter(question.kind for scene in SCENES for question in ask(scene, 10))
+    assert set(counts) == set(KINDS)
+    assert min(counts.values()) > 0.5 * max(counts.values())
+
+
+def test_existence_is_no_matter_of_guessing():
+    answers = Counter(
+        question.answer for scene in SCENES for question in ask(scene, 10) if question.kind == "existence"
+    )
+    assert answers["yes"] == pytest.approx(answers["no"], rel=0.1)
+
+
+def test_questions_are_the_same_for_the_same_scene():
+    assert ask(SCENES[3]) == ask(make_scene("train", 3))
+
+
+def test_caption_names_the_objects_from_left_to_right():
+    scene = Scene(
+        "caption",
+        200,
+        100,
+        (
+            SceneObject("star", "orange", "plain", (150, 50), 40, 0, "K"),
+            SceneObject("ring", "red", "striped", (30, 50), 40, 0),
+            SceneObject("circle", "blue", "plain", (90, 50), 40, 0, "7"),
+        ),
+    )
+    assert describe(scene) == "a striped red ring, a blue circle with the digit 7, an orange star with the letter K"

@@ -1,0 +1,84 @@
+"""Scenes and their pictures: the same everywhere, and what they say is what is drawn."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from small_world.drawing import draw_scene
+from small_world.scenes import (
+    COLORS,
+    HELD_OUT,
+    IMAGE_SIZES,
+    MAX_OBJECTS,
+    PRINTABLE_SHAPES,
+    SHAPES,
+    Scene,
+    SceneObject,
+    make_scene,
+)
+
+SCENES = [make_scene("train", number) for number in range(300)]
+
+
+def test_a_seed_gives_the_same_scene_and_picture():
+    first, second = make_scene("test", 7), make_scene("test", 7)
+    assert first == second
+    assert np.array_equal(*(np.asarray(draw_scene(scene)[0]) for scene in (first, second)))
+
+
+def test_splits_share_no_scene():
+    scenes = {split: [make_scene(split, number).objects for number in range(200)] for split in ("train", "test")}
+    assert not set(scenes["train"]) & set(scenes["test"])
+
+
+def test_training_and_test_never_show_a_pair_that_is_kept_apart():
+    for split in ("train", "test"):
+        pairs = {(item.shape, item.color) for n in range(200) for item in make_scene(split, n).objects}
+        assert not pairs & HELD_OUT
+    unseen = {(item.shape, item.color) for n in range(200) for item in make_scene("unseen", n).objects}
+    assert unseen == HELD_OUT
+
+
+def test_every_shape_and_colour_is_among_the_pairs_of_training():
+    seen = {(shape, color) for shape in SHAPES for color in COLORS} - HELD_OUT
+    assert {shape for shape, _ in seen} == set(SHAPES)
+    assert {color for _, color in seen} == set(COLORS)
+
+
+def test_scenes_vary_as_much_as_promised():
+    assert {(scene.width, scene.height) for scene in SCENES} == set(IMAGE_SIZES)
+    assert {len(scene.objects) for scene in SCENES} == set(range(1, MAX_OBJECTS + 1))
+    assert {item.shape for scene in SCENES for item in scene.objects if item.character} == PRINTABLE_SHAPES
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_box_encloses_the_pixels_that_drawing_the_object_changes(shape):
+    empty = Scene("box", 240, 180, ())
+    item = SceneObject(shape, "blue", "plain", (131.3, 77.8), 61.5, 13.0)
+    picture, [box] = draw_scene(replace(empty, objects=(item,)))
+    changed = np.abs(np.asarray(picture, dtype=int) - np.asarray(draw_scene(empty)[0])).max(-1) > 60
+    rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
+    outline = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+    assert np.abs(np.array(outline) - box).max() <= 1
+
+
+def test_boxes_lie_inside_the_picture():
+    for scene in SCENES[:60]:
+        boxes = np.array(draw_scene(scene)[1])
+        assert (boxes >= 0).all()
+        assert (boxes <= [scene.width, scene.height, scene.width, scene.height]).all()
+        assert (boxes[:, 2:] - boxes[:, :2] > 8).all()
+
+
+def test_a_character_is_drawn_on_its_object():
+    item = SceneObject("square", "yellow", "plain", (60.0, 60.0), 50.0, 0.0)
+    plain, lettered = (
+        np.asarray(draw_scene(Scene("letter", 120, 120, (replace(item, character=character),)))[0], dtype=int)
+        for character in (None, "K")
+    )
+    rows, columns = np.nonzero(np.abs(plain - lettered).max(-1) > 100)
+    assert 40 < rows.mean() < 80
+    assert 40 < columns.mean() < 80
+    # The scale is that of a picture 256 pixels wide.
+    assert 3 <= np.ptp(rows) <= 7
