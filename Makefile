@@ -2,11 +2,15 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The same packages with the oldest release of transformers that setup.cfg allows.
+FLOOR := build/venv-floor
+FLOOR_RELEASE := $(shell sed -n 's/.*transformers>=\([0-9.]*\).*/\1/p' setup.cfg)
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 SOURCES := src tests examples benchmarks small_world
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench bench-pooling bench-convert bench-detector clean
+.PHONY: help setup demo test test-all test-mixins hub-check lint format bench bench-pooling bench-convert bench-detector \
+	bench-quantization bench-generation bench-import clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | column -t -s '	'
@@ -28,6 +32,21 @@ test: setup  ## run the fast tests
 test-all: setup  ## run all tests, slow ones and (where there is a GPU) those for a GPU included
 	$(PYTEST)
 
+test-mixins: setup  ## run transformers' own test mixins, from its git tag or TRANSFORMERS_SOURCE
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.transformers_mixins -n 2
+
+hub-check: setup $(FLOOR)/.installed  ## load exported repositories without the package, on two releases of transformers
+	MGLLAVA_OTHER_PYTHON=$(FLOOR)/bin/python $(PYTEST) -n 2 tests/hub tests/test_structure.py
+	HF_HUB_OFFLINE=1 MGLLAVA_OTHER_PYTHON=$(BIN)/python $(FLOOR)/bin/python -m pytest -n 2 tests/hub tests/test_structure.py
+
+# One package is installed, the others are those of .venv.
+$(FLOOR)/.installed: $(VENV)/.installed
+	$(BIN)/python -m venv --clear $(FLOOR)
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+		> `$(FLOOR)/bin/python -c "import site; print(site.getsitepackages()[0])"`/packages_of_venv.pth
+	$(FLOOR)/bin/python -m pip install --quiet transformers==$(FLOOR_RELEASE)
+	touch $@
+
 lint: setup  ## check style and types, change nothing
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
@@ -37,7 +56,7 @@ format: setup  ## fix style
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
 
-bench: bench-pooling bench-convert bench-detector  ## run all benchmarks; results go to benchmarks/results/
+bench: bench-pooling bench-convert bench-detector bench-quantization bench-import  ## run all benchmarks; results go to benchmarks/results/
 
 bench-pooling: setup  ## box pooling against upsampling, RoI-align and mean
 	$(BIN)/python benchmarks/pooling.py
@@ -47,6 +66,15 @@ bench-convert: setup  ## peak memory of converting a checkpoint of several GB
 
 bench-detector: setup  ## tags and boxes against a path of the original's shape
 	$(BIN)/python benchmarks/detector.py
+
+bench-quantization: setup  ## accuracy and memory of quantized models
+	$(BIN)/python benchmarks/quantization.py
+
+bench-generation: setup  ## memory, first token and tokens per second at real size, on a GPU
+	$(BIN)/python benchmarks/generation.py
+
+bench-import: setup  ## import time beyond torch and transformers
+	$(BIN)/python benchmarks/import_time.py
 
 clean:  ## remove .venv and what the commands left
 	rm -rf $(VENV) demo-output build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

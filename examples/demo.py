@@ -1,6 +1,6 @@
 """The main job, end to end: convert an original checkpoint, load it, ask about a photograph (`make demo`).
 
-Usage: `python examples/demo.py [FOLDER]`; what it makes goes to FOLDER, `demo-output` by default.
+Usage: `python examples/demo.py [FOLDER]`; FOLDER, `demo-output` by default, then has the model of the other examples.
 
 The checkpoint is the small one that the tests use. Its weights are random, so its answers are noise; everything
 around the weights is what the published models go through.
@@ -38,7 +38,7 @@ def main() -> None:
     arguments = [str(part) for option in sources.items() for part in option]
     command = [sys.executable, "-m", "mgllava.cli", "convert", *arguments, "--output", str(repository), "--overwrite"]
     subprocess.run(command, check=True)
-    for path in sorted(repository.iterdir()):
+    for path in sorted(path for path in repository.iterdir() if path.suffix != ".py"):
         console.print(f"  {path}  {path.stat().st_size / 1e3:,.1f} kB", highlight=False)
 
     console.rule("2. Load it")
@@ -53,12 +53,9 @@ def main() -> None:
         {"type": "image", "image": image, "boxes": list(BOXES.values())},
         {"type": "text", "text": QUESTION},
     ]
+    conversation = [{"role": "user", "content": content}]
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
+        conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     placeholders = int((inputs["input_ids"] == model.config.image_token_id).sum())
     fused = model.config.image_seq_length

@@ -1,33 +1,183 @@
-"""The examples run as they are."""
+"""The examples run, and show what they say."""
 
 import json
+import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
-from PIL import Image
+import pytest
+from PIL import Image, ImageChops
 
-ROOT = Path(__file__).parent.parent
+from mgllava.box_files import write_boxes
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+# What reads the option `--model`, and is no example itself.
+HELPER = "small_model.py"
+FILES = sorted(path for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb") and path.name != HELPER)
 
 
-def test_demo_answers_and_draws(tmp_path):
-    output = tmp_path / "demo"
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run a script as `python examples/NAME ARGUMENTS` in an empty folder; returns its names and what it wrote."""
+
+    def run(name, *arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        names = runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return names, capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def run_notebook(monkeypatch, capsys):
+    """Run the cells of a notebook in its folder, with other parameters."""
+
+    def run(name, **parameters):
+        monkeypatch.chdir(EXAMPLES)
+        names = {}
+        for cell in code_cells(name):
+            exec(compile("".join(cell["source"]), name, "exec"), names)
+            if "parameters" in cell["metadata"].get("tags", []):
+                assert parameters.keys() <= names.keys()
+                names.update(parameters)
+        return names, capsys.readouterr().out
+
+    return run
+
+
+def code_cells(name):
+    return [cell for cell in json.loads((EXAMPLES / name).read_text())["cells"] if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_example_is_short_and_in_the_index(path):
+    text = path.read_text()
+    if path.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        text = "\n".join("".join(cell["source"]) for cell in cells)
+        # Outputs would be those of random weights, and grow old.
+        assert all(cell.get("outputs", []) == [] for cell in cells)
+    assert len(text.splitlines()) < 80
+    assert f"[{path.name}]({path.name})" in (EXAMPLES / "README.md").read_text()
+
+
+def test_index_names_no_example_that_is_gone():
+    listed = re.findall(r"\]\((\w+\.\w+)\)", (EXAMPLES / "README.md").read_text())
+    assert sorted(listed) == [path.name for path in FILES]
+
+
+def test_demo_answers_and_draws(run, tmp_path):
+    _, out = run("demo.py", tmp_path / "demo")
+    assert "576 fused tokens and 3 object tokens" in out
+    assert "weights of this small checkpoint are random" in " ".join(out.split())
+    assert Image.open(tmp_path / "demo" / "boxes.png").size == (600, 400)
+
+
+def test_missing_model_is_explained(run, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import small_model
+
+    monkeypatch.setattr(small_model, "DEFAULT", EXAMPLES / "absent")
+    with pytest.raises(SystemExit):
+        run("first_answer.py")
+    assert "Run `make demo`" in capsys.readouterr().err
+
+
+def test_first_answer_is_the_models(run, repository, model, processor):
+    names, out = run("first_answer.py", "--model", repository)
+    inputs = processor(
+        Image.open(names["COFFEE"]),
+        "USER: <image>\nWhat lies beside the cup? ASSISTANT:",
+        boxes=[[[172, 17, 410, 308], [325, 66, 425, 328]]],
+        return_tensors="pt",
+    )
+    output = model.generate(**inputs, max_new_tokens=30, do_sample=False)
+    answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert "Question: What lies beside the cup?" in out and f"Answer:   {answer}" in out
+
+
+def test_chat_session_goes_on(run, repository):
+    _, out = run("chat_session.py", "--model", repository)
+    assert re.findall("Question: (.*)", out) == ["Hello.", "What is on the table?", "And what is in it?"]
+    assert out.count("tokens, ") == 3
+
+
+def test_streaming_comes_in_pieces(run, repository):
+    _, out = run("streaming.py", "--model", repository)
+    assert int(re.search(r"\((\d+) pieces\)", out)[1]) > 1
+
+
+def test_batch_answers_every_prompt(run, repository):
+    names, out = run("batch.py", "--model", repository)
+    counts = [tuple(map(int, found)) for found in re.findall(r"\((\d) images, (\d+) tokens\)", out)]
+    assert [images for images, _ in counts] == [1, 2, 0]
+    assert all(tokens > 577 * images for images, tokens in counts)
+    assert all(content[-1]["text"] in out for content in names["PROMPTS"])
+
+
+def test_own_boxes_give_a_token_each(run_notebook, repository):
+    names, out = run_notebook("own_boxes.ipynb", model_name=str(repository))
+    assert names["tokens"] == 576 + 3 and names["tokens_without"] == 576 + 1
+    assert "579 tokens stand for the picture: 576 for all of it, 3 for boxes" in out
+    assert ImageChops.difference(names["picture"], names["image"].convert("RGB")).getbbox() is not None
+    assert names["picture"].size == names["image"].size
+
+
+def test_found_boxes_are_listed_and_drawn(run_notebook):
+    names, out = run_notebook("find_boxes.ipynb")
+    assert 0 < len(names["found"]["boxes"]) == len(out.splitlines())
+    assert ImageChops.difference(names["picture"], names["image"].convert("RGB")).getbbox() is not None
+
+
+def test_boxes_of_a_box_file_are_drawn(run, tmp_path):
+    _, out = run("draw_boxes.py")
+    assert "Drew 3 boxes" in out and Image.open(tmp_path / "boxes.png").size == (600, 400)
+    record = {"id": "coffee.jpg", "boxes": [[172, 17, 410, 308]], "labels": ["cup"], "scores": [0.9]}
+    write_boxes(tmp_path / "boxes.json", [record])
+    _, out = run("draw_boxes.py", tmp_path / "boxes.json", EXAMPLES, "coffee.jpg", tmp_path / "one.png")
+    assert "Drew 1 boxes" in out and Image.open(tmp_path / "one.png").size == (600, 400)
+
+
+def test_four_bits_are_smaller(run, repository):
+    _, out = run("four_bit.py", "--model", repository)
+    whole, quantized = (float(size) for size in re.findall(r"bits: ([\d.]+) MB", out))
+    assert quantized < whole
+    assert "with 14 quantized layers" in out and "Answer: " in out
+
+
+LORA_WITHOUT_THE_PACKAGE = """
+import runpy, sys
+sys.modules["mgllava"] = None  # importing it fails
+sys.path.insert(0, sys.argv[1])
+sys.argv[1:2] = []
+import small_model, pathlib
+small_model.ROOT = pathlib.Path.cwd()
+runpy.run_path(sys.path[0] + "/lora.py", run_name="__main__")
+"""
+
+
+def test_lora_learns_the_answer_without_the_package(repository, tmp_path):
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "demo.py", output], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-c", LORA_WITHOUT_THE_PACKAGE, EXAMPLES, "--model", repository],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
     )
     assert done.returncode == 0, done.stderr
-    assert "576 fused tokens and 3 object tokens" in done.stdout
-    assert "weights of this small checkpoint are random" in " ".join(done.stdout.split())
-    assert Image.open(output / "boxes.png").size == (600, 400)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", done.stdout)]
+    assert losses[0] > 5 and losses[-1] < 0.5
+    answers = dict(re.findall(r"(Before|After|Loaded): +(.*)", done.stdout))
+    assert answers["After"] == answers["Loaded"] == "A cup of coffee and a spoon." != answers["Before"]
+    assert (tmp_path / "demo-output" / "lora" / "adapter_model.safetensors").is_file()
 
 
-def test_notebook_of_boxes_runs_from_top_to_bottom(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    notebook = json.loads((ROOT / "examples" / "boxes.ipynb").read_text())
-    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    names = {}
-    for cell in cells:
-        exec(compile(cell, "boxes.ipynb", "exec"), names)
-    assert len(names["found"]["boxes"]) == len(names["found"]["labels"])
-    picture = names["draw_boxes"](names["image"], names["by_hand"])
-    assert picture.size == names["image"].size
+def test_conversion_reports(run, tmp_path):
+    _, out = run("convert.py", tmp_path / "converted")
+    assert "the checkpoint being of kind 'sft'" in out and "tensors of vision_tower, text tower of CLIP" in out
+    assert (tmp_path / "converted" / "model.safetensors").is_file()

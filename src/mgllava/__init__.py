@@ -1,7 +1,8 @@
 """MG-LLaVA (arXiv 2406.17770) for transformers.
 
 Importing this package makes the `Auto` classes of transformers know MG-LLaVA. `AutoModel` gives the model that can
-generate, as `AutoModelForImageTextToText` does. They know the image tagger RAM++ too.
+generate, as `AutoModelForImageTextToText` does. They know the image tagger RAM++ too. What is saved with these classes
+holds their code, so it loads with `trust_remote_code=True` where this package is not installed.
 """
 
 from transformers import (
@@ -19,6 +20,7 @@ from mgllava.modeling import (
     MGLlavaForConditionalGeneration,
     MGLlavaModel,
     MGLlavaPreTrainedModel,
+    quantization_config,
 )
 from mgllava.processing import BoxDetector, MGLlavaImageProcessor, MGLlavaImageProcessorPil, MGLlavaProcessor
 from mgllava.ram_plus import RamPlusConfig, RamPlusForImageTagging, RamPlusImageProcessor, RamPlusImageProcessorPil
@@ -44,6 +46,20 @@ AutoImageProcessor.register(
     exist_ok=True,
 )
 
+# From here on `save_pretrained` copies the code and notes it in `auto_map`.
+for _config_class in (MGLlavaConfig, RamPlusConfig):
+    _config_class.register_for_auto_class()
+for _model_class in (MGLlavaForConditionalGeneration, MGLlavaModel, RamPlusForImageTagging):
+    _model_class.register_for_auto_class("AutoModel")
+for _image_processor_class in (
+    MGLlavaImageProcessor,
+    MGLlavaImageProcessorPil,
+    RamPlusImageProcessor,
+    RamPlusImageProcessorPil,
+):
+    _image_processor_class.register_for_auto_class()
+MGLlavaProcessor.register_for_auto_class()
+
 
 __all__ = [
     "BoxDetector",
@@ -58,4 +74,5 @@ __all__ = [
     "RamPlusForImageTagging",
     "RamPlusImageProcessor",
     "RamPlusImageProcessorPil",
+    "quantization_config",
 ]

@@ -3,7 +3,8 @@ import torch
 from typer.testing import CliRunner
 
 from mgllava import MGLlavaForConditionalGeneration
-from mgllava.cli import PromptTemplate, app
+from mgllava.cli import app
+from mgllava.commands.convert import PromptTemplate
 from mgllava.conversion.vocabulary import STOP_WORDS
 from mgllava.processing import CHAT_TEMPLATES
 

@@ -420,7 +420,8 @@ def test_hub_ids_are_resolved_in_two_steps(monkeypatch, golden, sources, tmp_pat
 
     asked = []
 
-    def download(name, allow_patterns):
+    def download(name, revision, allow_patterns):
+        assert revision is None
         asked.append((name, tuple(allow_patterns)))
         return str(golden / {"acme/llm": "llm", "acme/clip": "clip"}.get(name, "convnext"))
 

@@ -64,7 +64,7 @@ def test_batch_equals_one_prompt_at_a_time(model, padding_side):
 
 def test_box_tokens_follow_the_fused_tokens_of_their_image(model):
     inputs = tiny_inputs([[2, 3]])
-    fused, boxes = model.model.encode_images(inputs["pixel_values"], inputs["boxes"], inputs["num_boxes"])
+    fused, boxes, _ = model.model.encode_images(inputs["pixel_values"], inputs["boxes"], inputs["num_boxes"])
     features = model.get_image_features(inputs["pixel_values"], inputs["boxes"], inputs["num_boxes"]).pooler_output
     for index, count in enumerate((2, 3)):
         assert torch.equal(features[index], torch.cat([fused[index], boxes[index, :count]]))

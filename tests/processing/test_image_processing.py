@@ -265,3 +265,19 @@ def test_urls_are_fetched(tmp_path, monkeypatch):
         fetched = processor(f"http://127.0.0.1:{server.server_port}/image.png")
         server.shutdown()
     torch.testing.assert_close(fetched["pixel_values"][0], processor(noise(9, 9))["pixel_values"][0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_box_rows_are_padded_to_a_multiple(backend):
+    boxes = [[[0, 0, 30, 30], [10, 10, 40, 40], [5, 5, 9, 9]], [[1, 2, 30, 40]]]
+    images = [noise(60, 60), noise(50, 70)]
+    plain = backend(**SMALL)(images, boxes=boxes, return_tensors="pt")
+    for multiple, rows in ((1, 3), (3, 3), (4, 4), (8, 8)):
+        padded = backend(**SMALL)(images, boxes=boxes, pad_boxes_to_multiple_of=multiple, return_tensors="pt")
+        assert padded["boxes"].shape == (2, rows, 4)
+        assert torch.equal(padded["boxes"][:, :3], plain["boxes"])
+        assert not padded["boxes"][:, 3:].any()
+        assert padded["num_boxes"].tolist() == [3, 1]
+    assert backend(**SMALL, pad_boxes_to_multiple_of=8)(images[0], return_tensors="pt")["boxes"].shape == (1, 8, 4)
+    with pytest.raises(ValueError, match=r"`pad_boxes_to_multiple_of` must be a positive number, got 0"):
+        backend(**SMALL)(images, boxes=boxes, pad_boxes_to_multiple_of=0)

@@ -269,6 +269,8 @@ def test_save_and_load(processor, tmp_path):
     original = small(num_tokens_per_box=0, box_detector_config={"a": 1})
     original.image_processor.box_limit = None
     original.save_pretrained(tmp_path)
+    values = original.to_dict()
+    values.pop("auto_map")  # noted on what is saved, not on what is loaded
     assert (tmp_path / "chat_template.jinja").read_text() == CHAT_TEMPLATES["vicuna"]
     for load in (
         MGLlavaProcessor.from_pretrained,
@@ -278,7 +280,7 @@ def test_save_and_load(processor, tmp_path):
         loaded = load(tmp_path)
         assert type(loaded).__name__ == "MGLlavaProcessor"
         assert isinstance(loaded.image_processor, MGLlavaImageProcessor)
-        assert loaded.to_dict() == original.to_dict()
+        assert loaded.to_dict() == values
         assert loaded.image_processor.box_limit is None
         text = [{"role": "user", "content": [{"type": "image", "image": RED, "boxes": TWO}]}]
         options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}

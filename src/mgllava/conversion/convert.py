@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
+from transformers.dynamic_module_utils import custom_object_save
 
 from mgllava.modeling import MGLlavaConfig, MGLlavaForConditionalGeneration
 from mgllava.processing import CHAT_TEMPLATES, MGLlavaImageProcessor, MGLlavaProcessor
@@ -144,6 +145,8 @@ def convert_checkpoint(
     write_weights(staging, plan, digests, progress)
 
     config.save_pretrained(staging.path)
+    # Saving a model would copy its code; here is none, only its class.
+    custom_object_save(MGLlavaForConditionalGeneration, staging.path)
     generation_config(llm_folder, text_config, tokenizer, prompt_template, config.unused_token_ids).save_pretrained(
         staging.path
     )

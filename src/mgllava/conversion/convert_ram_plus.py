@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from transformers.dynamic_module_utils import custom_object_save
 
 from mgllava.ram_plus import RamPlusConfig, RamPlusForImageTagging, RamPlusImageProcessor
 from mgllava.ram_plus.configuration_ram_plus import DEFAULT_TAG_THRESHOLD
@@ -151,6 +152,8 @@ def convert_ram_plus(
     write_weights(staging, plan, digests, progress)
 
     config.save_pretrained(staging.path)
+    # Saving a model would copy its code; here is none, only its class.
+    custom_object_save(RamPlusForImageTagging, staging.path)
     size = {"height": config.image_size, "width": config.image_size}
     RamPlusImageProcessor(size=size).save_pretrained(staging.path)
     given: dict[str, Any] = {

@@ -38,13 +38,14 @@ class Source:
     files: list[Path]
 
 
-def fetch(name: str | Path, argument: str, patterns: list[str]) -> Path:
+def fetch(name: str | Path, argument: str, patterns: list[str], revision: str | None = None) -> Path:
     """Find a repository on disk, or download parts of it from the Hub.
 
     Args:
         name (`str` or `Path`): A folder or a Hub id.
         argument (`str`): The user's argument, for the error.
         patterns (`list[str]`): Files to download.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
 
     Returns:
         `Path`: The folder.
@@ -58,7 +59,7 @@ def fetch(name: str | Path, argument: str, patterns: list[str]) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).startswith("."):
         raise ConversionError(f"`{argument}` must be a folder or a Hub id (owner/name), but {name} is neither.")
     try:
-        return Path(snapshot_download(str(name), allow_patterns=patterns))
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConversionError(
             f"`{argument}`: {name} is no folder here, and it cannot be fetched from the Hub ({error})."

@@ -12,6 +12,7 @@ from .modeling_mgllava import (
     MGLlavaModelOutputWithPast,
     MGLlavaPreTrainedModel,
 )
+from .quantization_mgllava import quantization_config
 
 __all__ = [
     "MGLlavaCausalLMOutputWithPast",
@@ -22,4 +23,5 @@ __all__ = [
     "MGLlavaModel",
     "MGLlavaModelOutputWithPast",
     "MGLlavaPreTrainedModel",
+    "quantization_config",
 ]

@@ -1,10 +1,17 @@
 """Configuration of MG-LLaVA (arXiv 2406.17770)."""
 
+import os
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
+
+# Where remote code finds the model, by the Auto classes that load it.
+_REMOTE_CLASSES = dict.fromkeys(
+    ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"),
+    "modeling_mgllava.MGLlavaForConditionalGeneration",
+)
 
 
 @strict
@@ -183,6 +190,18 @@ class MGLlavaConfig(PreTrainedConfig):
                 f"tokens, `high_res_vision_config` a last stage of {high_res_grid}x{high_res_grid}. "
                 "Choose image sizes with image_size / patch_size == high_res image_size / 32."
             )
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save the configuration, with every Auto class in `auto_map`: transformers notes one for each object.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder.
+            push_to_hub (`bool`, *optional*, defaults to `False`): Whether to upload it.
+            **kwargs: See the base class.
+        """
+        if self._auto_class is not None:
+            self.auto_map = {**_REMOTE_CLASSES, **(getattr(self, "auto_map", None) or {})}
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @property
     def token_grid_size(self) -> int:

@@ -9,6 +9,7 @@ So neither the upsampled map (425 MB per image) nor the grids (36 MB per box) ex
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_mgllava import MGLlavaConfig
 from .projector_mgllava import MGLlavaProjector
@@ -97,12 +98,12 @@ def pool_boxes(
     # Positions are sums of many steps: float64 costs nothing at this size and keeps all digits (MPS does not have it).
     boxes = boxes.to(torch.float32 if boxes.device.type == "mps" else torch.float64)
     x1, y1, x2, y2 = boxes.unbind(-1)
-    with torch.no_grad(), torch.autocast(boxes.device.type, enabled=False):
+    with torch.no_grad(), maybe_autocast(boxes.device.type, enabled=False):
         weights_x = roi_axis_weights(x1 * width / image_size, x2 * width / image_size, width, pooled_size)
         weights_y = roi_axis_weights(y1 * height / image_size, y2 * height / image_size, height, pooled_size)
 
     pooled = []
-    with torch.autocast(boxes.device.type, enabled=False):
+    with maybe_autocast(boxes.device.type, enabled=False):
         for feature_map in feature_maps:
             dtype = torch.promote_types(feature_map.dtype, torch.float32)
             level_y = _fold_upsampling(weights_y, feature_map.shape[-2]).to(dtype)

@@ -5,8 +5,7 @@ from .boxes_mgllava import prepare_boxes
 from .chat_templates_mgllava import CHAT_TEMPLATES
 from .coco_labels_mgllava import COCO_80
 from .image_inputs_mgllava import MGLlavaBatchFeature, MGLlavaImageProcessorKwargs
-from .image_processing_mgllava import MGLlavaImageProcessor
-from .image_processing_pil_mgllava import MGLlavaImageProcessorPil
+from .image_processing_mgllava import MGLlavaImageProcessor, MGLlavaImageProcessorPil
 from .processing_mgllava import BoxDetectorProtocol, MGLlavaProcessor
 
 __all__ = [

@@ -29,6 +29,11 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from .boxes_mgllava import BoxLimitMode, flatten_boxes, prepare_boxes
 
 _CHANNEL_COUNTS = (1, 3, 4)  # grey, RGB, RGB and alpha
+# Where remote code finds the image processor of each backend.
+_REMOTE_CLASSES = {
+    "torchvision": "image_processing_mgllava.MGLlavaImageProcessor",
+    "pil": "image_processing_mgllava.MGLlavaImageProcessorPil",
+}
 
 
 class MGLlavaImageProcessorKwargs(ImagesKwargs, total=False):
@@ -50,6 +55,10 @@ class MGLlavaImageProcessorKwargs(ImagesKwargs, total=False):
             For training: the text leaves little room, so that only one box per label (or 20 per image) is kept.
         return_box_labels (`bool`, *optional*, defaults to `False`):
             Whether to return `box_labels` too: the labels of the kept boxes, one list per image.
+        pad_boxes_to_multiple_of (`int`, *optional*):
+            Add rows of zeros to `boxes` until their number is a multiple of this, so that a compiled model sees few
+            shapes. `num_boxes` and the text do not change. By default there are as many rows as the image with the
+            most boxes needs.
     """
 
     boxes: Any
@@ -58,6 +67,7 @@ class MGLlavaImageProcessorKwargs(ImagesKwargs, total=False):
     box_limit: int | None
     close_to_max_length: bool | None
     return_box_labels: bool | None
+    pad_boxes_to_multiple_of: int | None
 
 
 class MGLlavaBatchFeature(BatchFeature):
@@ -109,6 +119,13 @@ class MGLlavaImageProcessorMixin(BaseImageProcessor):
         if "box_limit" in kwargs:
             self.box_limit = kwargs["box_limit"]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Name the classes of both backends in `auto_map`, where saving notes the one that is saved."""
+        values = super().to_dict()
+        if (values.get("auto_map") or {}).get("AutoImageProcessor") in _REMOTE_CLASSES.values():
+            values["auto_map"] = {"AutoImageProcessor": dict(_REMOTE_CLASSES)}
+        return values
+
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Load paths, URLs and base64 strings, and turn PIL images upright.
 
@@ -136,6 +153,7 @@ class MGLlavaImageProcessorMixin(BaseImageProcessor):
         box_limit: int | None,
         close_to_max_length: bool | None,
         return_box_labels: bool | None,
+        pad_boxes_to_multiple_of: int | None,
         do_pad: bool,
         return_tensors: Any,
         input_data_format: str | ChannelDimension | None,
@@ -143,6 +161,11 @@ class MGLlavaImageProcessorMixin(BaseImageProcessor):
         **kwargs: Any,
     ) -> MGLlavaBatchFeature:
         """Make `pixel_values`, `boxes` and `num_boxes` of all images."""
+        if pad_boxes_to_multiple_of is not None and pad_boxes_to_multiple_of < 1:
+            raise ValueError(
+                f"`pad_boxes_to_multiple_of` must be a positive number, got {pad_boxes_to_multiple_of}. Pass None for "
+                "no padding beyond the image with the most boxes."
+            )
         size, crop_size = kwargs["size"], kwargs["crop_size"]
         if kwargs["do_normalize"] and not kwargs["do_rescale"]:
             raise ValueError(
@@ -187,6 +210,8 @@ class MGLlavaImageProcessorMixin(BaseImageProcessor):
 
         num_boxes = [len(kept) for kept, _ in prepared]
         padded = torch.nn.utils.rnn.pad_sequence([kept for kept, _ in prepared], batch_first=True)
+        if pad_boxes_to_multiple_of is not None:
+            padded = torch.nn.functional.pad(padded, (0, 0, 0, -padded.shape[1] % pad_boxes_to_multiple_of))
         data = {"pixel_values": features["pixel_values"], "boxes": list(padded.numpy()), "num_boxes": num_boxes}
         if return_box_labels:
             data["box_labels"] = [labels for _, labels in prepared]

@@ -1,6 +1,9 @@
-"""Image processor of MG-LLaVA on torchvision: the default, also on a GPU."""
+"""Image processors of MG-LLaVA: on torchvision, the default, and on PIL, with the pixels of the original.
 
-from transformers.image_processing_backends import TorchvisionBackend
+In one file, so that a repository with one of them has the other too.
+"""
+
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 
 from .image_inputs_mgllava import MGLlavaImageProcessorMixin
 
@@ -23,4 +26,11 @@ class MGLlavaImageProcessor(MGLlavaImageProcessorMixin, TorchvisionBackend):
     """
 
 
-__all__ = ["MGLlavaImageProcessor"]
+class MGLlavaImageProcessorPil(MGLlavaImageProcessorMixin, PilBackend):
+    """The image processor whose pixels equal the original's bit for bit; slower than [`MGLlavaImageProcessor`].
+
+    Options and outputs are those of [`MGLlavaImageProcessor`].
+    """
+
+
+__all__ = ["MGLlavaImageProcessor", "MGLlavaImageProcessorPil"]

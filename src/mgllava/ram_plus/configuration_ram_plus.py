@@ -1,5 +1,6 @@
 """Configuration of the image tagger RAM++ (arXiv 2310.15200)."""
 
+import os
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -8,6 +9,10 @@ from transformers.configuration_utils import PreTrainedConfig
 _RELEASED_TAG_COUNT = 4585
 # What every tag has in the original until a threshold file says otherwise.
 DEFAULT_TAG_THRESHOLD = 0.68
+# Where remote code finds the model, by the Auto classes that load it.
+_REMOTE_CLASSES = dict.fromkeys(
+    ("AutoModel", "AutoModelForImageClassification"), "modeling_ram_plus.RamPlusForImageTagging"
+)
 
 
 @strict
@@ -146,6 +151,18 @@ class RamPlusConfig(PreTrainedConfig):
         outside = [index for index in self.suppressed_tags if not 0 <= index < num_tags]
         if outside:
             raise ValueError(f"`suppressed_tags` must hold indices of tags, 0 to {num_tags - 1}, got {outside}.")
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save the configuration, with every Auto class in `auto_map`: transformers notes one for each object.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder.
+            push_to_hub (`bool`, *optional*, defaults to `False`): Whether to upload it.
+            **kwargs: See the base class.
+        """
+        if self._auto_class is not None:
+            self.auto_map = {**_REMOTE_CLASSES, **(getattr(self, "auto_map", None) or {})}
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @property
     def vision_hidden_size(self) -> int:

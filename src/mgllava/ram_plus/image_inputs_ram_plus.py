@@ -20,6 +20,11 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs
 
 _CHANNEL_COUNTS = (1, 3, 4)  # grey, RGB, RGB and alpha
+# Where remote code finds the image processor of each backend.
+_REMOTE_CLASSES = {
+    "torchvision": "image_processing_ram_plus.RamPlusImageProcessor",
+    "pil": "image_processing_ram_plus.RamPlusImageProcessorPil",
+}
 
 
 class RamPlusImageProcessorKwargs(ImagesKwargs, total=False):
@@ -54,6 +59,13 @@ class RamPlusImageProcessorMixin(BaseImageProcessor):
     do_normalize = True
     do_convert_rgb = True
     do_exif_transpose = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name the classes of both backends in `auto_map`, where saving notes the one that is saved."""
+        values = super().to_dict()
+        if (values.get("auto_map") or {}).get("AutoImageProcessor") in _REMOTE_CLASSES.values():
+            values["auto_map"] = {"AutoImageProcessor": dict(_REMOTE_CLASSES)}
+        return values
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Open paths, URLs and base64 strings.

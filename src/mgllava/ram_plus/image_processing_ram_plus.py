@@ -1,6 +1,9 @@
-"""Image processor of RAM++ on torchvision: the default, also on a GPU."""
+"""Image processors of RAM++: on torchvision, the default, and on PIL, with the pixels of the original.
 
-from transformers.image_processing_backends import TorchvisionBackend
+In one file, so that a repository with one of them has the other too.
+"""
+
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 
 from .image_inputs_ram_plus import RamPlusImageProcessorMixin
 
@@ -16,4 +19,11 @@ class RamPlusImageProcessor(RamPlusImageProcessorMixin, TorchvisionBackend):
     """
 
 
-__all__ = ["RamPlusImageProcessor"]
+class RamPlusImageProcessorPil(RamPlusImageProcessorMixin, PilBackend):
+    """The image processor whose 8-bit pixels equal the original's; slower than [`RamPlusImageProcessor`].
+
+    Options and outputs are those of [`RamPlusImageProcessor`].
+    """
+
+
+__all__ = ["RamPlusImageProcessor", "RamPlusImageProcessorPil"]

@@ -1,0 +1,44 @@
+"""Answer several prompts at once: `python examples/batch.py [--model FOLDER_OR_HUB_ID]`.
+
+A batch may mix prompts with one image, with several and with none. The answers are those that each prompt gets alone.
+"""
+
+from pathlib import Path
+
+from PIL import Image
+from small_model import model_name
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import mgllava  # noqa: F401  (makes the Auto classes know MG-LLaVA)
+
+COFFEE = Image.open(Path(__file__).parent / "coffee.jpg")
+CUP = {"type": "image", "image": COFFEE, "boxes": [[172, 17, 410, 308]]}
+SPOON = {"type": "image", "image": COFFEE.crop((325, 66, 425, 328)), "boxes": [[0, 0, 100, 262]]}
+PROMPTS = [
+    [CUP, {"type": "text", "text": "What is this?"}],
+    [CUP, SPOON, {"type": "text", "text": "Is the second picture a part of the first?"}],
+    [{"type": "text", "text": "What is coffee made of?"}],
+]
+
+
+def main() -> None:
+    name = model_name(__doc__)
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto")
+    processor = AutoProcessor.from_pretrained(name)
+
+    inputs = processor.apply_chat_template(
+        [[{"role": "user", "content": content}] for content in PROMPTS],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left"},  # answers start behind the last column
+    ).to(model.device)
+    output = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+    answers = processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :])
+    for content, length, answer in zip(PROMPTS, inputs["attention_mask"].sum(dim=1).tolist(), answers, strict=True):
+        print(f"{content[-1]['text']}  ({len(content) - 1} images, {length} tokens)\n    {answer}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Ask about a photograph: `python examples/first_answer.py [--model FOLDER_OR_HUB_ID]`."""
+
+from pathlib import Path
+
+from small_model import model_name
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import mgllava  # noqa: F401  (makes the Auto classes know MG-LLaVA)
+
+COFFEE = Path(__file__).parent / "coffee.jpg"
+
+
+def main() -> None:
+    name = model_name(__doc__)
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto")
+    processor = AutoProcessor.from_pretrained(name)
+
+    # Without "boxes" the processor's own detector finds them; the small model has none.
+    image = {"type": "image", "path": str(COFFEE), "boxes": [[172, 17, 410, 308], [325, 66, 425, 328]]}
+    question = {"type": "text", "text": "What lies beside the cup?"}
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": [image, question]}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    ).to(model.device)
+    output = model.generate(**inputs, max_new_tokens=30, do_sample=False)
+    new_tokens = output[:, inputs["input_ids"].shape[1] :]
+    print("Question:", question["text"])
+    print("Answer:  ", processor.post_process_image_text_to_text(new_tokens)[0])
+
+
+if __name__ == "__main__":
+    main()

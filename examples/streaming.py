@@ -1,0 +1,38 @@
+"""Write an answer as it comes: `python examples/streaming.py [--model FOLDER_OR_HUB_ID]`.
+
+For a terminal alone `TextStreamer` is enough, and needs no thread. The iterator serves programs that do something else
+with the pieces, such as a web page.
+"""
+
+from pathlib import Path
+from threading import Thread
+
+from small_model import model_name
+from transformers import AutoModelForImageTextToText, AutoProcessor, TextIteratorStreamer
+
+import mgllava  # noqa: F401  (makes the Auto classes know MG-LLaVA)
+
+COFFEE = Path(__file__).parent / "coffee.jpg"
+
+
+def main() -> None:
+    name = model_name(__doc__)
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto")
+    processor = AutoProcessor.from_pretrained(name)
+    prompt = "USER: <image>\nDescribe the picture. ASSISTANT:"
+    inputs = processor(COFFEE, prompt, boxes=[[[172, 17, 410, 308]]], return_tensors="pt").to(model.device)
+
+    # The timeout ends the loop below if generation fails.
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=600)
+    # The penalty keeps the random weights of the small model from repeating one token.
+    options = {"max_new_tokens": 60, "do_sample": False, "repetition_penalty": 1.5, "streamer": streamer}
+    Thread(target=model.generate, kwargs={**inputs, **options}).start()
+    pieces = 0
+    for piece in streamer:
+        print(piece, end="", flush=True)
+        pieces += bool(piece)
+    print(f"\n({pieces} pieces)")
+
+
+if __name__ == "__main__":
+    main()

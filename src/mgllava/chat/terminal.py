@@ -1,0 +1,240 @@
+"""The chat in a terminal, or in a pipe: answers go to stdout, everything else to stderr."""
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
+
+import PIL.Image
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from rich.console import Console
+from rich.table import Table
+
+from mgllava.atomic_files import replacing
+from mgllava.box_files import BoxFile
+from mgllava.visualization import draw_boxes
+
+from .session import ChatError, ChatImage, ChatSession
+
+_HELP = """\
+A line is a question. Other lines:
+  /image PATH_OR_URL  show an image; the next question is about it (its path or URL alone does the same)
+  /reset              forget all turns and images (also RESET)
+  /exit               leave (also EXIT, or Ctrl-D)
+  /help               this
+Ctrl-C stops an answer; what was said until then stays in the conversation."""
+
+# More rows would push the question out of sight; the picture shows them all.
+_MOST_ROWS = 20
+_URL = re.compile(r"https?://\S+")
+
+
+class ChatTerminal:
+    """Reads questions line by line and writes the answers as they come.
+
+    Args:
+        session ([`ChatSession`]): The conversation.
+        picture_folder (`Path`, *optional*): Where to save the images with their boxes; `None`: nowhere.
+        box_file ([`BoxFile`], *optional*): Boxes of images, by their paths or names; others go to the detector.
+    """
+
+    def __init__(self, session: ChatSession, picture_folder: Path | None = None, box_file: BoxFile | None = None):
+        self.session = session
+        self.picture_folder = picture_folder
+        self.box_file = box_file
+        self._names: set[str] = set()
+        self._notes = Console(stderr=True, highlight=False)
+        self._is_interactive = sys.stdin.isatty()
+
+    def run(self, images: Sequence[tuple[str, PIL.Image.Image]] = ()) -> None:
+        """Show some images, then read lines until the end of the input.
+
+        Args:
+            images (`Sequence`): Name and image of each.
+        """
+        for stream in (sys.stdin, sys.stdout, sys.stderr):
+            _never_fail(stream)
+        if self._is_interactive:
+            _edit_lines()
+            self._say("/image shows an image, /reset starts again, /exit leaves, /help tells more.", "dim")
+        for name, picture in images:
+            self._attempt(lambda name=name, picture=picture: self._show(name, picture))  # type: ignore[misc]
+        while (line := self._read()) is not None:
+            if not self._obey(line.strip()):
+                break
+
+    def _read(self) -> str | None:
+        """Read a line; `None` at the end of the input."""
+        if not self._is_interactive:
+            return sys.stdin.readline() or None
+        while True:
+            try:
+                return input("> ")
+            except KeyboardInterrupt:
+                self._say("\n(Ctrl-D or /exit leaves)", "dim")
+            except EOFError:
+                self._say("")
+                return None
+
+    def _obey(self, line: str) -> bool:
+        """Do what a line says; return whether the chat goes on."""
+        command, _, argument = line.partition(" ")
+        word = line.lower()
+        if word in ("exit", "quit", "/exit", "/quit"):
+            return False
+        if word in ("reset", "/reset"):
+            self.session.reset()
+            self._say("(all turns and images are forgotten)", "dim")
+        elif word == "/help":
+            self._say(_HELP)
+        elif command == "/image":
+            source = find_image(argument) or argument.strip()
+            if source:
+                self._attempt(lambda: self._show(source))
+            else:
+                self._say("/image needs a path or URL.", "red")
+        elif image := find_image(line):
+            self._attempt(lambda: self._show(image))
+        elif line.startswith("/"):
+            self._say(f"{command[:200]} is no command and no image file; /help lists the commands.", "red")
+        elif line:
+            self._attempt(lambda: self._answer(line))
+        return True
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        """Do something, and say what went wrong in place of ending the chat."""
+        try:
+            action()
+        except ChatError as error:
+            self._say(str(error), "red")
+        except KeyboardInterrupt:
+            self._say("\n(stopped)", "dim")
+        except (RuntimeError, MemoryError) as error:
+            if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+                raise
+            self._say(
+                f"Out of memory: {str(error).splitlines()[0] if str(error) else 'no memory is left'}\n"
+                "The question is taken back. /reset frees the conversation; --bits 4 makes the model smaller.",
+                "red",
+            )
+            if torch.accelerator.is_available():
+                torch.accelerator.empty_cache()
+
+    def _answer(self, question: str) -> None:
+        """Ask, and write the answer as it comes."""
+        out = sys.stdout
+
+        def write(text: str) -> None:
+            out.write(text)
+            out.flush()
+
+        answer = self.session.ask(question, on_text=write)
+        write("\n")
+        if answer.finish == "interrupted":
+            self._say("(stopped)", "dim")
+        elif answer.finish == "length":
+            self._say(f"(cut after {answer.num_tokens} tokens; --max-new-tokens allows more)", "dim")
+
+    def _show(self, source: str, picture: PIL.Image.Image | None = None) -> None:
+        """Add an image to the conversation, list its boxes and draw them."""
+        boxes = self._boxes_in_file(source)
+        with self._notes.status("Looking for objects"):
+            image = self.session.add_image(source if picture is None else picture, boxes, source)
+        width, height = image.picture.size
+        number = len(image.objects["boxes"])
+        title = f"{source}: {width} x {height} pixels, {number} {'object' if number == 1 else 'objects'}"
+        if boxes is None and self.session.processor.box_detector is None:
+            title += " (nothing looks for them: no box detector)"
+        self._say(title)
+        if number:
+            self._notes.print(_table(image))
+            self._save(image)
+
+    def _boxes_in_file(self, source: str) -> dict[str, object] | None:
+        """Find the boxes of an image by its path, or else by its name."""
+        for key in (source, Path(source).name):
+            if self.box_file is not None and key in self.box_file and "boxes" in (record := self.box_file[key]):
+                return record
+        return None
+
+    def _save(self, image: ChatImage) -> None:
+        """Draw the boxes of an image into a file whose name nothing else in this chat has."""
+        if self.picture_folder is None:
+            return
+        stem = re.sub(r"[^\w.-]+", "_", Path(image.name.split("?")[0]).stem)[:100] or "image"
+        name, number = stem, 1
+        while name in self._names:
+            number += 1
+            name = f"{stem}-{number}"
+        self._names.add(name)
+        path = self.picture_folder / f"{name}.jpg"
+        try:
+            with replacing(path) as partial:
+                draw_boxes(image.picture, image.objects).save(partial, format="JPEG", quality=92)
+        except OSError as error:
+            self._say(f"The picture cannot be saved: {error}", "red")
+        else:
+            self._say(f"drawn in {path}", "dim")
+
+    def _say(self, text: str, style: str = "") -> None:
+        self._notes.print(text, style=style, markup=False, soft_wrap=True)
+
+
+def find_image(line: str) -> str | None:
+    """Tell whether a line is nothing but an image: a URL, or the path of a file that is called one.
+
+    Args:
+        line (`str`): A line; the path may be quoted or escaped, as terminals write it when a file is dropped on them.
+
+    Returns:
+        `str`, *optional*: The URL or the path.
+    """
+    line = line.strip()
+    if _URL.fullmatch(line):
+        return line
+    try:
+        words = shlex.split(line)
+    except ValueError:  # an apostrophe
+        words = []
+    for candidate in (line, *(words if len(words) == 1 else [])):
+        path = os.path.expanduser(candidate)
+        if Path(path).suffix.lower() in PIL.Image.registered_extensions() and os.path.isfile(path):
+            return path
+    return None
+
+
+def _table(image: ChatImage) -> Table:
+    """List the objects, best first as the model gets them."""
+    boxes = image.objects["boxes"].tolist()
+    labels, scores = image.objects.get("labels"), image.objects.get("scores")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("label", overflow="fold")
+    for column in ("score", "x1", "y1", "x2", "y2"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row, box in enumerate(boxes[:_MOST_ROWS]):
+        label = "" if labels is None else str(labels[row])
+        score = "" if scores is None else f"{scores[row]:.2f}"
+        table.add_row(label.replace("[", r"\["), score, *(f"{corner:.0f}" for corner in box))
+    if len(boxes) > _MOST_ROWS:
+        table.add_row(f"and {len(boxes) - _MOST_ROWS} more")
+    return table
+
+
+def _never_fail(stream: TextIO) -> None:
+    """Replace what a stream's encoding cannot write or read."""
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="replace")
+
+
+def _edit_lines() -> None:
+    """Let `input` edit lines and remember them, where Python was built with readline."""
+    with suppress(ImportError):
+        import readline  # noqa: F401
+
+
+__all__ = ["ChatTerminal", "find_image"]

@@ -1,0 +1,1 @@
+"""The commands of `mgllava`, one module each. They import what they need when they are called."""

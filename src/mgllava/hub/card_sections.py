@@ -1,0 +1,123 @@
+"""What the cards of all models have in common."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from .known_models import LICENCES
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a card is made from.
+
+    Args:
+        config ([`MGLlavaConfig`] or [`RamPlusConfig`]): The model's configuration.
+        shapes (`Mapping[str, tuple[int, ...]]`): Of the model's parameters, by name; a tied one counts once.
+        report (`Mapping`): The conversion's report, or empty.
+        box_detector (`Mapping`, *optional*): The processor's `box_detector_config`.
+        repo_id (`str`): What the repository is called.
+        tag (`str`): Revision that examples name.
+        checked_with (`str`, *optional*): Release with which it was loaded without this package.
+    """
+
+    config: Any
+    shapes: Mapping[str, tuple[int, ...]]
+    report: Mapping[str, Any]
+    box_detector: Mapping[str, Any] | None
+    repo_id: str
+    tag: str
+    checked_with: str | None
+
+    @property
+    def title(self) -> str:
+        """Name of the repository without its owner."""
+        return self.repo_id.rsplit("/", maxsplit=1)[-1]
+
+    def argument(self, name: str) -> str | None:
+        """What the conversion was given, as far as a report says so."""
+        value: str | None = self.report.get("arguments", {}).get(name)
+        return value
+
+
+def table(header: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
+    """Lay out a table in Markdown."""
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def parameter_table(contents: Contents, parts: Mapping[str, str], others: str) -> str:
+    """Count the parameters of each part; `parts` names modules, `others` is the name of the rest."""
+    counts: dict[str, int] = {}
+    for name, shape in contents.shapes.items():
+        part = parts.get(name.removeprefix("model.").split(".")[0], others)
+        counts[part] = counts.get(part, 0) + prod(shape)
+    rows = [*counts.items(), ("**all**", sum(counts.values()))]
+    return table(("part", "parameters"), [(name, f"{count:,}") for name, count in rows])
+
+
+def storage_note(config: Any) -> str:
+    """Say in which form the weights are stored."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization["quant_method"] if isinstance(quantization, dict) else quantization.quant_method
+        return f"The weights are stored quantized ({getattr(method, 'value', method)})."
+    return f"The weights are stored as {str(config.dtype).removeprefix('torch.')}." if config.dtype else ""
+
+
+def is_hub_id(name: str) -> bool:
+    """Tell whether this may be the name of a repository on the Hub."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
+
+
+def place(name: str | None) -> str:
+    """Say where something comes from, with a link if it is on the Hub."""
+    if not name:
+        return "unknown"
+    if name.startswith("./"):
+        return f"in this repository, `{name[2:]}`"
+    return f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else f"`{name}`"
+
+
+def terms(name: str | None) -> str:
+    """Say under which licence a published model is."""
+    licence = LICENCES.get(name or "")
+    return licence.text if licence else "unknown: see where it comes from"
+
+
+def checks(contents: Contents) -> str:
+    """List what was checked when the repository was written."""
+    lines = ["Weight files are safetensors and hold what their index names."]
+    if getattr(contents.config, "quantization_config", None) is None:
+        lines.append(f"Names and shapes of all {len(contents.shapes)} tensors are those of the model.")
+    if contents.checked_with is not None:
+        lines.append(
+            "Configuration, model (without its weights) and processor load with the code in this repository, where "
+            f"mgllava cannot be imported ({contents.checked_with})."
+        )
+    if contents.report.get("versions"):
+        lines.append(
+            f"Converted with mgllava {contents.report['versions'].get('mgllava')}; `conversion_report.json` has the "
+            "digests of all sources."
+        )
+    return "## What was checked\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def citation(bibtex: str) -> str:
+    """Say what to cite."""
+    return f"## Citation\n\n```bibtex\n{bibtex}\n```"
+
+
+__all__ = [
+    "Contents",
+    "checks",
+    "citation",
+    "is_hub_id",
+    "parameter_table",
+    "place",
+    "storage_note",
+    "table",
+    "terms",
+]

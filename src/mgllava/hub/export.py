@@ -1,0 +1,281 @@
+"""From a repository that loads here to one that is complete: it loads anywhere and says what it is."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers.dynamic_module_utils import custom_object_save
+
+from mgllava.conversion.errors import ConversionError
+from mgllava.conversion.repository_writer import REPORT_NAME, Progress, match_tensors
+from mgllava.conversion.shard_writer import StagingFolder, write_json
+from mgllava.conversion.sources import fetch
+from mgllava.conversion.tensor_files import open_weights
+from mgllava.modeling import MGLlavaConfig, MGLlavaForConditionalGeneration
+from mgllava.processing import MGLlavaProcessor
+from mgllava.processing.box_detection_mgllava import DEFAULT_DETECTOR
+from mgllava.processing.box_detector_files_mgllava import BUNDLE_FOLDER, is_bundled
+from mgllava.ram_plus import RamPlusConfig, RamPlusForImageTagging, RamPlusImageProcessor
+
+from .card_sections import Contents, is_hub_id
+from .model_card import CARD_MARK, CARD_NAME, model_card
+from .verify import verify_loading
+
+_TEXT_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.py", CARD_NAME]
+_INDEX = "model.safetensors.index.json"
+_BLOCK = 1 << 24
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """The classes of a model type; the processor is what `from_pretrained` needs beside the model."""
+
+    config: Any
+    model: Any
+    processor: Any
+
+
+_KINDS = {
+    MGLlavaConfig.model_type: _Kind(MGLlavaConfig, MGLlavaForConditionalGeneration, MGLlavaProcessor),
+    RamPlusConfig.model_type: _Kind(RamPlusConfig, RamPlusForImageTagging, RamPlusImageProcessor),
+}
+
+
+def export_repository(
+    model: str | Path,
+    output: str | Path,
+    *,
+    revision: str | None = None,
+    tagger: str | None = None,
+    detector: str | None = None,
+    with_detector: bool = False,
+    repo_id: str | None = None,
+    tag: str | None = None,
+    verify: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Write a repository that loads with `trust_remote_code=True` where this package is not installed.
+
+    It holds the weights, whose names and shapes are checked first, the configurations, the processor with tokenizer
+    and chat template, the code of all classes, the box detector, and a model card. Weights are copied block by block,
+    never loaded: links would let whoever saves over the copy change the original. The output appears under its name
+    only when it is complete.
+
+    Args:
+        model (`str` or `Path`): Folder or Hub id of an MG-LLaVA or RAM++ repository.
+        output (`str` or `Path`): Folder to write.
+        revision (`str`, *optional*): Of `model`, on the Hub.
+        tagger (`str`, *optional*): Image tagger for the box detector, in place of the processor's: folder or Hub id.
+        detector (`str`, *optional*): Zero-shot detector, in place of the processor's: folder or Hub id.
+        with_detector (`bool`, *optional*, defaults to `False`): Copy tagger and detector that are Hub ids into the
+            repository. Folders are copied in any case.
+        repo_id (`str`, *optional*): What the repository will be called on the Hub, for the card.
+        tag (`str`, *optional*): Revision that the card's examples name; by default `v` and the package's version.
+        verify (`bool`, *optional*, defaults to `True`): Load the result in a process that cannot import this package.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace a repository of the same kind at `output`.
+        progress (`Callable[[str, int, int], None]`, *optional*): Told the stage, bytes just done, bytes in total.
+
+    Returns:
+        `Path`: The output.
+
+    Raises:
+        ConversionError: If `model` is no such repository or not whole, the result does not load, or `output` exists.
+    """
+    output = Path(output).absolute()
+    source = fetch(model, "model", [*_TEXT_FILES, "*.safetensors"], revision)
+    kind = _kind(source, model)
+    staging = StagingFolder(output, overwrite, kind.config.model_type)
+    config = _read_config(source, kind)
+    shapes = _shapes(config, kind)
+    weight_files = _check_weights(source, config, shapes)
+    processor = _read_processor(source, kind)
+    if tagger is not None or detector is not None or with_detector:
+        _set_box_detector(processor, tagger, detector, with_detector)
+
+    staging.keep_finished({}, [])
+    staging.check_space(sum(path.stat().st_size for path in weight_files))
+    _copy_weights(source, weight_files, staging.path, progress or (lambda stage, done, total: None))
+    if (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", staging.path / "generation_config.json")
+    config.save_pretrained(staging.path)
+    custom_object_save(kind.model, staging.path)
+    processor.save_pretrained(staging.path)
+    for part in sorted((staging.path / BUNDLE_FOLDER).glob("*/config.json")):
+        _write_code(part.parent)
+    report = _read_report(source)
+    if report:
+        write_json(staging.path / REPORT_NAME, report)
+    if verify:
+        verify_loading(staging.path)
+    contents = Contents(
+        config,
+        shapes,
+        report,
+        getattr(processor, "box_detector_config", None),
+        repo_id or output.name,
+        tag or default_tag(),
+        f"transformers {transformers.__version__}" if verify else None,
+    )
+    _write_card(source, staging.path, contents)
+    staging.publish()
+    return output
+
+
+def default_tag() -> str:
+    """Name the tag of what this version of the package exports."""
+    import mgllava
+
+    return f"v{mgllava.__version__}"
+
+
+def _kind(folder: Path, name: str | Path) -> _Kind:
+    path = folder / "config.json"
+    if not path.is_file():
+        hint = " It is an adapter: merge it into its model and save that." * (folder / "adapter_config.json").is_file()
+        raise ConversionError(f"`model`: {name} has no config.json, so it is no transformers repository.{hint}")
+    model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    if model_type not in _KINDS:
+        raise ConversionError(f"`model` must be a repository of {' or '.join(_KINDS)}, got {name} of {model_type!r}.")
+    return _KINDS[model_type]
+
+
+def _read_config(folder: Path, kind: _Kind) -> Any:
+    try:
+        config = kind.config.from_pretrained(folder)
+    except (ValueError, StrictDataclassError) as error:
+        raise ConversionError(f"config.json of {folder} cannot be read ({error}).") from error
+    # Repositories that somebody saved may lack it, and the Auto classes' code must be that of what is here.
+    config.architectures, config.auto_map = [kind.model.__name__], None
+    return config
+
+
+def _shapes(config: Any, kind: _Kind) -> dict[str, tuple[int, ...]]:
+    """List the model's parameters and buffers; of tied ones, those that are stored."""
+    with torch.device("meta"):
+        model = kind.model(config)
+    tied = model.all_tied_weights_keys or {}
+    return {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
+
+
+def _check_weights(folder: Path, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[Path]:
+    """Check that the weight files hold what their index names and what the model needs; return the files."""
+    tensors, files = open_weights(folder)
+    pickled = [path.name for path in files if path.suffix != ".safetensors"]
+    if pickled:
+        raise ConversionError(
+            f"{folder} must hold safetensors, got {', '.join(pickled)}. Load the model and save it with "
+            "`save_pretrained`, which writes them."
+        )
+    if getattr(config, "quantization_config", None) is None:  # else names and shapes are the quantizer's
+        match_tensors(tensors, shapes, [], f"The weights in {folder} are not those of its config.json.")
+    return files
+
+
+def _read_processor(folder: Path, kind: _Kind) -> Any:
+    try:
+        return kind.processor.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConversionError(
+            f"{folder} must hold what the model's processor is made of, but it cannot be loaded ({error}). "
+            "Save the processor there with `save_pretrained`."
+        ) from error
+
+
+def _set_box_detector(processor: Any, tagger: str | None, detector: str | None, with_detector: bool) -> None:
+    """Put tagger and detector into the processor's configuration; with `with_detector` as folders on this disk."""
+    if not isinstance(processor, MGLlavaProcessor):
+        raise ConversionError("`tagger`, `detector` and `with_detector` are for MG-LLaVA; RAM++ is itself a tagger.")
+    given = {name: value for name, value in (("tagger", tagger), ("detector", detector)) if value is not None}
+    config = {
+        "tagger": None,
+        "detector": DEFAULT_DETECTOR,
+        "mode": "faithful",
+        **(processor.box_detector_config or {}),
+        **given,
+    }
+    if config["tagger"] is None:
+        raise ConversionError(
+            "`tagger` must be given, since the processor has none: a folder that `mgllava convert-ram-plus` wrote, "
+            "or a Hub id."
+        )
+    if detector is not None:
+        config.pop("prompt_embeds", None)  # another text tower's
+    for name in ("tagger", "detector"):
+        value = config[name]
+        if name not in given and (not isinstance(value, str) or is_bundled(value)):
+            continue  # a list of labels, or in the source already
+        if with_detector or os.path.isdir(value):
+            config[name] = str(_fetch_part(value, name).absolute())
+    processor.box_detector_config = config
+
+
+def _fetch_part(name: str, argument: str) -> Path:
+    folder = fetch(name, argument, [*_TEXT_FILES, "*.safetensors"])
+    if Path(name).is_dir() or any(folder.glob("*.safetensors")):
+        return folder
+    return fetch(name, argument, [*_TEXT_FILES, "pytorch_model*.bin"])
+
+
+def _copy_weights(source: Path, files: list[Path], target: Path, progress: Progress) -> None:
+    total = sum(path.stat().st_size for path in files)
+    for path in files:
+        _copy(path, target / path.name, lambda done: progress("copying weights", done, total))
+    if (source / _INDEX).is_file():
+        shutil.copyfile(source / _INDEX, target / _INDEX)
+
+
+def _copy(source: Path, target: Path, on_bytes: Callable[[int], None]) -> None:
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while block := reader.read(_BLOCK):
+            writer.write(block)
+            on_bytes(len(block))
+
+
+def _write_code(folder: Path) -> None:
+    """Bring the code of a repository up to date, if it is one of ours; of a part of the box detector, say."""
+    kind = _KINDS.get(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
+    if kind is not None:
+        _read_config(folder, kind).save_pretrained(folder)
+        custom_object_save(kind.model, folder)
+        kind.processor.from_pretrained(folder).save_pretrained(folder)
+
+
+def _read_report(folder: Path) -> dict[str, Any]:
+    """Read the report of the conversion, if there is one, without the paths of the machine that converted."""
+    path = folder / REPORT_NAME
+    if not path.is_file():
+        return {}
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    report["arguments"] = {name: _published(value) for name, value in report.get("arguments", {}).items()}
+    for files in report.get("sources", {}).values():
+        for file in files:
+            file["file"] = Path(file["file"]).name
+    return report
+
+
+def _published(argument: Any) -> Any:
+    """Leave of a path its last name; Hub ids and other values stay."""
+    if not isinstance(argument, str):
+        return argument
+    is_path = Path(argument).exists() or (os.sep in argument and not is_hub_id(argument))
+    return Path(argument).name if is_path else argument
+
+
+def _write_card(source: Path, target: Path, contents: Contents) -> None:
+    """Write the card, or keep the one that a person wrote."""
+    own = source / CARD_NAME
+    if own.is_file() and CARD_MARK not in own.read_text(encoding="utf-8"):
+        shutil.copyfile(own, target / CARD_NAME)
+    else:
+        model_card(contents).save(target / CARD_NAME)
+
+
+__all__ = ["default_tag", "export_repository"]

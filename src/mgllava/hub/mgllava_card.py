@@ -1,0 +1,186 @@
+"""The card of an MG-LLaVA repository."""
+
+from math import prod
+
+from huggingface_hub import ModelCardData
+
+from .card_sections import Contents, checks, citation, is_hub_id, parameter_table, place, storage_note, table, terms
+from .known_models import BENCHMARKS, LICENCES, PAPER_RESULTS, PAPER_VARIANT
+
+# Arguments of the converter, and what people call the models.
+_ORIGINS = {"llm": "language model", "vision_tower": "CLIP", "high_res_tower": "ConvNeXt"}
+_MODULES = {
+    "language_model": "language model",
+    "lm_head": "language model",
+    "vision_tower": "CLIP",
+    "high_res_vision_tower": "ConvNeXt",
+}
+# Bytes for each quantized weight. 4 bits: one 8-bit scale per 64 weights, and one 32-bit scale per 256 of those.
+_QUANTIZED_BYTES = {8: 1.0, 4: 0.5 + 1 / 64 + 4 / (64 * 256)}
+
+_CITATION = """\
+@article{zhao2024mgllava,
+  title   = {MG-LLaVA: Towards Multi-Granularity Visual Instruction Tuning},
+  author  = {Zhao, Xiangyu and Li, Xiangtai and Duan, Haodong and Huang, Haian and Li, Yining and Chen, Kai and
+             Yang, Hua},
+  journal = {arXiv preprint arXiv:2406.17770},
+  year    = {2024}
+}"""
+
+
+def mgllava_card(contents: Contents) -> tuple[ModelCardData, list[str]]:
+    """Make metadata and sections of a card.
+
+    Args:
+        contents ([`Contents`]): What the repository holds.
+
+    Returns:
+        `tuple[ModelCardData, list[str]]`: Both.
+    """
+    origins = [contents.argument(argument) for argument in _ORIGINS]
+    licence = LICENCES.get(contents.argument("llm") or "")
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        base_model=[name for name in origins if name and is_hub_id(name)] or None,
+        license=licence.identifier if licence else None,
+        tags=["mgllava", "custom_code", "arxiv:2406.17770"],
+    )
+    return data, [
+        f"# {contents.title}",
+        "MG-LLaVA ([arXiv 2406.17770](https://arxiv.org/abs/2406.17770)) for transformers: a vision-language model "
+        "that sees a picture whole with a CLIP ViT, sharply with a ConvNeXt, and box by box: every object in it has a "
+        "token of its own.",
+        _use(contents),
+        _numbers(contents),
+        *_paper_results(contents),
+        _licences(contents),
+        _limits(contents),
+        checks(contents),
+        citation(_CITATION),
+    ]
+
+
+def _use(contents: Contents) -> str:
+    if contents.box_detector:
+        image = '{"type": "image", "path": "photo.jpg"}'
+        boxes = "The processor finds the boxes of the objects itself, with the detector that it names."
+    else:
+        image = '{"type": "image", "path": "photo.jpg", "boxes": [[10, 20, 110, 70]]}'
+        boxes = "Boxes are x1, y1, x2, y2 in pixels of the picture. Without any, answers lose what the boxes tell."
+    return f"""\
+## Use
+
+With the code in this repository (read it first; `revision` pins it):
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+name, options = "{contents.repo_id}", {{"revision": "{contents.tag}", "trust_remote_code": True}}
+model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto", **options)
+processor = AutoProcessor.from_pretrained(name, **options)
+
+conversation = [{{"role": "user", "content": [
+    {image},
+    {{"type": "text", "text": "What is in the picture?"}},
+]}}]
+inputs = processor.apply_chat_template(
+    conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+).to(model.device)
+output = model.generate(**inputs, max_new_tokens=100)
+print(processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1]:])[0])
+```
+
+{boxes}
+
+This needs `pip install "transformers>=5.16.1,<6" torch torchvision timm accelerate pillow`. With the package mgllava
+installed, write `import mgllava` first and leave out `trust_remote_code`; its code is then used in place of the code
+here."""
+
+
+def _numbers(contents: Contents) -> str:
+    config = contents.config
+    text, clip, high_res = config.text_config, config.vision_config, config.high_res_vision_config
+    total = sum(map(prod, contents.shapes.values()))
+    quantized = sum(
+        prod(shape)
+        for name, shape in contents.shapes.items()
+        if name.startswith("model.language_model.") and len(shape) == 2 and "embed_tokens" not in name
+    )
+    memory = {"bf16": 2.0 * total}
+    for bits, size in _QUANTIZED_BYTES.items():
+        memory[f"{bits} bits"] = 2 * (total - quantized) + size * quantized
+    sizes = {
+        "language model": f"{text.model_type}, {text.num_hidden_layers} layers, width {text.hidden_size}, "
+        f"{text.num_attention_heads} heads, {text.vocab_size} rows of embeddings",
+        "CLIP": f"{clip.num_hidden_layers} layers, width {clip.hidden_size}, {clip.image_size} px",
+        "ConvNeXt": f"{high_res.architecture}, depths {list(high_res.depths)}, widths {list(high_res.hidden_sizes)}, "
+        f"{high_res.image_size} px",
+        "variant": f"fusion {config.fusion_type}, objects {config.object_merging}, box features "
+        f"{config.box_feature_type}",
+        "tokens for each picture": f"{config.image_seq_length}, and {config.num_tokens_per_box} for each box",
+    }
+    listed = ", ".join(f"{size / 1e9:.2f} GB in {name}" for name, size in memory.items())
+    return f"""\
+## Numbers
+
+{parameter_table(contents, _MODULES, "fusion and projectors")}
+
+{table(("", "size"), sizes.items())}
+
+Memory of the weights alone, computed from the number of parameters, not measured: {listed}. In 8 and 4 bits the layers
+of the language model are quantized and nothing else, as `mgllava.quantization_config` does it.
+{storage_note(config)}"""
+
+
+def _paper_results(contents: Contents) -> list[str]:
+    """Quote the paper's results, if this is the converted form of a model that has its parts and its variant."""
+    llm = contents.argument("llm")
+    variant = {name: getattr(contents.config, name) for name in PAPER_VARIANT}
+    is_tuned = contents.report.get("checkpoint", {}).get("kind") == "sft"
+    if llm not in PAPER_RESULTS or variant != PAPER_VARIANT or not is_tuned:
+        return []
+    checkpoint = contents.report.get("sources", {}).get("checkpoint", [])
+    digests = ", ".join(f"`{file['file']}` (SHA-256 {file['sha256']})" for file in checkpoint)
+    rows = zip(BENCHMARKS, PAPER_RESULTS[llm], strict=True)
+    return [
+        "## Results of the paper\n\n"
+        f"What the paper reports for its model with {llm}. These are the authors' numbers for the authors' weights, "
+        "with boxes of RAM++ and OWLv2; they were not measured again here. They hold for this repository if it was "
+        f"converted from those weights: {digests}.\n\n{table(('benchmark', 'paper'), rows)}"
+    ]
+
+
+def _licences(contents: Contents) -> str:
+    rows = []
+    for argument, part in _ORIGINS.items():
+        origin = contents.argument(argument)
+        rows.append((part, place(origin), terms(origin)))
+    checkpoint = place(contents.argument("checkpoint"))
+    rows.append(("fusion, projectors, tuning", checkpoint, "unknown: ask where the checkpoint came from"))
+    for part in ("tagger", "detector"):
+        source = (contents.box_detector or {}).get(part)
+        if isinstance(source, str):
+            rows.append((part, place(source), terms(source)))
+    rows.append(("code", "mgllava", "Apache-2.0"))
+    return f"## Licence\n\nEach part keeps its own.\n\n{table(('part', 'from', 'licence'), rows)}"
+
+
+def _limits(contents: Contents) -> str:
+    config = contents.config
+    side = config.high_res_vision_config.image_size
+    boxes = (
+        "It has no boxes."
+        if config.object_merging == "none"
+        else "The method was trained with boxes of RAM++ and OWLv2; other boxes are other inputs than in training."
+    )
+    return f"""\
+## Limits
+
+- Answers may be wrong, also about what is in a picture. Safety was not evaluated for this card.
+- {boxes}
+- Pictures are padded to a square and resized to {side} px. What is too small there is not seen.
+- No benchmark was run on this repository."""
+
+
+__all__ = ["mgllava_card"]

@@ -1,0 +1,90 @@
+"""The card of a RAM++ repository."""
+
+from huggingface_hub import ModelCardData
+
+from .card_sections import Contents, checks, citation, parameter_table, place, storage_note, table
+
+_MODULES = {"vision_tower": "Swin", "decoder": "tag decoder and embeddings of the tags"}
+
+_CITATION = """\
+@article{huang2023open,
+  title   = {Open-Set Image Tagging with Multi-Grained Text Supervision},
+  author  = {Huang, Xinyu and Huang, Yi-Jie and Zhang, Youcai and Tian, Weiwei and Feng, Rui and Zhang, Yuejie and
+             Xie, Yanchun and Li, Yaqian and Zhang, Lei},
+  journal = {arXiv preprint arXiv:2310.15200},
+  year    = {2023}
+}"""
+
+
+def ram_plus_card(contents: Contents) -> tuple[ModelCardData, list[str]]:
+    """Make metadata and sections of a card.
+
+    Args:
+        contents ([`Contents`]): What the repository holds.
+
+    Returns:
+        `tuple[ModelCardData, list[str]]`: Both.
+    """
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["ram_plus", "image-tagging", "custom_code", "arxiv:2310.15200"],
+    )
+    return data, [
+        f"# {contents.title}",
+        "RAM++ ([arXiv 2310.15200](https://arxiv.org/abs/2310.15200)) for transformers: which of a list of tags a "
+        "picture shows. MG-LLaVA's box detector looks for what it names.",
+        _use(contents),
+        _numbers(contents),
+        _licences(contents),
+        "## Limits\n\n- It knows its tags and nothing else; each has a threshold of its own.\n"
+        "- No benchmark was run on this repository.",
+        checks(contents),
+        citation(_CITATION),
+    ]
+
+
+def _use(contents: Contents) -> str:
+    return f"""\
+## Use
+
+With the code in this repository (read it first; `revision` pins it):
+
+```python
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+name, options = "{contents.repo_id}", {{"revision": "{contents.tag}", "trust_remote_code": True}}
+model = AutoModel.from_pretrained(name, **options)
+image_processor = AutoImageProcessor.from_pretrained(name, **options)
+
+outputs = model(**image_processor(Image.open("photo.jpg"), return_tensors="pt"))
+print(model.post_process_image_tagging(outputs)[0]["labels"])
+```
+
+This needs `pip install "transformers>=5.16.1,<6" torch torchvision timm pillow`. With the package mgllava installed,
+write `import mgllava` first and leave out `trust_remote_code`."""
+
+
+def _numbers(contents: Contents) -> str:
+    config = contents.config
+    sizes = {
+        "tags": f"{len(config.id2label)}, with {config.num_descriptions} descriptions each",
+        "Swin": f"depths {list(config.depths)}, {config.embed_dim} channels in the first stage, "
+        f"{config.image_size} px",
+        "tag decoder": f"{config.num_hidden_layers} layers, width {config.hidden_size}",
+    }
+    parameters = parameter_table(contents, _MODULES, "projection and classifier")
+    return f"## Numbers\n\n{parameters}\n\n{table(('', 'size'), sizes.items())}\n\n{storage_note(config)}"
+
+
+def _licences(contents: Contents) -> str:
+    unknown = "unknown: ask where the checkpoint came from (the original code is Apache-2.0)"
+    rows = [
+        ("weights and tags", place(contents.argument("checkpoint")), unknown),
+        ("code", "mgllava", "Apache-2.0"),
+    ]
+    return f"## Licence\n\nEach part keeps its own.\n\n{table(('part', 'from', 'licence'), rows)}"
+
+
+__all__ = ["ram_plus_card"]

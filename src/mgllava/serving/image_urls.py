@@ -1,0 +1,222 @@
+"""Downloading images from URLs that clients name, without becoming their way into the operator's network.
+
+A name is resolved once, every address that it has is checked, and the connection goes to a checked address. So a name
+that changes its address between check and connection gains nothing, and neither do redirects, which take the same way.
+"""
+
+import asyncio
+import functools
+import ipaddress
+import socket
+import ssl
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from huggingface_hub.utils import httpx
+
+from mgllava.serving.errors import RequestError
+from mgllava.serving.limits import ServingLimits
+
+_MAX_REDIRECTS = 4
+_STANDARD_PORTS = {"http": 80, "https": 443}
+# Prefixes under which IPv6 carries IPv4 addresses, beyond those that `ipaddress` unwraps.
+_NAT64 = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48"))
+
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+class _RefusedError(Exception):
+    """A URL that must not be asked; the message continues "`url` ..."."""
+
+
+@dataclass(frozen=True)
+class ImageHosts:
+    """Which hosts images may come from.
+
+    Attributes:
+        public (`bool`): Whether all hosts with public addresses are allowed.
+        listed (`frozenset[tuple[str, int | None]]`): Hosts that are allowed whatever their address, each with its port
+            (`None`: 80 for http, 443 for https).
+    """
+
+    public: bool = True
+    listed: frozenset[tuple[str, int | None]] = frozenset()
+
+    @classmethod
+    def parse(cls, text: str) -> "ImageHosts":
+        """Read the operator's list.
+
+        Args:
+            text (`str`): `"none"`, or names separated by commas: `public`, `host` or `host:port`.
+
+        Returns:
+            [`ImageHosts`]: The hosts.
+
+        Raises:
+            ValueError: If an entry is no host.
+        """
+        entries = [entry.strip().lower() for entry in text.split(",")]
+        if entries == ["none"]:
+            return cls(public=False)
+        listed: set[tuple[str, int | None]] = set()
+        for entry in entries:
+            try:
+                url = httpx.URL(f"//{entry}")
+                is_host = bool(url.raw_host) and url.raw_path in (b"", b"/") and not url.userinfo and "*" not in entry
+            except (httpx.InvalidURL, ValueError):
+                is_host = False
+            if not is_host or entry == "none":
+                raise ValueError(
+                    "`allowed_image_hosts` must be 'none', or a list of 'public', 'host' and 'host:port' separated by "
+                    f"commas, got {entry!r} in {text!r}."
+                )
+            if entry != "public":
+                listed.add((url.raw_host.decode("ascii"), url.port))
+        return cls("public" in entries, frozenset(listed))
+
+    def lists(self, url: httpx.URL) -> bool:
+        """Tell whether the operator listed the host of a URL.
+
+        Args:
+            url (`httpx.URL`): An http(s) URL.
+
+        Returns:
+            `bool`: Whether it is listed, with its port.
+        """
+        standard = _STANDARD_PORTS[url.scheme]
+        port = url.port or standard
+        host = url.raw_host.decode("ascii")
+        return (host, port) in self.listed or (port == standard and (host, None) in self.listed)
+
+
+def is_public(address: str) -> bool:
+    """Tell whether an IP address belongs to the public internet.
+
+    Args:
+        address (`str`): IPv4 or IPv6.
+
+    Returns:
+        `bool`: `False` for private, loopback, link-local, multicast, reserved and unspecified addresses, and for IPv6
+        addresses that carry such an IPv4 address or have a zone.
+    """
+    try:
+        parsed: _Address = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    if isinstance(parsed, ipaddress.IPv6Address):
+        if parsed.scope_id is not None:
+            return False
+        carried = [parsed.ipv4_mapped, parsed.sixtofour, *(parsed.teredo or ())]
+        if any(parsed in network for network in _NAT64):
+            carried.append(ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF))
+        if any(ipv4 is not None for ipv4 in carried):
+            return all(is_public(str(ipv4)) for ipv4 in carried if ipv4 is not None)
+    return parsed.is_global and not (parsed.is_multicast or parsed.is_reserved or parsed.is_unspecified)
+
+
+class _CheckedTransport(httpx.AsyncBaseTransport):
+    """Resolves, checks, and connects to what was checked; redirects of the client come through here as well."""
+
+    def __init__(self, hosts: ImageHosts):
+        self._hosts = hosts
+        self._transport = httpx.AsyncHTTPTransport(verify=_ssl_context())
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        url = request.url
+        if url.scheme not in _STANDARD_PORTS or not url.raw_host:
+            raise _RefusedError("must be an http or https URL.")
+        if url.userinfo:
+            raise _RefusedError("must not hold a user name or password.")
+        failure: Exception = httpx.ConnectError("no address")
+        for address in await self._addresses(url):
+            # Host header and certificate stay those of the name.
+            pinned = httpx.Request(
+                request.method,
+                url.copy_with(host=address),
+                headers=request.headers,
+                stream=request.stream,
+                extensions={**request.extensions, "sni_hostname": url.raw_host.decode("ascii")},
+            )
+            try:
+                return await self._transport.handle_async_request(pinned)
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                failure = error
+        raise failure
+
+    async def _addresses(self, url: httpx.URL) -> Iterable[str]:
+        listed = self._hosts.lists(url)
+        if not (listed or self._hosts.public):
+            raise _RefusedError(f"must be at a host that this server asks, got {url.host!r}.")
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(
+                url.raw_host.decode("ascii"), url.port or _STANDARD_PORTS[url.scheme], type=socket.SOCK_STREAM
+            )
+        except (OSError, UnicodeError):
+            raise _RefusedError(f"must be at a known host, got {url.host!r}.") from None
+        addresses = list(dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in found))
+        if not (listed or all(is_public(address) for address in addresses)):
+            raise _RefusedError(f"must be at a public address, which {url.host!r} is not.")
+        return addresses
+
+    async def aclose(self) -> None:
+        await self._transport.aclose()
+
+
+@functools.cache
+def _ssl_context() -> ssl.SSLContext:
+    return httpx.create_ssl_context()
+
+
+async def download_image(url: str, param: str, hosts: ImageHosts, limits: ServingLimits) -> bytes:
+    """Download an image.
+
+    Args:
+        url (`str`): http or https.
+        param (`str`): The field of the request that held it.
+        hosts ([`ImageHosts`]): Where it may come from.
+        limits ([`ServingLimits`]): How large it may be and how long it may take.
+
+    Returns:
+        `bytes`: What the host sent; not yet known to be an image.
+
+    Raises:
+        RequestError: If the URL is refused, or the download fails.
+    """
+    try:
+        return await asyncio.wait_for(_download(url, hosts, limits), limits.image_timeout)
+    except _RefusedError as error:
+        message = f"`{param}` {error} Send the image itself as a data URL."
+    except (asyncio.TimeoutError, httpx.TimeoutException):
+        message = f"`{param}` must be downloaded within {limits.image_timeout:g} seconds, which it was not."
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
+        message = f"`{param}` could not be downloaded: {error or type(error).__name__}."
+    raise RequestError(message, param, "invalid_image_url")
+
+
+async def _download(url: str, hosts: ImageHosts, limits: ServingLimits) -> bytes:
+    # A client of its own for each image: cookies must not travel from one request to another. `trust_env=False`: a
+    # proxy of the environment would resolve names itself.
+    client = httpx.AsyncClient(
+        transport=_CheckedTransport(hosts),
+        trust_env=False,
+        follow_redirects=True,
+        max_redirects=_MAX_REDIRECTS,
+        timeout=limits.image_timeout,
+        headers={"User-Agent": "mgllava-serve", "Accept": "image/*", "Accept-Encoding": "identity"},
+    )
+    async with client, client.stream("GET", url) as response:
+        if response.status_code != 200:
+            raise _RefusedError(f"must be an image, but its host answered with status {response.status_code}.")
+        if response.headers.get("Content-Encoding", "identity") != "identity":  # could unpack to any size
+            raise _RefusedError("must be sent uncompressed, which its host does not do.")
+        data = bytearray()
+        announced = response.headers.get("Content-Length", "0")
+        too_large = announced.isdecimal() and int(announced) > limits.image_bytes
+        if not too_large:
+            async for chunk in response.aiter_raw():
+                data += chunk
+                if too_large := len(data) > limits.image_bytes:
+                    break
+        if too_large:
+            raise _RefusedError(f"must be an image of at most {limits.image_bytes:,} bytes, got more.")
+    return bytes(data)

@@ -1,0 +1,85 @@
+"""Which checkpoints are whole: a list of their files is written when they are."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from mgllava.atomic_files import replacing
+
+logger = logging.getLogger(__name__)
+
+_MARKER = "complete.json"
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Note that all files of a checkpoint are there.
+
+    Args:
+        checkpoint (`Path`): Its folder.
+    """
+    with replacing(checkpoint / _MARKER) as partial:
+        partial.write_text(json.dumps(_sizes(checkpoint), indent=1) + "\n", encoding="utf-8")
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint was saved to its end, and not deleted in part since.
+
+    Args:
+        checkpoint (`Path`): Its folder.
+
+    Returns:
+        `bool`: Whether all files are there with the sizes that they had.
+    """
+    try:
+        expected = json.loads((checkpoint / _MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    found = _sizes(checkpoint)
+    return all(found.get(name) == size for name, size in expected.items())
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    # The marker comes last, and a file of its own name may be half written.
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(_MARKER))
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(files)}
+
+
+def last_complete_checkpoint(folder: str | Path) -> Path | None:
+    """Find the newest checkpoint that is whole.
+
+    Args:
+        folder (`str` or `Path`): The `output_dir` of a training.
+
+    Returns:
+        `Path`, *optional*: The checkpoint; `None` if there is none. Later ones that are not whole are passed by, with
+        a warning.
+    """
+    for step in sorted(_steps(Path(folder)), reverse=True):
+        checkpoint = Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if is_complete(checkpoint):
+            return checkpoint
+        logger.warning("%s is not whole: its saving was interrupted. It is passed by.", checkpoint)
+    return None
+
+
+def _steps(folder: Path) -> list[int]:
+    names = [path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
+    return [int(name) for name in names if name.isdigit()]
+
+
+def clear_incomplete(checkpoint: Path) -> None:
+    """Remove what an interrupted save has left where a checkpoint is to be written.
+
+    Args:
+        checkpoint (`Path`): Its folder, which need not exist.
+    """
+    if checkpoint.is_dir():
+        # Without its marker first: a half removed checkpoint is none.
+        (checkpoint / _MARKER).unlink(missing_ok=True)
+        shutil.rmtree(checkpoint)
+
+
+__all__ = ["clear_incomplete", "is_complete", "last_complete_checkpoint", "mark_complete"]

@@ -1,0 +1,318 @@
+"""The samples of a training: LLaVA's JSON and box files, through the datasets library."""
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mgllava.box_files import BoxFile, read_boxes
+
+from .collator import MAX_TEXT_LENGTH, BadSamples, encode_text
+from .errors import SampleError, TrainingError
+from .samples import MissingBoxes, sample_images, to_conversation
+
+logger = logging.getLogger(__name__)
+
+# How many bad samples a message names.
+_NAMED = 5
+# Threads that look whether images are there: on network file systems each look takes a while.
+_LOOKING_UP = 16
+
+
+@dataclass(frozen=True)
+class SampleSource:
+    """Samples that lie together.
+
+    Args:
+        samples (`Path`): LLaVA's JSON (`.json`, a list) or one sample per line (`.jsonl`).
+        images (`Path`, *optional*): Where paths of images start; by default the folder of `samples`.
+        boxes (`BoxFile`, *optional*): The boxes of the images by the ids of the samples; `None`: the samples have
+            their own, or none.
+    """
+
+    samples: Path
+    images: Path | None = None
+    boxes: BoxFile | None = None
+
+    @property
+    def image_folder(self) -> Path:
+        """Where paths of images start."""
+        return self.samples.parent if self.images is None else self.images
+
+
+class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
+    """Samples for [`MGLlavaDataCollator`], with the length of each.
+
+    Rows are kept by the datasets library, on disk where it caches, and images are not opened before the collator
+    does. What can be seen without opening them is checked at once: paths, boxes, turns, and whether an answer is left
+    within the limit.
+
+    Args:
+        sources (`Sequence[SampleSource]`): The samples.
+        processor ([`MGLlavaProcessor`]): Tells the lengths.
+        max_text_length (`int`): Tokens of a text, an image counting as one.
+        on_bad_sample (`str`): `"error"`, or `"skip"`: leave bad samples out, and say how many.
+        missing_boxes (`str`): What an image without boxes is, see [`to_conversation`].
+        processes (`int`, *optional*): How many read and tokenize.
+
+    Attributes:
+        lengths (`list[int]`): Tokens of each text, an image counting as one; negative where there is no image.
+        skipped (`int`): Bad samples that were left out.
+
+    Raises:
+        TrainingError: If there are no samples, or bad ones that are not to be skipped.
+        ImportError: If the datasets library is not installed.
+        OSError: If a file cannot be read.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[SampleSource],
+        processor: Any,
+        max_text_length: int = MAX_TEXT_LENGTH,
+        on_bad_sample: BadSamples = "error",
+        missing_boxes: MissingBoxes = "error",
+        processes: int | None = None,
+    ):
+        datasets = _import_datasets()
+        self._missing_boxes = missing_boxes
+        self.sources = list(sources)
+        stamps = [_stamp(source.samples) for source in self.sources]
+        rows = _generate(
+            datasets,
+            features=datasets.Features(
+                {
+                    "id": datasets.Value("string"),
+                    "source": datasets.Value("int32"),
+                    "image": datasets.List(datasets.Value("string")),
+                    "turns": datasets.Value("string"),
+                }
+            ),
+            gen_kwargs={
+                "files": [str(source.samples) for source in self.sources],
+                "numbers": list(range(len(self.sources))),
+                "stamps": stamps,
+            },
+        )
+        measure = _Measure(processor, max_text_length)
+        rows = rows.map(
+            measure,
+            num_proc=processes,
+            # By hand: a pickled tokenizer has another fingerprint in each process.
+            new_fingerprint=hashlib.sha256(f"{stamps}{measure.fingerprint}".encode()).hexdigest()[:16],
+            desc="Measuring samples",
+        )
+        problems = list(self._problems(rows, missing_boxes))
+        self.skipped = len(problems)
+        if problems:
+            kinds = "; ".join(f"{count} {kind}" for kind, count in Counter(kind for _, kind, _ in problems).items())
+            named = " ".join(text for _, _, text in problems[:_NAMED])
+            message = f"{len(problems)} of {len(rows)} samples cannot be learnt from ({kinds}): {named}"
+            if on_bad_sample == "error":
+                raise TrainingError(f"{message} Mend them, or pass `on_bad_sample=skip` to leave them out.")
+            logger.warning("Left out: %s", message)
+            bad = {row for row, _, _ in problems}
+            rows = rows.select([row for row in range(len(rows)) if row not in bad])
+            if len(rows) == 0:
+                raise TrainingError(f"No sample is left. {message}")
+        self._rows = rows
+        self.lengths: list[int] = list(rows["length"])
+
+    def _problems(self, rows: Any, missing_boxes: MissingBoxes) -> Iterator[tuple[int, str, str]]:
+        """Yield row, kind and message of each bad sample; what files there are is looked up anew each time."""
+        columns = [rows[name] for name in ("id", "source", "image", "problem", "has_boxes")]
+        with ThreadPoolExecutor(_LOOKING_UP) as pool:
+            absent = list(pool.map(self._absent_image, columns[1], columns[2], chunksize=256))
+        for row, (key, source, images, problem, has_boxes) in enumerate(zip(*columns, strict=True)):
+            boxes = self.sources[source].boxes
+            if problem:
+                kind, _, text = problem.partition("|")
+                yield row, kind, text
+            elif absent[row]:
+                yield row, "without an image", f"Sample {key}: there is no image {absent[row]}."
+            elif images and missing_boxes == "error" and not has_boxes and (boxes is None or key not in boxes):
+                where = "no box file is given" if boxes is None else f"{boxes.name} has none"
+                yield row, "without boxes", f"Sample {key} has no boxes: {where}."
+
+    def _absent_image(self, source: int, images: list[str]) -> Path | None:
+        paths = (self.sources[source].image_folder / image for image in images)
+        return next((path for path in paths if not path.is_file()), None)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self._rows[index]
+        sample = complete_row(row, self.sources[row["source"]])
+        if row["image"] and self._missing_boxes == "empty":
+            sample.setdefault("boxes", [[]] * len(row["image"]))
+        return sample
+
+
+def stream_samples(sources: Sequence[SampleSource]) -> Any:
+    """Read samples as they are needed, without looking at them first.
+
+    Args:
+        sources (`Sequence[SampleSource]`): The samples.
+
+    Returns:
+        `datasets.IterableDataset`: Samples for [`MGLlavaDataCollator`]; their lengths are not known.
+    """
+    datasets = _import_datasets()
+    # Lists are what workers share out among them.
+    return datasets.IterableDataset.from_generator(_stream, gen_kwargs={"sources": list(sources)})
+
+
+def _stream(sources: list[SampleSource]) -> Iterator[dict[str, Any]]:
+    for source in sources:
+        for row in read_samples([str(source.samples)], [0]):
+            yield complete_row(row, source)
+
+
+def complete_row(row: Mapping[str, Any], source: SampleSource) -> dict[str, Any]:
+    """Make a sample of a row.
+
+    Args:
+        row (`Mapping`): What [`read_samples`] gives.
+        source (`SampleSource`): Where it comes from.
+
+    Returns:
+        `dict`: A sample with full paths and, if it has an image, boxes.
+    """
+    sample: dict[str, Any] = {"id": row["id"], **json.loads(row["turns"])}
+    if row["image"]:
+        sample["images"] = [str(source.image_folder / image) for image in row["image"]]
+        if "boxes" not in sample and source.boxes is not None and row["id"] in source.boxes:
+            record = source.boxes[row["id"]]
+            # All images of a sample share its record: box files of images have one for each id.
+            sample["boxes"] = [record] * len(row["image"])
+    return sample
+
+
+def read_samples(files: Iterable[str], numbers: Iterable[int], stamps: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """Read the samples of some files in a form that is the same for all.
+
+    Args:
+        files (`Iterable[str]`): JSON or JSON lines.
+        numbers (`Iterable[int]`): What `source` shall be for each file.
+        stamps (`Sequence[str]`): Not used; what caching tells changed files by.
+
+    Yields:
+        `dict`: `id`, `source`, `image` (list of paths) and `turns` (the rest, as JSON: the forms
+        of samples differ within a file, which Arrow cannot hold).
+
+    Raises:
+        TrainingError: If a file holds something else.
+    """
+    for number, file in zip(numbers, files, strict=True):
+        row = -1
+        for row, sample in enumerate(_read_json(Path(file))):
+            if not isinstance(sample, dict):
+                raise TrainingError(f"{file}: sample {row} must be a dictionary, got {type(sample).__name__}.")
+            images = [str(image) for image in sample_images(sample)]
+            rest = {name: sample[name] for name in ("conversations", "messages", "boxes") if name in sample}
+            key = str(sample.get("id", f"{Path(file).name}:{row}"))
+            yield {"id": key, "source": number, "image": images, "turns": json.dumps(rest, ensure_ascii=False)}
+        if row < 0:
+            raise TrainingError(f"{file} holds no samples.")
+
+
+def _read_json(path: Path) -> Iterator[Any]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            if path.suffix == ".jsonl":
+                yield from (json.loads(line) for line in file if line.strip())
+                return
+            samples = json.load(file)
+    except ValueError as error:
+        raise TrainingError(
+            f"{path} is no JSON ({error}). Name a file with one sample per line .jsonl, and one with a list .json."
+        ) from error
+    if not isinstance(samples, list):
+        raise TrainingError(f"{path} must hold a list of samples, got {type(samples).__name__}.")
+    yield from samples
+
+
+def _generate(datasets: Any, **options: Any) -> Any:
+    """Read samples into a cache on disk; what is wrong with them is said as it is."""
+    try:
+        return datasets.Dataset.from_generator(read_samples, **options)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise error.__cause__ or error from None
+
+
+def _stamp(path: Path) -> str:
+    status = path.stat()
+    return f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+
+
+class _Measure:
+    """Adds `length`, `problem` (empty: none) and `has_boxes` to a row."""
+
+    def __init__(self, processor: Any, max_text_length: int):
+        self.processor, self.max_text_length = processor, max_text_length
+
+    @property
+    def fingerprint(self) -> str:
+        tokenizer = self.processor.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        words = backend.to_str() if backend is not None else str(sorted(tokenizer.get_vocab().items()))
+        return f"{words}{self.processor.chat_template}{self.max_text_length}"
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        sample = {"id": row["id"], **json.loads(row["turns"]), "images": row["image"]}
+        has_boxes, length, problem = "boxes" in sample, 1, ""
+        try:
+            conversation = to_conversation(sample, missing_boxes="empty")
+            ids, learnt = encode_text(self.processor, conversation)
+            length = min(len(ids), self.max_text_length)
+            if learnt is not None and not any(learnt[: self.max_text_length]):
+                problem = (
+                    f"without an answer|Sample {row['id']} has no answer to learn within {self.max_text_length} "
+                    "tokens of text."
+                )
+        except SampleError as error:
+            problem = f"of another form|{error}"
+        except Exception as error:  # a template refuses in its own way
+            problem = f"of another form|Sample {row['id']}: {error}"
+        return {"length": length if row["image"] else -length, "problem": problem, "has_boxes": has_boxes}
+
+
+def open_source(samples: str | Path, images: str | Path | None, boxes: str | Path | None) -> SampleSource:
+    """Name where samples are, and read their boxes.
+
+    Args:
+        samples (`str` or `Path`): JSON or JSON lines.
+        images (`str` or `Path`, *optional*): Folder that paths of images start in.
+        boxes (`str` or `Path`, *optional*): Box file.
+
+    Returns:
+        `SampleSource`: The source.
+
+    Raises:
+        TrainingError: If there is no such file or folder.
+        BoxFileError: If the box file cannot be read.
+    """
+    for argument, path in (("samples", samples), ("images", images), ("boxes", boxes)):
+        if path is not None and not Path(path).exists():
+            raise TrainingError(f"`{argument}`: there is no {path}.")
+    opened = None if boxes is None else read_boxes(boxes)
+    return SampleSource(Path(samples), None if images is None else Path(images), opened)
+
+
+def _import_datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("Training needs the datasets library: pip install 'mgllava[train]'.") from error
+    return datasets
+
+
+__all__ = ["ConversationDataset", "SampleSource", "open_source", "stream_samples"]

@@ -1,0 +1,12 @@
+"""The errors of training."""
+
+
+class TrainingError(ValueError):
+    """A recipe or its data cannot be used; the message says what to do about it."""
+
+
+class SampleError(TrainingError):
+    """A sample cannot be learnt from; the message starts with its id."""
+
+
+__all__ = ["SampleError", "TrainingError"]

@@ -1,0 +1,49 @@
+"""A picture of the loss."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mgllava.atomic_files import replacing
+
+
+def plot_losses(history: Sequence[Mapping[str, Any]], path: str | Path) -> Path | None:
+    """Draw the loss over the steps, in training and, where there was one, evaluation.
+
+    Args:
+        history (`Sequence[Mapping]`): `trainer.state.log_history`.
+        path (`str` or `Path`): PNG file to write.
+
+    Returns:
+        `Path`, *optional*: The file; `None` if nothing was logged.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    curves = {
+        label: [(entry["step"], entry[key]) for entry in history if key in entry]
+        for label, key in (("training", "loss"), ("evaluation", "eval_loss"))
+    }
+    if not curves["training"]:
+        return None
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: pip install 'mgllava[train]'.") from error
+    # Without pyplot, which would look for a screen.
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss")
+    for label, points in curves.items():
+        if points:
+            steps, losses = zip(*points, strict=True)
+            axes.plot(
+                steps, losses, label=label, linewidth=1.2, marker="o" if len(points) < 20 else None, markersize=3
+            )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with replacing(Path(path)) as partial:
+        figure.savefig(partial, dpi=150, format="png")
+    return Path(path)
+
+
+__all__ = ["plot_losses"]

@@ -1,0 +1,74 @@
+"""The order of samples in training: batches of one modality and of similar length."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+# Batches that are sorted together: enough to find similar lengths, few enough to stay random.
+_BATCHES_TOGETHER = 50
+
+
+class ModalityLengthSampler(Sampler[int]):
+    """Groups samples with images, and samples without, by length, as the original does.
+
+    Every batch of all processes together holds one modality, but for the last one, which takes what is left over of
+    both. The group with the longest sample comes first, so that memory runs out at once or not at all.
+
+    Args:
+        lengths (`Sequence[int]`): Length of each sample in tokens, negative for samples without an image.
+        batch_size (`int`): Samples of one step of the optimizer: over all processes and accumulated batches.
+        seed (`int`): What the order depends on, together with the epoch.
+
+    Raises:
+        ValueError: If a length is zero.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int = 0):
+        if not all(lengths):
+            raise ValueError("`lengths` must not be zero, negative for samples without an image.")
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose another order.
+
+        Args:
+            epoch (`int`): Number of the epoch.
+        """
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        together = max(1, min(len(self.lengths) // (self.batch_size * 4), _BATCHES_TOGETHER)) * self.batch_size
+        groups: list[list[int]] = []
+        left_over: list[int] = []
+        for sign in (1, -1):
+            of_modality = [index for index, length in enumerate(self.lengths) if length * sign > 0]
+            order = torch.randperm(len(of_modality), generator=generator).tolist()
+            whole = len(order) // self.batch_size * self.batch_size
+            left_over += [of_modality[position] for position in order[whole:]]
+            groups += [
+                [of_modality[position] for position in order[start : min(start + together, whole)]]
+                for start in range(0, whole, together)
+            ]
+        groups = [groups[position] for position in torch.randperm(len(groups), generator=generator).tolist()]
+        for group in groups:
+            group.sort(key=self._length, reverse=True)
+        longest = max(range(len(groups)), key=lambda number: self._length(groups[number][0]), default=0)
+        if groups:
+            groups.insert(0, groups.pop(longest))
+        left_over.sort(key=self._length, reverse=True)
+        for group in [*groups, left_over]:
+            yield from group
+
+    def _length(self, index: int) -> int:
+        return abs(self.lengths[index])
+
+
+__all__ = ["ModalityLengthSampler"]

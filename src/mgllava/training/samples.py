@@ -1,0 +1,153 @@
+"""One sample: from LLaVA's JSON, or TRL's messages, to the conversation that a chat template takes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from .errors import SampleError
+
+IMAGE_TOKEN = "<image>"
+MissingBoxes = Literal["error", "empty"]
+
+
+def sample_id(sample: Mapping[str, Any]) -> str:
+    """Name a sample in messages.
+
+    Args:
+        sample (`Mapping`): A sample.
+
+    Returns:
+        `str`: Its `id` or, if it has none, how its first turn starts.
+    """
+    if sample.get("id") is not None:
+        return str(sample["id"])
+    turns = sample.get("messages") or sample.get("conversations") or [""]
+    return f"without an id ({str(turns[0])[:80]})"
+
+
+def sample_images(sample: Mapping[str, Any]) -> list[Any]:
+    """List the images of a sample.
+
+    Args:
+        sample (`Mapping`): A sample with `image` or `images`: one image, a list of them, or nothing.
+
+    Returns:
+        `list`: Paths, PIL images or whatever else the processor takes.
+    """
+    images = sample.get("images") if sample.get("images") is not None else sample.get("image")
+    if images is None or images == "":
+        return []
+    return list(images) if isinstance(images, list | tuple) else [images]
+
+
+def to_conversation(sample: Mapping[str, Any], missing_boxes: MissingBoxes = "error") -> list[dict[str, Any]]:
+    """Turn a sample into messages whose image blocks hold the images and their boxes.
+
+    Args:
+        sample (`Mapping`): Either LLaVA's form, `conversations` with turns of `from` and `value`, or `messages` with
+            `role` and `content`; images in `image` or `images` in the order of their `<image>`, or in the blocks;
+            `boxes` with the boxes of the image (or a list of one entry for each image), as the processor takes them.
+        missing_boxes (`str`): What an image without an entry is: an `"error"`, or `"empty"`, one without objects.
+
+    Returns:
+        `list[dict]`: Messages with `role` and a list of blocks. Leading answers and a last question without answer
+        are left out; several questions in a row are one. So does the original.
+
+    Raises:
+        SampleError: If turns, images and boxes do not fit each other, or there is no answer.
+    """
+    name = sample_id(sample)
+    images, boxes = sample_images(sample), sample.get("boxes")
+    entries = [] if boxes is None or not images else [boxes] if _is_one_entry(boxes, len(images)) else list(boxes)
+    if entries and len(entries) != len(images):
+        raise SampleError(f"Sample {name} must have boxes for each image, got {len(entries)} for {len(images)}.")
+    if sample.get("messages") is not None:
+        turns = [_read_message(message, name) for message in sample["messages"]]
+    elif sample.get("conversations") is not None:
+        turns = [_read_turn(turn, name) for turn in sample["conversations"]]
+    else:
+        raise SampleError(f"Sample {name} must have `conversations` or `messages`, got {', '.join(map(str, sample))}.")
+
+    turns = _in_turn(turns)
+    if not turns:
+        raise SampleError(f"Sample {name} has no answer to learn.")
+    conversation: list[dict[str, Any]] = []
+    pending = iter(zip(images, entries or [None] * len(images), strict=True))
+    used = 0
+    for role, blocks in turns:
+        content = []
+        for block in blocks:
+            if block["type"] == "image" and "image" not in block:
+                image, entry = next(pending, (None, None))
+                if image is None:
+                    raise SampleError(
+                        f"Sample {name} has more {IMAGE_TOKEN} than images: it has {len(images)}. Name the image in "
+                        f"`image`, or take {IMAGE_TOKEN} out of the text."
+                    )
+                block, used = {"type": "image", "image": image, "boxes": entry}, used + 1
+            if block["type"] == "image" and block.get("boxes") is None:
+                if missing_boxes == "error":
+                    raise SampleError(
+                        f"Sample {name} has an image without boxes. Run the detector on it (`mgllava detect`), or "
+                        'pass `missing_boxes="empty"` to train on it as on one without objects.'
+                    )
+                block = {**block, "boxes": []}
+            content.append(block)
+        conversation.append({"role": role, "content": content})
+    if used != len(images):
+        raise SampleError(f"Sample {name} has {len(images)} images, but {used} {IMAGE_TOKEN} in its questions.")
+    return conversation
+
+
+def _is_one_entry(boxes: Any, num_images: int) -> bool:
+    """Whether `boxes` are those of the only image, not a list of entries."""
+    if isinstance(boxes, Mapping) or hasattr(boxes, "ndim") or len(boxes) == 0:
+        return True
+    first = boxes[0]
+    return (
+        num_images == 1 and not isinstance(first, Mapping) and len(first) == 4 and not isinstance(first[0], Sequence)
+    )
+
+
+def _read_turn(turn: Mapping[str, Any], name: str) -> tuple[str, list[dict[str, Any]]]:
+    role = {"human": "user", "gpt": "assistant", "system": "system"}.get(turn.get("from", ""))
+    if role is None or not isinstance(turn.get("value"), str):
+        raise SampleError(f"Sample {name} must have turns with `from` (human or gpt) and `value`, got {dict(turn)}.")
+    return role, _split(turn["value"]) if role == "user" else [{"type": "text", "text": turn["value"]}]
+
+
+def _read_message(message: Mapping[str, Any], name: str) -> tuple[str, list[dict[str, Any]]]:
+    role, content = message.get("role"), message.get("content")
+    if role not in ("system", "user", "assistant") or content is None:
+        raise SampleError(f"Sample {name} must have messages with `role` and `content`, got {dict(message)}.")
+    if isinstance(content, str):
+        return role, _split(content) if role == "user" else [{"type": "text", "text": content}]
+    # Arrow fills the keys that other blocks have with None.
+    blocks = [{key: value for key, value in block.items() if value is not None} for block in content]
+    return role, [part for block in blocks for part in (_split(block["text"]) if "text" in block else [block])]
+
+
+def _split(text: str) -> list[dict[str, Any]]:
+    """Turn each `<image>` into a block, in front: there the chat template puts it anyway."""
+    blocks: list[dict[str, Any]] = [{"type": "image"} for _ in range(text.count(IMAGE_TOKEN))]
+    return [*blocks, {"type": "text", "text": text.replace(IMAGE_TOKEN, "")}]
+
+
+def _in_turn(turns: Sequence[tuple[str, list[dict[str, Any]]]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Make questions and answers alternate, and end with an answer."""
+    result: list[tuple[str, list[dict[str, Any]]]] = []
+    for role, blocks in turns:
+        last = result[-1][0] if result else None
+        if role == "assistant" and last in (None, "system"):
+            continue
+        if role == "assistant" and last == "assistant":
+            result.append(("user", [{"type": "text", "text": ""}]))
+        if role == "user" and last == "user":
+            result[-1] = ("user", [*result[-1][1], *blocks])
+        else:
+            result.append((role, blocks))
+    while result and result[-1][0] != "assistant":
+        result.pop()
+    return result
+
+
+__all__ = ["IMAGE_TOKEN", "MissingBoxes", "sample_id", "sample_images", "to_conversation"]

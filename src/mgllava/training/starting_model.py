@@ -1,0 +1,83 @@
+"""The repository that stage 1 starts from: trained parts, random fusion and projectors."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mgllava.conversion.sources import clip_config, language_model_config
+from mgllava.conversion.vocabulary import IMAGE_TOKEN, generation_config, load_tokenizer
+from mgllava.modeling import MGLlavaForConditionalGeneration
+from mgllava.processing import CHAT_TEMPLATES, MGLlavaImageProcessor, MGLlavaProcessor
+
+from .errors import TrainingError
+
+
+def write_starting_model(
+    output: str | Path,
+    llm: str | Path,
+    vision_tower: str | Path,
+    high_res_tower: str | Path,
+    prompt_template: str,
+    *,
+    dtype: Any = "auto",
+    **config: Any,
+) -> Path:
+    """Put a model together from parts and save it with its processor.
+
+    Args:
+        output (`str` or `Path`): Folder to write. It appears when it is complete.
+        llm (`str` or `Path`): Folder or Hub id of the language model.
+        vision_tower (`str` or `Path`): Folder or Hub id of the CLIP model.
+        high_res_tower (`str` or `Path`): Folder or Hub id of the open_clip ConvNeXt.
+        prompt_template (`str`): `"vicuna"`, `"llama3"`, `"phi3"` or `"yi"`.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): Of all weights.
+        **config: Arguments of [`MGLlavaConfig`], and `high_res_image_size`.
+
+    Returns:
+        `Path`: The output.
+
+    Raises:
+        TrainingError: If the template is unknown, or there is something at `output`.
+        ConversionError: If a part cannot be found.
+        ValueError: If a part is of another kind.
+        OSError: If a part cannot be read, or the output not be written.
+    """
+    output = Path(output)
+    if prompt_template not in CHAT_TEMPLATES:
+        raise TrainingError(f"`prompt_template` must be one of {sorted(CHAT_TEMPLATES)}, got {prompt_template!r}.")
+    if output.exists():
+        raise TrainingError(f"`output`: {output} exists.")
+    text_config, llm_folder = language_model_config(llm)
+    _, image_settings = clip_config(vision_tower)
+    tokenizer = load_tokenizer(llm_folder)
+    model = MGLlavaForConditionalGeneration.from_pretrained_parts(
+        llm,
+        vision_tower,
+        high_res_tower,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        dtype=dtype,
+        **config,
+    )
+    model.generation_config = generation_config(
+        llm_folder, text_config, tokenizer, prompt_template, model.config.unused_token_ids
+    )
+    side = model.config.high_res_vision_config.image_size
+    statistics = {name: image_settings[name] for name in ("image_mean", "image_std") if name in image_settings}
+    processor = MGLlavaProcessor(
+        image_processor=MGLlavaImageProcessor(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}, **statistics
+        ),
+        tokenizer=tokenizer,
+        image_seq_length=model.config.image_seq_length,
+        num_tokens_per_box=model.config.num_tokens_per_box,
+        chat_template=CHAT_TEMPLATES[prompt_template],
+    )
+    partial = output.with_name(output.name + ".incomplete")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    partial.rename(output)
+    return output
+
+
+__all__ = ["write_starting_model"]

@@ -1,0 +1,138 @@
+"""What is trained: declared by name, set, checked, and told."""
+
+import difflib
+import fnmatch
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+from torch import nn
+
+from .errors import TrainingError
+
+
+def part_of(name: str) -> str:
+    """Name the part of the model that a parameter belongs to.
+
+    Args:
+        name (`str`): Name of a parameter, also in a model that peft or a process group has wrapped.
+
+    Returns:
+        `str`: For example `fusion`, `language_model` or `lm_head`.
+    """
+    pieces = [piece for piece in name.split(".") if piece not in ("module", "base_model", "model", "_orig_mod")]
+    return pieces[0]
+
+
+def freeze_all_but(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Train the parameters that some patterns name, and no others.
+
+    Args:
+        model ([`MGLlavaForConditionalGeneration`]): The model.
+        patterns (`Sequence[str]`): Names of modules, such as `fusion` or `language_model.layers.3*`, from the parts of
+            [`MGLlavaModel`] on; `*` stands for anything. A part that this variant of the model lacks is passed by.
+
+    Raises:
+        TrainingError: If a pattern names nothing.
+    """
+    inner: Any = model.model
+    parts = {name for module in (model, inner) for name, _ in module.named_children()} - {"model"}
+    absent = {name for name, value in inner._modules.items() if value is None} | {
+        name for name, value in vars(inner).items() if value is None
+    }
+    used = set()
+    for name, parameter in model.named_parameters():
+        short = name.removeprefix("model.")
+        matching = [pattern for pattern in patterns if _matches(short, pattern)]
+        parameter.requires_grad_(bool(matching))
+        used.update(matching)
+    for pattern in patterns:
+        # A fusion without parameters is there, and a baseline has no box projector.
+        if pattern not in used and pattern not in parts | absent:
+            near = difflib.get_close_matches(pattern, sorted(parts), n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise TrainingError(
+                f"`train` must name modules of the model ({', '.join(sorted(parts))}), got {pattern!r}, "
+                f"which matches no parameter.{hint}"
+            )
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or name.startswith(pattern + ".") or fnmatch.fnmatchcase(name, pattern)
+
+
+def check_trained(model: nn.Module, patterns: Sequence[str], lora: bool = False) -> None:
+    """Check that exactly the declared parameters are trained.
+
+    Args:
+        model (`torch.nn.Module`): The model as it goes into training.
+        patterns (`Sequence[str]`): See [`freeze_all_but`].
+        lora (`bool`): Whether the language model is trained through adapters, in place of its own weights.
+
+    Raises:
+        TrainingError: If a parameter is trained that is not declared, or the other way round.
+    """
+    wrong = []
+    for name, parameter in model.named_parameters():
+        short = ".".join(piece for piece in name.split(".") if piece not in ("base_model", "modules_to_save"))
+        short = short.replace(".default.", ".")
+        while short.startswith("model."):
+            short = short.removeprefix("model.")
+        if "original_module" in name:
+            declared = False
+        elif lora and short.startswith(("language_model.", "lm_head.")):
+            declared = ".lora_" in name
+        else:
+            declared = any(_matches(short, pattern) for pattern in patterns)
+        if declared != parameter.requires_grad:
+            wrong.append(f"{name} ({'frozen' if declared else 'trained'})")
+    if wrong:
+        raise TrainingError(
+            f"{len(wrong)} parameters are not as `train` declares ({', '.join(patterns)}): {', '.join(wrong[:5])}."
+        )
+
+
+def trained_parameters(model: nn.Module) -> list[tuple[str, int, int, str]]:
+    """Count the parameters of each part.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+
+    Returns:
+        `list[tuple]`: Name, number of trained parameters, number of all, and their dtypes, for each part.
+    """
+    counts: dict[str, list[Any]] = {}
+    for name, parameter in model.named_parameters():
+        # A parameter that ZeRO-3 has shared out is empty here; one in 4 bits holds two in a byte.
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        if (quantization := getattr(parameter, "quant_state", None)) is not None:
+            size = quantization.shape.numel()
+        count = counts.setdefault(part_of(name), [0, 0, {}])
+        count[0] += size if parameter.requires_grad else 0
+        count[1] += size
+        count[2][str(parameter.dtype).removeprefix("torch.")] = None
+    return [(name, trained, total, ", ".join(dtypes)) for name, (trained, total, dtypes) in counts.items()]
+
+
+def describe_trained(model: nn.Module) -> Table:
+    """Show what is trained.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+
+    Returns:
+        `rich.table.Table`: A row for each part, and the sums.
+    """
+    rows = trained_parameters(model)
+    table = Table("part", "dtype", title="What is trained", show_footer=True)
+    sums = (sum(trained for _, trained, _, _ in rows), sum(total for _, _, total, _ in rows))
+    for heading, number in zip(("trained", "parameters"), sums, strict=True):
+        table.add_column(heading, justify="right", footer=f"{number:,}")
+    for name, trained, total, dtypes in rows:
+        table.add_row(
+            name, dtypes, f"{trained:,}" if trained else "-", f"{total:,}", style="bold" if trained else "dim"
+        )
+    return table
+
+
+__all__ = ["check_trained", "describe_trained", "freeze_all_but", "part_of", "trained_parameters"]

@@ -1,0 +1,159 @@
+"""What the options of `mgllava chat` become, and the command as users run it: in a pipe and in a terminal."""
+
+import logging
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from copy import deepcopy
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from mgllava.chat import ChatSession, command
+from mgllava.cli import app
+from tests.chat.conftest import COFFEE, assistant, user
+
+
+@pytest.fixture
+def own_config(model, monkeypatch):
+    monkeypatch.setattr(model, "generation_config", deepcopy(model.generation_config))
+    return model.generation_config
+
+
+def test_stored_length_limit_gives_way_without_a_warning(model, processor, own_config, monkeypatch, caplog):
+    """The generation config of a language model may bring one, as Vicuna's does."""
+    own_config.update(max_length=4096, max_new_tokens=None)
+    session = ChatSession(model, processor, generation_config=command.generation_config(model))
+    assert session.max_new_tokens == 512
+    session.max_new_tokens = 3
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    assert session.ask("Hello.").num_tokens == 3
+    assert caplog.records == []
+
+
+def test_options_of_generation_go_before_those_of_the_model(model, own_config):
+    own_config.update(do_sample=True, temperature=0.9, top_p=0.6, top_k=20)
+    config = command.generation_config(model, max_new_tokens=7, temperature=0.5)
+    assert (config.max_new_tokens, config.temperature, config.top_p) == (7, 0.5, 0.6)
+    assert command.generation_config(model, top_p=0.3).temperature == 0.5
+    greedy = command.generation_config(model, temperature=0.0)
+    assert (greedy.do_sample, greedy.temperature, greedy.top_p, greedy.top_k) == (False, None, None, None)
+    assert command.generation_config(model, temperature=1.0).do_sample is True
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--bits", "3"], "`bits` must be 4 or 8, got 3"),
+        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
+        (["--temperature", "-1"], "--temperature must not be negative, got -1.0"),
+        (["--top-p", "1.5"], "--top-p must be above 0 and at most 1, got 1.5"),
+        (["--temperature", "0", "--top-p", "0.5"], "--top-p has no effect with --temperature 0"),
+        (["--image", "absent.jpg"], "absent.jpg cannot be read as an image"),
+        (["--boxes", "absent.json"], "absent.json"),
+    ],
+)
+def test_mistakes_are_told_before_the_model_is_loaded(repository, monkeypatch, options, message):
+    monkeypatch.setattr(command.AutoModelForImageTextToText, "from_pretrained", None)
+    result = CliRunner().invoke(app, ["chat", "--model", str(repository), *options])
+    assert result.exit_code == 1
+    assert message in " ".join(result.output.split())
+
+
+def test_other_models_are_refused(repository, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    result = CliRunner().invoke(app, ["chat", "--model", str(tmp_path)])
+    assert result.exit_code == 1 and "must be an MG-LLaVA repository" in result.output
+    assert "'llama'" in result.output
+
+
+def arguments(repository, *options):
+    return [sys.executable, "-m", "mgllava.cli", "chat", "--model", str(repository), *map(str, options)]
+
+
+def test_questions_from_a_pipe_are_answered_in_a_plain_terminal(repository, tmp_path, ask_plainly):
+    environment = {**os.environ, "TERM": "dumb", "PYTHONIOENCODING": "ascii", "HF_HUB_OFFLINE": "1"}
+    lines = b"What is this?\n/image absent.png\nAnd \xff\xfe?\nRESET\nWhat is this?\nEXIT\nnever asked\n"
+    done = subprocess.run(
+        arguments(repository, "--image", COFFEE, "--max-new-tokens", 8, "--temperature", 0),
+        input=lines,
+        capture_output=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    errors = done.stderr.decode("ascii")
+    assert done.returncode == 0, errors
+    options = {"max_new_tokens": 8, "repetition_penalty": 1.0}
+    first = ask_plainly([user("What is this?", (COFFEE, []))], **options)
+    second = ask_plainly([user("What is this?", (COFFEE, [])), assistant(first), user("And \ufffd\ufffd?")], **options)
+    third = ask_plainly([user("What is this?")], **options)
+    assert done.stdout.decode("ascii").splitlines() == [
+        answer.encode("ascii", "replace").decode() for answer in (first, second, third)
+    ]
+    assert "absent.png cannot be read as an image" in errors
+    assert "600 x 400 pixels, 0 objects" in errors and "Traceback" not in errors
+    assert "\x1b[" not in errors
+
+
+class Terminal:
+    """A command on a pseudo-terminal."""
+
+    def __init__(self, command, **options):
+        self.master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, close_fds=True, **options
+        )
+        os.close(slave)
+        self.text = ""
+
+    def wait_for(self, text, seconds=120, interrupting=False):
+        """Read until some text comes, and drop what came before it; on the way press Ctrl-C every second."""
+        end = time.monotonic() + seconds
+        while text not in self.text:
+            if interrupting:
+                os.killpg(self.process.pid, signal.SIGINT)
+            patience = min(1, end - time.monotonic())
+            assert patience > 0, f"{text!r} did not come; got {self.text!r}"
+            if select.select([self.master], [], [], patience)[0]:
+                self.text += os.read(self.master, 4096).decode(errors="replace")
+        before, _, self.text = self.text.partition(text)
+        return before
+
+    def type(self, text):
+        os.write(self.master, text.encode())
+
+
+def test_terminal_survives_interrupts_and_ends_with_ctrl_d(repository, tmp_path):
+    box_file = tmp_path / "boxes.json"
+    box_file.write_text('[{"id": "coffee.jpg", "boxes": [[172, 17, 410, 308]], "scores": [0.9], "labels": ["cup"]}]')
+    command = arguments(repository, "--max-new-tokens", 7000, "--boxes", box_file, "--seed", 0, "--temperature", 3)
+    environment = {**os.environ, "TERM": "dumb", "HF_HUB_OFFLINE": "1"}
+    terminal = Terminal(command, cwd=tmp_path, env=environment)
+    try:
+        terminal.wait_for("/help tells more.")
+        terminal.wait_for("> ")
+        # More than once: one that comes right after the prompt was written is not noticed before the next key.
+        terminal.wait_for("(Ctrl-D or /exit leaves)", interrupting=True)
+        terminal.wait_for("> ")
+        terminal.type(f"{COFFEE}\n")
+        assert "600 x 400 pixels, 1 object" in terminal.wait_for("drawn in chat-boxes/coffee.jpg")
+        terminal.wait_for("> ")
+        terminal.type("What is this?\n")
+        terminal.wait_for("What is this?\r\n")
+        terminal.wait_for(" ")  # the answer is being written
+        terminal.wait_for("(stopped)", interrupting=True)
+        terminal.wait_for("> ")
+        terminal.type("/help\n")
+        terminal.wait_for("Ctrl-C stops an answer")
+        terminal.wait_for("> ")
+        terminal.type("\x04")
+        assert terminal.process.wait(60) == 0
+    finally:
+        terminal.process.kill()
+        os.close(terminal.master)
+    assert Image.open(tmp_path / "chat-boxes" / "coffee.jpg").size == (600, 400)

@@ -1,0 +1,88 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from mgllava import BoxDetector, MGLlavaProcessor
+from mgllava.conversion import convert_ram_plus
+from mgllava.hub import export_repository
+from tests.hub.repositories import FAMILIES, save_family
+from tests.processing.detectors import OWLV2
+from tests.ram_plus.golden import SOURCES
+
+# This interpreter and, in `make hub-check`, one with another release of transformers.
+PYTHONS = [sys.executable]
+if other := os.environ.get("MGLLAVA_OTHER_PYTHON"):
+    PYTHONS.append(os.path.abspath(other))  # links stay: they are what makes it an environment of its own
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory):
+    """Exported repositories, by family."""
+    folder = tmp_path_factory.mktemp("families")
+    return {
+        family: export_repository(save_family(folder / f"{family}-saved", family, seed), folder / family, verify=False)
+        for seed, family in enumerate(FAMILIES)
+    }
+
+
+@pytest.fixture(scope="session")
+def tagger_repository(tmp_path_factory):
+    """RAM++, as the converter writes it."""
+    return convert_ram_plus(**SOURCES, output=tmp_path_factory.mktemp("tagger") / "ram-plus")
+
+
+@pytest.fixture(scope="session")
+def with_detector(families, tagger_repository, tmp_path_factory):
+    """A repository with tagger and detector in folders."""
+    folder = tmp_path_factory.mktemp("with_detector")
+    return export_repository(
+        families["vicuna"],
+        folder / "complete",
+        tagger=str(tagger_repository),
+        detector=str(OWLV2),
+        with_detector=True,
+        verify=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def processor_with_detector(families, tagger_repository):
+    processor = MGLlavaProcessor.from_pretrained(families["vicuna"])
+    processor.box_detector = BoxDetector(tagger_repository, OWLV2)
+    return processor
+
+
+@pytest.fixture
+def without_package(tmp_path):
+    """Run jobs of `session.py` in a process that cannot import the package; return tensors and facts of each."""
+
+    def run(python, jobs, home=None):
+        home, results = home or tmp_path / "home", tmp_path / "results"
+        results.mkdir()
+        (tmp_path / "jobs.json").write_text(json.dumps(jobs, default=str))
+        script = Path(__file__).with_name("session.py")
+        done = subprocess.run(
+            [python, "-W", "error::DeprecationWarning:transformers_modules", script, tmp_path / "jobs.json", results],
+            env={
+                **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+                "HF_HUB_OFFLINE": "1",
+                "HF_HOME": str(home),
+                "HF_HUB_CACHE": str(home / "hub"),
+                "HF_MODULES_CACHE": str(home / "modules"),
+            },
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return {
+            name: (load_file(results / f"{name}.safetensors"), json.loads((results / f"{name}.json").read_text()))
+            for name in jobs
+        }, done.stderr
+
+    return run

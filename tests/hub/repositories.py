@@ -1,0 +1,50 @@
+"""Small repositories of every kind, as the package saves them."""
+
+import shutil
+
+from transformers import AutoTokenizer
+
+from mgllava import MGLlavaImageProcessor, MGLlavaProcessor
+from mgllava.processing import CHAT_TEMPLATES
+from tests.golden_cases import GOLDEN
+from tests.tiny import IMAGE_SIZE, tiny_model
+
+# Chat template and language model of each family.
+FAMILIES = {"vicuna": "llama", "llama3": "llama", "phi3": "phi3", "yi": "llama"}
+
+
+def save_family(folder, family, seed=0, **options):
+    """Save a random model of a family with its processor, as after training."""
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "llm")
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.padding_side = "left"
+    model = tiny_model(
+        FAMILIES[family],
+        text_config={"vocab_size": 448},
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        unpadded_vocab_size=420,
+        seed=seed,
+    )
+    model.generation_config.suppress_tokens = model.config.unused_token_ids
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    processor = MGLlavaProcessor(
+        MGLlavaImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=size),
+        tokenizer,
+        image_seq_length=model.config.image_seq_length,
+        num_tokens_per_box=model.config.num_tokens_per_box,
+        chat_template=CHAT_TEMPLATES[family],
+    )
+    model.save_pretrained(folder, **options)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def as_hub_cache(folder, cache, repo_id, revisions):
+    """Lay a folder into a cache of the Hub, as if it had been downloaded, under each name of a revision."""
+    repository = cache / f"models--{repo_id.replace('/', '--')}"
+    for revision, commit in revisions.items():
+        if not (repository / "snapshots" / commit).exists():
+            shutil.copytree(folder, repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+    return repository

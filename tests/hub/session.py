@@ -1,0 +1,174 @@
+"""What a user does with a repository. Imported, it runs with the package; as a script, where it cannot be imported.
+
+As a script it takes a file of jobs and a folder for the results, so that one process serves for all of them.
+"""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path = [path for path in sys.path if not (Path(path) / "mgllava").is_dir()]
+    sys.modules["mgllava"] = None
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    pipeline,
+)
+
+REMOTE = {"trust_remote_code": True}
+CONVERSATION = [
+    {
+        "role": "user",
+        "content": [
+            {"type": "image", "boxes": [[0, 10, 70, 60], [20, 0, 50, 80]]},
+            {"type": "text", "text": "What is it?"},
+        ],
+    }
+]
+
+
+def picture():
+    """A picture with something everywhere: 120 pixels wide, 90 high."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
+
+
+def classes(*objects):
+    """Name classes, by their modules: remote code is in `transformers_modules`."""
+    return [f"{type(entry).__module__.split('.')[0]}:{type(entry).__name__}" for entry in objects]
+
+
+def load(name, **options):
+    """Load with the configuration given, as far as it loads: of local folders it has another class in each module."""
+    config = AutoConfig.from_pretrained(name, **REMOTE, **options)
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        name, config=config, dtype=torch.float32, output_loading_info=True, **REMOTE, **options
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model.eval(), AutoProcessor.from_pretrained(name, **REMOTE, **options)
+
+
+@torch.no_grad()
+def answers(model, processor):
+    """Pixels, boxes, logits and greedy answers of a picture, and of a batch with a text that has none."""
+    conversations = [CONVERSATION, [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]]
+    conversations[0][0]["content"][0]["image"] = picture()
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    results = {}
+    for name, conversation in (("single", conversations[0]), ("batch", conversations)):
+        inputs = processor.apply_chat_template(conversation, processor_kwargs={"padding": True}, **options)
+        results |= {f"{name}.{key}": value for key, value in inputs.items()}
+        results[f"{name}.logits"] = model(**inputs).logits
+        results[f"{name}.answer"] = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    return results
+
+
+def mgllava(name, again=None, **options):
+    """Answers, with both backends of the image processor; saved again, the same answers."""
+    model, processor = load(name, **options)
+    tensors = answers(model, processor)
+    image_processors = []
+    for backend in ("torchvision", "pil"):
+        image_processors.append(AutoImageProcessor.from_pretrained(name, backend=backend, **REMOTE, **options))
+        tensors[f"pixels.{backend}"] = image_processors[-1](picture(), return_tensors="pt")["pixel_values"]
+    if again is not None:
+        model.save_pretrained(again)
+        processor.save_pretrained(again)
+        tensors |= {f"again.{key}": value for key, value in answers(*load(again)).items()}
+    return tensors, {"classes": classes(model, model.config, processor, processor.image_processor, *image_processors)}
+
+
+def other_classes(name, **options):
+    """What else loads a repository: other Auto classes, the processor on PIL, the tokenizer alone, a pipeline."""
+    models = [
+        auto_class.from_pretrained(name, **REMOTE, **options) for auto_class in (AutoModel, AutoModelForMultimodalLM)
+    ]
+    processor = AutoProcessor.from_pretrained(name, backend="pil", **REMOTE, **options)
+    tokenizers = [AutoTokenizer.from_pretrained(name, trust_remote_code=trust, **options) for trust in (False, True)]
+    ids = [tokenizer("Hello there")["input_ids"] for tokenizer in (*tokenizers, processor.tokenizer)]
+    assert ids[0] == ids[1] == ids[2]
+    CONVERSATION[0]["content"][0]["image"] = picture()
+    answer = pipeline("image-text-to-text", model=name, device="cpu", **REMOTE, **options)
+    said = answer(text=CONVERSATION, return_full_text=False, generate_kwargs={"max_new_tokens": 4, "do_sample": False})
+    loaded = (*models, processor, processor.image_processor, answer.model)
+    return {}, {"classes": classes(*loaded), "pipeline": said[0]["generated_text"]}
+
+
+@torch.no_grad()
+def ram_plus(name, again=None):
+    """Tags of a picture, both backends, both Auto classes, a pipeline; saved again, the same."""
+    model = AutoModel.from_pretrained(name, **REMOTE).eval()
+    classifier = AutoModelForImageClassification.from_pretrained(name, **REMOTE)
+    tensors, image_processors = {}, []
+    for backend in ("torchvision", "pil"):
+        image_processors.append(AutoImageProcessor.from_pretrained(name, backend=backend, **REMOTE))
+        inputs = image_processors[-1](picture(), return_tensors="pt")
+        tensors |= {f"pixels.{backend}": inputs["pixel_values"], f"logits.{backend}": model(**inputs).logits}
+    tags = pipeline("image-classification", model=name, device="cpu", **REMOTE)(picture(), top_k=3)
+    facts = {"classes": classes(model, model.config, classifier, *image_processors), "pipeline": tags}
+    if again is not None:
+        model.save_pretrained(again)
+        image_processors[0].save_pretrained(again)
+        tensors |= {f"again.{key}": value for key, value in ram_plus(again)[0].items()}
+    return tensors, facts
+
+
+def detection(name, again=None, **options):
+    """Boxes that the processor's own detector finds, tagger and all; it is saved again after it was used."""
+    processor = AutoProcessor.from_pretrained(name, **REMOTE, **options)
+    (found,) = processor.detect(picture())
+    inputs = processor(picture(), "<image>", return_tensors="pt")
+    facts = {
+        "labels": found["labels"],
+        "classes": classes(processor.box_detector, processor.box_detector._tagger.model),
+    }
+    if again is not None:
+        processor.save_pretrained(again)
+        (repeated,) = AutoProcessor.from_pretrained(again, **REMOTE).detect(picture())
+        assert repeated["labels"] == found["labels"]
+    return {"boxes": found["boxes"], "scores": found["scores"], "inputs": inputs["boxes"]}, facts
+
+
+def adapter(name, path):
+    """Logits of a model with an adapter of PEFT on top."""
+    from peft import PeftModel
+
+    model, processor = load(name)
+    return answers(PeftModel.from_pretrained(model, path).eval(), processor), {"classes": classes(model)}
+
+
+def card(name, folder):
+    """Run the first example of a repository's card, word for word, beside a photo."""
+    os.chdir(folder)
+    picture().save("photo.jpg")
+    code = re.search(r"```python\n(.*?)```", (Path(name) / "README.md").read_text(), re.DOTALL)[1]
+    lines = []
+    exec(code, {"print": lines.append})
+    return {}, {"printed": len(lines)}
+
+
+def main():
+    jobs, results = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    for key, (action, arguments) in jobs.items():
+        tensors, facts = globals()[action](**arguments)
+        save_file({name: value.contiguous() for name, value in tensors.items()}, results / f"{key}.safetensors")
+        (results / f"{key}.json").write_text(json.dumps(facts))
+    loaded = [name for name in sys.modules if name.split(".")[0] == "mgllava" and sys.modules[name] is not None]
+    assert not loaded, loaded
+
+
+if __name__ == "__main__":
+    main()

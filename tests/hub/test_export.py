@@ -1,0 +1,329 @@
+"""`mgllava export`: complete repositories, or none."""
+
+import json
+import re
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import mgllava
+from mgllava import MGLlavaForConditionalGeneration, MGLlavaProcessor
+from mgllava.cli import app
+from mgllava.conversion import ConversionError
+from mgllava.hub import export, export_repository, upload
+from mgllava.hub.card_sections import Contents
+from mgllava.hub.model_card import model_card
+from tests.hub.repositories import save_family
+from tests.processing.detectors import OWLV2
+
+TAG = f"v{mgllava.__version__}"
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["export", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model as somebody saved it, in shards."""
+    return save_family(tmp_path_factory.mktemp("saved") / "model", "vicuna", max_shard_size="200KB")
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+def test_an_export_is_complete_and_changes_no_weights(saved, tmp_path):
+    output = tmp_path / "out"
+    result = run("--model", saved, "--output", output)
+    assert result.exit_code == 0 and f"Wrote {output}" in result.output, result.output
+    names = {path.name for path in output.iterdir()}
+    assert names >= {path.name for path in saved.iterdir()} | {"README.md"}
+    index = json.loads((output / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(index.values())) > 1
+    for name in set(index.values()):
+        assert (output / name).read_bytes() == (saved / name).read_bytes()
+        assert (output / name).stat().st_ino != (saved / name).stat().st_ino
+        with safe_open(output / name, "pt") as file:
+            assert set(file.keys()) == {key for key, shard in index.items() if shard == name}
+    assert (output / "generation_config.json").read_text() == (saved / "generation_config.json").read_text()
+    _, info = MGLlavaForConditionalGeneration.from_pretrained(output, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert list(tmp_path.iterdir()) == [output]
+
+    result = run("--model", saved, "--output", output)
+    assert result.exit_code == 1 and "exists. Choose another --output, or pass --overwrite" in result.output
+    # Onto itself, which brings card and code up to date.
+    (output / "modeling_mgllava.py").write_text("old")
+    assert run("--model", output, "--output", output, "--overwrite", "--no-verify").exit_code == 0
+    assert {path.name for path in output.iterdir()} == names
+    assert "class MGLlavaModel" in (output / "modeling_mgllava.py").read_text()
+
+
+@pytest.mark.parametrize("change", ["missing", "shape", "index", "pickle", "config", "processor"])
+def test_broken_repositories_are_refused_before_anything_is_written(change, copied, tmp_path):
+    index_path = copied / "model.safetensors.index.json"
+    shard = copied / json.loads(index_path.read_text())["weight_map"]["model.box_projector.linear_1.weight"]
+    name = "model.box_projector.linear_1.weight"
+    if change in ("missing", "shape"):
+        weights = load_file(shard)
+        value = weights.pop(name)
+        if change == "shape":
+            weights[name] = value[:-1]
+        else:
+            index = json.loads(index_path.read_text())
+            del index["weight_map"][name]
+            index_path.write_text(json.dumps(index))
+        save_file(weights, shard, metadata={"format": "pt"})
+    elif change == "index":
+        shard.unlink()
+    elif change == "pickle":
+        index_path.unlink()
+        torch.save({"x": torch.zeros(1)}, copied / "pytorch_model.bin")
+    elif change == "config":
+        (copied / "config.json").write_text('{"model_type": "llava"}')
+    else:
+        (copied / "processor_config.json").unlink()
+    message = {
+        "missing": f"missing: 1\n  {name}",
+        "shape": f"wrong shape: 1\n  {name}: expected",
+        "index": "names shards that are not there",
+        "pickle": "must hold safetensors, got pytorch_model.bin",
+        "config": "must be a repository of mgllava or ram_plus, got .* of 'llava'",
+        "processor": "must hold what the model's processor is made of",
+    }[change]
+    with pytest.raises(ConversionError, match=message):
+        export_repository(copied, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.incomplete").exists()
+
+
+def test_what_does_not_load_gets_no_name(saved, tmp_path, monkeypatch):
+    """As if a file of the package imported the package itself, which is installed here."""
+    save_code = export.custom_object_save
+
+    def save_other_code(model, folder):
+        save_code(model, folder)
+        with (folder / "regions_mgllava.py").open("a") as file:
+            file.write("\nimport mgllava\n")
+
+    monkeypatch.setattr(export, "custom_object_save", save_other_code)
+    with pytest.raises(
+        ConversionError, match=r"does not load where mgllava is not installed(.|\n)*import of mgllava halted"
+    ):
+        export_repository(saved, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_detector_in_folders_or_by_id(families, tagger_repository, tmp_path, monkeypatch):
+    model = families["vicuna"]
+    fetched = []
+
+    def fetch(name, argument, patterns, revision=None):
+        fetched.append((str(name), revision))
+        return {"org/tagger": tagger_repository, "org/detector": OWLV2}.get(str(name), model)
+
+    monkeypatch.setattr(export, "fetch", fetch)
+    options = {"tagger": "org/tagger", "detector": "org/detector", "verify": False}
+    export_repository("org/model", tmp_path / "ids", revision="r1", **options)
+    assert fetched == [("org/model", "r1")]
+    config = json.loads((tmp_path / "ids" / "processor_config.json").read_text())["box_detector_config"]
+    assert config == {"tagger": "org/tagger", "detector": "org/detector", "mode": "faithful"}
+    assert not (tmp_path / "ids" / "box_detector").exists()
+
+    (stale := tagger_repository / "modeling_ram_plus.py").write_bytes(stale.read_bytes() + b"# older\n")
+    try:
+        export_repository("org/model", tmp_path / "folders", with_detector=True, **options)
+    finally:
+        stale.write_bytes(stale.read_bytes().removesuffix(b"# older\n"))
+    config = json.loads((tmp_path / "folders" / "processor_config.json").read_text())["box_detector_config"]
+    assert config["tagger"] == "./box_detector/tagger" and config["detector"] == "./box_detector/detector"
+    code = tmp_path / "folders" / "box_detector" / "tagger" / "modeling_ram_plus.py"
+    assert code.read_bytes() == stale.read_bytes()
+    detector = MGLlavaProcessor.from_pretrained(tmp_path / "folders").load_box_detector(device="cpu")
+    assert detector.mode == "faithful"
+
+    with pytest.raises(ConversionError, match="`tagger` must be given, since the processor has none"):
+        export_repository(model, tmp_path / "none", with_detector=True)
+
+
+def test_ram_plus_is_exported_too(tagger_repository, tmp_path):
+    output = export_repository(tagger_repository, tmp_path / "ram-plus", verify=False)
+    assert {"README.md", "preprocessor_config.json", "modeling_ram_plus.py"} <= {p.name for p in output.iterdir()}
+    assert ModelCard.load(output / "README.md").data.pipeline_tag == "image-classification"
+    with pytest.raises(ConversionError, match="RAM\\+\\+ is itself a tagger"):
+        export_repository(tagger_repository, tmp_path / "other", with_detector=True)
+
+
+def test_the_report_loses_the_paths_of_this_machine(repository, tmp_path):
+    output = export_repository(repository, tmp_path / "out", verify=False)
+    for name in ("conversion_report.json", "README.md"):
+        text = (output / name).read_text()
+        assert str(repository.parent) not in text and "tests/golden" not in text
+    report = json.loads((output / "conversion_report.json").read_text())
+    assert report["arguments"]["llm"] == "llm"
+    assert [file["file"] for file in report["sources"]["checkpoint"]] == ["iter_10.pth"]
+
+
+def test_a_card_that_somebody_wrote_is_kept_and_a_generated_one_is_not(copied, tmp_path):
+    (copied / "README.md").write_text("---\nlicense: mit\n---\nMine.\n")
+    output = export_repository(copied, tmp_path / "own", verify=False)
+    assert (output / "README.md").read_text().endswith("Mine.\n")
+    (copied / "README.md").unlink()
+    first = export_repository(copied, tmp_path / "first", verify=False)
+    second = export_repository(first, tmp_path / "second", tag="v9", verify=False)
+    assert '"revision": "v9"' in (second / "README.md").read_text()
+
+
+VICUNA = {"llm": "lmsys/vicuna-7b-v1.5", "vision_tower": "openai/clip-vit-large-patch14-336"}
+
+
+def published_contents(**changes):
+    """What a conversion of the authors' 7B checkpoint would have; shapes without their weights."""
+    config = mgllava.MGLlavaConfig(dtype="float16")
+    with torch.device("meta"):
+        model = MGLlavaForConditionalGeneration(config)
+    report = {
+        "arguments": {**VICUNA, "high_res_tower": "somebody/convnext", "checkpoint": "iter_10805.pth"},
+        "checkpoint": {"kind": "sft"},
+        "sources": {"checkpoint": [{"file": "iter_10805.pth", "sha256": "0123abc"}]},
+        "versions": {"mgllava": "0.1.0"},
+    }
+    values = {
+        "config": config,
+        "shapes": {name: tuple(value.shape) for name, value in model.state_dict().items()},
+        "report": report,
+        "box_detector": {"tagger": "./box_detector/tagger", "detector": "google/owlv2-large-patch14-ensemble"},
+        "repo_id": "org/mg-llava",
+        "tag": TAG,
+        "checked_with": "transformers 5.0",
+    }
+    return Contents(**{**values, **changes})
+
+
+def test_a_card_says_what_is_known_and_what_is_not(tmp_path):
+    contents = published_contents()
+    card = model_card(contents)
+    assert card.data.license == "llama2"
+    assert card.data.base_model == [*VICUNA.values(), "somebody/convnext"]
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "image-text-to-text"
+    card.save(tmp_path / "README.md")
+    assert ModelCard.load(tmp_path / "README.md").data.to_dict() == card.data.to_dict()
+    text = card.text
+    assert f'"org/mg-llava", {{"revision": "{TAG}"' in text
+    assert (
+        "| [somebody/convnext](https://huggingface.co/somebody/convnext) | unknown: see where it comes from |" in text
+    )
+    assert "| Llama 2 Community License |" in text and "| tagger | in this repository, `box_detector/tagger` |" in text
+    assert "MMBench-dev | 72.1" in text and "(SHA-256 0123abc)" in text and "not measured again here" in text
+    total = sum(torch.Size(shape).numel() for shape in contents.shapes.values())
+    assert f"| **all** | {total:,} |" in text and 7.2e9 < total < 7.5e9
+    memory = dict(re.findall(r"([\d.]+) GB in (bf16|8 bits|4 bits)", text))
+    assert {unit: float(size) for size, unit in memory.items()} == {
+        "bf16": pytest.approx(2 * total / 1e9, abs=0.01),
+        # 32 layers of 4 squares of 4096 and 3 times 4096 x 11008.
+        "8 bits": pytest.approx((2 * total - 32 * (4 * 4096**2 + 3 * 4096 * 11008)) / 1e9, abs=0.01),
+        "4 bits": pytest.approx((2 * total - (2 - 0.5159) * 32 * (4 * 4096**2 + 3 * 4096 * 11008)) / 1e9, abs=0.01),
+    }
+    assert "`boxes`" not in text and '"boxes":' not in text  # the processor finds them
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"report": {}},
+        {"report": {"arguments": VICUNA, "checkpoint": {"kind": "lora"}}},
+        {"report": {"arguments": {"llm": "somebody/llm"}, "checkpoint": {"kind": "sft"}}},
+        {"config": mgllava.MGLlavaConfig(fusion_type="channel_concat")},
+    ],
+)
+def test_results_of_the_paper_are_for_the_published_model_alone(changes):
+    card = model_card(published_contents(**changes))
+    assert "paper reports" not in card.text
+    if not changes.get("report", {"x": 1}).get("arguments", {}).get("llm", "").startswith("lmsys"):
+        assert card.data.license is None or "config" in changes
+
+
+class FakeApi:
+    """The Hub, as far as an upload sees it."""
+
+    def __init__(self, exists=False, private=False, tags=()):
+        self.calls, self.exists, self.private, self.tags = [], exists, private, tags
+
+    def __call__(self):
+        return self
+
+    def repo_info(self, repo_id):
+        if not self.exists:
+            response = SimpleNamespace(headers={}, request=None, status_code=404)
+            raise RepositoryNotFoundError("404", response=response)
+        return SimpleNamespace(private=self.private)
+
+    def list_repo_refs(self, repo_id):
+        return SimpleNamespace(tags=[SimpleNamespace(name=tag) for tag in self.tags])
+
+    def create_repo(self, repo_id, private, exist_ok):
+        self.calls.append(("create", repo_id, private, exist_ok))
+        url = type("Url", (str,), {"repo_id": repo_id})
+        return url(f"https://hub/{repo_id}")
+
+    def upload_folder(self, repo_id, folder_path, commit_message, delete_patterns):
+        self.calls.append(("upload", repo_id, {path.name for path in folder_path.iterdir()}, delete_patterns))
+        return SimpleNamespace(oid="c0ffee")
+
+    def create_tag(self, repo_id, tag, revision):
+        self.calls.append(("tag", repo_id, tag, revision))
+
+
+def test_push_creates_uploads_and_tags(saved, tmp_path, monkeypatch):
+    api = FakeApi()
+    monkeypatch.setattr(upload, "HfApi", api)
+    output = tmp_path / "out"
+    result = run("--model", saved, "--output", output, "--push", "org/name", "--private", "--no-verify")
+    assert result.exit_code == 0, result.output
+    assert f"Uploaded to https://hub/org/name, tag {TAG}" in result.output
+    create, sent, tag = api.calls
+    assert create == ("create", "org/name", True, True) and tag == ("tag", "org/name", TAG, "c0ffee")
+    assert sent[:2] == ("upload", "org/name") and {"README.md", "modeling_mgllava.py"} <= sent[2]
+    assert "*.py" in sent[3]
+    assert '"org/name"' in (output / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("api", "options", "message"),
+    [
+        (FakeApi(True, tags=[TAG]), ["--push", "org/name"], f"has a tag {TAG}, which users may have pinned"),
+        (FakeApi(True), ["--push", "org/name", "--private"], "org/name exists and is public"),
+        (FakeApi(), ["--private"], "--private is about the Hub, and needs --push"),
+    ],
+)
+def test_uploads_that_cannot_be_are_refused_before_anything_is_written(
+    api, options, message, saved, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(upload, "HfApi", api)
+    result = run("--model", saved, "--output", tmp_path / "out", *options)
+    assert result.exit_code == 1 and message in result.output
+    assert not api.calls and not list(tmp_path.iterdir())
+
+
+def test_names_that_are_nothing_are_named(tmp_path):
+    result = run("--model", "no/such-model", "--output", tmp_path / "out")
+    assert result.exit_code == 1 and "`model`: no/such-model is no folder here" in result.output
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConversionError, match="It is an adapter: merge it"):
+        export_repository(tmp_path / "adapter", tmp_path / "out")
+
+
+def test_the_check_leaves_this_process_alone():
+    import mgllava.hub.loading_check
+
+    assert sys.modules["mgllava"] is mgllava

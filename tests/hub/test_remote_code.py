@@ -1,0 +1,112 @@
+"""Repositories where the package is not installed: they load, and compute what the package computes, bit for bit."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mgllava import MGLlavaForConditionalGeneration, MGLlavaProcessor
+from mgllava.hub import export_repository
+from tests.hub import session
+from tests.hub.conftest import PYTHONS
+from tests.hub.repositories import as_hub_cache
+
+
+def assert_equal(remote, own, exact=True):
+    """Compare tensors by name, and those of what was saved again with those of the first time.
+
+    Those may differ in the last bit: where weights lie in a file decides which kernels read them.
+    """
+    for name, value in remote.items():
+        wanted = own[name.removeprefix("again.")]
+        if not value.is_floating_point() or (exact and not name.startswith("again.")):
+            assert torch.equal(value, wanted), name
+        else:
+            torch.testing.assert_close(value, wanted, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def python_files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*.py")}
+
+
+def auto_maps(folder):
+    """All `auto_map` of a repository, by file."""
+    maps = {}
+    for path in sorted(Path(folder).rglob("*.json")):
+        content = json.loads(path.read_text())
+        for owner in (content, content.get("image_processor", {})) if isinstance(content, dict) else ():
+            if isinstance(owner, dict) and "auto_map" in owner:
+                maps.setdefault(str(path.relative_to(folder)), []).append(owner["auto_map"])
+    return maps
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_all_repositories_load_and_compute_the_same(
+    python, families, tagger_repository, with_detector, without_package, tmp_path
+):
+    peft = pytest.importorskip("peft")
+    model = MGLlavaForConditionalGeneration.from_pretrained(families["vicuna"])
+    tuned = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=r".*language_model.*\.[qv]_proj", init_lora_weights=False)
+    )
+    tuned.save_pretrained(tmp_path / "adapter")
+    exported_tagger = export_repository(tagger_repository, tmp_path / "ram-plus", verify=False)
+    home = tmp_path / "hub-home"
+    pinned, latest = "a" * 40, "b" * 40
+    cached = as_hub_cache(with_detector, home / "hub", "org/mg-llava.tiny", {"v0.1.0": pinned, "main": latest})
+    # Whoever pins the tag is not hurt by what happens on the main branch.
+    for path in (cached / "snapshots" / latest).rglob("*.py"):
+        path.write_text("raise RuntimeError('not the pinned revision')\n")
+
+    jobs = {family: ("mgllava", {"name": folder, "again": tmp_path / family}) for family, folder in families.items()}
+    jobs |= {
+        "other classes": ("other_classes", {"name": families["llama3"]}),
+        "ram_plus": ("ram_plus", {"name": tagger_repository, "again": tmp_path / "ram_plus"}),
+        "detection": ("detection", {"name": with_detector, "again": tmp_path / "detection"}),
+        "adapter": ("adapter", {"name": families["vicuna"], "path": tmp_path / "adapter"}),
+        "card": ("card", {"name": families["phi3"], "folder": families["phi3"].parent}),
+        "tagger card": ("card", {"name": exported_tagger, "folder": exported_tagger.parent}),
+        "pinned": ("mgllava", {"name": "org/mg-llava.tiny", "revision": "v0.1.0"}),
+        "pinned pipeline": ("other_classes", {"name": "org/mg-llava.tiny", "revision": "v0.1.0"}),
+        "pinned detection": ("detection", {"name": "org/mg-llava.tiny", "revision": "v0.1.0"}),
+    }
+    results, said = without_package(python, jobs, home)
+
+    exact = python == PYTHONS[0]
+    for name, (action, arguments) in jobs.items():
+        tensors, facts = results[name]
+        assert all(entry.startswith("transformers_modules:") for entry in facts.get("classes", ())), (name, facts)
+        if action == "card":
+            assert facts["printed"] == 1
+            continue
+        if "revision" in arguments:
+            arguments = {"name": with_detector}
+        own_arguments = {key: str(value) for key, value in arguments.items() if key != "again"}
+        own_tensors, own_facts = getattr(session, action)(**own_arguments)
+        assert_equal(tensors, own_tensors, exact)
+        # The installed package wins over the code in the repository.
+        assert [entry.split(":")[1] for entry in facts["classes"]] == [
+            entry.split(":")[1] for entry in own_facts["classes"]
+        ]
+        assert all(entry.startswith("mgllava:") for entry in own_facts["classes"]), own_facts
+        if action == "ram_plus":
+            assert [tag["label"] for tag in facts["pipeline"]] == [tag["label"] for tag in own_facts["pipeline"]]
+        else:
+            assert facts.get("pipeline") == own_facts.get("pipeline")
+            assert facts.get("labels") == own_facts.get("labels")
+        if "again" in arguments:
+            folder = arguments["name"]
+            saved = python_files(folder)
+            copied = python_files(arguments["again"])
+            assert copied and all(saved[path] == code for path, code in copied.items()), name
+            if action != "detection":  # which saves the processor alone
+                assert copied.keys() == {path for path in saved if path.parts[0] != "box_detector"}, name
+                assert auto_maps(arguments["again"]) == auto_maps(folder), name
+    for word in ("offline", "Connection", "huggingface.co/api", "not installed"):
+        assert word not in said, said
+
+
+def test_the_processor_remembers_that_code_may_run(with_detector):
+    loaded = MGLlavaProcessor.from_pretrained(with_detector, trust_remote_code=True)
+    assert loaded._repository.trust_remote_code

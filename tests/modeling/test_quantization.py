@@ -1,0 +1,272 @@
+"""Which modules are quantized, that quantized models survive saving, and that adapters can be trained on them."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForImageTextToText, BitsAndBytesConfig, FineGrainedFP8Config
+
+import mgllava
+from mgllava import MGLlavaConfig, MGLlavaForConditionalGeneration, MGLlavaModel
+from tests.tiny import tiny_inputs, tiny_model
+
+FAMILIES = ["llama", "phi3", "qwen2", "qwen3", "mistral"]
+LAYERS = {4: "Linear4bit", 8: "Linear8bitLt"}
+MIXED = [[3], [], [1, 5]]
+
+
+def plain_config(bits):
+    return BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+
+
+def language_model_layers(model, prefix="model."):
+    """Names of the linear layers of the language model, which are what is to be quantized."""
+    return {
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and name.startswith(f"{prefix}language_model.")
+    }
+
+
+def quantized_layers(model):
+    return {name for name, module in model.named_modules() if type(module).__name__ in LAYERS.values()}
+
+
+@pytest.fixture(autouse=True)
+def quiet_bitsandbytes(caplog):
+    caplog.set_level(logging.ERROR, logger="bitsandbytes")  # it has a line for every cast of every layer
+
+
+@pytest.fixture(scope="module")
+def save(tmp_path_factory):
+    """Save a tiny model once per set of arguments, and return it with its folder."""
+    saved = {}
+
+    def run(*args, **kwargs):
+        key = str((args, kwargs))
+        if key not in saved:
+            folder = tmp_path_factory.mktemp("model")
+            model = tiny_model(*args, **kwargs)
+            model.save_pretrained(folder)
+            saved[key] = model, folder
+        return saved[key]
+
+    return run
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_the_language_model_is_quantized_by_default(save, family, bits):
+    model, folder = save(family)
+    quantized = AutoModel.from_pretrained(folder, quantization_config=plain_config(bits), dtype=torch.bfloat16)
+    expected = language_model_layers(model)
+    assert quantized_layers(quantized) == expected
+    assert {type(quantized.get_submodule(name)).__name__ for name in expected} == {LAYERS[bits]}
+    others = {
+        name: parameter.dtype
+        for name, parameter in quantized.named_parameters()
+        if name.rpartition(".")[0] not in expected
+    }
+    assert set(others.values()) == {torch.bfloat16}
+    assert {"lm_head.weight", "model.language_model.embed_tokens.weight"} <= set(others)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"object_merging": "fused_to_box", "fusion_type": "patch_info_mining"},
+        {"object_merging": "box_to_fused", "fusion_type": "resampler", "box_feature_type": "multi_level"},
+        {"object_merging": "none", "fusion_type": "none"},
+    ],
+)
+def test_variants_keep_their_modules_too(save, variant, bits):
+    model, folder = save(**variant)
+    quantized = AutoModel.from_pretrained(folder, quantization_config=plain_config(bits))
+    assert quantized_layers(quantized) == language_model_layers(model)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_tied_head_stays(save, bits):
+    model, folder = save(text_config={"tie_word_embeddings": True})
+    quantized = AutoModel.from_pretrained(folder, quantization_config=plain_config(bits))
+    assert quantized_layers(quantized) == language_model_layers(model)
+    assert quantized.lm_head.weight is quantized.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("load", [AutoModelForImageTextToText.from_pretrained, MGLlavaModel.from_pretrained])
+@pytest.mark.parametrize("config", [{"load_in_4bit": True}, {"load_in_4bit": True, "quant_method": "bitsandbytes"}])
+def test_dictionaries_and_the_model_without_head(save, load, config):
+    model, folder = save()
+    given = dict(config)
+    quantized = load(folder, quantization_config=config)
+    prefix = "" if type(quantized) is MGLlavaModel else "model."
+    expected = language_model_layers(model if prefix else model.model, prefix)
+    assert expected
+    assert quantized_layers(quantized) == expected
+    assert config == given
+
+
+def test_the_users_configuration_is_not_changed(save):
+    config = plain_config(8)
+    before = copy.deepcopy(config.to_dict())
+    quantized = MGLlavaForConditionalGeneration.from_pretrained(save()[1], quantization_config=config)
+    assert config.to_dict() == before
+    assert quantized.config.quantization_config is not config
+
+
+def test_a_list_of_the_user_replaces_the_default(save):
+    model, folder = save()
+    config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["model.language_model"])
+    quantized = AutoModel.from_pretrained(folder, quantization_config=config)
+    linear = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    assert quantized_layers(quantized) == linear - language_model_layers(model)
+    assert quantized(**tiny_inputs(MIXED)).logits.isfinite().all()
+
+
+def test_8_bit_spares_the_high_resolution_tower_whatever_is_asked(save):
+    """bitsandbytes multiplies no maps of four dimensions."""
+    model, folder = save()
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=[])
+    quantized = AutoModel.from_pretrained(folder, quantization_config=config)
+    linear = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    tower = {name for name in linear if name.startswith("model.high_res_vision_tower.")}
+    assert tower
+    assert quantized_layers(quantized) == linear - tower
+    assert quantized(**tiny_inputs(MIXED)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_public_configuration_says_what_it_skips(save, bits):
+    model, folder = save()
+    config = mgllava.quantization_config(bits)
+    assert {"model.vision_tower", "model.box_projector", "vision_tower", "lm_head"} <= set(
+        config.llm_int8_skip_modules
+    )
+    assert (config.load_in_4bit, config.load_in_8bit) == (bits == 4, bits == 8)
+    quantized = AutoModel.from_pretrained(folder, quantization_config=config)
+    assert quantized_layers(quantized) == language_model_layers(model)
+    if bits == 4:
+        weight = quantized.model.language_model.layers[0].self_attn.q_proj.weight
+        assert (weight.quant_type, weight.quant_state.nested) == ("nf4", True)
+        assert (weight.dtype, weight.quant_storage) == (torch.bfloat16, torch.bfloat16)
+    config.llm_int8_skip_modules.clear()
+    assert mgllava.quantization_config(bits).llm_int8_skip_modules
+
+
+@pytest.mark.parametrize("bits", [16, 0, "4", None])
+def test_other_bits_are_refused(bits):
+    with pytest.raises(ValueError, match=r"`bits` must be 4 or 8, got"):
+        mgllava.quantization_config(bits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("config", ["plain", "tuned"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_saved_and_reloaded_quantized_models_are_the_same(save, tmp_path, bits, config, dtype):
+    config = plain_config(bits) if config == "plain" else mgllava.quantization_config(bits)
+    quantized = AutoModel.from_pretrained(save()[1], quantization_config=config, dtype=dtype)
+    quantized.save_pretrained(tmp_path)
+    reloaded = AutoModel.from_pretrained(tmp_path)
+    assert quantized_layers(reloaded) == quantized_layers(quantized)
+    assert reloaded.get_memory_footprint() == quantized.get_memory_footprint()
+    inputs = tiny_inputs(MIXED)
+    logits, expected = reloaded(**inputs).logits, quantized(**inputs).logits
+    assert logits.dtype == dtype
+    assert torch.equal(logits, expected)
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    assert reloaded.generate(**inputs, **options).tolist() == quantized.generate(**inputs, **options).tolist()
+
+
+def test_stored_list_is_trusted_when_a_quantized_model_is_loaded(save, tmp_path):
+    """Its weights already are as the list says: the default would not fit them."""
+    everything = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=[])
+    quantized = AutoModel.from_pretrained(save()[1], quantization_config=everything)
+    quantized.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="quantization_config"):
+        reloaded = AutoModel.from_pretrained(tmp_path, quantization_config=plain_config(4))
+    assert quantized_layers(reloaded) == quantized_layers(quantized)
+    inputs = tiny_inputs(MIXED)
+    assert torch.equal(reloaded(**inputs).logits, quantized(**inputs).logits)
+
+
+def test_stored_list_survives_options_of_loading(save, monkeypatch):
+    """transformers lets a list given with an fp8 configuration overrule the stored one."""
+    seen = {}
+    monkeypatch.setattr(
+        "transformers.PreTrainedModel.from_pretrained", classmethod(lambda cls, *args, **kwargs: seen.update(kwargs))
+    )
+    options = FineGrainedFP8Config(dequantize=True)
+    config = MGLlavaConfig.from_pretrained(save()[1])
+    AutoModel.from_pretrained(save()[1], config=config, quantization_config=options)
+    assert "model.vision_tower" in seen["quantization_config"].modules_to_not_convert
+    config.quantization_config = {"quant_method": "fp8", "modules_to_not_convert": ["lm_head"]}
+    AutoModel.from_pretrained(save()[1], config=config, quantization_config=options)
+    assert seen["quantization_config"].modules_to_not_convert is None
+
+
+def test_quantized_answers_stay_close(save):
+    """A layer that lost its weight or its scale is off by more than its rounding."""
+    model, folder = save(text_config={"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.05})
+    inputs = tiny_inputs(MIXED)
+    mask = inputs["attention_mask"].bool()
+    expected = model(**inputs).logits[mask]
+    for bits, limit in ((8, 0.05), (4, 0.3)):
+        quantized = AutoModel.from_pretrained(folder, quantization_config=plain_config(bits), dtype=torch.float32)
+        logits = quantized(**inputs).logits[mask]
+        assert (logits - expected).norm() / expected.norm() < limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchao_skips_the_same_modules(save, tmp_path, dtype):
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    model, folder = save()
+    config = TorchAoConfig(Int8WeightOnlyConfig())
+    quantized = AutoModel.from_pretrained(folder, quantization_config=config, dtype=dtype)
+    assert config.modules_to_not_convert is None
+    tensors = {
+        name.removesuffix(".weight")
+        for name, parameter in quantized.named_parameters()
+        if type(parameter) is not nn.Parameter
+    }
+    assert tensors == language_model_layers(model)
+    quantized.save_pretrained(tmp_path)
+    reloaded = AutoModel.from_pretrained(tmp_path)
+    inputs = tiny_inputs(MIXED)
+    assert torch.equal(reloaded(**inputs).logits, quantized(**inputs).logits)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_adapters_train_on_the_quantized_model(save, bits):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = AutoModel.from_pretrained(
+        save()[1], quantization_config=mgllava.quantization_config(bits), dtype=torch.bfloat16
+    )
+    base = peft.prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert base.model.language_model.gradient_checkpointing
+    lora = peft.LoraConfig(
+        r=4, target_modules=r".*language_model.*(q|v)_proj", modules_to_save=["multi_modal_projector"]
+    )
+    model = peft.get_peft_model(base, lora).train()
+    inputs = tiny_inputs([[2], [1, 3]])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(6):
+        loss = model(**inputs, labels=inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert all("lora_" in name or "multi_modal_projector.modules_to_save" in name for name in with_gradient)
+    assert {
+        "base_model.model.model.language_model.layers.1.self_attn.v_proj.lora_A.default.weight",
+        "base_model.model.model.multi_modal_projector.modules_to_save.default.linear_1.weight",
+    } <= with_gradient

@@ -1,0 +1,180 @@
+"""A running server with a small model, a client, and a web site that has images and traps."""
+
+import base64
+import io
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import openai
+import psutil
+import pytest
+from transformers import AutoProcessor
+
+from mgllava import BoxDetector
+from tests.processing.detectors import CASES, OWLV2, golden_image
+
+MAX_REQUESTS, MAX_IMAGE_BYTES = 12, 400_000
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def picture():
+    """A photograph of the golden data, as a PNG file."""
+    file = io.BytesIO()
+    golden_image(CASES[0]).convert("RGB").save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def data_url(picture):
+    return "data:image/png;base64," + base64.b64encode(picture).decode()
+
+
+class Site:
+    """What a host that clients name may answer; `seen` holds the paths that were asked for."""
+
+    def __init__(self, picture):
+        self.seen = []
+        site = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                site.seen.append(self.path)
+                if self.path == "/picture.png":
+                    self.answer(200, picture)
+                elif self.path == "/text.png":
+                    self.answer(200, b"<html>no picture</html>")
+                elif self.path == "/to-picture":
+                    self.answer(302, b"", Location="/picture.png")
+                elif self.path == "/to-private":
+                    self.answer(302, b"", Location=f"http://127.0.0.1:{site.port}/secret")
+                elif self.path == "/to-file":
+                    self.answer(302, b"", Location="file:///etc/hostname")
+                elif self.path == "/compressed":
+                    self.answer(200, picture, **{"Content-Encoding": "gzip"})
+                elif self.path == "/announced":
+                    self.answer(200, picture, **{"Content-Length": "99999999999"})
+                elif self.path == "/endless":
+                    self.send_response(200)
+                    self.end_headers()
+                    while True:
+                        self.wfile.write(bytes(2**16))
+                elif self.path == "/slow":
+                    time.sleep(20)
+                else:
+                    self.answer(404, b"")
+
+            def answer(self, status, body, **headers):
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args):
+                pass
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, request, client_address):  # the server hangs up on /endless
+                pass
+
+        self.server = Server(("127.0.0.1", 0), Handler)
+        self.port = self.server.server_address[1]
+        self.url = f"http://localhost:{self.port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture(scope="session")
+def site(picture):
+    site = Site(picture)
+    yield site
+    site.server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def served_repository(convert):
+    """A repository with a box detector."""
+    folder = convert()
+    processor = AutoProcessor.from_pretrained(folder)
+    labels = [prompt.removeprefix("a photo of ") for prompt in CASES[0]["prompts"]]
+    processor.box_detector = BoxDetector(tagger=labels, detector=OWLV2)
+    processor.save_pretrained(folder)
+    return folder
+
+
+class Server:
+    def __init__(self, repository, log, *options):
+        self.port, self.log = free_port(), log
+        self.url = f"http://localhost:{self.port}"
+        command = [sys.executable, "-m", "mgllava.cli", "serve", str(repository), "--port", str(self.port), *options]
+        with open(log, "w") as file:
+            environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        self.memory = psutil.Process(self.process.pid)
+
+    def wait(self, seconds=120):
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                    return
+            except OSError:
+                time.sleep(0.1)
+        self.process.kill()
+        raise AssertionError(f"The server does not answer:\n{self.log.read_text()}")
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(40)
+        finally:
+            self.process.kill()
+
+
+@pytest.fixture(scope="session")
+def server(served_repository, site, tmp_path_factory):
+    server = Server(
+        served_repository,
+        tmp_path_factory.mktemp("serving") / "log.txt",
+        *("--allowed-image-hosts", f"public,localhost:{site.port}"),
+        *("--served-model-name", "small", "--image-timeout", "2", "--max-images", "3", "--max-boxes", "50"),
+        *("--max-image-bytes", str(MAX_IMAGE_BYTES), "--max-image-side", "2000"),
+        *("--max-request-bytes", "2000000", "--max-concurrent-requests", str(MAX_REQUESTS)),
+    )
+    server.wait()
+    yield server
+    server.stop()
+    # Whatever the tests sent, nothing took the server by surprise.
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.fixture(scope="session")
+def client(server):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+@pytest.fixture
+def large_picture():
+    """The start of a PNG file that promises 30,000 x 30,000 pixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000)))

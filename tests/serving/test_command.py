@@ -1,0 +1,40 @@
+"""The command, before and around the server."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mgllava.cli import app
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--allowed-image-hosts", "http://a"], "allowed_image_hosts"),
+        (["--max-images", "0"], "images"),
+        (["--log-level", "loud"], "log_level"),
+        (["--chat-template-kwargs", "[]"], "chat_template_kwargs"),
+        (["--quantization", "bnb-3bit"], "bnb-3bit"),
+    ],
+)
+def test_bad_option_is_one_message(repository, options, message):
+    result = CliRunner().invoke(app, ["serve", str(repository), *options])
+    assert result.exit_code == 1 and message in result.output and "Traceback" not in result.output
+
+
+def test_other_models_are_left_to_transformers(repository, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    result = CliRunner().invoke(app, ["serve", str(tmp_path)])
+    assert result.exit_code == 1 and "transformers serve" in " ".join(result.output.split())
+
+
+def test_example_client(server):
+    command = [sys.executable, ROOT / "examples" / "serve_client.py", f"{server.url}/v1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "tokens in the prompt, 100 in the answer" in done.stdout

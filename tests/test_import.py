@@ -1,0 +1,40 @@
+"""What `import mgllava` loads and says."""
+
+import json
+import subprocess
+import sys
+
+# What a vision-language model of transformers and its processor load: nobody who uses one comes by for less.
+LLAVA = """
+import torch, transformers
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel
+from transformers import LlamaModel, LlavaForConditionalGeneration, LlavaImageProcessor, LlavaProcessor
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
+"""
+PRINT_MODULES = "\nimport json, sys; print(json.dumps(sorted(sys.modules)))"
+
+
+def modules(code):
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning", "-c", code + PRINT_MODULES],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_importing_loads_little_beyond_transformers():
+    """Seconds depend on the machine (benchmarks/import_time.py); which packages are loaded does not.
+
+    Deprecation warnings are errors while it loads.
+    """
+    loaded = modules("import mgllava")
+    packages = {name.split(".")[0] for name in loaded - modules(LLAVA)} - set(sys.stdlib_module_names)
+    # timm is the one package that is new; the others are loaded already, and timm and the detectors name more of them.
+    known = {"mgllava", "timm", "torch", "torchvision", "transformers", "PIL"}
+    assert {name for name in packages if not name.startswith("_")} <= known
+    assert loaded.isdisjoint(
+        {"bitsandbytes", "open_clip", "deepspeed", "gradio", "peft", "datasets", "fastapi", "uvicorn", "openai"}
+    )
+    assert not {name for name in loaded if name.startswith(("mgllava.conversion", "mgllava.box_files", "mgllava.cli"))}

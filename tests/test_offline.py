@@ -1,0 +1,34 @@
+"""No command and no class asks for the network where everything is on the disk."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+# What libraries write when they wanted the network and did not get it.
+NETWORK_WORDS = re.compile(
+    r"offline|network|connection|connect to|resolve|unreachable|timed? ?out|retry|huggingface\.co|hf\.co|http",
+    re.IGNORECASE,
+)
+
+
+@pytest.mark.parametrize("offline", [True, False], ids=["HF_HUB_OFFLINE", "without_a_flag"])
+def test_local_folders_need_no_network(offline, tmp_path):
+    """Convert, load, find boxes, answer, save, load again, detect: also without the flag that forbids the network."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    }
+    environment |= {"HF_HOME": str(tmp_path / "cache")}  # nothing that happens to be in a cache helps
+    if offline:
+        environment["HF_HUB_OFFLINE"] = "1"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.offline_session", str(tmp_path)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    *said, attempts = done.stdout.splitlines()
+    attempts = json.loads(attempts)
+    assert [attempt[:2] for attempt in attempts] == [], attempts[0][2]
+    assert [line for line in said + done.stderr.splitlines() if NETWORK_WORDS.search(line)] == []

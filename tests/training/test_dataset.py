@@ -1,0 +1,135 @@
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+
+from mgllava.box_files import read_boxes, write_boxes
+from mgllava.training import ConversationDataset, MGLlavaDataCollator, TrainingError, open_source, stream_samples
+from tests.golden_cases import case
+from tests.training.conftest import write_samples
+from tests.training.test_collator import golden_sample
+
+
+def source(folder, boxes="boxes.json", samples="samples.json"):
+    return open_source(folder / samples, folder / "images", None if boxes is None else folder / boxes)
+
+
+@pytest.fixture
+def folder(tmp_path, samples_folder):
+    """Samples that a test may change."""
+    return shutil.copytree(samples_folder, tmp_path / "samples")
+
+
+def change(folder, number, **changes):
+    samples = json.loads((folder / "samples.json").read_text())
+    samples[number] |= changes
+    (folder / "samples.json").write_text(json.dumps(samples))
+
+
+def test_samples_come_with_paths_boxes_and_lengths(samples_folder, small_processor):
+    dataset = ConversationDataset([source(samples_folder)], small_processor)
+    assert len(dataset) == 12
+    assert dataset[0]["images"] == [str(samples_folder / "images" / "0.png")]
+    assert dataset[1]["boxes"] == [read_boxes(samples_folder / "boxes.json")["sample-1"]]
+    assert "boxes" not in dataset[3] and dataset.lengths[3] < 0
+    collator = MGLlavaDataCollator(small_processor)
+    for index in range(len(dataset)):
+        batch = collator([dataset[index]])
+        image_tokens = int((batch["input_ids"] == small_processor.image_token_id).sum())
+        length = batch["input_ids"].shape[1] - image_tokens + (1 if image_tokens else 0)
+        assert dataset.lengths[index] == (length if image_tokens else -length)
+
+
+def test_lengths_are_those_of_the_original(processor, tmp_path):
+    """It counts an image as one token, and cuts."""
+    golden = case("batch_with_text_only")
+    samples = [golden_sample(*entry) for entry in enumerate(golden["samples"])]
+    (tmp_path / "s.json").write_text(json.dumps(samples))
+    expected = [len(golden["samples"][0]["input_ids"]), -len(golden["samples"][1]["input_ids"])]
+    assert ConversationDataset([open_source(tmp_path / "s.json", None, None)], processor).lengths == expected
+    cut = ConversationDataset([open_source(tmp_path / "s.json", None, None)], processor, max_text_length=40)
+    assert cut.lengths == [40, expected[1]]
+
+
+def test_files_of_all_forms_give_the_same(samples_folder, folder, small_processor):
+    """JSON lines, Parquet boxes, ids as numbers, keys that only some samples have."""
+    samples = json.loads((folder / "samples.json").read_text())
+    for number, entry in enumerate(samples):
+        entry["id"] = number if number % 2 else entry["id"]
+        if number == 2:
+            entry["model"] = "m"
+    (folder / "samples.jsonl").write_text("\n".join(json.dumps(entry) for entry in samples) + "\n")
+    records = [
+        {**read_boxes(folder / "boxes.json")[f"sample-{number}"], "id": str(entry["id"])}
+        for number, entry in enumerate(samples)
+        if "image" in entry
+    ]
+    write_boxes(folder / "boxes.parquet", records)
+    a = ConversationDataset([source(samples_folder)], small_processor)
+    b = ConversationDataset([source(folder, "boxes.parquet", "samples.jsonl")], small_processor)
+    collator = MGLlavaDataCollator(small_processor)
+    x, y = collator([a[i] for i in range(12)]), collator([b[i] for i in range(12)])
+    assert all(torch.equal(x[name], y[name]) for name in x)
+
+
+def test_streaming_gives_the_same_samples(samples_folder, small_processor):
+    dataset = ConversationDataset([source(samples_folder)], small_processor)
+    assert list(stream_samples([source(samples_folder)])) == [dataset[index] for index in range(12)]
+
+
+def test_sources_are_put_together(samples_folder, tmp_path, small_processor):
+    write_samples(tmp_path, count=5, text_every=0)
+    both = ConversationDataset([source(samples_folder), source(tmp_path)], small_processor)
+    assert len(both) == 17
+    assert both[13]["images"] == [str(tmp_path / "images" / "1.png")]
+
+
+def test_changed_files_are_read_again(folder, small_processor):
+    """The datasets library caches; what it knows must not outlive the file."""
+    before = ConversationDataset([source(folder)], small_processor)
+    change(folder, 3, conversations=[{"from": "human", "value": "Say it."}, {"from": "gpt", "value": "It. " * 30}])
+    assert ConversationDataset([source(folder)], small_processor).lengths[3] < before.lengths[3]
+    (folder / "images" / "0.png").unlink()
+    with pytest.raises(TrainingError, match="sample-0"):
+        ConversationDataset([source(folder)], small_processor)
+
+
+BAD = {
+    "image": {"image": "gone.png"},
+    "answer": {"conversations": [{"from": "human", "value": "<image>"}]},
+    "boxes": {"id": "unknown"},
+    "placeholder": {"conversations": [{"from": "human", "value": "Hm?"}, {"from": "gpt", "value": "Hm."}]},
+    "late_answer": {
+        "conversations": [{"from": "human", "value": "<image>" + "What? " * 1500}, {"from": "gpt", "value": "Hm."}]
+    },
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_samples_are_found_before_training(folder, small_processor, kind, caplog):
+    change(folder, 5, **BAD[kind])
+    name = BAD[kind].get("id", "sample-5")
+    with pytest.raises(TrainingError, match=f"1 of 12 samples.*{name}"):
+        ConversationDataset([source(folder)], small_processor)
+    with caplog.at_level(logging.WARNING):
+        dataset = ConversationDataset([source(folder)], small_processor, on_bad_sample="skip")
+    assert name in caplog.text
+    assert dataset.skipped == 1 and len(dataset) == len(dataset.lengths) == 11
+    assert name not in {dataset[index]["id"] for index in range(11)}
+
+
+def test_missing_boxes_may_be_taken_for_none(folder, small_processor):
+    with pytest.raises(TrainingError, match=r"9 of 12 samples.*no box file"):
+        ConversationDataset([source(folder, boxes=None)], small_processor)
+    assert len(ConversationDataset([source(folder, boxes=None)], small_processor, missing_boxes="empty")) == 12
+
+
+def test_what_is_no_list_of_samples_is_refused(tmp_path, small_processor):
+    for content, problem in (("{}", "a list"), ("[3]", "dictionary"), ("[", "no JSON"), ("[]", "no samples")):
+        (tmp_path / "s.json").write_text(content)
+        with pytest.raises(TrainingError, match=problem):
+            ConversationDataset([open_source(tmp_path / "s.json", None, None)], small_processor)
+    with pytest.raises(TrainingError, match="samples"):
+        open_source(tmp_path / "none.json", None, None)

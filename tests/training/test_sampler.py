@@ -1,0 +1,57 @@
+import pytest
+import torch
+
+from mgllava.training import ModalityLengthSampler
+
+LENGTHS = [int(x) for x in torch.randint(5, 400, (1003,), generator=torch.Generator().manual_seed(0))]
+LENGTHS = [length if index % 3 else -length for index, length in enumerate(LENGTHS)]
+
+
+def batches(sampler, size):
+    order = list(sampler)
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def test_every_sample_comes_once_in_batches_of_one_modality():
+    found = batches(ModalityLengthSampler(LENGTHS, 16, seed=1), 16)
+    assert sorted(index for batch in found for index in batch) == list(range(len(LENGTHS)))
+    # 669 = 41 * 16 + 13 with images and 334 = 20 * 16 + 14 without: what is left over is mixed.
+    assert all(len({LENGTHS[index] > 0 for index in batch}) == 1 for batch in found[:61])
+    assert any(LENGTHS[batch[0]] > 0 for batch in found[:61]) and any(LENGTHS[batch[0]] < 0 for batch in found[:61])
+
+
+def test_lengths_within_a_batch_are_alike():
+    def spread(found):
+        return sum(max(abs(LENGTHS[i]) for i in b) - min(abs(LENGTHS[i]) for i in b) for b in found) / len(found)
+
+    grouped = batches(ModalityLengthSampler(LENGTHS, 16, seed=1), 16)[:61]
+    shuffled = torch.randperm(len(LENGTHS), generator=torch.Generator().manual_seed(0)).tolist()
+    assert spread(grouped) < spread([shuffled[i : i + 16] for i in range(0, 976, 16)]) / 3
+
+
+def test_the_longest_sample_is_in_the_first_batch():
+    longest = max(range(990), key=lambda index: abs(LENGTHS[index]))
+    lengths = list(LENGTHS)
+    lengths[longest] = 5000
+    # It may also be among those that are left over, which come last.
+    assert longest in batches(ModalityLengthSampler(lengths, 16, seed=3), 16)[0]
+
+
+def test_the_order_follows_from_seed_and_epoch():
+    sampler, other = ModalityLengthSampler(LENGTHS, 16, seed=1), ModalityLengthSampler(LENGTHS, 16, seed=1)
+    first = list(sampler)
+    assert list(sampler) == first == list(other)
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    other.set_epoch(1)
+    assert list(other) == list(sampler)
+
+
+@pytest.mark.parametrize("lengths", [[5], [5, 6, 7], [-5, 6], [-3] * 40])
+def test_small_sets_and_single_modalities(lengths):
+    assert sorted(ModalityLengthSampler(lengths, 16)) == list(range(len(lengths)))
+
+
+def test_a_length_of_zero_is_refused():
+    with pytest.raises(ValueError, match="lengths"):
+        ModalityLengthSampler([3, 0], 2)

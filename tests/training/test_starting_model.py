@@ -1,0 +1,79 @@
+import pytest
+import torch
+from transformers import AutoModel, AutoProcessor
+
+from mgllava import MGLlavaForConditionalGeneration
+from mgllava.training import TrainingError, write_starting_model
+from tests.golden_cases import GOLDEN, IMAGE_ID, case, load_tensors, process, run
+
+PARTS = {"llm": GOLDEN / "llm", "vision_tower": GOLDEN / "clip", "high_res_tower": GOLDEN / "convnext"}
+
+
+@pytest.fixture(scope="module")
+def assembled():
+    torch.manual_seed(0)
+    return MGLlavaForConditionalGeneration.from_pretrained_parts(**PARTS)
+
+
+def test_parts_are_what_the_converter_makes_of_them(assembled, convert):
+    """Towers and language model have the same weights, under the same names, as a converted pretrain checkpoint."""
+    converted = AutoModel.from_pretrained(convert("iter_5_pretrain.pth"), dtype=torch.float32).state_dict()
+    own = assembled.state_dict()
+    assert own.keys() == converted.keys()
+    for name, value in converted.items():
+        if "fusion" in name or "projector" in name:
+            continue
+        rows = 420 if name in ("lm_head.weight", "model.language_model.embed_tokens.weight") else None
+        assert torch.equal(own[name][:rows], value[:rows]), name
+
+
+def test_the_new_parts_start_as_a_new_model_does(assembled):
+    fusion = assembled.model.fusion
+    assert not fusion.high_res_proj.weight.any() and not fusion.low_res_proj.weight.any()
+    for layer in (fusion.high_res_conv, fusion.low_res_conv, assembled.model.box_projector.linear_1):
+        assert layer.weight.isfinite().all() and layer.weight.std() > 0
+    assert not any(parameter.is_meta for parameter in assembled.parameters())
+    # Identity at the start: the fused tokens are the tokens of the low-resolution tower.
+    with torch.no_grad():
+        tokens = torch.randn(1, 576, 64)
+        assert torch.equal(fusion(tokens, (torch.randn(1, 48, 24, 24),)), tokens)
+
+
+def test_a_variant_and_another_dtype():
+    model = MGLlavaForConditionalGeneration.from_pretrained_parts(
+        **PARTS,
+        dtype=torch.bfloat16,
+        fusion_type="resampler",
+        box_feature_type="multi_level",
+        object_merging="box_to_fused",
+    )
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.model.fusion.queries.isfinite().all() and model.model.fusion.queries.std() > 0
+    assert not model.model.object_attention.o_proj.weight.any()
+
+
+def test_the_written_repository_works(tmp_path):
+    torch.manual_seed(0)
+    output = write_starting_model(tmp_path / "start", **PARTS, prompt_template="vicuna")
+    model, info = AutoModel.from_pretrained(output, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    processor = AutoProcessor.from_pretrained(output, backend="pil")
+    assert processor.image_token_id == model.config.image_token_id == IMAGE_ID
+    golden, tensors = case("landscape_basic"), load_tensors("cases/landscape_basic")
+    stages = run(model, process(processor, golden))
+    torch.testing.assert_close(stages["clip_features"], tensors["clip_features"], rtol=0, atol=5e-5)
+    torch.testing.assert_close(stages["box_features"], tensors["box_features"], rtol=0, atol=5e-5)
+    assert model.generation_config.suppress_tokens == model.config.unused_token_ids
+    with pytest.raises(TrainingError, match="exists"):
+        write_starting_model(tmp_path / "start", **PARTS, prompt_template="vicuna")
+    with pytest.raises(TrainingError, match="prompt_template"):
+        write_starting_model(tmp_path / "other", **PARTS, prompt_template="alpaca")
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "error"),
+    [("high_res_tower", GOLDEN / "clip", OSError), ("vision_tower", GOLDEN / "llm", ValueError)],
+)
+def test_a_part_of_another_kind_is_refused(part, value, error):
+    with pytest.raises(error):
+        MGLlavaForConditionalGeneration.from_pretrained_parts(**{**PARTS, part: value})

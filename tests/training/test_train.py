@@ -1,0 +1,308 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
+from typer.testing import CliRunner
+
+from mgllava.box_files import BoxFileError
+from mgllava.cli import app
+from mgllava.training import (
+    ConversationDataset,
+    MGLlavaDataCollator,
+    TrainingError,
+    load_recipe,
+    lora_config,
+    open_source,
+    train,
+)
+from mgllava.training.checkpoints import last_complete_checkpoint
+from tests.golden_cases import GOLDEN
+from tests.training.conftest import losses, write_samples
+
+
+def run(recipe, *changes, resume=False):
+    return train(load_recipe(recipe, *changes), resume=resume)
+
+
+def changed_tensors(before, after):
+    old, new = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
+    assert old.keys() == new.keys()
+    return {name for name in old if not torch.equal(old[name], new[name])}
+
+
+STAGES = {"stage_1": ("fusion", "multi_modal_projector", "box_projector")}
+STAGES["stage_2"] = (*STAGES["stage_1"], "language_model", "lm_head")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_changes_what_it_declares_and_nothing_else(cpu_recipe, small_repository, stage):
+    declared = load_recipe(f"{stage}.yaml").train
+    output = run(cpu_recipe, f"train={json.dumps(declared)}")
+    changed = changed_tensors(small_repository, output)
+    # Rows of words that do not occur stay, so tensors are asked for, not all of their values.
+    assert {name.removeprefix("model.").split(".")[0] for name in changed} == set(STAGES[stage])
+    assert min(losses(output).values()) < losses(output)[1]
+
+
+def test_the_result_is_a_repository_with_processor_and_account(cpu_recipe, samples_folder):
+    output = run(cpu_recipe)
+    model, processor = AutoModel.from_pretrained(output), AutoProcessor.from_pretrained(output)
+    picture = samples_folder / "images" / "0.png"
+    inputs = processor(str(picture), "USER: <image>\nWhat? ASSISTANT:", boxes=[[[5, 10, 40, 30]]], return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=2).shape[0] == 1
+    assert load_recipe(output / "recipe.yaml") == load_recipe(cpu_recipe)
+    state = json.loads((output / "trainer_state.json").read_text())
+    assert state["global_step"] == 6
+    logged = state["log_history"][0]
+    assert logged["tokens_per_second"] > 0 and "images_per_second" in logged
+    assert [path.name for path in sorted(output.glob("checkpoint-*"))] == ["checkpoint-4", "checkpoint-6"]
+    assert AutoProcessor.from_pretrained(output / "checkpoint-4").chat_template == processor.chat_template
+    assert json.loads((output / "config.json").read_text())["text_config"].get("use_cache", True)
+
+
+@pytest.mark.parametrize("changes", [(), ("lora.yaml", "lora.lora_dropout=0.3", "training.learning_rate=1e-2")])
+def test_a_resumed_training_has_the_losses_of_an_uninterrupted_one(cpu_recipe, changes):
+    """From the middle of the first epoch, with shuffled, grouped batches and dropout."""
+    output = run(cpu_recipe, "training.save_total_limit=5", *changes)
+    whole = losses(output)
+    assert len(set(whole.values())) == 6
+    for step in (4, 6):
+        shutil.rmtree(output / f"checkpoint-{step}")
+    (output / "trainer_state.json").unlink()
+    run(cpu_recipe, "training.save_total_limit=5", *changes, resume=True)
+    assert losses(output) == whole
+
+
+def test_a_folder_with_checkpoints_is_not_overwritten(cpu_recipe):
+    run(cpu_recipe, "training.max_steps=2")
+    with pytest.raises(TrainingError, match=r"checkpoint-2.*--resume"):
+        run(cpu_recipe)
+
+
+KILLED_WHILE_SAVING = """
+import os, signal, sys
+import mgllava.training.trainer as trainer
+from mgllava.training import load_recipe, train
+
+mark_complete = trainer.mark_complete
+
+def killed(checkpoint):
+    if checkpoint.name == "checkpoint-4":
+        os.truncate(checkpoint / "optimizer.pt", 100)
+        os.kill(os.getpid(), signal.SIGKILL)
+    mark_complete(checkpoint)
+
+trainer.mark_complete = killed
+train(load_recipe(sys.argv[1], "training.save_total_limit=1"))
+"""
+
+
+def test_a_save_that_was_killed_is_not_resumed_from(cpu_recipe, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, str(cpu_recipe)], env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    output = tmp_path / "out"
+    # With one checkpoint to keep, the older one is still there.
+    assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    assert last_complete_checkpoint(output) == output / "checkpoint-2"
+
+    run(cpu_recipe, "training.save_total_limit=1", resume=True)
+    resumed = losses(output)
+    shutil.rmtree(output)
+    assert resumed == losses(run(cpu_recipe))
+    assert last_complete_checkpoint(output) == output / "checkpoint-6"
+
+
+def test_a_checkpoint_that_was_deleted_in_part_is_passed_by(cpu_recipe):
+    output = run(cpu_recipe)
+    (output / "checkpoint-6" / "optimizer.pt").unlink()
+    assert last_complete_checkpoint(output) == output / "checkpoint-4"
+    with (output / "checkpoint-4" / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    assert last_complete_checkpoint(output) is None
+
+
+def test_a_loss_that_is_nan_stops_with_the_ids(cpu_recipe, small_repository, small_processor, tmp_path):
+    broken = shutil.copytree(small_repository, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    only_blue = set(small_processor.tokenizer("blue")["input_ids"]) - set(
+        small_processor.tokenizer("USER: What colour is it? Say red. It is green. Very much so. ASSISTANT:")[
+            "input_ids"
+        ]
+    )
+    weights["model.language_model.embed_tokens.weight"][sorted(only_blue)] = float("nan")
+    from safetensors.torch import save_file
+
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    order = ["training.train_sampling_strategy=sequential", "training.per_device_train_batch_size=1"]
+    with pytest.raises(TrainingError, match=r"nan in step 1, with the samples sample-2\."):
+        run(cpu_recipe, f"model.name={broken}", *order)
+
+
+def test_the_best_checkpoint_is_kept(cpu_recipe, samples_folder):
+    evaluation = f"{{samples: {samples_folder}/samples.json, images: {samples_folder}/images, missing_boxes: empty}}"
+    output = run(
+        cpu_recipe,
+        f"evaluation={evaluation}",
+        "training.learning_rate=3",  # gets worse and worse
+        "training.lr_scheduler_type=constant",
+        "training.warmup_steps=0",
+        "training.eval_strategy=steps",
+        "training.eval_steps=2",
+        "training.metric_for_best_model=eval_loss",
+        "training.greater_is_better=false",
+        "training.save_total_limit=2",
+        "training.load_best_model_at_end=true",
+    )
+    state = json.loads((output / "trainer_state.json").read_text())
+    evaluated = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    best = min(evaluated, key=evaluated.get)
+    assert state["best_global_step"] == best
+    assert (output / f"checkpoint-{best}").is_dir() and (output / "checkpoint-6").is_dir()
+    assert not changed_tensors(output / f"checkpoint-{best}", output)
+
+
+def test_streaming_trains_too(cpu_recipe):
+    changes = ["data.streaming=true", "training.max_steps=3", "training.train_sampling_strategy=sequential"]
+    output = run(cpu_recipe, *changes)
+    assert len(losses(output)) == 3
+    with pytest.raises(TrainingError, match="group_by_length"):
+        run(cpu_recipe, "data.streaming=true", "training.max_steps=3")
+
+
+def test_adapters_are_saved_and_load(cpu_recipe, small_repository):
+    from peft import PeftModel
+
+    output = run(cpu_recipe, "lora.yaml", "training.learning_rate=1e-2")
+    assert not (output / "model.safetensors").exists()
+    loaded = PeftModel.from_pretrained(AutoModel.from_pretrained(small_repository), output).merge_and_unload()
+    original = AutoModel.from_pretrained(small_repository)
+    changed = {
+        name for name, value in loaded.state_dict().items() if not torch.equal(value, original.state_dict()[name])
+    }
+    layers = {name.split(".")[-2] for name in changed if "language_model" in name}
+    assert layers == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    others = {name.split(".")[1] for name in changed if "language_model" not in name}
+    assert others == {"fusion", "multi_modal_projector", "box_projector"}
+    assert AutoProcessor.from_pretrained(output).chat_template
+
+
+@pytest.mark.slow
+def test_adapters_train_beside_four_bits(cpu_recipe):
+    output = run(
+        cpu_recipe, "qlora.yaml", "global_batch_size=4", "training.learning_rate=1e-2", "training.max_steps=4"
+    )
+    assert losses(output)[4] < losses(output)[1]
+
+
+def test_boxes_of_another_detector_are_refused(cpu_recipe):
+    with pytest.raises(TrainingError, match="the model has none"):
+        run(cpu_recipe, "data.allow_other_boxes=false", "data.detector=null")
+    with pytest.raises(TrainingError, match=r"data.detector.tagger.*coco80"):
+        run(cpu_recipe, "data.allow_other_boxes=false")
+    with pytest.raises((TrainingError, BoxFileError), match="Nothing says with which settings"):
+        run(cpu_recipe, "data.allow_other_boxes=false", "data.detector.tagger=coco80")
+
+
+def test_boxes_of_the_named_detector_are_taken(cpu_recipe, samples_folder, tmp_path):
+    from mgllava.box_files import detection_settings, open_detector, read_boxes, write_boxes
+
+    given = {"detector": "google/owlv2-large-patch14-ensemble", "tagger": "coco80"}
+    settings = detection_settings(open_detector(**given))
+    boxes = read_boxes(samples_folder / "boxes.json")
+    write_boxes(tmp_path / "boxes.json", [boxes[key] for key in boxes], settings)
+    changes = [f"data.boxes={tmp_path / 'boxes.json'}", "data.allow_other_boxes=false", "training.max_steps=1"]
+    changes.append("training.save_strategy=no")
+    run(cpu_recipe, *changes, "data.detector.tagger=coco80")
+    with pytest.raises(TrainingError, match=r"threshold is 0.2, expected 0.3.*allow_other_boxes=true"):
+        run(cpu_recipe, *changes, "data.detector.tagger=coco80", "data.detector.threshold=0.3")
+
+
+def test_the_command_says_what_is_wrong(cpu_recipe):
+    result = CliRunner().invoke(app, ["train", str(cpu_recipe), "training.learning_rat=1"])
+    assert result.exit_code == 1
+    assert "Did you mean `training.learning_rate`?" in result.stderr
+
+
+def test_stage_1_starts_from_parts(cpu_recipe, tmp_path):
+    write_samples(tmp_path / "few", count=2, text_every=2)
+    parts = {"llm": GOLDEN / "llm", "vision_tower": GOLDEN / "clip", "high_res_tower": GOLDEN / "convnext"}
+    changes = [f"model.parts.{name}={path}" for name, path in parts.items()]
+    changes += [f"data.{name}={tmp_path / 'few' / file}" for name, file in (("samples", "samples.json"),)]
+    changes += [f"data.images={tmp_path / 'few' / 'images'}", f"data.boxes={tmp_path / 'few' / 'boxes.json'}"]
+    stage_1 = f"train={json.dumps(load_recipe('stage_1.yaml').train)}"
+    changes += ["model.name=null", "model.parts.prompt_template=vicuna", "training.max_steps=2", stage_1]
+    output = run(cpu_recipe, *changes, "global_batch_size=2", "training.save_strategy=no")
+    changed = changed_tensors(output / "start", output)
+    assert {name.split(".")[1] for name in changed} == {"fusion", "multi_modal_projector", "box_projector"}
+
+
+@pytest.fixture
+def collator_run(small_repository, small_processor, samples_folder, tmp_path):
+    """Dataset, collator and arguments for trainers of others."""
+    source = open_source(samples_folder / "samples.json", samples_folder / "images", samples_folder / "boxes.json")
+    arguments = {
+        "output_dir": str(tmp_path / "plain"),
+        "remove_unused_columns": False,
+        "use_cpu": True,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": False,
+    }
+    model = AutoModel.from_pretrained(small_repository)
+    return model, ConversationDataset([source], small_processor), MGLlavaDataCollator(small_processor), arguments
+
+
+def test_the_collator_works_with_the_plain_trainer(collator_run, small_processor):
+    model, dataset, collator, arguments = collator_run
+    trainer = Trainer(
+        model,
+        TrainingArguments(**arguments),
+        train_dataset=dataset,
+        data_collator=collator,
+        processing_class=small_processor,
+    )
+    trainer.train()
+    history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert history[-1] < history[0]
+
+
+def test_the_collator_works_with_trl(collator_run, small_processor, samples_folder):
+    """From a dataset of messages and pictures, with adapters."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    model, _, collator, arguments = collator_run
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What colour is it?"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": f"It is {color}."}]},
+            ],
+            "images": [str(samples_folder / "images" / f"{number}.png")],
+            "boxes": [{"boxes": [[5 + number, 10, 40 + number, 30]], "labels": ["square"], "scores": [0.9]}],
+        }
+        for number, color in ((0, "red"), (1, "green"), (2, "blue"), (4, "green"))
+    ]
+    dataset = datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
+    trainer = trl.SFTTrainer(
+        model,
+        trl.SFTConfig(**arguments, max_length=None),
+        train_dataset=dataset,
+        data_collator=collator,
+        processing_class=small_processor,
+        peft_config=lora_config(model, r=4),
+    )
+    trainer.train()
+    history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert history[-1] < history[0]
