@@ -1,0 +1,135 @@
+"""The two towers, each with what it learns from, and how they are saved."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from transformers import CLIPModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from mgllava.modeling import MGLlavaHighResVisionConfig
+from mgllava.modeling.high_res_vision_mgllava import MGLlavaHighResVisionModel
+from mgllava.modeling.regions_mgllava import POOLED_SIZE, pool_boxes
+
+from .architecture import (
+    HIGH_RES_ARCHITECTURE,
+    HIGH_RES_DEPTHS,
+    HIGH_RES_HIDDEN_SIZES,
+    IMAGE_SIZE,
+    LOW_RES_IMAGE_SIZE,
+    clip_config,
+)
+from .objectives import BoxAttributes, CellContents, count_right
+
+
+class Normalize(nn.Module):
+    """Turns 8-bit pixels into what the towers see."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", 255 * torch.tensor(OPENAI_CLIP_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(OPENAI_CLIP_STD).view(3, 1, 1), persistent=False)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Normalize `(num_images, 3, height, width)`."""
+        return (pixels - self.mean) / self.std
+
+
+class HighResTowerTraining(nn.Module):
+    """The ConvNeXt learns attributes from boxes pooled as the model pools them, and from the last stage."""
+
+    def __init__(self):
+        super().__init__()
+        config = MGLlavaHighResVisionConfig(
+            architecture=HIGH_RES_ARCHITECTURE,
+            depths=HIGH_RES_DEPTHS,
+            hidden_sizes=HIGH_RES_HIDDEN_SIZES,
+            image_size=IMAGE_SIZE,
+        )
+        self.normalize = Normalize()
+        self.tower = MGLlavaHighResVisionModel(config)
+        # timm's 1e-6 is for deep networks trained long; here blocks would stay switched off.
+        for name, parameter in self.tower.named_parameters():
+            if name.endswith("gamma"):
+                nn.init.constant_(parameter, 0.1)
+        self.box_attributes = BoxAttributes(sum(HIGH_RES_HIDDEN_SIZES))
+        self.cell_contents = CellContents(HIGH_RES_HIDDEN_SIZES[-1], IMAGE_SIZE // 32, IMAGE_SIZE)
+
+    def forward(self, pixel_values: torch.Tensor, boxes: torch.Tensor, attributes: torch.Tensor) -> dict[str, Any]:
+        """Compute the loss of a batch of `Pictures`."""
+        maps = self.tower(self.normalize(pixel_values)).feature_maps
+        pooled = torch.cat(pool_boxes(maps, boxes, IMAGE_SIZE, POOLED_SIZE["pyramid"]), -1)
+        loss, counts = self.box_attributes(pooled, attributes)
+        tokens = maps[-1].flatten(2).transpose(1, 2)
+        cell_loss, counts["reading from the grid"] = self.cell_contents(tokens, boxes, attributes)
+        return {"loss": loss + cell_loss, "counts": counts}
+
+    def save(self, folder: Path) -> None:
+        """Write the tower as a repository of open_clip, which is what the converter reads."""
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {f"visual.trunk.{name}": value.contiguous() for name, value in self.tower.state_dict().items()}
+        save_file(weights, folder / "open_clip_model.safetensors")
+        vision = {
+            "timm_model_name": HIGH_RES_ARCHITECTURE,
+            "timm_model_kwargs": {"depths": HIGH_RES_DEPTHS, "dims": HIGH_RES_HIDDEN_SIZES},
+            "image_size": IMAGE_SIZE,
+        }
+        config = {
+            "model_cfg": {"embed_dim": HIGH_RES_HIDDEN_SIZES[-1], "vision_cfg": vision, "text_cfg": {}},
+            "preprocess_cfg": {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD},
+        }
+        (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+class VisionTowerTraining(nn.Module):
+    """CLIP learns to match pictures and captions, and what is in the cells of its grid.
+
+    The grid is read off the last but one layer, where the model will read it.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.normalize = Normalize()
+        self.clip = CLIPModel(clip_config())
+        vision = self.clip.config.vision_config
+        self.cell_contents = CellContents(vision.hidden_size, vision.image_size // vision.patch_size, IMAGE_SIZE)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        boxes: torch.Tensor,
+        attributes: torch.Tensor,
+        caption_ids: torch.Tensor,
+        caption_mask: torch.Tensor,
+    ) -> dict[str, Any]:
+        """Compute the loss of a batch of `Pictures` with their captions as ids."""
+        # As the model makes its low-resolution image.
+        size = (LOW_RES_IMAGE_SIZE, LOW_RES_IMAGE_SIZE)
+        pixels = F.interpolate(self.normalize(pixel_values), size=size, mode="bilinear", align_corners=False)
+        outputs = self.clip(
+            input_ids=caption_ids,
+            attention_mask=caption_mask,
+            pixel_values=pixels,
+            return_loss=True,
+            output_hidden_states=True,
+        )
+        tokens = outputs.vision_model_output.hidden_states[-2][:, 1:]
+        cell_loss, reading = self.cell_contents(tokens, boxes, attributes)
+        own = torch.arange(len(pixels), device=pixels.device)
+        matched = outputs.logits_per_image.argmax(-1) == own
+        counts = {
+            "matching captions": count_right(matched, torch.ones_like(matched)),
+            "reading from the grid": reading,
+        }
+        return {"loss": outputs.loss + cell_loss, "counts": counts}
+
+    def save(self, folder: Path) -> None:
+        """Write CLIP as transformers writes it."""
+        self.clip.save_pretrained(folder)
+
+
+__all__ = ["HighResTowerTraining", "Normalize", "VisionTowerTraining"]

@@ -1,0 +1,93 @@
+"""Training of a part on transformers' Trainer: progress, evaluation, and going on after an interruption."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import default_collate
+from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+_IGNORED = -100
+
+
+def collate_pictures(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Make a batch of `Pictures`; captions, where there are any, are padded."""
+    captions = [sample["caption_ids"] for sample in samples if "caption_ids" in sample]
+    batch = default_collate([{k: v for k, v in sample.items() if k != "caption_ids"} for sample in samples])
+    if captions:
+        batch["caption_ids"] = pad_sequence(captions, batch_first=True)
+        batch["caption_mask"] = pad_sequence([torch.ones_like(ids) for ids in captions], batch_first=True)
+    return batch
+
+
+def collate_texts(samples: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Make a batch of texts."""
+    return {
+        "input_ids": pad_sequence(samples, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(ids) for ids in samples], batch_first=True),
+        "labels": pad_sequence(samples, batch_first=True, padding_value=_IGNORED),
+    }
+
+
+def train_part(
+    module: nn.Module,
+    data: Any,
+    test: Any,
+    collator: Callable,
+    checkpoints: Path,
+    **arguments: Any,
+) -> dict[str, float]:
+    """Train a module whose forward returns `loss` and `counts`.
+
+    Args:
+        module (`torch.nn.Module`): What is trained.
+        data (`Dataset`): Samples.
+        test (`Dataset`): Samples that are not trained on.
+        collator (`Callable`): Makes batches.
+        checkpoints (`Path`): Where a training that was interrupted goes on from.
+        **arguments: Of `TrainingArguments`.
+
+    Returns:
+        `dict`: Loss and shares of right answers on `test`.
+    """
+    settings = {
+        "output_dir": str(checkpoints),
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "weight_decay": 0.02,
+        "max_grad_norm": 1.0,
+        "per_device_eval_batch_size": 50,
+        "eval_strategy": "epoch",
+        "logging_steps": 20,
+        "save_steps": 200,
+        "save_total_limit": 1,
+        "bf16": torch.cuda.is_available(),
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "seed": 0,
+        **arguments,
+    }
+    trainer = Trainer(
+        model=module,
+        args=TrainingArguments(**settings),
+        train_dataset=data,
+        eval_dataset=test,
+        data_collator=collator,
+        compute_metrics=_shares,
+    )
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    trainer.train(last)
+    return trainer.evaluate()
+
+
+def _shares(prediction: EvalPrediction) -> dict[str, float]:
+    """Turn counts of right answers into shares."""
+    counts = prediction.predictions
+    return {name: float(rows[:, 0].sum() / max(rows[:, 1].sum(), 1)) for name, rows in counts.items()}
+
+
+__all__ = ["collate_pictures", "collate_texts", "train_part"]

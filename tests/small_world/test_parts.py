@@ -1,0 +1,165 @@
+"""The parts of the small model see what the model will see, and fit together."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from mgllava import MGLlavaForConditionalGeneration, MGLlavaImageProcessor
+from small_world.dataset import write_dataset
+from small_world.parts.architecture import IMAGE_SIZE, VOCABULARY_SIZE
+from small_world.parts.language_model import LanguageModelTraining
+from small_world.parts.objectives import CELL_LABELS, BoxAttributes, CellContents
+from small_world.parts.tokenizer import train_tokenizer
+from small_world.parts.towers import HighResTowerTraining, VisionTowerTraining
+from small_world.parts.training import collate_pictures, collate_texts, train_part
+from small_world.pictures import ATTRIBUTES, CHARACTERS, Pictures
+from small_world.scenes import COLORS, SHAPES, make_scene
+from small_world.texts import conversation_ids, conversation_texts
+
+SIDE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small-world")
+    write_dataset(folder, "train", 12, processes=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(data):
+    return train_tokenizer(conversation_texts(data))
+
+
+@pytest.fixture(scope="module")
+def batch(data, tokenizer):
+    pictures = Pictures(data, IMAGE_SIZE, tokenizer)
+    return collate_pictures([pictures[index] for index in range(4)])
+
+
+def processed(data, numbers):
+    """What the model's own image processor makes of pictures and their true boxes."""
+    records = {record["id"]: record for record in json.loads((data / "boxes.json").read_text())}
+    processor = MGLlavaImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=SIDE)
+    images = [Image.open(data / "images" / f"{number:06d}.jpg") for number in numbers]
+    boxes = [records[f"train/{number}"]["boxes"] for number in numbers]
+    return processor(images, boxes=boxes, return_tensors="pt")
+
+
+def test_pictures_are_what_the_image_processor_shows_the_model(data, batch):
+    expected = processed(data, range(4))
+    pixels = HighResTowerTraining().normalize(batch["pixel_values"])
+    torch.testing.assert_close(pixels, expected["pixel_values"], atol=1e-5, rtol=0)
+    for number, count in enumerate(expected["num_boxes"]):
+        # The model's boxes are whole numbers, as in the original.
+        difference = batch["boxes"][number, :count] - expected["boxes"][number, :count]
+        assert difference.abs().max() <= 1
+        assert count == (batch["attributes"][number, :, 0] >= 0).sum()
+
+
+def test_attributes_name_what_is_drawn(data, batch):
+    for number in range(4):
+        for item, (shape, color, _, character) in zip(
+            make_scene("train", number).objects, batch["attributes"][number].tolist(), strict=False
+        ):
+            assert (SHAPES[shape], list(COLORS)[color]) == (item.shape, item.color)
+            assert (CHARACTERS[character - 1] if character else None) == item.character
+
+
+def test_prepared_pictures_are_kept(data, batch):
+    cache = data / f"pixels-{IMAGE_SIZE}.npy"
+    before = cache.stat().st_mtime_ns
+    assert np.array_equal(Pictures(data, IMAGE_SIZE)[1]["pixel_values"], batch["pixel_values"][1])
+    assert cache.stat().st_mtime_ns == before
+
+
+def test_cells_hold_what_is_centered_in_them():
+    contents = CellContents(CELL_LABELS, grid=4, image_size=64)
+    nn.init.eye_(contents.head.weight)
+    nn.init.zeros_(contents.head.bias)
+    # A star (3) in green (1) with the character 5 around (20, 40), that is in row 2, column 1; then padding.
+    boxes = torch.tensor([[[10.0, 30.0, 30.0, 50.0], [0.0, 0.0, 0.0, 0.0]]])
+    attributes = torch.tensor([[[3, 1, 0, 5], [-1, -1, -1, -1]]])
+    wanted = torch.zeros(1, 16, CELL_LABELS)
+    wanted[0, 2 * 4 + 1, [3, len(SHAPES) + 1, len(SHAPES) + len(COLORS) + 4]] = 1
+    loss, counts = contents(60 * wanted - 30, boxes, attributes)
+    assert loss < 1e-6
+    assert counts.tolist() == [[1, 1]]
+    assert contents(60 * wanted.roll(1, 1) - 30, boxes, attributes)[0] > 1
+
+
+def test_padding_boxes_are_not_asked_for():
+    torch.manual_seed(0)
+    heads = BoxAttributes(8)
+    features = torch.randn(2, 3, 8)
+    attributes = torch.tensor([[[1, 2, 0, 0], [4, 5, 1, 7], [-1] * 4], [[0, 0, 2, 1], [-1] * 4, [-1] * 4]])
+    loss, counts = heads(features, attributes)
+    changed = features.masked_fill((attributes[..., :1] < 0), 100.0)
+    torch.testing.assert_close(heads(changed, attributes)[0], loss)
+    assert {name: rows[0, 1].item() for name, rows in counts.items()} == dict.fromkeys(ATTRIBUTES, 3) | {
+        "character": 2
+    }
+
+
+def test_a_word_has_the_same_ids_wherever_it_stands(tokenizer):
+    assert len(tokenizer) <= VOCABULARY_SIZE
+    ids = tokenizer("red", add_special_tokens=False)["input_ids"]
+    assert tokenizer("What is red", add_special_tokens=False)["input_ids"][-len(ids) :] == ids
+    assert tokenizer.decode(tokenizer("Ünïcode stays.")["input_ids"]).strip() == "Ünïcode stays."
+
+
+def test_texts_are_rendered_as_the_model_is_asked(data, tokenizer):
+    first = conversation_ids(data, tokenizer)[0]
+    assert first[0] == tokenizer.bos_token_id
+    assert tokenizer.eos_token_id in first
+    text = tokenizer.decode(first)
+    assert "USER: Describe the picture. ASSISTANT:" in text
+    assert "<image>" not in text
+
+
+def test_parts_make_a_model_that_sees_what_they_were_trained_on(data, batch, tokenizer, tmp_path):
+    torch.manual_seed(0)
+    language_model, vision, high_res = (
+        kind().eval() for kind in (LanguageModelTraining, VisionTowerTraining, HighResTowerTraining)
+    )
+    for part, name in ((language_model, "llm"), (vision, "clip"), (high_res, "convnext")):
+        part.save(tmp_path / name)
+    tokenizer.save_pretrained(tmp_path / "llm")
+    model = MGLlavaForConditionalGeneration.from_pretrained_parts(
+        llm=tmp_path / "llm",
+        vision_tower=tmp_path / "clip",
+        high_res_tower=tmp_path / "convnext",
+        high_res_image_size=IMAGE_SIZE,
+    )
+    assert model.config.image_seq_length == 64
+    inputs = processed(data, range(4))
+    seen = {}
+    vision.cell_contents.register_forward_hook(lambda module, arguments, output: seen.update(low=arguments[0]))
+    high_res.cell_contents.register_forward_hook(lambda module, arguments, output: seen.update(high=arguments[0]))
+    with torch.no_grad():
+        vision(**batch)
+        high_res(**{name: batch[name] for name in ("pixel_values", "boxes", "attributes")})
+        _, _, outputs = model.model.encode_images(inputs["pixel_values"], inputs["boxes"], inputs["num_boxes"])
+        maps = model.model.high_res_vision_tower(inputs["pixel_values"]).feature_maps
+    torch.testing.assert_close(outputs.last_hidden_state[:, 1:], seen["low"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(maps[-1].flatten(2).transpose(1, 2), seen["high"], atol=1e-4, rtol=1e-4)
+    assert sum(parameter.numel() for parameter in model.parameters()) * 2 < 11e6
+
+
+def test_a_part_is_trained_tested_and_gone_on_with(data, tokenizer, tmp_path):
+    texts = conversation_ids(data, tokenizer)
+    options = {"per_device_train_batch_size": 4, "learning_rate": 3e-3, "label_names": ["labels"], "use_cpu": True}
+    torch.manual_seed(0)
+    first = train_part(
+        LanguageModelTraining(), texts, texts[:4], collate_texts, tmp_path, max_steps=3, save_steps=3, **options
+    )
+    torch.manual_seed(1)  # what the checkpoint holds counts, not where the module starts
+    again = train_part(
+        LanguageModelTraining(), texts, texts[:4], collate_texts, tmp_path, max_steps=3, save_steps=3, **options
+    )
+    assert again["eval_loss"] == pytest.approx(first["eval_loss"])
+    assert 0 <= first["eval_next token"] <= 1
