@@ -120,7 +120,8 @@ def _numbers(contents: Contents) -> str:
         f"{config.box_feature_type}",
         "tokens for each picture": f"{config.image_seq_length}, and {config.num_tokens_per_box} for each box",
     }
-    listed = ", ".join(f"{size / 1e9:.2f} GB in {name}" for name, size in memory.items())
+    unit, divisor = ("GB", 1e9) if total > 1e8 else ("MB", 1e6)
+    listed = ", ".join(f"{size / divisor:.2f} {unit} in {name}" for name, size in memory.items())
     return f"""\
 ## Numbers
 
