@@ -47,9 +47,9 @@ OWLV2 = GOLDEN.parent / "golden_ram" / "owlv2"
 COFFEE = GOLDEN.parents[1] / "examples" / "coffee.jpg"
 
 
-def command(name: str, **options) -> None:
-    arguments = [str(part) for option, value in options.items() for part in ("--" + option.replace("_", "-"), value)]
-    result = CliRunner().invoke(app, [name, *arguments], catch_exceptions=False)
+def command(name: str, *arguments: object, said: str | None = None, **options: object) -> None:
+    named = [part for option, value in options.items() for part in ("--" + option.replace("_", "-"), value)]
+    result = CliRunner().invoke(app, [name, *map(str, [*arguments, *named])], input=said, catch_exceptions=False)
     assert result.exit_code == 0, result.output
 
 
@@ -91,9 +91,10 @@ def main(folder: Path) -> None:
     (folder / "images").mkdir()
     with Image.open(COFFEE) as coffee:
         coffee.resize((90, 60)).save(folder / "images" / "coffee.png")
-    arguments = [str(folder / "images"), "--processor", str(folder / "saved"), "--output", str(folder / "boxes.json")]
-    result = CliRunner().invoke(app, ["detect", *arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
+    command("detect", folder / "images", processor=folder / "saved", output=folder / "boxes.json")
+    command("export", model=folder / "saved", output=folder / "exported")
+    options = {"model": folder / "exported", "image": folder / "images" / "coffee.png", "save_boxes": folder / "drawn"}
+    command("chat", said="What is it?\nEXIT\n", max_new_tokens=2, **options)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ NETWORK_WORDS = re.compile(
 
 @pytest.mark.parametrize("offline", [True, False], ids=["HF_HUB_OFFLINE", "without_a_flag"])
 def test_local_folders_need_no_network(offline, tmp_path):
-    """Convert, load, find boxes, answer, save, load again, detect: also without the flag that forbids the network."""
+    """Convert, load, answer, save, detect, export, chat: also without the flag that forbids the network."""
     environment = {
         name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     }
