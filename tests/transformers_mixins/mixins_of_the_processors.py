@@ -70,6 +70,13 @@ class MGLlavaProcessorTest(processing.ProcessorTesterMixin, unittest.TestCase):
         self.enterContext(unittest.mock.patch.object(processing, "url_to_local_path", lambda url: local["images"][0]))
 
 
+_OF_IMAGE_PROCESSORS = {
+    "test_backends_equivalence": _PICTURE,
+    "test_call_numpy_4_channels": _FOUR_CHANNELS,
+    "test_valid_kwargs_set": _KWARGS_CLASS,
+}
+
+
 class MGLlavaImageProcessingTester(image_processing.ImageProcessingTester):
     def _get_image_processing_classes(self):
         return {"torchvision": MGLlavaImageProcessor, "pil": MGLlavaImageProcessorPil}
@@ -81,13 +88,7 @@ class MGLlavaImageProcessingTester(image_processing.ImageProcessingTester):
         return 3, 42, 42
 
 
-@skip(
-    {
-        "test_backends_equivalence": _PICTURE,
-        "test_call_numpy_4_channels": _FOUR_CHANNELS,
-        "test_valid_kwargs_set": _KWARGS_CLASS,
-    }
-)
+@skip(_OF_IMAGE_PROCESSORS)
 class MGLlavaImageProcessingTest(image_processing.ImageProcessingTestMixin, unittest.TestCase):
     image_processor_tester_class = MGLlavaImageProcessingTester
 
@@ -100,12 +101,6 @@ class RamPlusImageProcessingTester(image_processing.ImageProcessingTester):
         return 3, 384, 384
 
 
-@skip(
-    {
-        "test_backends_equivalence": _PICTURE,
-        "test_call_numpy_4_channels": _FOUR_CHANNELS,
-        "test_valid_kwargs_set": _KWARGS_CLASS,
-    }
-)
+@skip(_OF_IMAGE_PROCESSORS)
 class RamPlusImageProcessingTest(image_processing.ImageProcessingTestMixin, unittest.TestCase):
     image_processor_tester_class = RamPlusImageProcessingTester

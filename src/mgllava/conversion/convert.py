@@ -150,7 +150,7 @@ def convert_checkpoint(
     generation_config(llm_folder, text_config, tokenizer, prompt_template, config.unused_token_ids).save_pretrained(
         staging.path
     )
-    _processor(config, tokenizer, image_settings, prompt_template).save_pretrained(staging.path)
+    make_processor(config, tokenizer, image_settings, prompt_template).save_pretrained(staging.path)
     given: dict[str, Any] = {
         "checkpoint": checkpoint,
         "llm": llm,
@@ -306,9 +306,20 @@ def _account(gathered: _Gathered, config: MGLlavaConfig, vocabulary: Vocabulary)
     )
 
 
-def _processor(
+def make_processor(
     config: Any, tokenizer: Any, image_settings: Mapping[str, Any], prompt_template: str
 ) -> MGLlavaProcessor:
+    """Make the processor of a model.
+
+    Args:
+        config ([`MGLlavaConfig`]): The model's configuration.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, which knows the placeholder.
+        image_settings (`Mapping`): Of CLIP's image processor; `image_mean` and `image_std` are taken from it.
+        prompt_template (`str`): A key of `CHAT_TEMPLATES`.
+
+    Returns:
+        [`MGLlavaProcessor`]: The processor.
+    """
     side = config.high_res_vision_config.image_size
     statistics = {name: image_settings[name] for name in ("image_mean", "image_std") if name in image_settings}
     return MGLlavaProcessor(
@@ -354,4 +365,4 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (str, int, float, bool))
 
 
-__all__ = ["convert_checkpoint"]
+__all__ = ["convert_checkpoint", "make_processor"]

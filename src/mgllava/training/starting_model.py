@@ -4,10 +4,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from mgllava.conversion.convert import make_processor
 from mgllava.conversion.sources import clip_config, language_model_config
 from mgllava.conversion.vocabulary import IMAGE_TOKEN, generation_config, load_tokenizer
 from mgllava.modeling import MGLlavaForConditionalGeneration
-from mgllava.processing import CHAT_TEMPLATES, MGLlavaImageProcessor, MGLlavaProcessor
+from mgllava.processing import CHAT_TEMPLATES
 
 from .errors import TrainingError
 
@@ -61,17 +62,7 @@ def write_starting_model(
     model.generation_config = generation_config(
         llm_folder, text_config, tokenizer, prompt_template, model.config.unused_token_ids
     )
-    side = model.config.high_res_vision_config.image_size
-    statistics = {name: image_settings[name] for name in ("image_mean", "image_std") if name in image_settings}
-    processor = MGLlavaProcessor(
-        image_processor=MGLlavaImageProcessor(
-            size={"shortest_edge": side}, crop_size={"height": side, "width": side}, **statistics
-        ),
-        tokenizer=tokenizer,
-        image_seq_length=model.config.image_seq_length,
-        num_tokens_per_box=model.config.num_tokens_per_box,
-        chat_template=CHAT_TEMPLATES[prompt_template],
-    )
+    processor = make_processor(model.config, tokenizer, image_settings, prompt_template)
     partial = output.with_name(output.name + ".incomplete")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
