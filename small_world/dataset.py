@@ -69,7 +69,7 @@ def make_sample(split: str, number: int, images: Path, questions: int) -> dict[s
 
 def write_dataset(
     folder: Path,
-    split: Literal["train", "test", "unseen"],
+    split: Literal["train", "test", "unseen", "crowded"],
     count: int,
     questions: int = 10,
     first: int = 0,
@@ -121,15 +121,15 @@ def _write_json(path: Path, values: Iterable[Any]) -> None:
 def main(
     folder: Annotated[Path, typer.Argument(help="Folder to write.")],
     split: Annotated[
-        str, typer.Option(help="train, test, or unseen (pairs of shape and colour kept apart).")
+        str, typer.Option(help="train, test, unseen (pairs of shape and colour kept apart) or crowded.")
     ] = "train",
     count: Annotated[int, typer.Option(help="Number of pictures.")] = 20_000,
     questions: Annotated[int, typer.Option(help="Questions about each picture, at most.")] = 10,
     first: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
 ) -> None:
     """Write pictures, captions, questions and boxes of the small world."""
-    if split not in ("train", "test", "unseen"):
-        raise typer.BadParameter(f"expected train, test or unseen, got {split!r}", param_hint="--split")
+    if split not in ("train", "test", "unseen", "crowded"):
+        raise typer.BadParameter(f"expected train, test, unseen or crowded, got {split!r}", param_hint="--split")
     write_dataset(folder, split, count, questions, first)
 
 

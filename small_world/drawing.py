@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from .scenes import COLORS, Scene, SceneObject
 
 SUPERSAMPLING = 4
-# Height of a capital letter, in pixels of a picture whose long side is 256: legible there, and no longer at 112.
-CHARACTER_HEIGHT = 9.0
+# Height of a capital letter, in pixels of a picture whose long side is 256. At 112, five are left of it.
+CHARACTER_HEIGHT = 12.0
 INK = (15, 15, 15)
 
 

@@ -8,17 +8,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.progress import track
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from mgllava import MGLlavaImageProcessor
 from mgllava.atomic_files import replacing
 from mgllava.box_files import read_boxes
 
+from .frames import Frame
 from .questions import describe
-from .scenes import COLORS, DIGITS, LETTERS, MAX_OBJECTS, SHAPES, TEXTURES, make_scene
+from .scenes import COLORS, DIGITS, LETTERS, SHAPES, TEXTURES, make_scene
 
+# Tokens of a caption; longer ones are cut.
+CAPTION_LENGTH = 256
 CHARACTERS = LETTERS + DIGITS
 # What can be told of an object, and how many possibilities there are. Index 0 of the characters is "none".
 ATTRIBUTES = {
@@ -32,52 +35,47 @@ ATTRIBUTES = {
 class Pictures(Dataset):
     """Pictures and objects of one data set.
 
-    Items have `pixel_values` (uint8, `(3, size, size)`), `boxes` (`(MAX_OBJECTS, 4)`: x1, y1, x2, y2 in pixels of that
-    square, zero-padded), `attributes` (`(MAX_OBJECTS, 4)`: indices in the order of `ATTRIBUTES`, -1 for padding) and,
-    with a tokenizer, `caption_ids`.
+    Items have `pixel_values` (uint8, `(3, size, size)`), `boxes` (`(num_objects, 4)`: x1, y1, x2, y2 in pixels of the
+    square), `attributes` (`(num_objects, 4)`: indices in the order of `ATTRIBUTES`) and, with a tokenizer,
+    `caption_ids`.
 
     Args:
         folder (`Path`): A data set of `small_world.dataset`. The prepared pixels are kept in it.
-        image_size (`int`): Side of the square that the model sees, in pixels.
+        frame ([`Frame`]): How the model that is trained lays pictures into its square.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Encodes the captions.
     """
 
-    def __init__(self, folder: Path, image_size: int, tokenizer: PreTrainedTokenizerBase | None = None):
+    def __init__(self, folder: Path, frame: Frame, tokenizer: PreTrainedTokenizerBase | None = None):
         self.tokenizer = tokenizer
         records = read_boxes(folder / "boxes.json")
         self.scenes = [_scene_of(str(key)) for key in records]
-        processor = MGLlavaImageProcessor(
-            size={"shortest_edge": image_size},
-            crop_size={"height": image_size, "width": image_size},
-            do_rescale=False,
-            do_normalize=False,
-        )
-        cache = folder / f"pixels-{image_size}.npy"
-        shape = (len(self.scenes), 3, image_size, image_size)
+        cache = folder / f"pixels-{frame.name}-{frame.size}.npy"
+        shape = (len(self.scenes), 3, frame.size, frame.size)
         if not cache.exists() or np.load(cache, mmap_mode="r").shape != shape:
             with replacing(cache) as partial:
                 pixels = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
                 for index, scene in enumerate(track(self.scenes, f"Preparing {folder}")):
-                    path = folder / "images" / f"{scene.id.split('/')[1]:0>6}.jpg"
-                    pixels[index] = processor(str(path), return_tensors="np")["pixel_values"][0]
+                    with Image.open(folder / "images" / f"{scene.id.split('/')[1]:0>6}.jpg") as picture:
+                        pixels[index] = frame.pixels(picture.convert("RGB"))
                 pixels.flush()
         self.pixels = np.load(cache, mmap_mode="r")
-        self.boxes = np.zeros((len(self.scenes), MAX_OBJECTS, 4), dtype=np.float32)
-        self.attributes = np.full((len(self.scenes), MAX_OBJECTS, len(ATTRIBUTES)), -1, dtype=np.int64)
-        for index, (scene, record) in enumerate(zip(self.scenes, records.values(), strict=True)):
-            scale = image_size / max(scene.width, scene.height)
-            shift = [(max(scene.height - scene.width, 0)) // 2, (max(scene.width - scene.height, 0)) // 2] * 2
-            count = len(scene.objects)
-            self.boxes[index, :count] = (np.array(record["boxes"]) + shift) * scale
-            self.attributes[index, :count] = [
-                [
-                    SHAPES.index(item.shape),
-                    list(COLORS).index(item.color),
-                    TEXTURES.index(item.texture),
-                    CHARACTERS.index(item.character) + 1 if item.character else 0,
-                ]
-                for item in scene.objects
-            ]
+        self.boxes, self.attributes = [], []
+        for scene, record in zip(self.scenes, records.values(), strict=True):
+            boxes = frame.boxes(np.array(record["boxes"]), scene.width, scene.height)
+            self.boxes.append(torch.tensor(boxes, dtype=torch.float32))
+            self.attributes.append(
+                torch.tensor(
+                    [
+                        [
+                            SHAPES.index(item.shape),
+                            list(COLORS).index(item.color),
+                            TEXTURES.index(item.texture),
+                            CHARACTERS.index(item.character) + 1 if item.character else 0,
+                        ]
+                        for item in scene.objects
+                    ]
+                )
+            )
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -85,12 +83,14 @@ class Pictures(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = {
             "pixel_values": torch.from_numpy(self.pixels[index].copy()),
-            "boxes": torch.from_numpy(self.boxes[index]),
-            "attributes": torch.from_numpy(self.attributes[index]),
+            "boxes": self.boxes[index],
+            "attributes": self.attributes[index],
         }
         if self.tokenizer is not None:
             text = describe(self.scenes[index]) + self.tokenizer.eos_token
-            item["caption_ids"] = torch.tensor(self.tokenizer(text, truncation=True, max_length=256)["input_ids"])
+            item["caption_ids"] = torch.tensor(
+                self.tokenizer(text, truncation=True, max_length=CAPTION_LENGTH)["input_ids"]
+            )
         return item
 
 

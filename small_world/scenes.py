@@ -25,6 +25,8 @@ LETTERS = "ACEFHKLMNPRTUVXY"
 DIGITS = "0123456789"
 IMAGE_SIZES = ((256, 256), (256, 192), (192, 256), (256, 160), (160, 256), (320, 240), (240, 320), (384, 216))
 MAX_OBJECTS = 15
+# Side of the grid that a crowded picture is laid out on.
+CROWD_GRID = 5
 # A ring and a moon have no middle to print on.
 PRINTABLE_SHAPES = frozenset(SHAPES) - {"ring", "moon"}
 
@@ -78,12 +80,15 @@ def make_scene(split: str, number: int) -> Scene:
     """Draw the scene of a seed.
 
     Args:
-        split (`str`): `train`, `test`, or `unseen`: the last one shows pairs of shape and colour from `HELD_OUT`
-            only, the others never show them.
+        split (`str`): `train`, `test`, `unseen` or `crowded`. `unseen` shows pairs of shape and colour from `HELD_OUT`
+            only, the others never show them. `crowded` has as many objects as fit, which teaches the towers more in
+            the same time.
         number (`int`): Seed within the split.
     """
     scene_id = f"{split}/{number}"
     rng = random.Random(scene_id)
+    if split == "crowded":
+        return _make_crowd(scene_id, rng)
     width, height = rng.choice(IMAGE_SIZES)
     # Sizes are relative to the long side, since that is what the model's square is scaled to.
     unit = max(width, height) / 256
@@ -108,6 +113,28 @@ def make_scene(split: str, number: int) -> Scene:
         angle = rng.uniform(-20, 20)
         objects.append(SceneObject(shape, color, texture, center, size, angle, character))
     return Scene(scene_id, width, height, tuple(objects))
+
+
+def _make_crowd(scene_id: str, rng: random.Random) -> Scene:
+    """Put one object into each cell of a grid, most of them with a character."""
+    pairs = [(shape, color) for shape in SHAPES for color in COLORS if (shape, color) not in HELD_OUT]
+    side, cell = 256, 256 / CROWD_GRID
+    objects = []
+    for index in range(CROWD_GRID**2):
+        shape, color = rng.choice(pairs)
+        size = rng.uniform(16, 26) if rng.random() < 0.2 else rng.uniform(26, 58)
+        character = None
+        if shape in PRINTABLE_SHAPES and size >= 26 and rng.random() < 0.8:
+            character = rng.choice(LETTERS + DIGITS)
+        texture = "plain" if character else rng.choice(TEXTURES)
+        x, y = (
+            min(max((place + 0.5) * cell + rng.uniform(-6, 6), size / 2), side - size / 2)
+            for place in (index % CROWD_GRID, index // CROWD_GRID)
+        )
+        center = round(x, 2), round(y, 2)
+        objects.append(SceneObject(shape, color, texture, center, round(size, 2), rng.uniform(-20, 20), character))
+    rng.shuffle(objects)
+    return Scene(scene_id, side, side, tuple(objects))
 
 
 def _place(

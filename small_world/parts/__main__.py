@@ -1,9 +1,11 @@
 """Train one part.
 
-    python -m small_world.parts high-res-tower --data small-world/train --test small-world/test --output parts
+    python -m small_world.parts high-res-tower --data small-world/train --data small-world/crowded \
+        --test small-world/test --output parts
 
-Parts: `tokenizer`, `language-model`, `vision-tower`, `high-res-tower`. The first comes first, since the second and the
-third need it. `OUTPUT/PART` gets the part, `OUTPUT/PART-checkpoints` what an interrupted training goes on from.
+Parts: `tokenizer`, `language-model`, `vision-tower`, `high-res-tower`, `detector`, `tagger`. The first comes first,
+since the second and the third need it; the last needs the third. `OUTPUT/PART` gets the part,
+`OUTPUT/PART-checkpoints` what an interrupted training goes on from.
 """
 
 from enum import Enum
@@ -11,13 +13,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from torch.utils.data import ConcatDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from small_world.frames import Frame, centered_frame, cornered_frame, squeezed_frame
 from small_world.pictures import Pictures
 from small_world.texts import conversation_ids, conversation_texts
 
-from .architecture import IMAGE_SIZE
+from .architecture import DETECTOR_IMAGE_SIZE, IMAGE_SIZE, TAGGER_IMAGE_SIZE
+from .detector import DetectorTraining
 from .language_model import LanguageModelTraining
+from .tagger import TaggerTraining
 from .tokenizer import train_tokenizer
 from .towers import HighResTowerTraining, VisionTowerTraining
 from .training import collate_pictures, collate_texts, train_part
@@ -30,19 +36,23 @@ class Part(str, Enum):
     LANGUAGE_MODEL = "language-model"
     VISION_TOWER = "vision-tower"
     HIGH_RES_TOWER = "high-res-tower"
+    DETECTOR = "detector"
+    TAGGER = "tagger"
 
 
 # Learning rate, samples in a step.
 _SETTINGS = {
     Part.LANGUAGE_MODEL: (3e-3, 32),
     Part.VISION_TOWER: (1e-3, 128),
-    Part.HIGH_RES_TOWER: (3e-3, 32),
+    Part.HIGH_RES_TOWER: (6e-3, 32),
+    Part.DETECTOR: (2e-3, 32),
+    Part.TAGGER: (1e-3, 32),
 }
 
 
 def main(
     part: Annotated[Part, typer.Argument(help="What to train.")],
-    data: Annotated[Path, typer.Option(help="Data set to train on, see small_world.dataset.")],
+    data: Annotated[list[Path], typer.Option(help="Data sets to train on, see small_world.dataset.")],
     test: Annotated[Path, typer.Option(help="Data set to test on.")],
     output: Annotated[Path, typer.Option(help="Folder of the parts.")],
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 5,
@@ -50,7 +60,9 @@ def main(
 ) -> None:
     """Train one part of the small model on the small world; a run that was interrupted goes on."""
     if part is Part.TOKENIZER:
-        train_tokenizer(conversation_texts(data)).save_pretrained(output / part.value)
+        train_tokenizer(text for folder in data for text in conversation_texts(folder)).save_pretrained(
+            output / part.value
+        )
         return
     learning_rate, batch_size = _SETTINGS[part]
     arguments: dict[str, Any] = {
@@ -60,28 +72,48 @@ def main(
         "max_steps": max_steps,
     }
     module: Any
+    samples: Any
+    tests: Any
     if part is Part.LANGUAGE_MODEL:
         tokenizer = _tokenizer(output)
         module, collator = LanguageModelTraining(), collate_texts
-        sets = [conversation_ids(folder, tokenizer) for folder in (data, test)]
+        samples = [ids for folder in data for ids in conversation_ids(folder, tokenizer)]
+        tests = conversation_ids(test, tokenizer)
         arguments["label_names"] = ["labels"]
     else:
-        module = VisionTowerTraining() if part is Part.VISION_TOWER else HighResTowerTraining()
+        module, frame = _picture_part(part, output)
         tokenizer = _tokenizer(output) if part is Part.VISION_TOWER else None
         collator = collate_pictures
-        sets = [Pictures(folder, IMAGE_SIZE, tokenizer) for folder in (data, test)]
+        samples = ConcatDataset([Pictures(folder, frame, tokenizer) for folder in data])
+        tests = Pictures(test, frame, tokenizer)
         arguments["label_names"] = ["attributes"]
-    train_part(module, sets[0], sets[1], collator, output / f"{part.value}-checkpoints", **arguments)
+    train_part(module, samples, tests, collator, output / f"{part.value}-checkpoints", **arguments)
     module.save(output / part.value)
     if part is Part.LANGUAGE_MODEL:
         tokenizer.save_pretrained(output / part.value)
 
 
+def _picture_part(part: Part, output: Path) -> tuple[Any, Frame]:
+    """Make what is trained on pictures, and say how it sees them."""
+    if part is Part.DETECTOR:
+        return DetectorTraining(), cornered_frame(DETECTOR_IMAGE_SIZE)
+    if part is Part.TAGGER:
+        return TaggerTraining(_part_folder(output, Part.VISION_TOWER), _tokenizer(output)), squeezed_frame(
+            TAGGER_IMAGE_SIZE
+        )
+    kind = VisionTowerTraining if part is Part.VISION_TOWER else HighResTowerTraining
+    return kind(), centered_frame(IMAGE_SIZE)
+
+
 def _tokenizer(output: Path) -> PreTrainedTokenizerFast:
-    folder = output / Part.TOKENIZER.value
+    return AutoTokenizer.from_pretrained(_part_folder(output, Part.TOKENIZER))
+
+
+def _part_folder(output: Path, part: Part) -> Path:
+    folder = output / part.value
     if not folder.is_dir():
-        raise typer.BadParameter(f"there is no {folder}: train the tokenizer first", param_hint="--output")
-    return AutoTokenizer.from_pretrained(folder)
+        raise typer.BadParameter(f"there is no {folder}: train this part first", param_hint="--output")
+    return folder
 
 
 if __name__ == "__main__":

@@ -4,13 +4,21 @@ Both towers give a grid of 8x8: 112 / 14 and 256 / 32. A character of nine pixel
 too few to tell it from others.
 """
 
-from transformers import CLIPConfig, LlamaConfig
+from transformers import CLIPConfig, LlamaConfig, Owlv2Config
+
+from mgllava import RamPlusConfig
+from small_world.pictures import CAPTION_LENGTH
+from small_world.scenes import SHAPES
 
 IMAGE_SIZE = 256
 LOW_RES_IMAGE_SIZE = 112
+DETECTOR_IMAGE_SIZE = 256
+TAGGER_IMAGE_SIZE = 192
 # One less than a multiple of 64: the placeholder takes the last row.
 VOCABULARY_SIZE = 511
-CAPTION_LENGTH = 256
+
+# A tag too many costs little, since the detector does not find it; an object without its tag is lost.
+TAG_THRESHOLD = 0.3
 
 HIGH_RES_ARCHITECTURE = "convnext_tiny"
 HIGH_RES_DEPTHS = [1, 1, 4, 2]
@@ -43,6 +51,62 @@ def clip_config() -> CLIPConfig:
     )
 
 
+def detector_config(vocabulary: dict[str, int]) -> Owlv2Config:
+    """Describe OWLv2.
+
+    Args:
+        vocabulary (`dict[str, int]`): Special tokens of its tokenizer: `pad`, `bos`, `eos`, and `size`, the number of
+            tokens.
+    """
+    return Owlv2Config(
+        vision_config={
+            "hidden_size": 96,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "image_size": DETECTOR_IMAGE_SIZE,
+            "patch_size": 16,
+        },
+        text_config={
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 16,
+            "vocab_size": vocabulary["size"],
+            "pad_token_id": vocabulary["pad"],
+            "bos_token_id": vocabulary["bos"],
+            "eos_token_id": vocabulary["eos"],
+        },
+        projection_dim=64,
+    )
+
+
+def tagger_config(num_descriptions: int) -> RamPlusConfig:
+    """Describe RAM++, whose tags are the shapes and whose descriptions are embedded by the text model of CLIP.
+
+    Args:
+        num_descriptions (`int`): Descriptions of each tag.
+    """
+    return RamPlusConfig(
+        image_size=TAGGER_IMAGE_SIZE,
+        embed_dim=24,
+        depths=[1, 1, 2, 1],
+        num_heads=[1, 2, 4, 8],
+        window_size=6,
+        drop_path_rate=0.0,
+        projection_dim=clip_config().projection_dim,
+        num_descriptions=num_descriptions,
+        hidden_size=clip_config().projection_dim,
+        num_hidden_layers=1,
+        intermediate_size=256,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        id2label=dict(enumerate(SHAPES)),
+        thresholds=[TAG_THRESHOLD] * len(SHAPES),
+    )
+
+
 def language_model_config() -> LlamaConfig:
     """Describe the language model: a Llama of five layers."""
     return LlamaConfig(
@@ -58,10 +122,13 @@ def language_model_config() -> LlamaConfig:
 
 
 __all__ = [
-    "CAPTION_LENGTH",
+    "DETECTOR_IMAGE_SIZE",
     "IMAGE_SIZE",
     "LOW_RES_IMAGE_SIZE",
+    "TAGGER_IMAGE_SIZE",
     "VOCABULARY_SIZE",
     "clip_config",
+    "detector_config",
     "language_model_config",
+    "tagger_config",
 ]

@@ -51,6 +51,36 @@ class BoxAttributes(nn.Module):
         return loss, counts
 
 
+def features_at_centers(feature_map: torch.Tensor, boxes: torch.Tensor, image_size: int) -> torch.Tensor:
+    """Take from a map the features of the cells that the centers of boxes lie in.
+
+    Args:
+        feature_map (`torch.Tensor` of shape `(num_images, width, side, side)`): The map.
+        boxes (`torch.Tensor` of shape `(num_images, num_boxes, 4)`): x1, y1, x2, y2 in pixels of the square.
+        image_size (`int`): Side of that square.
+
+    Returns:
+        `torch.Tensor` of shape `(num_images, num_boxes, width)`.
+    """
+    index = cells_of_centers(boxes, feature_map.shape[-1], image_size)
+    return feature_map.flatten(2).transpose(1, 2).gather(1, index.unsqueeze(-1).expand(-1, -1, feature_map.shape[1]))
+
+
+def cells_of_centers(boxes: torch.Tensor, grid: int, image_size: int) -> torch.Tensor:
+    """Number the cells that the centers of boxes lie in.
+
+    Args:
+        boxes (`torch.Tensor` of shape `(num_images, num_boxes, 4)`): x1, y1, x2, y2 in pixels of the square.
+        grid (`int`): Cells along a side of the square.
+        image_size (`int`): Side of the square.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_images, num_boxes)`: Numbers, counted row by row.
+    """
+    column, row = ((boxes[..., :2] + boxes[..., 2:]) / 2 * grid / image_size).long().clamp(0, grid - 1).unbind(-1)
+    return row * grid + column
+
+
 class CellContents(nn.Module):
     """Tells from each token of the grid what the objects centered in its cell are.
 
@@ -89,8 +119,7 @@ class CellContents(nn.Module):
 
     def _targets(self, boxes: torch.Tensor, attributes: torch.Tensor) -> torch.Tensor:
         """What each cell holds, `(num_images, grid * grid, CELL_LABELS)` of zeros and ones."""
-        cells = ((boxes[..., :2] + boxes[..., 2:]) / 2 * self.grid / self.image_size).long().clamp(0, self.grid - 1)
-        index = cells[..., 1] * self.grid + cells[..., 0]
+        index = cells_of_centers(boxes, self.grid, self.image_size)
         shape, color, _, character = attributes.unbind(-1)
         # One column more takes what is not there: padding, and objects without a character.
         nothing = CELL_LABELS

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import default_collate
 from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -15,12 +14,20 @@ _IGNORED = -100
 
 
 def collate_pictures(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Make a batch of `Pictures`; captions, where there are any, are padded."""
-    captions = [sample["caption_ids"] for sample in samples if "caption_ids" in sample]
-    batch = default_collate([{k: v for k, v in sample.items() if k != "caption_ids"} for sample in samples])
-    if captions:
-        batch["caption_ids"] = pad_sequence(captions, batch_first=True)
-        batch["caption_mask"] = pad_sequence([torch.ones_like(ids) for ids in captions], batch_first=True)
+    """Make a batch of `Pictures`; boxes are padded with 0, attributes with -1, captions (if any) with 0."""
+
+    def padded(name: str, value: int) -> torch.Tensor:
+        return pad_sequence([sample[name] for sample in samples], batch_first=True, padding_value=value)
+
+    batch = {
+        "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
+        "boxes": padded("boxes", 0),
+        "attributes": padded("attributes", -1),
+    }
+    if "caption_ids" in samples[0]:
+        batch["caption_ids"] = padded("caption_ids", 0)
+        captions = [torch.ones_like(sample["caption_ids"]) for sample in samples]
+        batch["caption_mask"] = pad_sequence(captions, batch_first=True)
     return batch
 
 

@@ -7,12 +7,17 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torchvision.ops import box_convert, clip_boxes_to_image
+from transformers import AutoImageProcessor, AutoModel
 
-from mgllava import MGLlavaForConditionalGeneration, MGLlavaImageProcessor
+from mgllava import BoxDetector, MGLlavaForConditionalGeneration, MGLlavaImageProcessor
 from small_world.dataset import write_dataset
-from small_world.parts.architecture import IMAGE_SIZE, VOCABULARY_SIZE
+from small_world.frames import centered_frame, cornered_frame, squeezed_frame
+from small_world.parts.architecture import DETECTOR_IMAGE_SIZE, IMAGE_SIZE, TAGGER_IMAGE_SIZE, VOCABULARY_SIZE
+from small_world.parts.detector import DetectorTraining, make_tokenizer, prompts
 from small_world.parts.language_model import LanguageModelTraining
-from small_world.parts.objectives import CELL_LABELS, BoxAttributes, CellContents
+from small_world.parts.objectives import CELL_LABELS, BoxAttributes, CellContents, features_at_centers
+from small_world.parts.tagger import TaggerTraining
 from small_world.parts.tokenizer import train_tokenizer
 from small_world.parts.towers import HighResTowerTraining, VisionTowerTraining
 from small_world.parts.training import collate_pictures, collate_texts, train_part
@@ -20,6 +25,7 @@ from small_world.pictures import ATTRIBUTES, CHARACTERS, Pictures
 from small_world.scenes import COLORS, SHAPES, make_scene
 from small_world.texts import conversation_ids, conversation_texts
 
+FRAME = centered_frame(IMAGE_SIZE)
 SIDE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
 
 
@@ -37,7 +43,7 @@ def tokenizer(data):
 
 @pytest.fixture(scope="module")
 def batch(data, tokenizer):
-    pictures = Pictures(data, IMAGE_SIZE, tokenizer)
+    pictures = Pictures(data, FRAME, tokenizer)
     return collate_pictures([pictures[index] for index in range(4)])
 
 
@@ -71,9 +77,9 @@ def test_attributes_name_what_is_drawn(data, batch):
 
 
 def test_prepared_pictures_are_kept(data, batch):
-    cache = data / f"pixels-{IMAGE_SIZE}.npy"
+    cache = data / f"pixels-centered-{IMAGE_SIZE}.npy"
     before = cache.stat().st_mtime_ns
-    assert np.array_equal(Pictures(data, IMAGE_SIZE)[1]["pixel_values"], batch["pixel_values"][1])
+    assert np.array_equal(Pictures(data, FRAME)[1]["pixel_values"], batch["pixel_values"][1])
     assert cache.stat().st_mtime_ns == before
 
 
@@ -163,3 +169,96 @@ def test_a_part_is_trained_tested_and_gone_on_with(data, tokenizer, tmp_path):
     )
     assert again["eval_loss"] == pytest.approx(first["eval_loss"])
     assert 0 <= first["eval_next token"] <= 1
+
+
+def test_features_are_taken_where_the_center_is():
+    feature_map = torch.arange(16.0).view(1, 1, 4, 4)
+    # Around (20, 40) of 64, that is row 2, column 1; and the right lower corner.
+    boxes = torch.tensor([[[10.0, 30.0, 30.0, 50.0], [60.0, 60.0, 68.0, 68.0]]])
+    assert features_at_centers(feature_map, boxes, 64).flatten().tolist() == [2 * 4 + 1, 15]
+
+
+def test_the_detectors_tokenizer_ends_prompts_with_its_highest_id():
+    tokenizer = make_tokenizer()
+    ids = tokenizer(prompts(), padding=True, return_tensors="pt")["input_ids"]
+    assert (ids.argmax(-1) == (ids == tokenizer.eos_token_id).int().argmax(-1)).all()
+    assert len({tuple(row) for row in ids.tolist()}) == len(SHAPES)
+    assert tokenizer.unk_token_id not in tokenizer("a Green dog, 7!", add_special_tokens=False)["input_ids"]
+
+
+def test_the_detector_learns(data):
+    torch.manual_seed(0)
+    pictures = Pictures(data, cornered_frame(DETECTOR_IMAGE_SIZE))
+    batch = collate_pictures([pictures[index] for index in range(4)])
+    module = DetectorTraining()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(12):
+        outputs = module(**batch)
+        optimizer.zero_grad()
+        outputs["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        losses.append(outputs["loss"].item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert outputs["counts"]["recall"][0, 1] == (batch["attributes"][..., 0] >= 0).sum()
+
+
+def test_the_box_detector_computes_what_was_trained(data, tmp_path):
+    torch.manual_seed(0)
+    module = DetectorTraining().eval()
+    nn.init.normal_(module.model.class_head.dense0.weight, std=0.5)  # let patches differ more than at the start
+    module.save(tmp_path)
+    pictures = Pictures(data, cornered_frame(DETECTOR_IMAGE_SIZE))
+    batch = collate_pictures([pictures[index] for index in range(3)])
+    seen = {}
+    for name, kept in (("class_predictor", lambda output: output[0]), ("box_predictor", lambda output: output)):
+        method = getattr(module.model, name)
+
+        def keep(*arguments, method=method, name=name, kept=kept):
+            output = method(*arguments)
+            seen[name] = kept(output)
+            return output
+
+        setattr(module.model, name, keep)
+    with torch.no_grad():
+        module(**batch)
+    scores, labels = seen["class_predictor"].sigmoid().max(-1)
+
+    detector = BoxDetector(detector=str(tmp_path), mode="clean")
+    files = [str(data / "images" / f"{number:06d}.jpg") for number in range(3)]
+    found = detector.detect(files, labels=list(SHAPES), threshold=0.0)
+    for number, record in enumerate(found):
+        scene = make_scene("train", number)
+        side = max(scene.width, scene.height)
+        boxes = box_convert(seen["box_predictor"][number], "cxcywh", "xyxy") * side
+        boxes = clip_boxes_to_image(boxes, (scene.height, scene.width))
+        kept = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(-1)
+        assert record["labels"] == [SHAPES[label] for label in labels[number, kept]]
+        torch.testing.assert_close(torch.as_tensor(record["boxes"]), boxes[kept], atol=0.3, rtol=0)
+        torch.testing.assert_close(torch.as_tensor(record["scores"]), scores[number, kept], atol=0.01, rtol=0)
+
+
+def test_the_tagger_learns_what_is_there(data, tokenizer, tmp_path):
+    torch.manual_seed(0)
+    VisionTowerTraining().save(tmp_path / "clip")
+    pictures = Pictures(data, squeezed_frame(TAGGER_IMAGE_SIZE))
+    batch = collate_pictures([pictures[index] for index in range(4)])
+    module = TaggerTraining(tmp_path / "clip", tokenizer)
+    described = module.model.decoder.label_embed.clone()
+    torch.testing.assert_close(described.norm(dim=-1), torch.ones(described.shape[:2]))
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
+    for _ in range(60):
+        outputs = module(**batch)
+        optimizer.zero_grad()
+        outputs["loss"].backward()
+        optimizer.step()
+    assert torch.equal(module.model.decoder.label_embed, described)
+    module.save(tmp_path / "tagger")
+    model = AutoModel.from_pretrained(tmp_path / "tagger")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "tagger")
+    images = [Image.open(data / "images" / f"{number:06d}.jpg") for number in range(4)]
+    with torch.no_grad():
+        tags = model.post_process_image_tagging(model(**processor(images, return_tensors="pt")))
+    for number, record in enumerate(tags):
+        assert set(record["labels"]) == {item.shape for item in make_scene("train", number).objects}

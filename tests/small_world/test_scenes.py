@@ -8,6 +8,7 @@ import pytest
 from small_world.drawing import draw_scene
 from small_world.scenes import (
     COLORS,
+    CROWD_GRID,
     HELD_OUT,
     IMAGE_SIZES,
     MAX_OBJECTS,
@@ -33,11 +34,22 @@ def test_splits_share_no_scene():
 
 
 def test_training_and_test_never_show_a_pair_that_is_kept_apart():
-    for split in ("train", "test"):
+    for split in ("train", "test", "crowded"):
         pairs = {(item.shape, item.color) for n in range(200) for item in make_scene(split, n).objects}
         assert not pairs & HELD_OUT
     unseen = {(item.shape, item.color) for n in range(200) for item in make_scene("unseen", n).objects}
     assert unseen == HELD_OUT
+
+
+def test_a_crowded_picture_is_full():
+    for number in range(20):
+        scene = make_scene("crowded", number)
+        assert len(scene.objects) == CROWD_GRID**2
+        boxes = np.array(draw_scene(scene)[1])
+        assert (boxes >= 0).all()
+        assert (boxes <= 256).all()
+        cells = ((boxes[:, :2] + boxes[:, 2:]) / 2 * CROWD_GRID / 256).astype(int)
+        assert len({tuple(cell) for cell in cells}) == CROWD_GRID**2
 
 
 def test_every_shape_and_colour_is_among_the_pairs_of_training():
@@ -81,4 +93,4 @@ def test_a_character_is_drawn_on_its_object():
     assert 40 < rows.mean() < 80
     assert 40 < columns.mean() < 80
     # The scale is that of a picture 256 pixels wide.
-    assert 3 <= np.ptp(rows) <= 7
+    assert 4 <= np.ptp(rows) <= 8

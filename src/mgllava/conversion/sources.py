@@ -10,6 +10,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
+from mgllava.modeling.high_res_vision_mgllava import trunk_sizes
+
 from .errors import ConversionError
 from .key_mapping import CLIP_DROPS, CLIP_TO_MODEL, OPEN_CLIP_DROPS, OPEN_CLIP_TO_MODEL, drop_reason, rename
 from .tensor_files import LazyTensor, open_safetensors, open_torch_file, open_weights, tensors_of
@@ -17,6 +19,7 @@ from .tensor_files import LazyTensor, open_safetensors, open_torch_file, open_we
 _CONFIG_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
 _SAFETENSORS_FILES = ["model*.safetensors"]
 _PICKLED_FILES = ["pytorch_model*.bin"]
+_TOWER = "model.high_res_vision_tower."
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
 _OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
@@ -201,30 +204,11 @@ def open_high_res_tower(name: str | Path) -> HighResTower:
         content = open_torch_file(path)
         tensors = tensors_of(content.get("state_dict", content) if isinstance(content, dict) else content, path)
     source = _sort_out(tensors, OPEN_CLIP_TO_MODEL, OPEN_CLIP_DROPS, [path])
-    depths, hidden_sizes = trunk_sizes(source.tensors)
-    if len(depths) != 4:
-        raise ConversionError(f"`high_res_tower`: {path} has {len(depths)} stages visual.trunk.stages.*, expected 4.")
+    shapes = {key.removeprefix(_TOWER): tensor.shape for key, tensor in source.tensors.items()}
+    depths, hidden_sizes = trunk_sizes(shapes)
+    if stages := [stage for stage, depth in enumerate(depths) if depth == 0]:
+        raise ConversionError(f"`high_res_tower`: {path} has no blocks of visual.trunk.stages.{stages[0]}.")
     return HighResTower(architecture, depths, hidden_sizes, source)
-
-
-def trunk_sizes(tensors: dict[str, LazyTensor]) -> tuple[list[int], list[int]]:
-    """Read the sizes of a ConvNeXt from its weights.
-
-    Args:
-        tensors (`dict[str, LazyTensor]`): Tensors under the model's names.
-
-    Returns:
-        `tuple[list[int], list[int]]`: Number of blocks, and number of channels, of each stage.
-    """
-    pattern = re.compile(r"model\.high_res_vision_tower\.stages\.(\d+)\.blocks\.(\d+)\.conv_dw\.weight")
-    blocks = {
-        (int(match[1]), int(match[2])): tensor.shape[0]
-        for name, tensor in tensors.items()
-        if (match := pattern.fullmatch(name))
-    }
-    stages = sorted({stage for stage, _ in blocks})
-    depths = [1 + max(block for other, block in blocks if other == stage) for stage in stages]
-    return depths, [max(width for (other, _), width in blocks.items() if other == stage) for stage in stages]
 
 
 def _open_clip_folder(name: str | Path) -> Path:
@@ -283,5 +267,4 @@ __all__ = [
     "language_model_config",
     "language_model_weights",
     "open_high_res_tower",
-    "trunk_sizes",
 ]

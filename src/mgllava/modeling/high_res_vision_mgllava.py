@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ class MGLlavaHighResVisionModel(PreTrainedModel):
             weights = weights.get("state_dict", weights)
         parts = (f"{_TRUNK}stem.", f"{_TRUNK}stages.")
         trunk = {key.removeprefix(_TRUNK): tensor for key, tensor in weights.items() if key.startswith(parts)}
-        depths, hidden_sizes = _sizes(trunk)
+        depths, hidden_sizes = trunk_sizes({key: tensor.shape for key, tensor in trunk.items()})
         config = MGLlavaHighResVisionConfig(
             architecture=architecture, depths=depths, hidden_sizes=hidden_sizes, image_size=image_size
         )
@@ -126,14 +127,21 @@ class MGLlavaHighResVisionModel(PreTrainedModel):
         return BackboneOutput(feature_maps=tuple(feature_maps))
 
 
-def _sizes(trunk: dict[str, torch.Tensor]) -> tuple[list[int], list[int]]:
-    """Read the number of blocks and of channels of each stage from the weights of a ConvNeXt."""
+def trunk_sizes(shapes: Mapping[str, Sequence[int]]) -> tuple[list[int], list[int]]:
+    """Read the sizes of a ConvNeXt from the shapes of its weights.
+
+    Args:
+        shapes (`Mapping[str, Sequence[int]]`): Shapes by timm's names.
+
+    Returns:
+        `tuple[list[int], list[int]]`: Number of blocks, and number of channels, of each stage; 0 where it is missing.
+    """
     depths, widths = [0] * 4, [0] * 4
-    for name, tensor in trunk.items():
+    for name, shape in shapes.items():
         if match := re.fullmatch(r"stages\.([0-3])\.blocks\.(\d+)\.conv_dw\.weight", name):
             stage = int(match[1])
-            depths[stage], widths[stage] = max(depths[stage], int(match[2]) + 1), len(tensor)
+            depths[stage], widths[stage] = max(depths[stage], int(match[2]) + 1), shape[0]
     return depths, widths
 
 
-__all__ = ["MGLlavaHighResVisionModel"]
+__all__ = ["MGLlavaHighResVisionModel", "trunk_sizes"]

@@ -1,0 +1,78 @@
+"""Put the small model into one folder with its tagger and its detector, in half precision.
+
+See `Makefile` in this folder for how it is called.
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from transformers import AutoImageProcessor, AutoModel, AutoModelForZeroShotObjectDetection, AutoProcessor
+
+from mgllava import BoxDetector
+
+
+def bundle(model: Path, tagger: Path, detector: Path, output: Path) -> None:
+    """Write one folder that loads by itself where `mgllava` is installed.
+
+    The code that transformers would put beside the weights is left out: it is in this repository already.
+
+    Args:
+        model (`Path`): Folder of the model with its processor.
+        tagger (`Path`): Folder of the small RAM++.
+        detector (`Path`): Folder of the small OWLv2.
+        output (`Path`): Folder to write; what is there is replaced.
+    """
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        halves = Path(folder) / "tagger", Path(folder) / "detector"
+        for source, half, kind, processor in (
+            (tagger, halves[0], AutoModel, AutoImageProcessor),
+            (detector, halves[1], AutoModelForZeroShotObjectDetection, AutoProcessor),
+        ):
+            kind.from_pretrained(source, dtype=torch.float16).save_pretrained(half)
+            processor.from_pretrained(source).save_pretrained(half)
+        written = Path(folder) / "model"
+        AutoModel.from_pretrained(model, dtype=torch.float16).save_pretrained(written)
+        complete = AutoProcessor.from_pretrained(model)
+        complete.box_detector = BoxDetector(*halves, mode="clean")
+        complete.box_detector.embed_vocabulary()
+        complete.save_pretrained(written)
+        for code in written.rglob("*.py"):
+            code.unlink()
+        for settings in written.rglob("*.json"):
+            _drop_auto_map(settings)
+        shutil.rmtree(output, ignore_errors=True)
+        written.rename(output)
+
+
+def _drop_auto_map(path: Path) -> None:
+    """Leave out where remote code would be."""
+
+    def without(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: without(item) for key, item in value.items() if key != "auto_map"}
+        return value
+
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if "auto_map" in json.dumps(settings):
+        path.write_text(json.dumps(without(settings), indent=2) + "\n", encoding="utf-8")
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="Folder of the model with its processor.")],
+    tagger: Annotated[Path, typer.Option(help="Folder of the tagger.")],
+    detector: Annotated[Path, typer.Option(help="Folder of the detector.")],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+) -> None:
+    """Put model, tagger and detector into one folder."""
+    bundle(model, tagger, detector, output)
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    typer.echo(f"Wrote {output}, {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,202 @@
+"""How many questions about new pictures a model answers right.
+
+    python -m small_world.evaluation small-world/stage-2 --data small-world/test --boxes detector
+
+Boxes: `detector` (the model's own, as users have it), `file` (another `--box-file`, or the true ones of the data set)
+or `none`. An answer is right if it equals the only right one; case and spaces around it do not count.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from enum import Enum
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import AutoModel, AutoProcessor
+
+import mgllava
+from mgllava.atomic_files import replacing
+from mgllava.box_files import read_boxes
+
+from .questions import KINDS
+
+# Answers have at most two words, of at most a few tokens each.
+_ANSWER_TOKENS = 8
+
+
+class Boxes(str, Enum):
+    """Where boxes come from."""
+
+    DETECTOR = "detector"
+    FILE = "file"
+    NONE = "none"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question with what the model said."""
+
+    question_id: str
+    image: str
+    kind: str
+    question: str
+    expected: str
+    answer: str
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the answer is the only right one."""
+        return self.answer.strip().lower() == self.expected.lower()
+
+
+def read_questions(folder: Path, count: int | None = None) -> list[dict[str, str]]:
+    """Read the questions about the first pictures of a data set.
+
+    Args:
+        folder (`Path`): A data set of `small_world.dataset`.
+        count (`int`, *optional*): Number of pictures; all by default.
+
+    Returns:
+        `list[dict]`: With `question_id`, `image_id`, `image`, `kind`, `text`, `answer`.
+    """
+    rows = [json.loads(line) for line in (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
+    kept = set(islice(dict.fromkeys(row["image_id"] for row in rows), count))
+    return [row for row in rows if row["image_id"] in kept]
+
+
+@torch.inference_mode()
+def answer_questions(
+    model: Any,
+    processor: Any,
+    questions: Sequence[dict[str, str]],
+    images: Path,
+    boxes: dict[str, Any] | None,
+    batch_size: int = 32,
+) -> Iterator[Answer]:
+    """Let a model answer questions.
+
+    Args:
+        model ([`MGLlavaForConditionalGeneration`]): The model.
+        processor ([`MGLlavaProcessor`]): Its processor.
+        questions (`Sequence[dict]`): See [`read_questions`].
+        images (`Path`): Folder of the pictures.
+        boxes (`dict`, *optional*): Boxes by the id of the picture; `None`: the processor's detector finds them.
+        batch_size (`int`, *optional*, defaults to 32): Questions at a time.
+
+    Yields:
+        `Answer`: In the order of the questions.
+    """
+    if boxes is None:
+        boxes = detect_boxes(processor, questions, images)
+    for start in range(0, len(questions), batch_size):
+        batch = questions[start : start + batch_size]
+        conversations = [
+            [
+                {
+                    "role": "user",
+                    "content": [
+                        {
+                            "type": "image",
+                            "image": Image.open(images / row["image"]),
+                            "boxes": boxes[row["image_id"]],
+                        },
+                        {"type": "text", "text": row["text"]},
+                    ],
+                }
+            ]
+            for row in batch
+        ]
+        inputs = processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        ).to(model.device)
+        generated = model.generate(**inputs, max_new_tokens=_ANSWER_TOKENS, do_sample=False)
+        texts = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for row, text in zip(batch, texts, strict=True):
+            yield Answer(row["question_id"], row["image"], row["kind"], row["text"], row["answer"], text.strip())
+
+
+def detect_boxes(
+    processor: Any, questions: Sequence[dict[str, str]], images: Path, batch_size: int = 16
+) -> dict[str, Any]:
+    """Find the boxes of each picture once.
+
+    Args:
+        processor ([`MGLlavaProcessor`]): With a box detector.
+        questions (`Sequence[dict]`): They name the pictures.
+        images (`Path`): Folder of the pictures.
+        batch_size (`int`, *optional*, defaults to 16): Pictures at a time.
+
+    Returns:
+        `dict`: What the detector found, by the id of the picture.
+    """
+    files = {row["image_id"]: str(images / row["image"]) for row in questions}
+    found = processor.detect(list(files.values()), batch_size=batch_size)
+    return dict(zip(files, found, strict=True))
+
+
+def accuracy(answers: Sequence[Answer]) -> dict[str, float]:
+    """Share of right answers of each kind that was asked, and of all (`all`)."""
+    kinds = {kind: [a.is_right for a in answers if a.kind == kind] for kind in KINDS}
+    kinds["all"] = [a.is_right for a in answers]
+    return {kind: sum(right) / len(right) for kind, right in kinds.items() if right}
+
+
+def accuracy_table(answers: Sequence[Answer], title: str) -> Table:
+    """Show what [`accuracy`] computes."""
+    table = Table(title=title)
+    for name in ("kind", "questions", "right"):
+        table.add_column(name, justify="left" if name == "kind" else "right")
+    for kind, share in accuracy(answers).items():
+        asked = sum(kind in (answer.kind, "all") for answer in answers)
+        table.add_row(kind, str(asked), f"{100 * share:.1f} %")
+    return table
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="Folder of a model with its processor.")],
+    data: Annotated[Path, typer.Option(help="Data set, see small_world.dataset.")],
+    boxes: Annotated[Boxes, typer.Option(help="Where boxes come from.")] = Boxes.DETECTOR,
+    box_file: Annotated[Path | None, typer.Option(help="With --boxes file: by default the true ones.")] = None,
+    count: Annotated[int | None, typer.Option(help="Number of pictures; all by default.")] = None,
+    bits: Annotated[int | None, typer.Option(help="4 or 8: quantized.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for all answers and the accuracy.")] = None,
+) -> None:
+    """Ask a model about new pictures and print the share of right answers."""
+    options = {} if bits is None else {"quantization_config": mgllava.quantization_config(bits)}
+    loaded = AutoModel.from_pretrained(model, **options).eval()
+    processor = AutoProcessor.from_pretrained(model)
+    questions = read_questions(data, count)
+    given: dict[str, Any] | None = None
+    if boxes is Boxes.FILE:
+        records = read_boxes(box_file or data / "boxes.json")
+        given = {row["image_id"]: records[row["image_id"]] for row in questions}
+    elif boxes is Boxes.NONE:
+        given = {row["image_id"]: [] for row in questions}
+    answers = list(
+        track(
+            answer_questions(loaded, processor, questions, data / "images", given), "Answering", total=len(questions)
+        )
+    )
+    console = Console()
+    console.print(accuracy_table(answers, f"{model}, boxes: {boxes.value}"))
+    if output is not None:
+        with replacing(output) as partial:
+            result = {"accuracy": accuracy(answers), "answers": [asdict(answer) for answer in answers]}
+            partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
