@@ -14,11 +14,12 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 from pooling import run_alone
+from random_models import make_config, make_model
 from report import report
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging
 
-from mgllava import MGLlavaConfig, MGLlavaForConditionalGeneration, quantization_config
+from mgllava import MGLlavaConfig, MGLlavaForConditionalGeneration
 
 TEXT_TOKENS, BOXES = 100, 10
 WEIGHTS = ("bf16", "bitsandbytes-8", "bitsandbytes-4", "torchao-8")
@@ -26,43 +27,6 @@ WEIGHTS = ("bf16", "bitsandbytes-8", "bitsandbytes-4", "torchao-8")
 DEVICES = {"H200": (4.8, 989), "H100": (3.35, 989), "A100": (2.0, 312)}
 # A figure that reaches this share of what the hardware could do is limited by the hardware.
 NEAR_ROOFLINE = 0.6
-
-
-def make_config(preset: str) -> MGLlavaConfig:
-    """Build the configuration of the published 7B model, or a tiny one of the same shape."""
-    if preset == "7b":
-        return MGLlavaConfig()
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return MGLlavaConfig(
-        text_config={"model_type": "llama", "vocab_size": 512, **sizes},
-        vision_config={"model_type": "clip_vision_model", "image_size": 42, "patch_size": 14, **sizes},
-        high_res_vision_config={"depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 24, 32], "image_size": 96},
-        image_token_id=500,
-    )
-
-
-def make_model(config: MGLlavaConfig, weights: str, device: str) -> MGLlavaForConditionalGeneration:
-    """Draw bf16 weights on the device and load them as a user would load a repository, quantizing as they arrive."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = MGLlavaForConditionalGeneration._from_config(config, dtype=torch.bfloat16).eval()
-    if weights == "bf16":
-        return model
-    method, bits = weights.split("-")
-    quantization: Any = quantization_config(int(bits)) if method == "bitsandbytes" else None
-    if method == "torchao":
-        from torchao.quantization import Int8WeightOnlyConfig
-        from transformers import TorchAoConfig
-
-        quantization = TorchAoConfig(Int8WeightOnlyConfig())
-    return MGLlavaForConditionalGeneration.from_pretrained(
-        None,
-        config=model.config,
-        state_dict=model.state_dict(),
-        dtype=torch.bfloat16,
-        device_map={"": device},
-        quantization_config=quantization,
-    )
 
 
 def make_inputs(config: MGLlavaConfig, batch_size: int, device: str) -> dict[str, torch.Tensor]:
