@@ -10,7 +10,7 @@ SOURCES := src tests examples benchmarks small_world
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all test-mixins hub-check lint format bench bench-pooling bench-convert bench-detector \
-	bench-quantization bench-generation bench-import clean
+	bench-quantization bench-generation bench-train bench-import small-model ablation clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | column -t -s '	'
@@ -73,8 +73,19 @@ bench-quantization: setup  ## accuracy and memory of quantized models
 bench-generation: setup  ## memory, first token and tokens per second at real size, on a GPU
 	$(BIN)/python benchmarks/generation.py
 
+bench-train: setup  ## training at real size on a GPU (tiny without one), and whether the processor keeps up
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/processor.py
+
 bench-import: setup  ## import time beyond torch and transformers
 	$(BIN)/python benchmarks/import_time.py
+
+small-model: setup  ## make the small model from nothing, in small-world/ (hours; goes on where it was)
+	$(MAKE) -f small_world/Makefile
+
+ablation: small-model  ## the paper's ablations at the size of the small model (a night; goes on where it was)
+	$(BIN)/python -m small_world.ablation main --seeds 3
+	$(BIN)/python -m small_world.ablation fusion merging boxes
 
 clean:  ## remove .venv and what the commands left
 	rm -rf $(VENV) demo-output build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

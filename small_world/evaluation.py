@@ -120,7 +120,7 @@ def answer_questions(
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"padding": True},
+            processor_kwargs={"padding": True, "padding_side": "left"},
         ).to(model.device)
         generated = model.generate(**inputs, max_new_tokens=_ANSWER_TOKENS, do_sample=False)
         texts = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

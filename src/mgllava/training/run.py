@@ -52,7 +52,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         BoxFileError: If boxes are those of another detector.
         OSError: If a file cannot be read or written.
     """
-    args = _training_arguments(recipe)
+    args = training_arguments(recipe)
     output = Path(str(args.output_dir))
     checkpoint = last_complete_checkpoint(output)
     if checkpoint is not None and not resume:
@@ -99,7 +99,18 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     return output
 
 
-def _training_arguments(recipe: Recipe) -> TrainingArguments:
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """Make transformers' arguments from a recipe.
+
+    Args:
+        recipe (`Recipe`): The recipe.
+
+    Returns:
+        `TrainingArguments`: With what every training here needs, and batches accumulated to `global_batch_size`.
+
+    Raises:
+        TrainingError: If the recipe has no `output_dir`, or arguments that cannot be used.
+    """
     given = {**_DEFAULTS, **(recipe.training or {})}
     if not given.get("output_dir"):
         raise TrainingError("`training.output_dir` must say where to write, e.g. training.output_dir=stage-1.")
@@ -287,4 +298,4 @@ def _save(trainer: MGLlavaTrainer, options: ModelOptions, output: Path) -> None:
     trainer.save_model(str(output))
 
 
-__all__ = ["load_model", "train"]
+__all__ = ["load_model", "train", "training_arguments"]

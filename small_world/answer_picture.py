@@ -1,0 +1,52 @@
+"""Pictures with boxes, questions and answers, to look at."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from mgllava.visualization import draw_boxes
+
+from .evaluation import Answer
+
+_WIDTH, _MARGIN, _FONT_SIZE = 520, 14, 17
+_INK, _RIGHT, _WRONG = (30, 30, 30), (20, 120, 50), (190, 30, 30)
+
+
+def draw_answers(answers: Sequence[Answer], boxes: Mapping[str, Any], images: Path) -> Image.Image:
+    """Draw pictures side by side, each with its boxes and, below it, what was asked about it.
+
+    Right answers are green; wrong ones are red, with the right one behind them.
+
+    Args:
+        answers (`Sequence[Answer]`): Answers about a few pictures.
+        boxes (`Mapping[str, Any]`): What a detector found, by the name of the picture.
+        images (`Path`): Folder of the pictures.
+
+    Returns:
+        `PIL.Image.Image`: The drawing.
+    """
+    names = list(dict.fromkeys(answer.image for answer in answers))
+    pictures = []
+    for name in names:
+        picture = draw_boxes(Image.open(images / name), boxes[name])
+        pictures.append(ImageOps.contain(picture, (_WIDTH, _WIDTH)))
+    font = ImageFont.load_default(_FONT_SIZE)
+    line = round(1.5 * _FONT_SIZE)
+    tallest = max(picture.height for picture in pictures)
+    most = max(sum(answer.image == name for answer in answers) for name in names)
+    size = (len(names) * (_WIDTH + _MARGIN) + _MARGIN, tallest + most * line + 3 * _MARGIN)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, (name, picture) in enumerate(zip(names, pictures, strict=True)):
+        left, top = _MARGIN + column * (_WIDTH + _MARGIN), _MARGIN
+        sheet.paste(picture, (left, top))
+        top += picture.height + _MARGIN
+        for answer in (answer for answer in answers if answer.image == name):
+            draw.text((left, top), answer.question, fill=_INK, font=font)
+            said = answer.answer if answer.is_right else f"{answer.answer} (it is {answer.expected})"
+            place = left + draw.textlength(answer.question + "  ", font=font)
+            draw.text((place, top), said, fill=_RIGHT if answer.is_right else _WRONG, font=font)
+            top += line
+    return sheet

@@ -1,0 +1,66 @@
+"""The main job, end to end: the small model answers questions about pictures that nobody has seen (`make demo`).
+
+    python -m small_world.demo [FOLDER]
+
+Pictures are drawn into FOLDER, `demo-output` by default; the model finds the boxes itself. FOLDER/answers.png shows
+some of the answers, FOLDER/accuracy.json has all of them.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from transformers import AutoModel, AutoProcessor
+
+import mgllava  # noqa: F401  (makes the Auto classes know MG-LLaVA)
+
+from .answer_picture import draw_answers
+from .dataset import write_dataset
+from .evaluation import accuracy, accuracy_table, answer_questions, detect_boxes, read_questions
+
+MODEL = Path(__file__).parent / "model"
+# Seeds that no training and no test used.
+_FIRST_SEED = 1_000_000
+# About each picture, and of how many pictures answers are shown.
+_QUESTIONS, _SHOWN = 4, 3
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Folder to write.")] = Path("demo-output"),
+    model: Annotated[Path, typer.Option(help="Folder of a model with its processor.")] = MODEL,
+    pictures: Annotated[int, typer.Option(help="Number of new pictures.")] = 200,
+) -> None:
+    """Draw new pictures, find their boxes, answer questions about them and count what is right."""
+    console = Console()
+    console.rule("1. Load the model")
+    loaded = AutoModel.from_pretrained(model).float().eval()
+    processor = AutoProcessor.from_pretrained(model)
+    console.print(f"  {type(loaded).__name__}, {loaded.num_parameters():,} parameters, {type(processor).__name__}")
+
+    console.rule(f"2. Draw {pictures} new pictures")
+    write_dataset(folder / "pictures", "test", pictures, questions=_QUESTIONS, first=_FIRST_SEED)
+    questions, images = read_questions(folder / "pictures"), folder / "pictures" / "images"
+
+    console.rule("3. Find their boxes, answer questions about them")
+    boxes = detect_boxes(processor, questions, images)
+    answering = answer_questions(loaded, processor, questions, images, boxes)
+    answers = list(track(answering, "Answering", total=len(questions)))
+    by_image = {row["image"]: boxes[row["image_id"]] for row in questions}
+    fullest = sorted(by_image, key=lambda image: -len(by_image[image]["boxes"]))[:_SHOWN]
+    some = [answer for answer in answers if answer.image in fullest]
+    draw_answers(some, by_image, images).save(folder / "answers.png")
+    for answer in some:
+        console.print(f"  {answer.image}  {answer.question}  [bold]{answer.answer}[/bold]", highlight=False)
+
+    console.print(accuracy_table(answers, f"{pictures} new pictures"))
+    result = {"accuracy": accuracy(answers), "answers": [asdict(answer) for answer in answers]}
+    (folder / "accuracy.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    console.print(f"Pictures with boxes and answers: {folder / 'answers.png'}", highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
