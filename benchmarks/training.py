@@ -37,7 +37,7 @@ from transformers import TrainerCallback
 
 from mgllava import MGLlavaConfig
 from mgllava.training import MGLlavaDataCollator, MGLlavaTrainer, Recipe, load_recipe
-from mgllava.training.run import training_arguments, load_model
+from mgllava.training.run import load_model, training_arguments
 from mgllava.training.trainable import trained_parameters
 
 PHOTO_SIZES, PHOTOS = ((640, 480), (480, 640), (1920, 1080)), 48

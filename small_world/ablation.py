@@ -24,7 +24,7 @@ from rich.table import Table
 from mgllava.atomic_files import replacing
 
 from .questions import KINDS
-from .scenes import SHAPES
+from .scenes import ANY_SHAPE, SHAPES
 
 _HERE = Path(__file__).parent
 RESULTS = _HERE / "results" / "ablation.json"
@@ -112,7 +112,7 @@ def _boxes(world: Path, split: str, kind: str) -> Path:
         tags = {
             "ram-plus": ["--tagger", world / "parts" / "tagger", "--mode", "clean"],
             "fixed-list": ["--labels", ",".join(_FIXED_LIST), "--mode", "clean"],
-            "no-tags": ["--labels", "object", "--mode", "clean"],
+            "no-tags": ["--labels", ANY_SHAPE, "--mode", "clean"],
         }[kind]
         options = ["--image-folder", world / split / "images", "--detector", world / "parts" / "detector"]
         _call(

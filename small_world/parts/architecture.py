@@ -8,7 +8,7 @@ from transformers import CLIPConfig, LlamaConfig, Owlv2Config
 
 from mgllava import RamPlusConfig
 from small_world.pictures import CAPTION_LENGTH
-from small_world.scenes import SHAPES
+from small_world.scenes import ANY_SHAPE, SHAPES
 
 IMAGE_SIZE = 256
 LOW_RES_IMAGE_SIZE = 112
@@ -83,7 +83,7 @@ def detector_config(vocabulary: dict[str, int]) -> Owlv2Config:
 
 
 def tagger_config(num_descriptions: int) -> RamPlusConfig:
-    """Describe RAM++, whose tags are the shapes and whose descriptions are embedded by the text model of CLIP.
+    """Describe RAM++: tags are the shapes and `ANY_SHAPE`, their descriptions are embedded by the text model of CLIP.
 
     Args:
         num_descriptions (`int`): Descriptions of each tag.
@@ -102,8 +102,8 @@ def tagger_config(num_descriptions: int) -> RamPlusConfig:
         intermediate_size=256,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        id2label=dict(enumerate(SHAPES)),
-        thresholds=[TAG_THRESHOLD] * len(SHAPES),
+        id2label=dict(enumerate((*SHAPES, ANY_SHAPE))),
+        thresholds=[TAG_THRESHOLD] * (len(SHAPES) + 1),
     )
 
 

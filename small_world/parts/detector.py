@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 from torchvision.ops import box_convert, box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 from transformers import CLIPTokenizer, Owlv2ForObjectDetection, Owlv2ImageProcessor, Owlv2Processor
 
-from small_world.scenes import SHAPES
+from small_world.scenes import ANY_SHAPE, SHAPES
 
 from .architecture import DETECTOR_IMAGE_SIZE, detector_config
 from .objectives import cells_of_centers, count_right
@@ -24,8 +24,8 @@ _OVERLAP = 0.5
 
 
 def prompts() -> list[str]:
-    """Make the prompts that the box detector makes of the shapes."""
-    return [f"a photo of {shape}" for shape in SHAPES]
+    """Make the prompts that the box detector makes of the tags: each shape, then any of them."""
+    return [f"a photo of {tag}" for tag in (*SHAPES, ANY_SHAPE)]
 
 
 def make_tokenizer() -> CLIPTokenizer:
@@ -40,7 +40,7 @@ def make_tokenizer() -> CLIPTokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=400, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
     )
-    bpe.train_from_iterator(prompts(), trainer)
+    bpe.train_from_iterator(prompts()[:-1], trainer)
     learned = bpe.get_vocab()
     # A character can end a word wherever it stands.
     words = sorted({*learned, *(character + "</w>" for character in alphabet)} - {_PAD})
@@ -100,6 +100,7 @@ class DetectorTraining(nn.Module):
         shapes = attributes[images, objects, 0]
         wanted = torch.zeros_like(logits)
         wanted[images, patches, shapes] = 1
+        wanted[images, patches, -1] = 1
         class_loss = sigmoid_focal_loss(logits, wanted, alpha=0.5, reduction="sum")
         object_loss = sigmoid_focal_loss(objectness, wanted.amax(-1), alpha=0.5, reduction="sum")
 
@@ -109,13 +110,15 @@ class DetectorTraining(nn.Module):
         box_loss = 5 * F.l1_loss(predicted, true, reduction="sum")
         box_loss = box_loss + 2 * generalized_box_iou_loss(predicted, true, reduction="sum")
 
-        scores, labels = logits[images, patches].sigmoid().max(-1)
-        overlap = box_iou(predicted, true).diagonal()
-        found = (scores > _SCORE) & (labels == shapes) & (overlap > _OVERLAP)
-        reported = logits.amax(-1).sigmoid() > _SCORE
+        overlaps = box_iou(predicted, true).diagonal() > _OVERLAP
+        scores = logits.sigmoid()
+        seen = (scores[images, patches].amax(-1) > _SCORE) & overlaps
+        reported = scores.amax(-1) > _SCORE
+        named = logits[images, patches, :-1].argmax(-1) == shapes
         counts = {
-            "recall": count_right(found, torch.ones_like(found)),
+            "recall": count_right(seen, torch.ones_like(seen)),
             "precision": count_right(reported & (wanted.amax(-1) > 0), reported),
+            "right shapes": count_right(named, torch.ones_like(named)),
         }
         return {"loss": (class_loss + object_loss + box_loss) / max(len(images), 1), "counts": counts}
 

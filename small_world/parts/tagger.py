@@ -1,4 +1,4 @@
-"""The small RAM++: names the shapes that are in a picture."""
+"""The small RAM++: names the shapes that are in a picture, and says of each that there are objects."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import CLIPModel, PreTrainedTokenizerBase
 
 from mgllava import RamPlusForImageTagging, RamPlusImageProcessor
-from small_world.scenes import COLORS, SHAPES, TEXTURES
+from small_world.scenes import ANY_SHAPE, COLORS, SHAPES, TEXTURES
 
 from .architecture import TAG_THRESHOLD, TAGGER_IMAGE_SIZE, tagger_config
 from .objectives import CellContents, count_right
@@ -17,9 +17,9 @@ from .objectives import CellContents, count_right
 _IMAGENET_MEAN, _IMAGENET_STD = RamPlusImageProcessor.image_mean, RamPlusImageProcessor.image_std
 
 
-def descriptions(shape: str) -> list[str]:
+def descriptions(tag: str) -> list[str]:
     """Describe a tag in several ways, as a language model does for the original (section 3.2 of arXiv 2310.15200)."""
-    return [f"a {kind} {shape}" for kind in (*COLORS, *TEXTURES[1:])]
+    return [f"a {kind} {tag}" for kind in (*COLORS, *TEXTURES[1:])]
 
 
 class TaggerTraining(nn.Module):
@@ -32,7 +32,7 @@ class TaggerTraining(nn.Module):
 
     def __init__(self, clip: Path, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
-        texts = [descriptions(shape) for shape in SHAPES]
+        texts = [descriptions(tag) for tag in (*SHAPES, ANY_SHAPE)]
         self.model = RamPlusForImageTagging(tagger_config(len(texts[0])))
         self.model.decoder.label_embed.data.copy_(_embed(texts, CLIPModel.from_pretrained(clip), tokenizer))
         config = self.model.config
@@ -46,6 +46,7 @@ class TaggerTraining(nn.Module):
         outputs = self.model((pixel_values - self.mean) / self.std)
         shapes = attributes[..., 0]
         wanted = F.one_hot(shapes.clamp(min=0), len(SHAPES)).mul((shapes >= 0).unsqueeze(-1)).amax(1).float()
+        wanted = F.pad(wanted, (0, 1), value=1.0)
         loss = F.binary_cross_entropy_with_logits(outputs.logits, wanted, reduction="sum") / len(wanted)
         cell_loss, _ = self.cell_contents(outputs.image_embeds[:, 1:], boxes, attributes)
         tagged = outputs.logits.sigmoid() > TAG_THRESHOLD
