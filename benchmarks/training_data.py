@@ -27,7 +27,7 @@ MAX_TURNS, QUESTION_WORDS, ANSWER_WORDS, MAX_BOXES = 4, (5, 15), (3, 40), 25
 WORDS = (
     "the a three red green small cup spoon table window person dog street is are lies beside behind under left right "
     "holding wooden bright what how"
-).split()
+).split()  # noqa: SIM905
 LABELS = ("person", "cup", "table", "dog", "bicycle", "tree", "sign", "window", "chair", "bottle", "car", "book")
 # Standard deviations, in 8-bit levels.
 _CONTRAST, _COLOR, _FINEST = 22, 10, 6
