@@ -24,10 +24,23 @@ from mgllava.training import ConversationDataset, open_source
 TOKENIZER = Path(__file__).parents[1] / "tests" / "golden" / "llm"
 QUALITY = 90
 MAX_TURNS, QUESTION_WORDS, ANSWER_WORDS, MAX_BOXES = 4, (5, 15), (3, 40), 25
+NOUNS = ("cup", "spoon", "table", "window", "person", "dog", "street")
 WORDS = (
-    "the a three red green small cup spoon table window person dog street is are lies beside behind under left right "
-    "holding wooden bright what how"
-).split()  # noqa: SIM905
+    *NOUNS,
+    "the",
+    "a",
+    "three",
+    "red",
+    "green",
+    "small",
+    "is",
+    "are",
+    "lies",
+    "beside",
+    "behind",
+    "under",
+    "left",
+)
 LABELS = ("person", "cup", "table", "dog", "bicycle", "tree", "sign", "window", "chair", "bottle", "car", "book")
 # Standard deviations, in 8-bit levels.
 _CONTRAST, _COLOR, _FINEST = 22, 10, 6
