@@ -13,6 +13,8 @@ from .scenes import COLORS, DIGITS, SHAPES, Scene, SceneObject
 KINDS = ("existence", "color", "shape", "count", "position", "relation", "reading")
 MAX_COUNT = 8
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
+# As many as the small detector has rows of patches.
+_CAPTION_ROWS = 16
 _PLURALS = {"cross": "crosses"}
 
 
@@ -32,9 +34,14 @@ class Question:
 
 
 def describe(scene: Scene) -> str:
-    """Caption of a scene: its objects from left to right, with what is printed on them."""
+    """Caption of a scene: its objects row by row, with what is printed on them.
+
+    That is the order of a detector's boxes. Object tokens do not say where they are, so in any other order a caption
+    would not tell which token a phrase belongs to.
+    """
+    row_height = max(scene.width, scene.height) / _CAPTION_ROWS
     parts = []
-    for item in sorted(scene.objects, key=lambda item: item.center[0]):
+    for item in sorted(scene.objects, key=lambda item: (item.center[1] // row_height, item.center[0])):
         texture = "" if item.texture == "plain" else f"{item.texture} "
         article = "an" if not texture and item.color == "orange" else "a"
         printed = f" with the {_character_kind(item.character)} {item.character}" if item.character else ""

@@ -81,7 +81,7 @@ def test_questions_are_the_same_for_the_same_scene():
     assert ask(SCENES[3]) == ask(make_scene("train", 3))
 
 
-def test_caption_names_the_objects_from_left_to_right():
+def test_caption_names_the_objects_row_by_row():
     scene = Scene(
         "caption",
         200,
@@ -89,7 +89,10 @@ def test_caption_names_the_objects_from_left_to_right():
         (
             SceneObject("star", "orange", "plain", (150, 50), 40, 0, "K"),
             SceneObject("ring", "red", "striped", (30, 50), 40, 0),
-            SceneObject("circle", "blue", "plain", (90, 50), 40, 0, "7"),
+            SceneObject("circle", "blue", "plain", (90, 51), 40, 0, "7"),
+            SceneObject("moon", "pink", "dotted", (180, 20), 30, 0),
         ),
     )
-    assert describe(scene) == "a striped red ring, a blue circle with the digit 7, an orange star with the letter K"
+    assert describe(scene) == (
+        "a dotted pink moon, a striped red ring, a blue circle with the digit 7, an orange star with the letter K"
+    )
