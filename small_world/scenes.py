@@ -130,7 +130,7 @@ def _make_crowd(scene_id: str, rng: random.Random) -> Scene:
             character = rng.choice(LETTERS + DIGITS)
         texture = "plain" if character else rng.choice(TEXTURES)
         x, y = (
-            min(max((place + 0.5) * cell + rng.uniform(-6, 6), size / 2), side - size / 2)
+            min(max((place + 0.5) * cell + rng.uniform(-6, 6), size / 2 + 1), side - size / 2 - 1)
             for place in (index % CROWD_GRID, index // CROWD_GRID)
         )
         center = round(x, 2), round(y, 2)
