@@ -15,12 +15,13 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from mgllava import MGLlavaConfig
 from mgllava.atomic_files import replacing
 
 from .questions import KINDS
@@ -28,16 +29,7 @@ from .scenes import ANY_SHAPE, SHAPES
 
 _HERE = Path(__file__).parent
 RESULTS = _HERE / "results" / "ablation.json"
-_FUSIONS = (
-    "conv_gate",
-    "conv_gate_concat",
-    "channel_concat",
-    "plain_channel_concat",
-    "patch_info_mining",
-    "resampler",
-    "none",
-)
-_MERGINGS = ("concat", "box_to_fused", "fused_to_box", "none")
+_FUSIONS, _MERGINGS = (get_args(MGLlavaConfig.__annotations__[name]) for name in ("fusion_type", "object_merging"))
 # As COCO's 80 classes know some of what a picture shows, half of the shapes here.
 _FIXED_LIST = SHAPES[::2]
 
@@ -110,11 +102,12 @@ def _boxes(world: Path, split: str, kind: str) -> Path:
     output = world / split / f"detected-{kind}.json"
     if not output.exists():
         tags = {
-            "ram-plus": ["--tagger", world / "parts" / "tagger", "--mode", "clean"],
-            "fixed-list": ["--labels", ",".join(_FIXED_LIST), "--mode", "clean"],
-            "no-tags": ["--labels", ANY_SHAPE, "--mode", "clean"],
+            "ram-plus": ["--tagger", world / "parts" / "tagger"],
+            "fixed-list": ["--labels", ",".join(_FIXED_LIST)],
+            "no-tags": ["--labels", ANY_SHAPE],
         }[kind]
         options = ["--image-folder", world / split / "images", "--detector", world / "parts" / "detector"]
+        options += ["--mode", "clean"]
         _call(
             "mgllava.cli", "detect", world / split / "captions.json", *options, *tags, "--output", output, "--resume"
         )

@@ -6,8 +6,6 @@ Pictures are drawn into FOLDER, `demo-output` by default; the model finds the bo
 some of the answers, FOLDER/accuracy.json has all of them.
 """
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +18,7 @@ import mgllava  # noqa: F401  (makes the Auto classes know MG-LLaVA)
 
 from .answer_picture import draw_answers
 from .dataset import write_dataset
-from .evaluation import accuracy, accuracy_table, answer_questions, detect_boxes, read_questions
+from .evaluation import accuracy_table, answer_questions, detect_boxes, read_questions, write_answers
 
 MODEL = Path(__file__).parent / "model"
 # Seeds that no training and no test used.
@@ -57,8 +55,7 @@ def main(
         console.print(f"  {answer.image}  {answer.question}  [bold]{answer.answer}[/bold]", highlight=False)
 
     console.print(accuracy_table(answers, f"{pictures} new pictures"))
-    result = {"accuracy": accuracy(answers), "answers": [asdict(answer) for answer in answers]}
-    (folder / "accuracy.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_answers(folder / "accuracy.json", answers)
     console.print(f"Pictures with boxes and answers: {folder / 'answers.png'}", highlight=False)
 
 

@@ -154,6 +154,13 @@ def accuracy(answers: Sequence[Answer]) -> dict[str, float]:
     return {kind: sum(right) / len(right) for kind, right in kinds.items() if right}
 
 
+def write_answers(path: Path, answers: Sequence[Answer]) -> None:
+    """Write all answers, and the accuracy, as JSON."""
+    result = {"accuracy": accuracy(answers), "answers": [asdict(answer) for answer in answers]}
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
 def accuracy_table(answers: Sequence[Answer], title: str) -> Table:
     """Show what [`accuracy`] computes."""
     table = Table(title=title)
@@ -193,9 +200,7 @@ def main(
     console = Console()
     console.print(accuracy_table(answers, f"{model}, boxes: {boxes.value}"))
     if output is not None:
-        with replacing(output) as partial:
-            result = {"accuracy": accuracy(answers), "answers": [asdict(answer) for answer in answers]}
-            partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_answers(output, answers)
 
 
 if __name__ == "__main__":

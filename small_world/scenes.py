@@ -89,14 +89,14 @@ def make_scene(split: str, number: int) -> Scene:
     """
     scene_id = f"{split}/{number}"
     rng = random.Random(scene_id)
-    if split == "crowded":
-        return _make_crowd(scene_id, rng)
-    width, height = rng.choice(IMAGE_SIZES)
-    # Sizes are relative to the long side, since that is what the model's square is scaled to.
-    unit = max(width, height) / 256
     pairs = [
         (shape, color) for shape in SHAPES for color in COLORS if ((shape, color) in HELD_OUT) == (split == "unseen")
     ]
+    if split == "crowded":
+        return _make_crowd(scene_id, rng, pairs)
+    width, height = rng.choice(IMAGE_SIZES)
+    # Sizes are relative to the long side, since that is what the model's square is scaled to.
+    unit = max(width, height) / 256
     wanted = rng.randint(1, MAX_OBJECTS) if rng.random() < 0.5 else rng.randint(1, 6)
     # Repeating a shape or a colour makes questions of counting and of telling apart worth asking.
     favourite_shape, favourite_color = rng.choice(SHAPES), rng.choice(list(COLORS))
@@ -117,9 +117,8 @@ def make_scene(split: str, number: int) -> Scene:
     return Scene(scene_id, width, height, tuple(objects))
 
 
-def _make_crowd(scene_id: str, rng: random.Random) -> Scene:
+def _make_crowd(scene_id: str, rng: random.Random, pairs: list[tuple[str, str]]) -> Scene:
     """Put one object into each cell of a grid, most of them with a character."""
-    pairs = [(shape, color) for shape in SHAPES for color in COLORS if (shape, color) not in HELD_OUT]
     side, cell = 256, 256 / CROWD_GRID
     objects = []
     for index in range(CROWD_GRID**2):

@@ -13,8 +13,7 @@ from small_world.scenes import ANY_SHAPE, COLORS, SHAPES, TEXTURES
 
 from .architecture import TAG_THRESHOLD, TAGGER_IMAGE_SIZE, tagger_config
 from .objectives import CellContents, count_right
-
-_IMAGENET_MEAN, _IMAGENET_STD = RamPlusImageProcessor.image_mean, RamPlusImageProcessor.image_std
+from .towers import Normalize
 
 
 def descriptions(tag: str) -> list[str]:
@@ -38,12 +37,11 @@ class TaggerTraining(nn.Module):
         config = self.model.config
         grid = config.image_size // 32
         self.cell_contents = CellContents(config.projection_dim, grid, config.image_size)
-        self.register_buffer("mean", 255 * torch.tensor(_IMAGENET_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(_IMAGENET_STD).view(3, 1, 1), persistent=False)
+        self.normalize = Normalize(RamPlusImageProcessor.image_mean, RamPlusImageProcessor.image_std)
 
     def forward(self, pixel_values: torch.Tensor, boxes: torch.Tensor, attributes: torch.Tensor) -> dict[str, Any]:
         """Compute the loss of a batch of `Pictures`."""
-        outputs = self.model((pixel_values - self.mean) / self.std)
+        outputs = self.model(self.normalize(pixel_values))
         shapes = attributes[..., 0]
         wanted = F.one_hot(shapes.clamp(min=0), len(SHAPES)).mul((shapes >= 0).unsqueeze(-1)).amax(1).float()
         wanted = F.pad(wanted, (0, 1), value=1.0)

@@ -1,6 +1,7 @@
 """The two towers, each with what it learns from, and how they are saved."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,12 @@ from .objectives import BoxAttributes, CellContents, count_right, features_at_ce
 
 
 class Normalize(nn.Module):
-    """Turns 8-bit pixels into what the towers see."""
+    """Turns 8-bit pixels into what a model sees, by mean and deviation of pixels between 0 and 1."""
 
-    def __init__(self):
+    def __init__(self, mean: Sequence[float] = OPENAI_CLIP_MEAN, std: Sequence[float] = OPENAI_CLIP_STD):
         super().__init__()
-        self.register_buffer("mean", 255 * torch.tensor(OPENAI_CLIP_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(OPENAI_CLIP_STD).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Normalize `(num_images, 3, height, width)`."""

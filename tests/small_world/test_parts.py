@@ -56,6 +56,20 @@ def processed(data, numbers):
     return processor(images, boxes=boxes, return_tensors="pt")
 
 
+def train_a_little(module, batch, learning_rate):
+    """Take twelve steps on one batch; returns the losses, and what the last step put out."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate)
+    losses = []
+    for _ in range(12):
+        outputs = module(**batch)
+        optimizer.zero_grad()
+        outputs["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        losses.append(outputs["loss"].item())
+    return losses, outputs
+
+
 def test_pictures_are_what_the_image_processor_shows_the_model(data, batch):
     expected = processed(data, range(4))
     pixels = HighResTowerTraining().normalize(batch["pixel_values"])
@@ -190,16 +204,7 @@ def test_the_detector_learns(data):
     torch.manual_seed(0)
     pictures = Pictures(data, cornered_frame(DETECTOR_IMAGE_SIZE))
     batch = collate_pictures([pictures[index] for index in range(4)])
-    module = DetectorTraining()
-    optimizer = torch.optim.AdamW(module.parameters(), lr=2e-3)
-    losses = []
-    for _ in range(12):
-        outputs = module(**batch)
-        optimizer.zero_grad()
-        outputs["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        losses.append(outputs["loss"].item())
+    losses, outputs = train_a_little(DetectorTraining(), batch, 2e-3)
     assert losses[-1] < 0.7 * losses[0]
     assert outputs["counts"]["recall"][0, 1] == (batch["attributes"][..., 0] >= 0).sum()
 
@@ -248,14 +253,7 @@ def test_the_tagger_learns_and_sees_what_it_was_trained_on(data, tokenizer, tmp_
     module = TaggerTraining(tmp_path / "clip", tokenizer)
     described = module.model.decoder.label_embed.clone()
     torch.testing.assert_close(described.norm(dim=-1), torch.ones(described.shape[:2]))
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(12):
-        outputs = module(**batch)
-        optimizer.zero_grad()
-        outputs["loss"].backward()
-        optimizer.step()
-        losses.append(outputs["loss"].item())
+    losses, _ = train_a_little(module, batch, 1e-3)
     assert losses[-1] < 0.7 * losses[0]
     assert torch.equal(module.model.decoder.label_embed, described)
 
