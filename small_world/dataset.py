@@ -25,10 +25,8 @@ from mgllava.atomic_files import replacing
 from mgllava.box_files import write_boxes
 
 from .drawing import draw_scene
-from .questions import ask, describe
+from .questions import CAPTION_REQUEST, ask, describe
 from .scenes import make_scene
-
-CAPTION_REQUEST = "Describe the picture."
 
 
 def make_sample(split: str, number: int, images: Path, questions: int) -> dict[str, Any]:

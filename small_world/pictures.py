@@ -3,6 +3,7 @@
 This is what the parts are trained on. The small model itself is trained on the files of the data set, as on real ones.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mgllava.box_files import read_boxes
 
 from .frames import Frame
 from .questions import describe
-from .scenes import COLORS, DIGITS, LETTERS, SHAPES, TEXTURES, make_scene
+from .scenes import COLORS, DIGITS, LETTERS, SHAPES, TEXTURES, SceneObject, make_scene
 
 # Tokens of a caption; longer ones are cut.
 CAPTION_LENGTH = 256
@@ -36,8 +37,7 @@ class Pictures(Dataset):
     """Pictures and objects of one data set.
 
     Items have `pixel_values` (uint8, `(3, size, size)`), `boxes` (`(num_objects, 4)`: x1, y1, x2, y2 in pixels of the
-    square), `attributes` (`(num_objects, 4)`: indices in the order of `ATTRIBUTES`) and, with a tokenizer,
-    `caption_ids`.
+    square), `attributes` (see [`object_attributes`]) and, with a tokenizer, `caption_ids`.
 
     Args:
         folder (`Path`): A data set of `small_world.dataset`. The prepared pixels are kept in it.
@@ -63,19 +63,7 @@ class Pictures(Dataset):
         for scene, record in zip(self.scenes, records.values(), strict=True):
             boxes = frame.boxes(np.array(record["boxes"]), scene.width, scene.height)
             self.boxes.append(torch.tensor(boxes, dtype=torch.float32))
-            self.attributes.append(
-                torch.tensor(
-                    [
-                        [
-                            SHAPES.index(item.shape),
-                            list(COLORS).index(item.color),
-                            TEXTURES.index(item.texture),
-                            CHARACTERS.index(item.character) + 1 if item.character else 0,
-                        ]
-                        for item in scene.objects
-                    ]
-                )
-            )
+            self.attributes.append(object_attributes(scene.objects))
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -92,6 +80,21 @@ class Pictures(Dataset):
                 self.tokenizer(text, truncation=True, max_length=CAPTION_LENGTH)["input_ids"]
             )
         return item
+
+
+def object_attributes(objects: Sequence[SceneObject]) -> torch.Tensor:
+    """Say what objects are, `(num_objects, 4)`: indices in the order of `ATTRIBUTES`."""
+    return torch.tensor(
+        [
+            [
+                SHAPES.index(item.shape),
+                list(COLORS).index(item.color),
+                TEXTURES.index(item.texture),
+                CHARACTERS.index(item.character) + 1 if item.character else 0,
+            ]
+            for item in objects
+        ]
+    )
 
 
 def _scene_of(scene_id: str) -> Any:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from .scenes import COLORS, DIGITS, SHAPES, Scene, SceneObject
 
 KINDS = ("existence", "color", "shape", "count", "position", "relation", "reading")
+CAPTION_REQUEST = "Describe the picture."
 MAX_COUNT = 8
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
-# As many as the small detector has rows of patches.
-_CAPTION_ROWS = 16
+# As many as the grid of the small model has.
+_ROWS = 8
 _PLURALS = {"cross": "crosses"}
 
 
@@ -33,15 +34,20 @@ class Question:
     answer: str
 
 
-def describe(scene: Scene) -> str:
-    """Caption of a scene: its objects row by row, with what is printed on them.
+def reading_order(scene: Scene) -> list[SceneObject]:
+    """Objects row by row of the grid that vision gives to the model, each row from left to right."""
+    side = max(scene.width, scene.height)
+    top = (side - scene.height) / 2
+    return sorted(scene.objects, key=lambda item: ((item.center[1] + top) // (side / _ROWS), item.center[0]))
 
-    That is the order of a detector's boxes. Object tokens do not say where they are, so in any other order a caption
-    would not tell which token a phrase belongs to.
+
+def describe(scene: Scene) -> str:
+    """Caption of a scene: its objects in [`reading_order`], with what is printed on them.
+
+    In any other order a caption would not tell which token a phrase belongs to.
     """
-    row_height = max(scene.width, scene.height) / _CAPTION_ROWS
     parts = []
-    for item in sorted(scene.objects, key=lambda item: (item.center[1] // row_height, item.center[0])):
+    for item in reading_order(scene):
         texture = "" if item.texture == "plain" else f"{item.texture} "
         article = "an" if not texture and item.color == "orange" else "a"
         printed = f" with the {_character_kind(item.character)} {item.character}" if item.character else ""

@@ -16,9 +16,11 @@ import typer
 from torch.utils.data import ConcatDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from mgllava.conversion.vocabulary import load_tokenizer
 from small_world.frames import Frame, centered_frame, cornered_frame, squeezed_frame
 from small_world.pictures import Pictures
-from small_world.texts import conversation_ids, conversation_texts
+from small_world.texts import conversation_texts
+from small_world.told import ToldScenes, collate_told
 
 from .architecture import DETECTOR_IMAGE_SIZE, IMAGE_SIZE, TAGGER_IMAGE_SIZE
 from .detector import DetectorTraining
@@ -26,7 +28,7 @@ from .language_model import LanguageModelTraining
 from .tagger import TaggerTraining
 from .tokenizer import train_tokenizer
 from .towers import HighResTowerTraining, VisionTowerTraining
-from .training import collate_pictures, collate_texts, train_part
+from .training import collate_pictures, train_part
 
 
 class Part(str, Enum):
@@ -42,12 +44,15 @@ class Part(str, Enum):
 
 # Learning rate, samples in a step.
 _SETTINGS = {
-    Part.LANGUAGE_MODEL: (3e-3, 32),
+    Part.LANGUAGE_MODEL: (2.5e-3, 16),
     Part.VISION_TOWER: (1e-3, 128),
     Part.HIGH_RES_TOWER: (6e-3, 32),
     Part.DETECTOR: (2e-3, 32),
     Part.TAGGER: (1e-3, 32),
 }
+
+_TOLD_STEPS = 4000
+_TOLD_TESTS = 200
 
 
 def main(
@@ -75,11 +80,25 @@ def main(
     samples: Any
     tests: Any
     if part is Part.LANGUAGE_MODEL:
-        tokenizer = _tokenizer(output)
-        module, collator = LanguageModelTraining(), collate_texts
-        samples = [ids for folder in data for ids in conversation_ids(folder, tokenizer)]
-        tests = conversation_ids(test, tokenizer)
-        arguments["label_names"] = ["labels"]
+        tokenizer = load_tokenizer(_part_folder(output, Part.TOKENIZER))
+        module, collator = LanguageModelTraining(tokenizer), collate_told
+        steps = max_steps if max_steps > 0 else _TOLD_STEPS
+        samples = ToldScenes(tokenizer, "train", batch_size * steps, growing=0.12)
+        tests = ToldScenes(tokenizer, "test", _TOLD_TESTS)
+        arguments |= {
+            "label_names": ["labels"],
+            "eval_strategy": "steps",
+            "eval_steps": 250,
+            "num_train_epochs": 1,
+            "max_steps": steps,
+            # Scenes grow.
+            "train_sampling_strategy": "sequential",
+            "lr_scheduler_type": "warmup_stable_decay",
+            "warmup_steps": 50,
+            "lr_scheduler_kwargs": {"num_decay_steps": int(0.4 * steps), "decay_type": "linear"},
+            "adam_beta2": 0.98,
+            "weight_decay": 0.01,
+        }
     else:
         module, frame = _picture_part(part, output)
         tokenizer = _tokenizer(output) if part is Part.VISION_TOWER else None
@@ -90,7 +109,7 @@ def main(
     train_part(module, samples, tests, collator, output / f"{part.value}-checkpoints", **arguments)
     module.save(output / part.value)
     if part is Part.LANGUAGE_MODEL:
-        tokenizer.save_pretrained(output / part.value)
+        _tokenizer(output).save_pretrained(output / part.value)
 
 
 def _picture_part(part: Part, output: Path) -> tuple[Any, Frame]:

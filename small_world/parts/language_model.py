@@ -1,34 +1,117 @@
-"""The language model learns how people speak in the small world: captions, questions and answers, without pictures."""
+"""The language model learns to answer questions about scenes that it is told, before it is shown any.
+
+Large language models can look things up in their context, and know words, before they get eyes; stage 1 of the paper,
+in which only the projectors learn, rests on that. A small one has to be taught.
+"""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
+from torch.nn import functional as F  # noqa: N812
+from transformers import LlamaForCausalLM, LlamaModel, PreTrainedTokenizerBase
+
+from small_world.pictures import ATTRIBUTES, CHARACTERS
+from small_world.scenes import COLORS, SHAPES, TEXTURES
+from small_world.told import ANSWERS, GRID
 
 from .architecture import language_model_config
 from .objectives import count_right
 
 
 class LanguageModelTraining(nn.Module):
-    """Predicts the next token."""
+    """Predicts answers about told scenes.
 
-    def __init__(self):
+    The token of an object is the sum of the embeddings of its words ("striped", "red", "cross"); that of a cell the
+    sum of the objects centered in it and of its place. Places, margins, and what tells the two kinds of token from
+    words, are learned and thrown away: later the projectors say that.
+
+    Embeddings and head are one table here, so that naming what was found is learned once for all words. They are saved
+    as two, as models that the paper uses have them.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Knows the placeholder `<image>`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
-        self.model = LlamaForCausalLM(language_model_config())
+        self.config = language_model_config()
+        self.model = LlamaModel(self.config)
+        _begin_with_likeness(self.model)
+        self.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+        for name, words in (("shape", SHAPES), ("color", COLORS), ("texture", TEXTURES), ("character", CHARACTERS)):
+            ids = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
+            # What goes without saying has no word: a plain texture, no character.
+            ids = [row if len(row) == 1 else [tokenizer.pad_token_id] for row in ids]
+            if name == "character":
+                ids = [[tokenizer.pad_token_id], *ids]
+            self.register_buffer(f"{name}_words", torch.tensor(ids).squeeze(1), persistent=False)
+        self.no_word = tokenizer.pad_token_id
+        size, deviation = self.config.hidden_size, self.config.initializer_range
+        self.rows, self.columns = (nn.Parameter(deviation * torch.randn(GRID, size)) for _ in range(2))
+        self.is_cell, self.is_margin, self.is_object = (nn.Parameter(deviation * torch.randn(size)) for _ in range(3))
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-        """Compute the loss of a batch of texts."""
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False)
-        wanted = labels[:, 1:]
-        asked = wanted >= 0
-        right = (outputs.logits[:, :-1].argmax(-1) == wanted) & asked
-        return {"loss": outputs.loss, "counts": {"next token": count_right(right, asked)}}
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        kinds: torch.Tensor,
+        attributes: torch.Tensor,
+        cells: torch.Tensor,
+        margin: torch.Tensor,
+        found: torch.Tensor,
+    ) -> dict[str, Any]:
+        """Compute the loss of a batch of `ToldScenes`."""
+        is_told = (input_ids == self.image_token_id).unsqueeze(-1)
+        # The placeholder has no row in the table.
+        embeddings = self.model.get_input_embeddings()(input_ids.masked_fill(is_told.squeeze(-1), self.no_word))
+        embeddings = embeddings.masked_scatter(is_told, self._tell(attributes, cells, margin, found))
+        hidden = self.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        asked = labels[:, 1:] != -100
+        logits = F.linear(hidden[:, :-1][asked], self.model.get_input_embeddings().weight)
+        wanted, kinds = labels[:, 1:][asked], kinds[:, 1:][asked]
+        right = logits.argmax(-1) == wanted
+        counts = {name: count_right(right & (kinds == i), kinds == i) for i, name in enumerate(ANSWERS)}
+        return {"loss": F.cross_entropy(logits, wanted), "counts": counts}
+
+    def _tell(
+        self, attributes: torch.Tensor, cells: torch.Tensor, margin: torch.Tensor, found: torch.Tensor
+    ) -> torch.Tensor:
+        """Make the tokens of cells and objects, one scene after the other: `(num_tokens, hidden_size)`."""
+        table = self.model.get_input_embeddings().weight
+        there = (attributes[..., :1] >= 0).float()
+        objects = torch.zeros(())
+        for name, index in zip(ATTRIBUTES, attributes.clamp(min=0).unbind(-1), strict=True):
+            words = getattr(self, f"{name}_words")[index]
+            objects = objects + table[words] * (words != self.no_word).unsqueeze(-1)
+        places = (self.rows[:, None] + self.columns[None]).flatten(0, 1)
+        cells = cells @ (objects * there) + margin.unsqueeze(-1) * self.is_margin + places + self.is_cell
+        objects = objects + self.is_object
+        rows = zip(cells, objects, found, strict=True)
+        return torch.cat([part for cell, of_scene, index in rows for part in (cell, of_scene[index[index >= 0]])])
 
     def save(self, folder: Path) -> None:
         """Write the model as transformers writes it."""
-        self.model.save_pretrained(folder)
+        whole = LlamaForCausalLM(self.config)
+        whole.model.load_state_dict(self.model.state_dict())
+        whole.lm_head.weight.data.copy_(self.model.get_input_embeddings().weight)
+        whole.save_pretrained(folder)
+
+
+def _begin_with_likeness(model: LlamaModel) -> None:
+    """Start attention so that each token looks at what is like it, and adds that to itself.
+
+    Keys are queries, and the output projection undoes the values. That is where trained models have been seen to end
+    ("Mimetic initialization of self-attention layers", arXiv 2305.09828), and it needs far fewer samples: with random
+    projections, the word "red" finds red objects only after likeness has been learned for each word by itself.
+    """
+    for layer in model.layers:
+        attention = layer.self_attn
+        nn.init.orthogonal_(attention.q_proj.weight)
+        attention.k_proj.weight.data.copy_(attention.q_proj.weight)
+        nn.init.orthogonal_(attention.v_proj.weight)
+        attention.o_proj.weight.data.copy_(0.5 * attention.v_proj.weight.T)
 
 
 __all__ = ["LanguageModelTraining"]

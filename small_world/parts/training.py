@@ -10,8 +10,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-_IGNORED = -100
-
 
 def collate_pictures(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Make a batch of `Pictures`; boxes are padded with 0, attributes with -1, captions (if any) with 0."""
@@ -29,15 +27,6 @@ def collate_pictures(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tenso
         captions = [torch.ones_like(sample["caption_ids"]) for sample in samples]
         batch["caption_mask"] = pad_sequence(captions, batch_first=True)
     return batch
-
-
-def collate_texts(samples: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Make a batch of texts."""
-    return {
-        "input_ids": pad_sequence(samples, batch_first=True),
-        "attention_mask": pad_sequence([torch.ones_like(ids) for ids in samples], batch_first=True),
-        "labels": pad_sequence(samples, batch_first=True, padding_value=_IGNORED),
-    }
 
 
 def train_part(
@@ -97,4 +86,4 @@ def _shares(prediction: EvalPrediction) -> dict[str, float]:
     return {name: float(rows[:, 0].sum() / max(rows[:, 1].sum(), 1)) for name, rows in counts.items()}
 
 
-__all__ = ["collate_pictures", "collate_texts", "train_part"]
+__all__ = ["collate_pictures", "train_part"]
