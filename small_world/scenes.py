@@ -7,7 +7,9 @@ the same scene on every machine; the seeds of different splits never meet.
 import math
 import random
 from dataclasses import dataclass
+from typing import Literal
 
+Split = Literal["train", "test", "unseen", "crowded"]
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "hexagon", "heart", "moon")
 # What the tagger says of every picture, and the detector finds in all shapes alike.
 ANY_SHAPE = "object"
@@ -78,11 +80,11 @@ class Scene:
     objects: tuple[SceneObject, ...]
 
 
-def make_scene(split: str, number: int) -> Scene:
+def make_scene(split: Split, number: int) -> Scene:
     """Draw the scene of a seed.
 
     Args:
-        split (`str`): `train`, `test`, `unseen` or `crowded`. `unseen` shows pairs of shape and colour from `HELD_OUT`
+        split (`str`): One of `Split`. `unseen` shows pairs of shape and colour from `HELD_OUT`
             only, the others never show them. `crowded` has as many objects as fit, which teaches the towers more in
             the same time.
         number (`int`): Seed within the split.

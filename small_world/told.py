@@ -6,7 +6,10 @@ embeddings of the words.
 """
 
 import random
+from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch.nn import functional as F  # noqa: N812
@@ -20,7 +23,7 @@ from mgllava.training.collator import encode_text
 
 from .pictures import object_attributes
 from .questions import CAPTION_REQUEST, KINDS, Question, ask, describe, reading_order
-from .scenes import MAX_OBJECTS, Scene, make_scene
+from .scenes import MAX_OBJECTS, Scene, Split, make_scene
 
 GRID = 8
 CAPTION = "caption"
@@ -33,26 +36,60 @@ _FIRST_SCENE = 1_000_000
 _SCENES_TO_CHOOSE_FROM = 100
 
 
-class ToldScenes(Dataset):
-    """Told scenes with conversations about them.
+@dataclass(frozen=True)
+class Lesson:
+    """A part of what is taught.
 
-    Items have `input_ids` (one placeholder for each told token), `labels` (-100 where nothing is learned), `kinds`
-    (index in `ANSWERS` for each id of an answer, else -1), `attributes` (`(num_objects, 4)`, see
-    [`object_attributes`]), `cells` (`(GRID * GRID, num_objects)`: 1 where an object has its center, else 0) and
-    `margin` (`(GRID * GRID,)`: which share of the cell lies outside of the picture, which is in the middle of the
-    square) and `found` (indices of the objects that have a token, best first as a detector gives them: in no order
-    that means anything, with some missing and some twice).
+    Args:
+        share (`float`): Of all scenes.
+        answers (`tuple[str, ...]`): Kinds of answers.
+        max_objects (`int`): In a scene.
+    """
+
+    share: float
+    answers: tuple[str, ...]
+    max_objects: int
+
+
+# Few objects and few kinds of question first. All at once hinder each other: one way to look something up is learned
+# soon, by colour or by shape, and blocks the other for tens of thousands of scenes.
+LESSONS = (
+    Lesson(0.12, ("color", "shape"), 4),
+    Lesson(0.10, ("color", "shape", "reading"), 6),
+    Lesson(0.14, ("color", "shape", "reading", "existence", "count"), 8),
+    Lesson(0.18, KINDS, 8),
+    Lesson(0.46, ANSWERS, MAX_OBJECTS),
+)
+EVERYTHING = LESSONS[-1:]
+
+
+class ToldScenes(Dataset):
+    """Told scenes with questions about them, each a conversation of its own.
+
+    Conversations about a scene share what is in front of them, so that the scene is computed once for ten questions.
+    They must not see each other: with one after the other, what was said before hides what is looked for, and nothing
+    is learned for thousands of steps.
+
+    Items have `input_ids` (what is shared, with a placeholder for each told token, then the conversations),
+    `conversations` (the number of the conversation of each id, 0 for what is shared), `labels` (-100 where nothing is
+    learned), `kinds` (index in `ANSWERS` for each id of an answer, else -1), `attributes` (`(num_objects, 4)`, see
+    [`object_attributes`]), `cells` (`(GRID * GRID, num_objects)`: 1 where an object has its center, else 0), `margin`
+    (`(GRID * GRID,)`: which share of the cell lies outside of the picture, which is in the middle of the square) and
+    `found` (indices of the objects that have a token, best first as a detector gives them: in no order that means
+    anything, with some missing and some twice).
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): Knows the placeholder `<image>`.
         split (`str`): See [`make_scene`].
         count (`int`): Number of scenes.
-        growing (`float`, *optional*, defaults to 0.0): The first scene has one object; the limit grows over this share
-            of the scenes. Looking up one of one, then of two, is how looking up is learned.
+        lessons (`Sequence[Lesson]`, *optional*): One after the other; by default everything at once.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, split: str, count: int, growing: float = 0.0):
-        self.split, self.count, self.growing = split, count, growing
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, split: Split, count: int, lessons: Sequence[Lesson] = EVERYTHING
+    ):
+        self.split, self.count, self.lessons = split, count, lessons
+        self._ends = list(accumulate(lesson.share for lesson in lessons))
         self.processor = MGLlavaProcessor(
             image_processor=MGLlavaImageProcessor(),
             tokenizer=tokenizer,
@@ -65,48 +102,54 @@ class ToldScenes(Dataset):
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        scene = self._scene(index)
-        if index % _CAPTION_EVERY == 0:
-            turns = [Question(CAPTION, CAPTION_REQUEST, describe(scene))]
-        else:
-            turns = ask(scene, _QUESTIONS)
+        scene, turns = self._scene(index)
         objects, found = reading_order(scene), _found(scene)
-        ids, learnt = self._encode(turns)
-        position = ids.index(self.processor.image_token_id)
         told = GRID**2 + len(found)
-        input_ids = torch.tensor(ids[:position] + [ids[position]] * told + ids[position + 1 :])
-        answers = torch.tensor([0] * (position + told) + learnt[position + 1 :])
-        # Each run of ids that are learnt is the answer to the next question.
-        starts = (answers.diff(prepend=answers.new_zeros(1)) == 1).cumsum(0)
-        kind_of_turn = torch.tensor([-1] + [ANSWERS.index(turn.kind) for turn in turns])
-        learns = answers.bool() & (input_ids != self.processor.tokenizer.eos_token_id)
+        ids, answers, kinds, conversations = [], [], [], []
+        for number, turn in enumerate(turns):
+            of_turn, learnt = self._encode(turn)
+            position = of_turn.index(self.processor.image_token_id)
+            if number == 0:
+                ids = of_turn[:position] + [of_turn[position]] * told
+                answers, conversations, kinds = [0] * len(ids), [0] * len(ids), [-1] * len(ids)
+            ids += of_turn[position + 1 :]
+            answers += learnt[position + 1 :]
+            conversations += [number + 1] * (len(ids) - len(conversations))
+            kinds += [ANSWERS.index(turn.kind)] * (len(ids) - len(kinds))
+        input_ids, learns = torch.tensor(ids), torch.tensor(answers).bool()
+        is_word = learns & (input_ids != self.processor.tokenizer.eos_token_id)
         return {
             "input_ids": input_ids,
-            "labels": input_ids.masked_fill(answers == 0, -100),
-            "kinds": kind_of_turn[starts].masked_fill(~learns, -1),
+            "conversations": torch.tensor(conversations),
+            "labels": input_ids.masked_fill(~learns, -100),
+            "kinds": torch.tensor(kinds).masked_fill(~is_word, -1),
             "attributes": object_attributes(objects),
             "cells": _cells(scene),
             "margin": _margin(scene),
             "found": torch.tensor(found),
         }
 
-    def _scene(self, index: int) -> Scene:
-        """Take the first scene of a range that has something to ask and few enough objects."""
-        grown = min(index / (self.growing * self.count), 1.0) if self.growing else 1.0
-        limit = 1 + int((MAX_OBJECTS - 1) * grown**1.5)
+    def _scene(self, index: int) -> tuple[Scene, list[Question]]:
+        """Take the first scene of a range that suits the lesson, and what is asked about it."""
+        progress = index / self.count * self._ends[-1]
+        lesson = self.lessons[min(bisect_right(self._ends, progress), len(self.lessons) - 1)]
         first = _FIRST_SCENE + index * _SCENES_TO_CHOOSE_FROM
         for number in range(first, first + _SCENES_TO_CHOOSE_FROM):
             scene = make_scene(self.split, number)
-            if 0 < len(scene.objects) <= limit:
-                return scene
-        raise RuntimeError(f"no scene of at most {limit} objects from {self.split}/{first} on")
+            if not 0 < len(scene.objects) <= lesson.max_objects:
+                continue
+            if CAPTION in lesson.answers and index % _CAPTION_EVERY == 0:
+                return scene, [Question(CAPTION, CAPTION_REQUEST, describe(scene))]
+            turns = [question for question in ask(scene) if question.kind in lesson.answers]
+            if turns:
+                return scene, turns[:_QUESTIONS]
+        raise RuntimeError(f"nothing for {lesson} in {self.split}/{first} and the scenes behind it")
 
-    def _encode(self, turns: Sequence[Question]) -> tuple[list[int], list[int]]:
-        conversation = []
-        for number, turn in enumerate(turns):
-            content: list[dict[str, str]] = [{"type": "image"}] if number == 0 else []
-            conversation.append({"role": "user", "content": [*content, {"type": "text", "text": turn.text}]})
-            conversation.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
+    def _encode(self, turn: Question) -> tuple[list[int], list[int]]:
+        """Encode a conversation of one question: its ids with one placeholder, and which are learned."""
+        question = [{"type": "image"}, {"type": "text", "text": turn.text}]
+        answer = [{"type": "text", "text": turn.answer}]
+        conversation = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         ids, learnt = encode_text(self.processor, conversation)
         assert learnt is not None  # the template marks answers
         return ids, learnt
@@ -138,7 +181,7 @@ def _margin(scene: Scene) -> torch.Tensor:
 
 
 def collate_told(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Make a batch of `ToldScenes`. Padding stands behind, where causal attention does not see it."""
+    """Make a batch of `ToldScenes`. Conversation -1 is padding."""
 
     def padded(name: str, value: int) -> torch.Tensor:
         return pad_sequence([sample[name] for sample in samples], batch_first=True, padding_value=value)
@@ -146,6 +189,7 @@ def collate_told(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.
     cells = pad_sequence([sample["cells"].T for sample in samples], batch_first=True)
     return {
         "input_ids": padded("input_ids", 0),
+        "conversations": padded("conversations", -1),
         "labels": padded("labels", -100),
         "kinds": padded("kinds", -1),
         "attributes": padded("attributes", -1),
@@ -155,4 +199,4 @@ def collate_told(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.
     }
 
 
-__all__ = ["ANSWERS", "CAPTION", "GRID", "ToldScenes", "collate_told"]
+__all__ = ["ANSWERS", "CAPTION", "EVERYTHING", "GRID", "LESSONS", "Lesson", "ToldScenes", "collate_told"]

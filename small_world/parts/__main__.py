@@ -4,8 +4,8 @@
         --test small-world/test --output parts
 
 Parts: `tokenizer`, `language-model`, `vision-tower`, `high-res-tower`, `detector`, `tagger`. The first comes first,
-since the second and the third need it; the last needs the third. `OUTPUT/PART` gets the part,
-`OUTPUT/PART-checkpoints` what an interrupted training goes on from.
+since the second and the third need it; the last needs the third. The language model makes its own samples.
+`OUTPUT/PART` gets the part, `OUTPUT/PART-checkpoints` what an interrupted training goes on from.
 """
 
 from enum import Enum
@@ -20,7 +20,7 @@ from mgllava.conversion.vocabulary import load_tokenizer
 from small_world.frames import Frame, centered_frame, cornered_frame, squeezed_frame
 from small_world.pictures import Pictures
 from small_world.texts import conversation_texts
-from small_world.told import ToldScenes, collate_told
+from small_world.told import LESSONS, ToldScenes, collate_told
 
 from .architecture import DETECTOR_IMAGE_SIZE, IMAGE_SIZE, TAGGER_IMAGE_SIZE
 from .detector import DetectorTraining
@@ -42,74 +42,81 @@ class Part(str, Enum):
     TAGGER = "tagger"
 
 
-# Learning rate, samples in a step.
-_SETTINGS = {
-    Part.LANGUAGE_MODEL: (2.5e-3, 16),
-    Part.VISION_TOWER: (1e-3, 128),
-    Part.HIGH_RES_TOWER: (6e-3, 32),
-    Part.DETECTOR: (2e-3, 32),
-    Part.TAGGER: (1e-3, 32),
+_SETTINGS: dict[Part, dict[str, Any]] = {
+    Part.LANGUAGE_MODEL: {"learning_rate": 7e-4, "per_device_train_batch_size": 16},
+    Part.VISION_TOWER: {"learning_rate": 1e-3, "per_device_train_batch_size": 128},
+    Part.HIGH_RES_TOWER: {"learning_rate": 6e-3, "per_device_train_batch_size": 32},
+    Part.DETECTOR: {"learning_rate": 2e-3, "per_device_train_batch_size": 32},
+    Part.TAGGER: {"learning_rate": 1e-3, "per_device_train_batch_size": 32},
 }
-
-_TOLD_STEPS = 4000
-_TOLD_TESTS = 200
+_TOLD_STEPS = 8000
+_TOLD_TESTS = 100
 
 
 def main(
     part: Annotated[Part, typer.Argument(help="What to train.")],
-    data: Annotated[list[Path], typer.Option(help="Data sets to train on, see small_world.dataset.")],
-    test: Annotated[Path, typer.Option(help="Data set to test on.")],
-    output: Annotated[Path, typer.Option(help="Folder of the parts.")],
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Data sets to train on, see small_world.dataset. Not for the language model."),
+    ] = None,
+    test: Annotated[Path | None, typer.Option(help="Data set to test on, for what sees pictures.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the parts.")] = Path("parts"),
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 5,
     max_steps: Annotated[int, typer.Option(help="Steps, in place of epochs.")] = -1,
 ) -> None:
     """Train one part of the small model on the small world; a run that was interrupted goes on."""
-    if part is Part.TOKENIZER:
-        train_tokenizer(text for folder in data for text in conversation_texts(folder)).save_pretrained(
-            output / part.value
-        )
+    if part is Part.LANGUAGE_MODEL:
+        _train_language_model(output, max_steps if max_steps > 0 else _TOLD_STEPS)
         return
-    learning_rate, batch_size = _SETTINGS[part]
-    arguments: dict[str, Any] = {
-        "learning_rate": learning_rate,
-        "per_device_train_batch_size": batch_size,
-        "num_train_epochs": epochs,
-        "max_steps": max_steps,
-    }
-    module: Any
-    samples: Any
-    tests: Any
-    if part is Part.LANGUAGE_MODEL:
-        tokenizer = load_tokenizer(_part_folder(output, Part.TOKENIZER))
-        module, collator = LanguageModelTraining(tokenizer), collate_told
-        steps = max_steps if max_steps > 0 else _TOLD_STEPS
-        samples = ToldScenes(tokenizer, "train", batch_size * steps, growing=0.12)
-        tests = ToldScenes(tokenizer, "test", _TOLD_TESTS)
-        arguments |= {
-            "label_names": ["labels"],
-            "eval_strategy": "steps",
-            "eval_steps": 250,
-            "num_train_epochs": 1,
-            "max_steps": steps,
-            # Scenes grow.
-            "train_sampling_strategy": "sequential",
-            "lr_scheduler_type": "warmup_stable_decay",
-            "warmup_steps": 50,
-            "lr_scheduler_kwargs": {"num_decay_steps": int(0.4 * steps), "decay_type": "linear"},
-            "adam_beta2": 0.98,
-            "weight_decay": 0.01,
-        }
-    else:
-        module, frame = _picture_part(part, output)
-        tokenizer = _tokenizer(output) if part is Part.VISION_TOWER else None
-        collator = collate_pictures
-        samples = ConcatDataset([Pictures(folder, frame, tokenizer) for folder in data])
-        tests = Pictures(test, frame, tokenizer)
-        arguments["label_names"] = ["attributes"]
-    train_part(module, samples, tests, collator, output / f"{part.value}-checkpoints", **arguments)
+    if not data:
+        raise typer.BadParameter(f"{part.value} is trained on data sets: name one at least", param_hint="--data")
+    if part is Part.TOKENIZER:
+        texts = (text for folder in data for text in conversation_texts(folder))
+        train_tokenizer(texts).save_pretrained(output / part.value)
+        return
+    if test is None:
+        raise typer.BadParameter(f"{part.value} is tested on a data set: name one", param_hint="--test")
+    module, frame = _picture_part(part, output)
+    tokenizer = _tokenizer(output) if part is Part.VISION_TOWER else None
+    train_part(
+        module,
+        ConcatDataset([Pictures(folder, frame, tokenizer) for folder in data]),
+        Pictures(test, frame, tokenizer),
+        collate_pictures,
+        output / f"{part.value}-checkpoints",
+        label_names=["attributes"],
+        num_train_epochs=epochs,
+        max_steps=max_steps,
+        **_SETTINGS[part],
+    )
     module.save(output / part.value)
-    if part is Part.LANGUAGE_MODEL:
-        _tokenizer(output).save_pretrained(output / part.value)
+
+
+def _train_language_model(output: Path, steps: int) -> None:
+    """Train on told scenes, which are made as they are needed."""
+    part = Part.LANGUAGE_MODEL
+    tokenizer = load_tokenizer(_part_folder(output, Part.TOKENIZER))
+    module = LanguageModelTraining(tokenizer)
+    train_part(
+        module,
+        ToldScenes(tokenizer, "train", steps * _SETTINGS[part]["per_device_train_batch_size"], LESSONS),
+        ToldScenes(tokenizer, "test", _TOLD_TESTS),
+        collate_told,
+        output / f"{part.value}-checkpoints",
+        label_names=["labels"],
+        max_steps=steps,
+        train_sampling_strategy="sequential",  # lessons have an order
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": int(0.4 * steps), "decay_type": "linear"},
+        warmup_steps=50,
+        adam_beta2=0.98,
+        weight_decay=0.01,
+        eval_strategy="steps",
+        eval_steps=200,
+        **_SETTINGS[part],
+    )
+    module.save(output / part.value)
+    _tokenizer(output).save_pretrained(output / part.value)
 
 
 def _picture_part(part: Part, output: Path) -> tuple[Any, Frame]:

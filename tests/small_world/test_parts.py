@@ -29,10 +29,10 @@ from small_world.parts.tokenizer import train_tokenizer
 from small_world.parts.towers import HighResTowerTraining, VisionTowerTraining
 from small_world.parts.training import collate_pictures, train_part
 from small_world.pictures import ATTRIBUTES, CHARACTERS, Pictures
-from small_world.questions import CAPTION_REQUEST, ask, describe, reading_order
+from small_world.questions import KINDS, ask, reading_order
 from small_world.scenes import ANY_SHAPE, COLORS, SHAPES, make_scene
 from small_world.texts import conversation_texts
-from small_world.told import ANSWERS, CAPTION, GRID, ToldScenes, collate_told
+from small_world.told import ANSWERS, CAPTION, GRID, Lesson, ToldScenes, collate_told
 
 FRAME = centered_frame(IMAGE_SIZE)
 SIDE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
@@ -148,47 +148,60 @@ def test_told_scenes_are_asked_about_as_pictures_are(data, tokenizer):
     scenes = ToldScenes(tokenizer, "train", 10)
     collator = MGLlavaDataCollator(scenes.processor)
     for index in (0, 1):
-        scene, told = scenes._scene(index), scenes[index]
-        turns = [(CAPTION_REQUEST, describe(scene))] if index == 0 else [(q.text, q.answer) for q in ask(scene, 10)]
+        (scene, turns), told = scenes._scene(index), scenes[index]
+        shared = told["conversations"] == 0
         boxes = {"boxes": [[0, 0, 9, 9]] * len(told["found"]), "labels": ["object"] * len(told["found"])}
-        shown = collator(
-            [
-                {
-                    "id": scene.id,
-                    "images": [Image.new("RGB", (336, 336))],
-                    "boxes": [boxes],
-                    "conversations": [
-                        {"from": role, "value": "<image>\n" * (number == 0) * (role == "human") + text}
-                        for number, turn in enumerate(turns)
-                        for role, text in zip(("human", "gpt"), turn, strict=True)
-                    ],
-                }
-            ]
-        )
-        assert told["input_ids"].tolist() == shown["input_ids"][0].tolist()
-        assert told["labels"].tolist() == shown["labels"][0].tolist()
+        for number, turn in enumerate(turns, 1):
+            conversation = [{"from": "human", "value": f"<image>\n{turn.text}"}, {"from": "gpt", "value": turn.answer}]
+            sample = {"id": scene.id, "images": [Image.new("RGB", (336, 336))], "boxes": [boxes]}
+            shown = collator([{**sample, "conversations": conversation}])
+            seen = shared | (told["conversations"] == number)
+            assert told["input_ids"][seen].tolist() == shown["input_ids"][0].tolist()
+            assert told["labels"][seen].tolist() == shown["labels"][0].tolist()
+        assert told["conversations"].max() == len(turns)
+
+
+def test_conversations_about_a_told_scene_do_not_see_each_other(tokenizer):
+    torch.manual_seed(0)
+    module = LanguageModelTraining(tokenizer).eval()
+    batch = collate_told([ToldScenes(tokenizer, "train", 10)[index] for index in (1, 2)])
+    told = [name for name in batch if name not in ("input_ids", "labels", "kinds", "conversations")]
+    losses, tokens = [], []
+    for scene in range(2):
+        for number in range(1, batch["conversations"][scene].max() + 1):
+            seen = (batch["conversations"][scene] == 0) | (batch["conversations"][scene] == number)
+            alone = {name: batch[name][scene : scene + 1, seen] for name in ("input_ids", "labels", "kinds")}
+            alone["conversations"] = torch.zeros_like(alone["input_ids"])
+            losses.append(module(**alone, **{name: batch[name][scene : scene + 1] for name in told})["loss"])
+            tokens.append((alone["labels"] != -100).sum())
+    together = module(**batch)["loss"]
+    torch.testing.assert_close(sum(a * b for a, b in zip(losses, tokens, strict=True)) / sum(tokens), together)
 
 
 def test_answers_have_the_kind_of_their_question(tokenizer):
     scenes = ToldScenes(tokenizer, "train", 10)
     assert {ANSWERS[kind] for kind in scenes[0]["kinds"].unique() if kind >= 0} == {CAPTION}
-    told = scenes[1]
-    for kind, question_kind in ((kind, name) for kind, name in enumerate(ANSWERS) if name != CAPTION):
-        answers = [question.answer for question in ask(scenes._scene(1), 10) if question.kind == question_kind]
+    (_, turns), told = scenes._scene(1), scenes[1]
+    for kind, name in enumerate(ANSWERS):
+        answers = [turn.answer for turn in turns if turn.kind == name]
         assert tokenizer.decode(told["input_ids"][told["kinds"] == kind]).split() == " ".join(answers).split()
 
 
-def test_told_scenes_grow(tokenizer):
-    counts = [len(ToldScenes(tokenizer, "train", 100, growing=0.5)[index]["attributes"]) for index in range(100)]
-    assert counts[:5] == [1] * 5
-    assert 1 < max(counts[:25]) < max(counts[50:])
+def test_lessons_come_one_after_the_other(tokenizer):
+    first, second = Lesson(0.25, ("color",), 2), Lesson(0.75, (*KINDS, CAPTION), 15)
+    scenes = ToldScenes(tokenizer, "train", 40, (first, second))
+    taught = [scenes._scene(index) for index in range(40)]
+    assert all(len(scene.objects) <= 2 and {turn.kind for turn in turns} == {"color"} for scene, turns in taught[:10])
+    assert max(len(scene.objects) for scene, _ in taught[10:]) > 8
+    assert {turn.kind for _, turns in taught[10:] for turn in turns} == {*KINDS, CAPTION}
+    assert len({scene.id for scene, _ in taught}) == 40
 
 
 def test_cells_are_told_where_the_towers_learn_them(data, tokenizer):
     """Told and shown pictures agree on where objects are and where the picture ends."""
     pictures, scenes = Pictures(data, FRAME), ToldScenes(tokenizer, "train", 1)
     for picture, scene in zip(pictures, pictures.scenes, strict=False):
-        scenes._scene = lambda index, scene=scene: scene
+        scenes._scene = lambda index, scene=scene: (scene, ask(scene, 1))
         told = scenes[0]
         boxes = torch.tensor([[*item.center, *item.center] for item in reading_order(scene)])
         side = max(scene.width, scene.height)
@@ -205,7 +218,7 @@ def test_the_language_model_is_told_objects_by_their_words(tokenizer):
     told = collate_told([ToldScenes(tokenizer, "train", 10)[index] for index in (1, 2)])
     tokens = module._tell(*(told[name] for name in ("attributes", "cells", "margin", "found")))
     assert len(tokens) == (told["input_ids"] == module.image_token_id).sum()
-    scene = ToldScenes(tokenizer, "train", 10)._scene(1)
+    scene, _ = ToldScenes(tokenizer, "train", 10)._scene(1)
     item = reading_order(scene)[told["found"][0, 0]]
     words = [item.shape, item.color, *([item.texture] * (item.texture != "plain")), *(item.character or "")]
     rows = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
