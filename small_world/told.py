@@ -55,10 +55,10 @@ class Lesson:
 # soon, by colour or by shape, and blocks the other for tens of thousands of scenes.
 LESSONS = (
     Lesson(0.12, ("color", "shape"), 4),
-    Lesson(0.10, ("color", "shape", "reading"), 6),
-    Lesson(0.14, ("color", "shape", "reading", "existence", "count"), 8),
-    Lesson(0.18, KINDS, 8),
-    Lesson(0.46, ANSWERS, MAX_OBJECTS),
+    Lesson(0.07, ("color", "shape", "reading"), 6),
+    Lesson(0.13, ("color", "shape", "reading", "existence", "count"), 8),
+    Lesson(0.20, KINDS, 8),
+    Lesson(0.48, ANSWERS, MAX_OBJECTS),
 )
 EVERYTHING = LESSONS[-1:]
 

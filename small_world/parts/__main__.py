@@ -49,7 +49,7 @@ _SETTINGS: dict[Part, dict[str, Any]] = {
     Part.DETECTOR: {"learning_rate": 2e-3, "per_device_train_batch_size": 32},
     Part.TAGGER: {"learning_rate": 1e-3, "per_device_train_batch_size": 32},
 }
-_TOLD_STEPS = 8000
+_TOLD_STEPS = 6000
 _TOLD_TESTS = 100
 
 
@@ -113,6 +113,7 @@ def _train_language_model(output: Path, steps: int) -> None:
         weight_decay=0.01,
         eval_strategy="steps",
         eval_steps=200,
+        dataloader_num_workers=1,
         **_SETTINGS[part],
     )
     module.save(output / part.value)

@@ -133,3 +133,36 @@ class CellContents(nn.Module):
         for column in columns:
             targets[images, index, torch.where(shape >= 0, column, nothing)] = 1
         return targets[..., :-1]
+
+
+class CellPlace(nn.Module):
+    """Tells from each token of the grid which row and column it is in.
+
+    Args:
+        width (`int`): Number of features of a token.
+        grid (`int`): Side of the grid.
+    """
+
+    def __init__(self, width: int, grid: int):
+        super().__init__()
+        self.row, self.column = nn.Linear(width, grid), nn.Linear(width, grid)
+        numbers = torch.arange(grid)
+        self.register_buffer("rows", numbers.repeat_interleave(grid), persistent=False)
+        self.register_buffer("columns", numbers.repeat(grid), persistent=False)
+
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the loss.
+
+        Args:
+            tokens (`torch.Tensor` of shape `(num_images, grid * grid, width)`): Tokens, row by row.
+
+        Returns:
+            The sum of two cross-entropies, and how many tokens have both right and how many there are, of shape
+            `(1, 2)`.
+        """
+        rows, columns = self.row(tokens).float(), self.column(tokens).float()
+        wanted_rows, wanted_columns = (index.expand(len(tokens), -1) for index in (self.rows, self.columns))
+        loss = F.cross_entropy(rows.flatten(0, 1), wanted_rows.flatten())
+        loss = loss + F.cross_entropy(columns.flatten(0, 1), wanted_columns.flatten())
+        right = (rows.argmax(-1) == wanted_rows) & (columns.argmax(-1) == wanted_columns)
+        return loss, count_right(right, torch.ones_like(right))

@@ -21,6 +21,7 @@ from small_world.parts.objectives import (
     CELL_LABELS,
     BoxAttributes,
     CellContents,
+    CellPlace,
     cells_of_centers,
     features_at_centers,
 )
@@ -121,6 +122,20 @@ def test_cells_hold_what_is_centered_in_them():
     assert loss < 1e-6
     assert counts.tolist() == [[1, 1]]
     assert contents(60 * wanted.roll(1, 1) - 30, boxes, attributes)[0] > 1
+
+
+def test_places_are_counted_row_by_row():
+    place = CellPlace(8, grid=4)
+    for layer, offset in ((place.row, 0), (place.column, 4)):
+        nn.init.zeros_(layer.bias)
+        layer.weight.data = 30 * torch.eye(8)[offset : offset + 4]
+    tokens = torch.zeros(1, 16, 8)
+    for cell in range(16):
+        tokens[0, cell, [cell // 4, 4 + cell % 4]] = 1
+    loss, counts = place(tokens)
+    assert loss < 1e-6
+    assert counts.tolist() == [[16, 16]]
+    assert place(tokens.roll(1, 1))[1][0, 0] == 0
 
 
 def test_padding_boxes_are_not_asked_for():
