@@ -14,8 +14,8 @@ KINDS = ("existence", "color", "shape", "count", "position", "relation", "readin
 CAPTION_REQUEST = "Describe the picture."
 MAX_COUNT = 8
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
-# As many as the grid of the small model has.
-_ROWS = 8
+# Cells along a side of the grid that vision gives to the small model.
+GRID = 8
 _PLURALS = {"cross": "crosses"}
 
 
@@ -38,7 +38,7 @@ def reading_order(scene: Scene) -> list[SceneObject]:
     """Objects row by row of the grid that vision gives to the model, each row from left to right."""
     side = max(scene.width, scene.height)
     top = (side - scene.height) / 2
-    return sorted(scene.objects, key=lambda item: ((item.center[1] + top) // (side / _ROWS), item.center[0]))
+    return sorted(scene.objects, key=lambda item: ((item.center[1] + top) // (side / GRID), item.center[0]))
 
 
 def describe(scene: Scene) -> str:

@@ -22,10 +22,9 @@ from mgllava.processing import CHAT_TEMPLATES
 from mgllava.training.collator import encode_text
 
 from .pictures import object_attributes
-from .questions import CAPTION_REQUEST, KINDS, Question, ask, describe, reading_order
-from .scenes import MAX_OBJECTS, Scene, Split, make_scene
+from .questions import CAPTION_REQUEST, GRID, KINDS, Question, ask, describe, reading_order
+from .scenes import MAX_OBJECTS, Scene, SceneObject, Split, make_scene
 
-GRID = 8
 CAPTION = "caption"
 # Kinds of answers, by index.
 ANSWERS = (*KINDS, CAPTION)
@@ -123,7 +122,7 @@ class ToldScenes(Dataset):
             "labels": input_ids.masked_fill(~learns, -100),
             "kinds": torch.tensor(kinds).masked_fill(~is_word, -1),
             "attributes": object_attributes(objects),
-            "cells": _cells(scene),
+            "cells": _cells(scene, objects),
             "margin": _margin(scene),
             "found": torch.tensor(found),
         }
@@ -131,7 +130,7 @@ class ToldScenes(Dataset):
     def _scene(self, index: int) -> tuple[Scene, list[Question]]:
         """Take the first scene of a range that suits the lesson, and what is asked about it."""
         progress = index / self.count * self._ends[-1]
-        lesson = self.lessons[min(bisect_right(self._ends, progress), len(self.lessons) - 1)]
+        lesson = self.lessons[bisect_right(self._ends, progress)]
         first = _FIRST_SCENE + index * _SCENES_TO_CHOOSE_FROM
         for number in range(first, first + _SCENES_TO_CHOOSE_FROM):
             scene = make_scene(self.split, number)
@@ -162,9 +161,9 @@ def _found(scene: Scene) -> list[int]:
     return found or [0]
 
 
-def _cells(scene: Scene) -> torch.Tensor:
+def _cells(scene: Scene, objects: Sequence[SceneObject]) -> torch.Tensor:
     side = max(scene.width, scene.height)
-    centers = torch.tensor([item.center for item in reading_order(scene)])
+    centers = torch.tensor([item.center for item in objects])
     corner = torch.tensor([side - scene.width, side - scene.height]) / 2
     column, row = ((centers + corner) * GRID / side).long().clamp(0, GRID - 1).unbind(-1)
     return F.one_hot(row * GRID + column, GRID**2).T.float()
@@ -198,4 +197,4 @@ def collate_told(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.
     }
 
 
-__all__ = ["ANSWERS", "CAPTION", "EVERYTHING", "GRID", "LESSONS", "Lesson", "ToldScenes", "collate_told"]
+__all__ = ["ANSWERS", "CAPTION", "EVERYTHING", "LESSONS", "Lesson", "ToldScenes", "collate_told"]

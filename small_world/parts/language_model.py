@@ -13,8 +13,9 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import LlamaForCausalLM, LlamaModel, PreTrainedTokenizerBase
 
 from small_world.pictures import ATTRIBUTES, CHARACTERS
+from small_world.questions import GRID
 from small_world.scenes import COLORS, SHAPES, TEXTURES
-from small_world.told import ANSWERS, GRID
+from small_world.told import ANSWERS
 
 from .architecture import language_model_config
 from .objectives import count_right
@@ -40,12 +41,11 @@ class LanguageModelTraining(nn.Module):
         self.model = LlamaModel(self.config)
         _begin_with_copying(self.model)
         self.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
-        for name, words in (("shape", SHAPES), ("color", COLORS), ("texture", TEXTURES), ("character", CHARACTERS)):
+        vocabulary = (SHAPES, COLORS, TEXTURES, ("", *CHARACTERS))
+        for name, words in zip(ATTRIBUTES, vocabulary, strict=True):
             ids = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
             # What goes without saying has no word: a plain texture, no character.
             ids = [row if len(row) == 1 else [tokenizer.pad_token_id] for row in ids]
-            if name == "character":
-                ids = [[tokenizer.pad_token_id], *ids]
             self.register_buffer(f"{name}_words", torch.tensor(ids).squeeze(1), persistent=False)
         self.no_word = tokenizer.pad_token_id
         size, deviation = self.config.hidden_size, self.config.initializer_range
@@ -64,10 +64,10 @@ class LanguageModelTraining(nn.Module):
         found: torch.Tensor,
     ) -> dict[str, Any]:
         """Compute the loss of a batch of `ToldScenes`."""
-        is_told = (input_ids == self.image_token_id).unsqueeze(-1)
+        is_told = input_ids == self.image_token_id
         # The placeholder has no row in the table.
-        embeddings = self.model.get_input_embeddings()(input_ids.masked_fill(is_told.squeeze(-1), self.no_word))
-        embeddings = embeddings.masked_scatter(is_told, self._tell(attributes, cells, margin, found))
+        embeddings = self.model.get_input_embeddings()(input_ids.masked_fill(is_told, self.no_word))
+        embeddings = embeddings.masked_scatter(is_told.unsqueeze(-1), self._tell(attributes, cells, margin, found))
         mask, positions = _apart(conversations)
         hidden = self.model(
             inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False

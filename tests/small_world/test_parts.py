@@ -30,10 +30,10 @@ from small_world.parts.tokenizer import train_tokenizer
 from small_world.parts.towers import HighResTowerTraining, VisionTowerTraining
 from small_world.parts.training import collate_pictures, train_part
 from small_world.pictures import ATTRIBUTES, CHARACTERS, Pictures
-from small_world.questions import KINDS, ask, reading_order
+from small_world.questions import GRID, KINDS, ask, reading_order
 from small_world.scenes import ANY_SHAPE, COLORS, SHAPES, make_scene
 from small_world.texts import conversation_texts
-from small_world.told import ANSWERS, CAPTION, GRID, Lesson, ToldScenes, collate_told
+from small_world.told import ANSWERS, CAPTION, Lesson, ToldScenes, collate_told
 
 FRAME = centered_frame(IMAGE_SIZE)
 SIDE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
