@@ -23,8 +23,8 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --editable .[dev]
 	touch $@
 
-demo: setup  ## convert the small checkpoint that the repository ships, and let it answer
-	HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py
+demo: setup  ## let the small model that the repository ships answer questions about new pictures
+	HF_HUB_OFFLINE=1 $(BIN)/python -m small_world.demo
 
 test: setup  ## run the fast tests
 	$(PYTEST) -n 2 -m "not slow and not gpu"
@@ -84,8 +84,8 @@ small-model: setup  ## make the small model from nothing, in small-world/ (hours
 	$(MAKE) -f small_world/Makefile
 
 ablation: small-model  ## the paper's ablations at the size of the small model (a night; goes on where it was)
-	$(BIN)/python -m small_world.ablation main --seeds 3
-	$(BIN)/python -m small_world.ablation fusion merging boxes
+	$(BIN)/python -m small_world.ablation main --seeds 3 --jobs 2
+	$(BIN)/python -m small_world.ablation fusion merging boxes --jobs 2
 
 clean:  ## remove .venv and what the commands left
 	rm -rf $(VENV) demo-output build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

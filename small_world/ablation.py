@@ -6,13 +6,17 @@ Groups: `main` (low resolution only, objects, objects and Conv-Gate fusion), `fu
 (each way of merging objects), `boxes` (which boxes the model is given). Every run goes through both stages from the
 parts in `small-world/parts`, then answers the questions about the test pictures. Runs that are done are kept, and an
 interrupted one goes on. Results go to `small_world/results/ablation.json`.
+
+With `--jobs 2` two runs share the cores, which takes less time than one after the other.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -39,66 +43,93 @@ class Row:
     """A row of a table.
 
     Args:
-        config (`Mapping[str, str]`): Arguments of `MGLlavaConfig`.
+        fusion (`str`): `fusion_type` of `MGLlavaConfig`.
+        merging (`str`): `object_merging` of `MGLlavaConfig`.
         boxes (`str`): Which boxes: `ram-plus`, `fixed-list` or `no-tags`.
     """
 
-    config: Mapping[str, str]
+    fusion: str = "conv_gate"
+    merging: str = "concat"
     boxes: str = "ram-plus"
 
-
-def _row(fusion: str = "conv_gate", merging: str = "concat", boxes: str = "ram-plus") -> Row:
-    return Row({"fusion_type": fusion, "object_merging": merging}, boxes)
+    @property
+    def config(self) -> dict[str, str]:
+        """Arguments of `MGLlavaConfig`."""
+        return {"fusion_type": self.fusion, "object_merging": self.merging}
 
 
 GROUPS: dict[str, dict[str, Row]] = {
     "main": {
-        "low resolution only": _row("none", "none"),
-        "+ objects": _row("none"),
-        "+ objects + Conv-Gate": _row(),
+        "low resolution only": Row("none", "none"),
+        "+ objects": Row("none"),
+        "+ objects + Conv-Gate": Row(),
     },
-    "fusion": {f"fusion {name}": _row(fusion=name) for name in _FUSIONS},
-    "merging": {f"merging {name}": _row(merging=name) for name in _MERGINGS},
-    "boxes": {f"boxes {name}": _row(boxes=name) for name in ("no-tags", "fixed-list", "ram-plus")},
+    "fusion": {f"fusion {name}": Row(fusion=name) for name in _FUSIONS},
+    "merging": {f"merging {name}": Row(merging=name) for name in _MERGINGS},
+    "boxes": {f"boxes {name}": Row(boxes=name) for name in ("no-tags", "fixed-list", "ram-plus")},
 }
 
 
-def run(row: Row, seed: int, world: Path, epochs: float) -> dict[str, float]:
+@dataclass(frozen=True)
+class Effort:
+    """How long the models of a table are trained, all alike.
+
+    Args:
+        alignment (`float`): Passes of stage 1 over the captions.
+        tuning (`float`): Passes of stage 2 over questions and captions.
+        pictures (`int`): Number of test pictures.
+        threads (`int`): Threads of a run.
+    """
+
+    alignment: float
+    tuning: float
+    pictures: int
+    threads: int
+
+
+def run(row: Row, seed: int, world: Path, effort: Effort) -> dict[str, float]:
     """Train and test one model.
 
     Args:
         row (`Row`): What it is like.
         seed (`int`): Of fusion, projectors and the order of samples.
         world (`Path`): Folder with parts, pictures and boxes.
-        epochs (`float`): Passes of stage 2.
+        effort (`Effort`): How long it is trained.
 
     Returns:
         `dict`: Share of right answers by kind.
     """
-    name = "-".join([*row.config.values(), row.boxes, f"seed{seed}"])
+    name = "-".join([*row.config.values(), row.boxes, f"seed{seed}", f"{effort.alignment:g}", f"{effort.tuning:g}"])
     folder = world / "ablation" / name
     result = folder / "accuracy.json"
     if not result.exists():
-        boxes = {split: _boxes(world, split, row.boxes) for split in ("train", "test")}
+        boxes = {split: world / split / f"detected-{row.boxes}.json" for split in ("train", "test")}
         config = [f"model.parts.config.{key}={value}" for key, value in row.config.items()]
         shared = [f"data.boxes={boxes['train']}", "data.allow_other_boxes=true", f"training.seed={seed}"]
-        _train("small_stage_1.yaml", folder / "stage-1", *config, *shared)
-        stage_2 = [f"model.name={folder / 'stage-1'}", f"training.num_train_epochs={epochs}"]
-        _train("small_stage_2.yaml", folder / "stage-2", *stage_2, *shared)
+        for stage, start, epochs in (
+            (1, config, effort.alignment),
+            (2, [f"model.name={folder / 'stage-1'}"], effort.tuning),
+        ):
+            output = folder / f"stage-{stage}"
+            if not (output / "config.json").exists():
+                recipe = _HERE / "recipes" / f"small_stage_{stage}.yaml"
+                changes = [*start, *shared, f"training.num_train_epochs={epochs}", f"training.output_dir={output}"]
+                _call("mgllava.cli", "train", recipe, *changes, "--resume", threads=effort.threads)
         options = ["--data", world / "test", "--boxes", "file", "--box-file", boxes["test"], "--output", result]
-        _call("small_world.evaluation", folder / "stage-2", *options)
+        options += ["--count", effort.pictures]
+        _call("small_world.evaluation", folder / "stage-2", *options, threads=effort.threads)
     accuracy: dict[str, float] = json.loads(result.read_text(encoding="utf-8"))["accuracy"]
     return accuracy
 
 
-def _train(recipe: str, output: Path, *changes: str) -> None:
-    if not (output / "config.json").exists():
-        path = _HERE / "recipes" / recipe
-        _call("mgllava.cli", "train", path, *changes, f"training.output_dir={output}", "--resume")
+def find_boxes(world: Path, split: str, kind: str) -> None:
+    """Find the boxes of a split, unless there is a file that has them.
 
-
-def _boxes(world: Path, split: str, kind: str) -> Path:
-    """Find the boxes of a split, or name the file that has them."""
+    Args:
+        world (`Path`): Folder with parts and pictures.
+        split (`str`): `train` or `test`.
+        kind (`str`): See [`Row`].
+    """
     output = world / split / f"detected-{kind}.json"
     if not output.exists():
         tags = {
@@ -111,11 +142,11 @@ def _boxes(world: Path, split: str, kind: str) -> Path:
         _call(
             "mgllava.cli", "detect", world / split / "captions.json", *options, *tags, "--output", output, "--resume"
         )
-    return output
 
 
-def _call(module: str, *arguments: object) -> None:
-    subprocess.run([sys.executable, "-m", module, *map(str, arguments)], check=True)
+def _call(module: str, *arguments: object, threads: int | None = None) -> None:
+    environment = os.environ if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    subprocess.run([sys.executable, "-m", module, *map(str, arguments)], check=True, env=environment)
 
 
 def summarize(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
@@ -141,23 +172,48 @@ def main(
     groups: Annotated[list[str], typer.Argument(help=f"Of {', '.join(GROUPS)}.")],
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 1,
     world: Annotated[Path, typer.Option(help="Folder with parts and pictures.")] = Path("small-world"),
-    epochs: Annotated[float, typer.Option(help="Passes of stage 2.")] = 2,
+    alignment: Annotated[float, typer.Option(help="Passes of stage 1.")] = 1,
+    tuning: Annotated[float, typer.Option(help="Passes of stage 2.")] = 1,
+    pictures: Annotated[int, typer.Option(help="Number of test pictures.")] = 600,
+    jobs: Annotated[int, typer.Option(help="Runs at a time; they share the cores.")] = 1,
     output: Annotated[Path, typer.Option(help="JSON file of all results; new ones are added.")] = RESULTS,
 ) -> None:
     """Train and test the models of some tables."""
     for group in groups:
         if group not in GROUPS:
             raise typer.BadParameter(f"expected some of {', '.join(GROUPS)}, got {group!r}", param_hint="groups")
-    results: dict[str, Any] = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
+    settings = {"alignment": alignment, "tuning": tuning, "pictures": pictures}
+    file: dict[str, Any] = {"settings": settings, "results": {}}
+    if output.exists():
+        file = json.loads(output.read_text(encoding="utf-8"))
+        if file["settings"] != settings:
+            raise typer.BadParameter(
+                f"{output} has results of {file['settings']}, and {settings} were asked for; results of both do not "
+                "compare, so name another --output",
+                param_hint="--output",
+            )
+    results = file["results"]
     console = Console()
+    effort = Effort(**settings, threads=max(1, (os.cpu_count() or 1) // jobs))
+    # Tables share rows, and a row is trained once.
+    places: dict[tuple[int, Row], list[tuple[str, str]]] = {}
     for seed in range(seeds):
         for group in groups:
             for name, row in GROUPS[group].items():
+                places.setdefault((seed, row), []).append((group, name))
+    for kind in sorted({row.boxes for _, row in places}):
+        for split in ("train", "test"):
+            find_boxes(world, split, kind)
+    with ThreadPoolExecutor(jobs) as pool:
+        runs = {pool.submit(run, row, seed, world, effort): (seed, row) for seed, row in places}
+        for done in as_completed(runs):
+            seed, row = runs[done]
+            for group, name in places[seed, row]:
                 console.rule(f"{name}, seed {seed}")
-                results.setdefault(group, {}).setdefault(name, {})[str(seed)] = run(row, seed, world, epochs)
-                output.parent.mkdir(exist_ok=True)
-                with replacing(output) as partial:
-                    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+                results.setdefault(group, {}).setdefault(name, {})[str(seed)] = done.result()
+            output.parent.mkdir(exist_ok=True)
+            with replacing(output) as partial:
+                partial.write_text(json.dumps(file, indent=1) + "\n", encoding="utf-8")
     for group in groups:
         console.print(summarize(results[group]))
 

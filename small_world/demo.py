@@ -12,13 +12,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import track
-from transformers import AutoModel, AutoProcessor
-
-import mgllava  # noqa: F401  (makes the Auto classes know MG-LLaVA)
 
 from .answer_picture import draw_answers
 from .dataset import write_dataset
-from .evaluation import accuracy_table, answer_questions, detect_boxes, read_questions, write_answers
+from .evaluation import accuracy_table, answer_questions, detect_boxes, load_model, read_questions, write_answers
 
 MODEL = Path(__file__).parent / "model"
 # Seeds that no training and no test used.
@@ -35,8 +32,7 @@ def main(
     """Draw new pictures, find their boxes, answer questions about them and count what is right."""
     console = Console()
     console.rule("1. Load the model")
-    loaded = AutoModel.from_pretrained(model).float().eval()
-    processor = AutoProcessor.from_pretrained(model)
+    loaded, processor = load_model(model)
     console.print(f"  {type(loaded).__name__}, {loaded.num_parameters():,} parameters, {type(processor).__name__}")
 
     console.rule(f"2. Draw {pictures} new pictures")

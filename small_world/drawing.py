@@ -25,7 +25,7 @@ def draw_scene(scene: Scene) -> tuple[Image.Image, list[list[float]]]:
     picture = _background(scene)
     boxes = []
     for item in scene.objects:
-        corner, sprite, mask = _sprite(item, max(scene.width, scene.height) / 256)
+        corner, sprite, mask = _sprite(item, scene.side / 256)
         picture.paste(sprite, corner, mask)
         left, top, right, bottom = mask.point(lambda value: 255 * (value > 127)).getbbox()
         boxes.append(

@@ -57,6 +57,22 @@ class Answer:
         return self.answer.strip().lower() == self.expected.lower()
 
 
+def load_model(folder: Path, bits: int | None = None) -> tuple[Any, Any]:
+    """Load a model, in float32 where there is no GPU: half precision is many times slower on a CPU.
+
+    Args:
+        folder (`Path`): Folder of a model with its processor.
+        bits (`int`, *optional*): 4 or 8: quantized.
+
+    Returns:
+        Model and processor.
+    """
+    options = {} if bits is None else {"quantization_config": mgllava.quantization_config(bits)}
+    dtype = "auto" if torch.cuda.is_available() else torch.float32
+    model = AutoModel.from_pretrained(folder, dtype=dtype, device_map="auto", **options).eval()
+    return model, AutoProcessor.from_pretrained(folder)
+
+
 def read_questions(folder: Path, count: int | None = None) -> list[dict[str, str]]:
     """Read the questions about the first pictures of a data set.
 
@@ -182,11 +198,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="JSON file for all answers and the accuracy.")] = None,
 ) -> None:
     """Ask a model about new pictures and print the share of right answers."""
-    options = {} if bits is None else {"quantization_config": mgllava.quantization_config(bits)}
-    # Half precision, as small models are shipped, is many times slower on a CPU.
-    dtype = "auto" if torch.cuda.is_available() else torch.float32
-    loaded = AutoModel.from_pretrained(model, dtype=dtype, **options).eval()
-    processor = AutoProcessor.from_pretrained(model)
+    loaded, processor = load_model(model, bits)
     questions = read_questions(data, count)
     given: dict[str, Any] | None = None
     if boxes is Boxes.FILE:

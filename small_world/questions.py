@@ -36,9 +36,8 @@ class Question:
 
 def reading_order(scene: Scene) -> list[SceneObject]:
     """Objects row by row of the grid that vision gives to the model, each row from left to right."""
-    side = max(scene.width, scene.height)
-    top = (side - scene.height) / 2
-    return sorted(scene.objects, key=lambda item: ((item.center[1] + top) // (side / GRID), item.center[0]))
+    top, cell = scene.corner[1], scene.side / GRID
+    return sorted(scene.objects, key=lambda item: ((item.center[1] + top) // cell, item.center[0]))
 
 
 def describe(scene: Scene) -> str:
@@ -152,8 +151,8 @@ def _relation(scene: Scene, rng: random.Random) -> list[Question]:
     questions = []
     for _ in range(3 if len(named) >= 2 else 0):
         (a, a_name), (b, b_name) = rng.sample(named, 2)
-        dx = (a.center[0] - b.center[0]) / max(scene.width, scene.height)
-        dy = (a.center[1] - b.center[1]) / max(scene.width, scene.height)
+        dx = (a.center[0] - b.center[0]) / scene.side
+        dy = (a.center[1] - b.center[1]) / scene.side
         horizontal = rng.random() < 0.5
         if abs(dx if horizontal else dy) < 0.08:
             continue

@@ -79,6 +79,16 @@ class Scene:
     height: int
     objects: tuple[SceneObject, ...]
 
+    @property
+    def side(self) -> int:
+        """Side of the square that the picture is laid into, in pixels of the picture."""
+        return max(self.width, self.height)
+
+    @property
+    def corner(self) -> tuple[float, float]:
+        """Where the left upper corner of the picture lies in that square, which has the picture in its middle."""
+        return (self.side - self.width) / 2, (self.side - self.height) / 2
+
 
 def make_scene(split: Split, number: int) -> Scene:
     """Draw the scene of a seed.

@@ -162,20 +162,17 @@ def _found(scene: Scene) -> list[int]:
 
 
 def _cells(scene: Scene, objects: Sequence[SceneObject]) -> torch.Tensor:
-    side = max(scene.width, scene.height)
-    centers = torch.tensor([item.center for item in objects])
-    corner = torch.tensor([side - scene.width, side - scene.height]) / 2
-    column, row = ((centers + corner) * GRID / side).long().clamp(0, GRID - 1).unbind(-1)
+    centers = torch.tensor([item.center for item in objects]) + torch.tensor(scene.corner)
+    column, row = (centers * GRID / scene.side).long().clamp(0, GRID - 1).unbind(-1)
     return F.one_hot(row * GRID + column, GRID**2).T.float()
 
 
 def _margin(scene: Scene) -> torch.Tensor:
-    side = max(scene.width, scene.height)
-    inside = []
-    for length in (scene.height, scene.width):
-        edges = torch.arange(GRID + 1) * side / GRID - (side - length) / 2
-        inside.append(edges.clamp(0, length).diff() * GRID / side)
-    return 1 - (inside[0][:, None] * inside[1][None]).flatten()
+    columns, rows = (
+        (torch.arange(GRID + 1) * scene.side / GRID - start).clamp(0, length).diff() * GRID / scene.side
+        for start, length in zip(scene.corner, (scene.width, scene.height), strict=True)
+    )
+    return 1 - (rows[:, None] * columns[None]).flatten()
 
 
 def collate_told(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

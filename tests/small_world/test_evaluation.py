@@ -1,14 +1,20 @@
 """What counts as right, and that answers in batches are those of one question at a time."""
 
+import json
+
 import pytest
+import typer
 from PIL import Image
 
 from mgllava.box_files import read_boxes
-from small_world.ablation import GROUPS, summarize
+from small_world import ablation
+from small_world.ablation import GROUPS, Row, summarize
 from small_world.answer_picture import draw_answers
 from small_world.dataset import write_dataset
 from small_world.evaluation import Answer, accuracy, answer_questions, read_questions
 from small_world.questions import KINDS
+
+EFFORT = {"alignment": 1, "tuning": 1, "pictures": 600}
 
 
 def make_answer(kind, expected, answer, image="000001.jpg"):
@@ -78,10 +84,35 @@ def test_the_table_of_the_ablation_has_mean_and_spread():
     assert cells["seeds"] == ["2", "1"]
 
 
+def test_rows_that_tables_share_are_trained_once(tmp_path, monkeypatch):
+    trained, shares = [], dict.fromkeys((*KINDS, "all"), 0.5)
+    monkeypatch.setattr(ablation, "find_boxes", lambda *arguments: None)
+    monkeypatch.setattr(ablation, "run", lambda row, seed, *others: trained.append((row, seed)) or shares)
+    output = tmp_path / "ablation.json"
+    ablation.main(["main", "fusion"], seeds=2, jobs=2, output=output, **EFFORT)
+    assert len(trained) == len(set(trained))
+    assert {(Row(), 0), (Row(), 1), (Row("none", "none"), 1)} <= set(trained)
+    results = json.loads(output.read_text())["results"]
+    assert (
+        results["main"]["+ objects + Conv-Gate"] == results["fusion"]["fusion conv_gate"] == {"0": shares, "1": shares}
+    )
+
+
+def test_results_of_different_efforts_are_not_mixed(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "find_boxes", lambda *arguments: None)
+    monkeypatch.setattr(ablation, "run", lambda *arguments: dict.fromkeys((*KINDS, "all"), 0.5))
+    output = tmp_path / "ablation.json"
+    ablation.main(["main"], output=output, seeds=1, jobs=1, **EFFORT)
+    before = output.read_text()
+    with pytest.raises(typer.BadParameter, match="results of both do not compare"):
+        ablation.main(["main"], output=output, seeds=1, jobs=1, **{**EFFORT, "tuning": 2})
+    assert output.read_text() == before
+
+
 def test_rows_of_the_ablation_are_configurations_of_the_model():
     from tests.tiny import tiny_config
 
     for rows in GROUPS.values():
         for row in rows.values():
             config = tiny_config(**row.config)
-            assert (config.fusion_type, config.object_merging) == tuple(row.config.values())
+            assert (config.fusion_type, config.object_merging) == (row.fusion, row.merging)
