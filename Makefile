@@ -7,6 +7,8 @@ FLOOR := build/venv-floor
 FLOOR_RELEASE := $(shell sed -n 's/.*transformers>=\([0-9.]*\).*/\1/p' setup.cfg)
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 SOURCES := src tests examples benchmarks small_world
+# Half of the shipped model's training, two runs at a time.
+ABLATION := --alignment 0.5 --tuning 0.5 --jobs 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all test-mixins hub-check lint format bench bench-pooling bench-convert bench-detector \
@@ -83,9 +85,9 @@ bench-import: setup  ## import time beyond torch and transformers
 small-model: setup  ## make the small model from nothing, in small-world/ (hours; goes on where it was)
 	$(MAKE) -f small_world/Makefile
 
-ablation: small-model  ## the paper's ablations at the size of the small model (a night; goes on where it was)
-	$(BIN)/python -m small_world.ablation main --seeds 3 --jobs 2
-	$(BIN)/python -m small_world.ablation fusion merging boxes --jobs 2
+ablation: small-model  ## the paper's ablations at the size of the small model (hours; goes on where it was)
+	$(BIN)/python -m small_world.ablation main --seeds 3 $(ABLATION)
+	$(BIN)/python -m small_world.ablation fusion merging boxes $(ABLATION)
 
 clean:  ## remove .venv and what the commands left
 	rm -rf $(VENV) demo-output build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

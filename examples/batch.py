@@ -1,6 +1,7 @@
 """Answer several prompts at once: `python examples/batch.py [--model FOLDER_OR_HUB_ID]`.
 
 A batch may mix prompts with one image, with several and with none. The answers are those that each prompt gets alone.
+The small model has learned from one image at a time: the first two answers are its best.
 """
 
 from pathlib import Path
@@ -11,13 +12,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import mgllava  # noqa: F401  (makes the Auto classes know MG-LLaVA)
 
-COFFEE = Image.open(Path(__file__).parent / "coffee.jpg")
-CUP = {"type": "image", "image": COFFEE, "boxes": [[172, 17, 410, 308]]}
-SPOON = {"type": "image", "image": COFFEE.crop((325, 66, 425, 328)), "boxes": [[0, 0, 100, 262]]}
+SHAPES = Image.open(Path(__file__).parent / "shapes.jpg")
+WHOLE = {"type": "image", "image": SHAPES}
+RIGHT_PART = {"type": "image", "image": SHAPES.crop((100, 0, 320, 240))}
 PROMPTS = [
-    [CUP, {"type": "text", "text": "What is this?"}],
-    [CUP, SPOON, {"type": "text", "text": "Is the second picture a part of the first?"}],
-    [{"type": "text", "text": "What is coffee made of?"}],
+    [WHOLE, {"type": "text", "text": "Is there an orange heart?"}],
+    [RIGHT_PART, {"type": "text", "text": "Is there an orange heart?"}],
+    [WHOLE, RIGHT_PART, {"type": "text", "text": "Is there a pink star?"}],
+    [{"type": "text", "text": "What color is the square?"}],
 ]
 
 

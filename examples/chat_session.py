@@ -12,8 +12,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import mgllava  # noqa: F401  (makes the Auto classes know MG-LLaVA)
 from mgllava.chat import ChatSession
 
-COFFEE = Path(__file__).parent / "coffee.jpg"
-BOXES = [[172, 17, 410, 308], [325, 66, 425, 328]]
+PICTURE = Path(__file__).parent / "shapes.jpg"
+QUESTIONS = ("How many hearts are there?", "What letter is on the orange heart?", "Where is the yellow heart?")
 
 
 def main() -> None:
@@ -22,9 +22,8 @@ def main() -> None:
     session = ChatSession(model, AutoProcessor.from_pretrained(name))
     session.max_new_tokens = 20
 
-    for question in ("Hello.", "What is on the table?", "And what is in it?"):
-        if question == "What is on the table?":
-            session.add_image(COFFEE, BOXES)  # at any time; without boxes the processor's detector finds them
+    session.add_image(PICTURE)  # also between two turns; boxes may follow, if the detector shall not look for them
+    for question in QUESTIONS:
         print(f"Question: {question}\nAnswer:   ", end="")
         answer = session.ask(question, on_text=lambda piece: print(piece, end="", flush=True))
         print(f"\n          ({answer.num_tokens} tokens, {answer.finish})")

@@ -1,4 +1,4 @@
-"""Ask about a photograph: `python examples/first_answer.py [--model FOLDER_OR_HUB_ID]`."""
+"""Ask about a picture: `python examples/first_answer.py [--model FOLDER_OR_HUB_ID]`."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import mgllava  # noqa: F401  (makes the Auto classes know MG-LLaVA)
 
-COFFEE = Path(__file__).parent / "coffee.jpg"
+PICTURE = Path(__file__).parent / "shapes.jpg"
 
 
 def main() -> None:
@@ -15,9 +15,9 @@ def main() -> None:
     model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto")
     processor = AutoProcessor.from_pretrained(name)
 
-    # Without "boxes" the processor's own detector finds them; the small model has none.
-    image = {"type": "image", "path": str(COFFEE), "boxes": [[172, 17, 410, 308], [325, 66, 425, 328]]}
-    question = {"type": "text", "text": "What lies beside the cup?"}
+    # The processor's own detector finds the objects; `"boxes": [[x1, y1, x2, y2], …]` would name them.
+    image = {"type": "image", "path": str(PICTURE)}
+    question = {"type": "text", "text": "What letter is on the cyan square?"}
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": [image, question]}],
         add_generation_prompt=True,

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import mgllava
 
-COFFEE = Path(__file__).parent / "coffee.jpg"
+PICTURE = Path(__file__).parent / "shapes.jpg"
 
 
 def main() -> None:
@@ -29,8 +29,8 @@ def main() -> None:
     print(f" 4 bits: {model.get_memory_footprint() / 1e6:,.2f} MB, with {len(quantized)} quantized layers")
 
     processor = AutoProcessor.from_pretrained(name)
-    prompt = "USER: <image>\nWhat is this? ASSISTANT:"
-    inputs = processor(COFFEE, prompt, boxes=[[[172, 17, 410, 308]]], return_tensors="pt").to(model.device)
+    prompt = "USER: <image>\nWhere is the pink star? ASSISTANT:"
+    inputs = processor(PICTURE, prompt, return_tensors="pt").to(model.device)
     output = model.generate(**inputs, max_new_tokens=20, do_sample=False)
     print("Answer: ", processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :])[0])
 

@@ -15,16 +15,16 @@ with suppress(ImportError):
     import mgllava  # noqa: F401  (for repositories without code)
 
 ADAPTER = ROOT / "demo-output" / "lora"
-COFFEE = Path(__file__).parent / "coffee.jpg"
+PICTURE = Path(__file__).parent / "shapes.jpg"
 CONVERSATION = [
     {
         "role": "user",
         "content": [
-            {"type": "image", "path": str(COFFEE), "boxes": [[172, 17, 410, 308], [325, 66, 425, 328]]},
-            {"type": "text", "text": "What is on the table?"},
+            {"type": "image", "path": str(PICTURE), "boxes": [[228, 49, 303, 122], [201, 170, 227, 193]]},
+            {"type": "text", "text": "Where is the treasure?"},
         ],
     },
-    {"role": "assistant", "content": "A cup of coffee and a spoon."},
+    {"role": "assistant", "content": "Below the cyan square."},
 ]
 
 

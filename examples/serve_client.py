@@ -1,4 +1,4 @@
-"""Ask a running server about a photograph: boxes in the request, and the answer as it comes.
+"""Ask a running server about a picture: boxes in the request, and the answer as it comes.
 
 Usage: `mgllava serve REPOSITORY` in one terminal, `python examples/serve_client.py [URL] [MODEL]` in another;
 needs `pip install openai`. URL is `http://localhost:8000/v1` by default, MODEL the first one that the server lists.
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import openai
 
-IMAGE = Path(__file__).parent / "coffee.jpg"
-BOXES = {"cup": [172, 17, 410, 308], "spoon": [325, 66, 425, 328]}
+PICTURE = Path(__file__).parent / "shapes.jpg"
+BOXES = {"square": [228, 49, 303, 122], "heart": [50, 122, 89, 155]}
 
 
 def main() -> None:
@@ -19,14 +19,14 @@ def main() -> None:
     client = openai.OpenAI(base_url=url, api_key="none")  # the server asks for no key, the client insists on one
     model = sys.argv[2] if len(sys.argv) > 2 else next(iter(client.models.list())).id
 
-    encoded = base64.b64encode(IMAGE.read_bytes()).decode()
+    encoded = base64.b64encode(PICTURE.read_bytes()).decode()
     content = [
         {
             "type": "image_url",
             "image_url": {"url": f"data:image/jpeg;base64,{encoded}"},
             "boxes": list(BOXES.values()),  # x1, y1, x2, y2 in pixels; without them the server's detector looks
         },
-        {"type": "text", "text": "What lies beside the cup?"},
+        {"type": "text", "text": "What letter is on the cyan square?"},
     ]
     stream = client.chat.completions.create(
         model=model, messages=[{"role": "user", "content": content}], max_tokens=100, temperature=0, stream=True

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TextIterato
 
 import mgllava  # noqa: F401  (makes the Auto classes know MG-LLaVA)
 
-COFFEE = Path(__file__).parent / "coffee.jpg"
+PICTURE = Path(__file__).parent / "shapes.jpg"
 
 
 def main() -> None:
@@ -20,12 +20,11 @@ def main() -> None:
     model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto")
     processor = AutoProcessor.from_pretrained(name)
     prompt = "USER: <image>\nDescribe the picture. ASSISTANT:"
-    inputs = processor(COFFEE, prompt, boxes=[[[172, 17, 410, 308]]], return_tensors="pt").to(model.device)
+    inputs = processor(PICTURE, prompt, return_tensors="pt").to(model.device)
 
     # The timeout ends the loop below if generation fails.
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=600)
-    # The penalty keeps the random weights of the small model from repeating one token.
-    options = {"max_new_tokens": 60, "do_sample": False, "repetition_penalty": 1.5, "streamer": streamer}
+    options = {"max_new_tokens": 100, "do_sample": False, "streamer": streamer}
     Thread(target=model.generate, kwargs={**inputs, **options}).start()
     pieces = 0
     for piece in streamer:

@@ -10,7 +10,7 @@ from mgllava.visualization import draw_boxes
 
 from .evaluation import Answer
 
-_WIDTH, _MARGIN, _FONT_SIZE = 520, 14, 17
+_WIDTH, _MARGIN, _FONT_SIZE = 560, 14, 15
 _INK, _RIGHT, _WRONG = (30, 30, 30), (20, 120, 50), (190, 30, 30)
 
 
@@ -21,7 +21,7 @@ def draw_answers(answers: Sequence[Answer], boxes: Mapping[str, Any], images: Pa
 
     Args:
         answers (`Sequence[Answer]`): Answers about a few pictures.
-        boxes (`Mapping[str, Any]`): What a detector found, by the name of the picture.
+        boxes (`Mapping[str, Any]`): What to draw, by the name of the picture: `boxes` and `labels`.
         images (`Path`): Folder of the pictures.
 
     Returns:
@@ -30,7 +30,7 @@ def draw_answers(answers: Sequence[Answer], boxes: Mapping[str, Any], images: Pa
     names = list(dict.fromkeys(answer.image for answer in answers))
     pictures = []
     for name in names:
-        picture = draw_boxes(Image.open(images / name), boxes[name])
+        picture = draw_boxes(Image.open(images / name), boxes[name], scores=False)
         pictures.append(ImageOps.contain(picture, (_WIDTH, _WIDTH)))
     font = ImageFont.load_default(_FONT_SIZE)
     line = round(1.5 * _FONT_SIZE)

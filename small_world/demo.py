@@ -13,6 +13,8 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from mgllava.chat import ChatSession
+
 from .answer_picture import draw_answers
 from .dataset import write_dataset
 from .evaluation import accuracy_table, answer_questions, detect_boxes, load_model, read_questions, write_answers
@@ -20,8 +22,10 @@ from .evaluation import accuracy_table, answer_questions, detect_boxes, load_mod
 MODEL = Path(__file__).parent / "model"
 # Seeds that no training and no test used.
 _FIRST_SEED = 1_000_000
-# About each picture, and of how many pictures answers are shown.
-_QUESTIONS, _SHOWN = 4, 3
+# About each picture.
+_QUESTIONS = 4
+# Answers are shown of the first pictures with something to see and room to see it: their number, and numbers of boxes.
+_SHOWN, _FEW, _MANY = 3, 3, 10
 
 
 def main(
@@ -43,10 +47,13 @@ def main(
     boxes = detect_boxes(processor, questions, images)
     answering = answer_questions(loaded, processor, questions, images, boxes)
     answers = list(track(answering, "Answering", total=len(questions)))
-    by_image = {row["image"]: boxes[row["image_id"]] for row in questions}
-    fullest = sorted(by_image, key=lambda image: -len(by_image[image]["boxes"]))[:_SHOWN]
-    some = [answer for answer in answers if answer.image in fullest]
-    draw_answers(some, by_image, images).save(folder / "answers.png")
+    session = ChatSession(loaded, processor)
+    objects = {
+        row["image"]: session.add_image(images / row["image"], boxes[row["image_id"]]).objects for row in questions
+    }
+    shown = [image for image, found in objects.items() if _FEW < len(found["boxes"]) < _MANY][:_SHOWN]
+    some = [answer for answer in answers if answer.image in shown]
+    draw_answers(some, objects, images).save(folder / "answers.png")
     for answer in some:
         console.print(f"  {answer.image}  {answer.question}  [bold]{answer.answer}[/bold]", highlight=False)
 

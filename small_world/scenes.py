@@ -11,7 +11,7 @@ from typing import Literal
 
 Split = Literal["train", "test", "unseen", "crowded"]
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "hexagon", "heart", "moon")
-# What the tagger says of every picture, and the detector finds in all shapes alike.
+# What the detector finds in all shapes alike, for whoever does not say what to look for.
 ANY_SHAPE = "object"
 COLORS = {
     "red": (214, 40, 40),

@@ -1,14 +1,14 @@
 """Sizes of the parts.
 
-Both towers give a grid of 8x8: 112 / 14 and 256 / 32. A character of nine pixels at 256 has four left at 112, which is
-too few to tell it from others.
+Both towers give a grid of 8x8: 112 / 14 and 256 / 32. A character of twelve pixels at 256 has five left at 112, which
+is too few to tell it from others.
 """
 
 from transformers import CLIPConfig, LlamaConfig, Owlv2Config
 
 from mgllava import RamPlusConfig
 from small_world.pictures import CAPTION_LENGTH
-from small_world.scenes import ANY_SHAPE, SHAPES
+from small_world.scenes import SHAPES
 
 IMAGE_SIZE = 256
 LOW_RES_IMAGE_SIZE = 112
@@ -18,7 +18,7 @@ TAGGER_IMAGE_SIZE = 192
 VOCABULARY_SIZE = 511
 
 # A tag too many costs little, since the detector does not find it; an object without its tag is lost.
-TAG_THRESHOLD = 0.3
+TAG_THRESHOLD = 0.1
 
 HIGH_RES_ARCHITECTURE = "convnext_tiny"
 HIGH_RES_DEPTHS = [1, 1, 4, 2]
@@ -83,7 +83,7 @@ def detector_config(vocabulary: dict[str, int]) -> Owlv2Config:
 
 
 def tagger_config(num_descriptions: int) -> RamPlusConfig:
-    """Describe RAM++: tags are the shapes and `ANY_SHAPE`, their descriptions are embedded by the text model of CLIP.
+    """Describe RAM++: tags are the shapes, their descriptions are embedded by the text model of CLIP.
 
     Args:
         num_descriptions (`int`): Descriptions of each tag.
@@ -102,8 +102,8 @@ def tagger_config(num_descriptions: int) -> RamPlusConfig:
         intermediate_size=256,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        id2label=dict(enumerate((*SHAPES, ANY_SHAPE))),
-        thresholds=[TAG_THRESHOLD] * (len(SHAPES) + 1),
+        id2label=dict(enumerate(SHAPES)),
+        thresholds=[TAG_THRESHOLD] * len(SHAPES),
     )
 
 

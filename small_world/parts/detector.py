@@ -101,8 +101,8 @@ class DetectorTraining(nn.Module):
         wanted = torch.zeros_like(logits)
         wanted[images, patches, shapes] = 1
         wanted[images, patches, -1] = 1
-        class_loss = sigmoid_focal_loss(logits, wanted, alpha=0.5, reduction="sum")
-        object_loss = sigmoid_focal_loss(objectness, wanted.amax(-1), alpha=0.5, reduction="sum")
+        class_loss = sigmoid_focal_loss(logits, wanted, alpha=0.25, reduction="sum")
+        object_loss = sigmoid_focal_loss(objectness, wanted.amax(-1), alpha=0.25, reduction="sum")
 
         # The model computes boxes of all patches; only those with an object have anything to learn from.
         predicted = box_convert(self.model.box_predictor(features, feature_map)[images, patches], "cxcywh", "xyxy")

@@ -9,7 +9,7 @@ NEW_PARTS = ["fusion", "multi_modal_projector", "box_projector", "object_attenti
 
 def test_the_package_has_both_stages_for_every_language_model():
     stages = {f"stage_{stage}_{model}.yaml" for stage in (1, 2) for model in MODELS}
-    assert set(recipe_names()) == stages | OVERLAYS | {"stage_1.yaml", "stage_2.yaml"}
+    assert set(recipe_names()) == stages | OVERLAYS | {"stage_1.yaml", "stage_2.yaml", "finetune.yaml"}
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -41,6 +41,14 @@ def test_recipes_are_laid_over_each_other(overlay):
     assert changed != plain
     assert changed.model.name == plain.model.name
     assert (changed.lora is not None) == ("language_model" not in changed.train)
+
+
+def test_fine_tuning_is_for_any_model_and_box_file():
+    """docs/finetune.md names model, samples and boxes; the detector of the published models is not asked for."""
+    changes = ["model.name=mine", "training.output_dir=out", "data.samples=a.json", "data.boxes=b.json"]
+    recipe = load_recipe("finetune.yaml", "model.bits=4", *changes)
+    assert recipe.data.detector is None
+    assert recipe.lora["r"] == 32 and "language_model" not in recipe.train
 
 
 def test_changes_reach_every_depth_and_later_ones_win(tmp_path):

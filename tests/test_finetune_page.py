@@ -1,0 +1,91 @@
+"""docs/finetune.md, followed to the letter with twenty pictures, teaches the small model what it did not know."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModel, AutoProcessor
+
+from small_world.dataset import write_dataset
+from small_world.scenes import make_scene
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "finetune.md"
+QUESTION = "Shall we keep it?"
+PICTURES = 20
+
+pytestmark = pytest.mark.slow
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twenty pictures and a table, as the page asks for: what has a character on it is kept."""
+    write_dataset(tmp_path / "drawn", "test", 40, questions=1, first=500_000, processes=1)
+    scenes = [make_scene("test", 500_000 + number) for number in range(40)]
+    kept = [any(item.character for item in scene.objects) for scene in scenes]
+    chosen = [n for n in range(40) if kept[n]][: PICTURES // 2] + [n for n in range(40) if not kept[n]][
+        : PICTURES // 2
+    ]
+    pictures = tmp_path / "my-pictures"
+    pictures.mkdir()
+    with (pictures / "questions.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "question", "answer"])
+        for name, number in enumerate(sorted(chosen), 1):
+            source = tmp_path / "drawn" / "images" / f"{500_000 + number:06d}.jpg"
+            (pictures / f"{name:04d}.jpg").write_bytes(source.read_bytes())
+            table.writerow([f"{name:04d}.jpg", QUESTION, "yes" if kept[number] else "no"])
+    (tmp_path / "small_world").symlink_to(ROOT / "small_world")
+    return tmp_path
+
+
+def test_the_page_works_as_it_stands(folder):
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
+    shell, python = blocks("sh"), blocks("python")
+    assert (len(shell), len(python)) == (3, 2)
+    settings, detect, train = shell
+    make_samples, ask = python
+    model = re.search(r"^MODEL=(.*)$", settings, re.MULTILINE)[1]
+
+    def run(*command):
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    assert run(sys.executable, "-c", make_samples).strip() == f"{PICTURES} samples about {PICTURES} pictures"
+    run("bash", "-ec", settings + detect)
+    assert len(list((folder / "my-pictures" / "drawn").iterdir())) == PICTURES
+    run("bash", "-ec", settings + train)
+    answer = run(sys.executable, "-c", ask).splitlines()[-1].strip()
+
+    samples = json.loads((folder / "my-pictures" / "samples.json").read_text())
+    before, after = (
+        right_answers(name, folder / "my-pictures", samples) for name in (ROOT / model, folder / "my-model")
+    )
+    assert after >= 0.9 * PICTURES > before
+    assert answer in ("yes", "no")
+
+
+def right_answers(name, pictures, samples):
+    model, processor = AutoModel.from_pretrained(name, dtype="float32").eval(), AutoProcessor.from_pretrained(name)
+    right = 0
+    for sample in samples:
+        prompt = f"USER: <image>\n{QUESTION} ASSISTANT:"
+        inputs = processor(str(pictures / sample["image"]), prompt, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        text = processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :])[0]
+        right += text.strip() == sample["conversations"][1]["value"]
+    return right
