@@ -19,8 +19,6 @@ PAGE = ROOT / "docs" / "finetune.md"
 QUESTION = "Shall we keep it?"
 PICTURES = 20
 
-pytestmark = pytest.mark.slow
-
 
 def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
