@@ -6,6 +6,7 @@ Pictures are drawn into FOLDER, `demo-output` by default; the model finds the bo
 some of the answers, FOLDER/accuracy.json has all of them.
 """
 
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -48,11 +49,10 @@ def main(
     answering = answer_questions(loaded, processor, questions, images, boxes)
     answers = list(track(answering, "Answering", total=len(questions)))
     session = ChatSession(loaded, processor)
-    objects = {
-        row["image"]: session.add_image(images / row["image"], boxes[row["image_id"]]).objects for row in questions
-    }
-    shown = [image for image, found in objects.items() if _FEW < len(found["boxes"]) < _MANY][:_SHOWN]
-    some = [answer for answer in answers if answer.image in shown]
+    ids = {row["image"]: row["image_id"] for row in questions}
+    given = ((image, session.add_image(images / image, boxes[key]).objects) for image, key in ids.items())
+    objects = dict(islice((pair for pair in given if _FEW < len(pair[1]["boxes"]) < _MANY), _SHOWN))
+    some = [answer for answer in answers if answer.image in objects]
     draw_answers(some, objects, images).save(folder / "answers.png")
     for answer in some:
         console.print(f"  {answer.image}  {answer.question}  [bold]{answer.answer}[/bold]", highlight=False)

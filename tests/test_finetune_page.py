@@ -27,21 +27,19 @@ def blocks(language):
 @pytest.fixture
 def folder(tmp_path):
     """Twenty pictures and a table, as the page asks for: what has a character on it is kept."""
-    write_dataset(tmp_path / "drawn", "test", 40, questions=1, first=500_000, processes=1)
-    scenes = [make_scene("test", 500_000 + number) for number in range(40)]
-    kept = [any(item.character for item in scene.objects) for scene in scenes]
-    chosen = [n for n in range(40) if kept[n]][: PICTURES // 2] + [n for n in range(40) if not kept[n]][
-        : PICTURES // 2
-    ]
+    seeds = range(500_000, 500_040)
+    write_dataset(tmp_path / "drawn", "test", len(seeds), questions=1, first=seeds[0], processes=1)
+    kept = {seed: any(item.character for item in make_scene("test", seed).objects) for seed in seeds}
+    chosen = [seed for wanted in (True, False) for seed in [s for s in seeds if kept[s] is wanted][: PICTURES // 2]]
     pictures = tmp_path / "my-pictures"
     pictures.mkdir()
     with (pictures / "questions.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["image", "question", "answer"])
-        for name, number in enumerate(sorted(chosen), 1):
-            source = tmp_path / "drawn" / "images" / f"{500_000 + number:06d}.jpg"
+        for name, seed in enumerate(sorted(chosen), 1):
+            source = tmp_path / "drawn" / "images" / f"{seed:06d}.jpg"
             (pictures / f"{name:04d}.jpg").write_bytes(source.read_bytes())
-            table.writerow([f"{name:04d}.jpg", QUESTION, "yes" if kept[number] else "no"])
+            table.writerow([f"{name:04d}.jpg", QUESTION, "yes" if kept[seed] else "no"])
     (tmp_path / "small_world").symlink_to(ROOT / "small_world")
     return tmp_path
 

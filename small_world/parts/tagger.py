@@ -13,7 +13,7 @@ from small_world.scenes import COLORS, SHAPES, TEXTURES
 
 from .architecture import TAG_THRESHOLD, TAGGER_IMAGE_SIZE, tagger_config
 from .objectives import CellContents, count_right
-from .towers import Normalize
+from .towers import Normalize, start_evenly
 
 
 def descriptions(tag: str) -> list[str]:
@@ -33,18 +33,12 @@ class TaggerTraining(nn.Module):
         super().__init__()
         texts = [descriptions(tag) for tag in SHAPES]
         self.model = RamPlusForImageTagging(tagger_config(len(texts[0])))
-        self._initialize()
+        start_evenly(self.model)
         self.model.decoder.label_embed.data.copy_(_embed(texts, CLIPModel.from_pretrained(clip), tokenizer))
         config = self.model.config
         grid = config.image_size // 32
         self.cell_contents = CellContents(config.projection_dim, grid, config.image_size)
         self.normalize = Normalize(RamPlusImageProcessor.image_mean, RamPlusImageProcessor.image_std)
-
-    def _initialize(self) -> None:
-        """Start with signals of even size: the usual 0.02 is for wide layers, and shapes are not learned from it."""
-        for module in self.model.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
 
     def forward(self, pixel_values: torch.Tensor, boxes: torch.Tensor, attributes: torch.Tensor) -> dict[str, Any]:
         """Compute the loss of a batch of `Pictures`."""

@@ -40,6 +40,13 @@ class Normalize(nn.Module):
         return (pixels - self.mean) / self.std
 
 
+def start_evenly(model: nn.Module) -> None:
+    """Let layers start with signals of even size: the usual deviation of 0.02 is for wide networks trained long."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+
+
 class HighResTowerTraining(nn.Module):
     """The ConvNeXt learns attributes from boxes pooled as the model pools them, and from the last stage.
 
@@ -63,12 +70,11 @@ class HighResTowerTraining(nn.Module):
         self.cell_contents = CellContents(HIGH_RES_HIDDEN_SIZES[-1], IMAGE_SIZE // 32, IMAGE_SIZE)
 
     def _initialize(self) -> None:
-        """Start with signals of even size: timm's values (0.02, 1e-6) are for wide, deep networks trained long."""
+        """Start with signals of even size, the scales of the blocks (1e-6 in timm) included."""
+        start_evenly(self.tower)
         for name, parameter in self.tower.named_parameters():
             if name.endswith("gamma"):
                 nn.init.ones_(parameter)
-            elif parameter.ndim >= 2:
-                nn.init.trunc_normal_(parameter, std=parameter[0].numel() ** -0.5)
 
     def forward(self, pixel_values: torch.Tensor, boxes: torch.Tensor, attributes: torch.Tensor) -> dict[str, Any]:
         """Compute the loss of a batch of `Pictures`."""
@@ -153,4 +159,4 @@ class VisionTowerTraining(nn.Module):
         self.clip.save_pretrained(folder)
 
 
-__all__ = ["HighResTowerTraining", "Normalize", "VisionTowerTraining"]
+__all__ = ["HighResTowerTraining", "Normalize", "VisionTowerTraining", "start_evenly"]
