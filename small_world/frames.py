@@ -1,4 +1,4 @@
-"""How each model lays a picture into its square: pixels, and where boxes come to lie."""
+"""How each model lays a picture into its square: pixels, where boxes come to lie, and in which cells of a grid."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,3 +65,18 @@ def squeezed_frame(size: int) -> Frame:
         return values * np.array([size / width, size / height] * 2)
 
     return Frame("squeezed", size, lambda picture: processor(picture)["pixel_values"][0].numpy(), boxes)
+
+
+def cells_of_centers(boxes: torch.Tensor, grid: int, image_size: int) -> torch.Tensor:
+    """Number the cells that the centers of boxes lie in.
+
+    Args:
+        boxes (`torch.Tensor` of shape `(num_images, num_boxes, 4)`): x1, y1, x2, y2 in pixels of the square.
+        grid (`int`): Cells along a side of the square.
+        image_size (`int`): Side of the square.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_images, num_boxes)`: Numbers, counted row by row.
+    """
+    column, row = ((boxes[..., :2] + boxes[..., 2:]) / 2 * grid / image_size).long().clamp(0, grid - 1).unbind(-1)
+    return row * grid + column

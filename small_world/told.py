@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +20,7 @@ from mgllava import MGLlavaImageProcessor, MGLlavaProcessor
 from mgllava.processing import CHAT_TEMPLATES
 from mgllava.training.collator import encode_text
 
+from .frames import cells_of_centers
 from .pictures import object_attributes
 from .questions import CAPTION_REQUEST, GRID, KINDS, Question, ask, describe, reading_order
 from .scenes import MAX_OBJECTS, Scene, SceneObject, Split, make_scene
@@ -71,10 +71,10 @@ class ToldScenes(Dataset):
     Items have `input_ids` (what is shared, with a placeholder for each told token, then the conversations),
     `conversations` (the number of the conversation of each id, 0 for what is shared), `labels` (-100 where nothing is
     learned), `kinds` (index in `ANSWERS` for each id of an answer, else -1), `attributes` (`(num_objects, 4)`, see
-    [`object_attributes`]), `cells` (`(GRID * GRID, num_objects)`: 1 where an object has its center, else 0), `margin`
-    (`(GRID * GRID,)`: which share of the cell lies outside of the picture, which is in the middle of the square) and
-    `found` (indices of the objects that have a token, best first as a detector gives them: in no order that means
-    anything, with some missing and some twice).
+    [`object_attributes`]), `cells` (`(num_objects,)`: the cell that an object has its center in, see
+    [`cells_of_centers`]), `margin` (`(GRID * GRID,)`: which share of the cell lies outside of the picture, which is in
+    the middle of the square) and `found` (indices of the objects that have a token, best first as a detector gives
+    them: in no order that means anything, with some missing and some twice).
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): Knows the placeholder `<image>`.
@@ -163,8 +163,7 @@ def _found(scene: Scene) -> list[int]:
 
 def _cells(scene: Scene, objects: Sequence[SceneObject]) -> torch.Tensor:
     centers = torch.tensor([item.center for item in objects]) + torch.tensor(scene.corner)
-    column, row = (centers * GRID / scene.side).long().clamp(0, GRID - 1).unbind(-1)
-    return F.one_hot(row * GRID + column, GRID**2).T.float()
+    return cells_of_centers(centers.repeat(1, 2), GRID, scene.side)
 
 
 def _margin(scene: Scene) -> torch.Tensor:
@@ -181,14 +180,13 @@ def collate_told(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.
     def padded(name: str, value: int) -> torch.Tensor:
         return pad_sequence([sample[name] for sample in samples], batch_first=True, padding_value=value)
 
-    cells = pad_sequence([sample["cells"].T for sample in samples], batch_first=True)
     return {
         "input_ids": padded("input_ids", 0),
         "conversations": padded("conversations", -1),
         "labels": padded("labels", -100),
         "kinds": padded("kinds", -1),
         "attributes": padded("attributes", -1),
-        "cells": cells.transpose(1, 2),
+        "cells": padded("cells", 0),
         "margin": padded("margin", 0),
         "found": padded("found", -1),
     }

@@ -4,7 +4,7 @@
         --test small-world/test --output parts
 
 Parts: `tokenizer`, `language-model`, `vision-tower`, `high-res-tower`, `detector`, `tagger`. The first comes first,
-since the second and the third need it; the last needs the third. The language model makes its own samples.
+since the second and the third need it; the last needs the second. The language model makes its own samples.
 `OUTPUT/PART` gets the part, `OUTPUT/PART-checkpoints` what an interrupted training goes on from.
 """
 
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 from torch.utils.data import ConcatDataset
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from mgllava.conversion.vocabulary import load_tokenizer
 from small_world.frames import Frame, centered_frame, cornered_frame, squeezed_frame
@@ -47,7 +47,7 @@ _SETTINGS: dict[Part, dict[str, Any]] = {
     Part.VISION_TOWER: {"learning_rate": 1e-3, "per_device_train_batch_size": 128},
     Part.HIGH_RES_TOWER: {"learning_rate": 6e-3, "per_device_train_batch_size": 32},
     Part.DETECTOR: {"learning_rate": 2e-3, "per_device_train_batch_size": 32},
-    Part.TAGGER: {"learning_rate": 1e-3, "per_device_train_batch_size": 32},
+    Part.TAGGER: {"learning_rate": 5e-3, "per_device_train_batch_size": 32},
 }
 _TOLD_STEPS = 6000
 _TOLD_TESTS = 100
@@ -125,9 +125,8 @@ def _picture_part(part: Part, output: Path) -> tuple[Any, Frame]:
     if part is Part.DETECTOR:
         return DetectorTraining(), cornered_frame(DETECTOR_IMAGE_SIZE)
     if part is Part.TAGGER:
-        return TaggerTraining(_part_folder(output, Part.VISION_TOWER), _tokenizer(output)), squeezed_frame(
-            TAGGER_IMAGE_SIZE
-        )
+        language_model = AutoModelForCausalLM.from_pretrained(_part_folder(output, Part.LANGUAGE_MODEL))
+        return TaggerTraining(language_model, _tokenizer(output)), squeezed_frame(TAGGER_IMAGE_SIZE)
     kind = VisionTowerTraining if part is Part.VISION_TOWER else HighResTowerTraining
     return kind(), centered_frame(IMAGE_SIZE)
 

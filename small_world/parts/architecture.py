@@ -83,7 +83,7 @@ def detector_config(vocabulary: dict[str, int]) -> Owlv2Config:
 
 
 def tagger_config(num_descriptions: int) -> RamPlusConfig:
-    """Describe RAM++: tags are the shapes, their descriptions are embedded by the text model of CLIP.
+    """Describe RAM++: tags are the shapes, their descriptions are embedded by the language model.
 
     Args:
         num_descriptions (`int`): Descriptions of each tag.
@@ -95,9 +95,9 @@ def tagger_config(num_descriptions: int) -> RamPlusConfig:
         num_heads=[1, 2, 4, 8],
         window_size=6,
         drop_path_rate=0.0,
-        projection_dim=clip_config().projection_dim,
+        projection_dim=language_model_config().hidden_size,
         num_descriptions=num_descriptions,
-        hidden_size=clip_config().projection_dim,
+        hidden_size=96,
         num_hidden_layers=1,
         intermediate_size=256,
         hidden_dropout_prob=0.0,

@@ -11,10 +11,11 @@ from torch.nn import functional as F  # noqa: N812
 from torchvision.ops import box_convert, box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 from transformers import CLIPTokenizer, Owlv2ForObjectDetection, Owlv2ImageProcessor, Owlv2Processor
 
+from small_world.frames import cells_of_centers
 from small_world.scenes import ANY_SHAPE, SHAPES
 
 from .architecture import DETECTOR_IMAGE_SIZE, detector_config
-from .objectives import cells_of_centers, count_right
+from .objectives import count_right
 from .towers import Normalize
 
 _PAD, _START, _END = "!", "<|startoftext|>", "<|endoftext|>"

@@ -20,6 +20,8 @@ from small_world.told import ANSWERS
 from .architecture import language_model_config
 from .objectives import count_right
 
+_UNSAID = ("", TEXTURES[0])
+
 
 class LanguageModelTraining(nn.Module):
     """Predicts answers about told scenes.
@@ -43,10 +45,8 @@ class LanguageModelTraining(nn.Module):
         self.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
         vocabulary = (SHAPES, COLORS, TEXTURES, ("", *CHARACTERS))
         for name, words in zip(ATTRIBUTES, vocabulary, strict=True):
-            ids = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
-            # What goes without saying has no word: a plain texture, no character.
-            ids = [row if len(row) == 1 else [tokenizer.pad_token_id] for row in ids]
-            self.register_buffer(f"{name}_words", torch.tensor(ids).squeeze(1), persistent=False)
+            ids = [_word_id(word, tokenizer) for word in words]
+            self.register_buffer(f"{name}_words", torch.tensor(ids), persistent=False)
         self.no_word = tokenizer.pad_token_id
         size, deviation = self.config.hidden_size, self.config.initializer_range
         self.rows, self.columns = (nn.Parameter(deviation * torch.randn(GRID, size)) for _ in range(2))
@@ -90,7 +90,8 @@ class LanguageModelTraining(nn.Module):
             words = getattr(self, f"{name}_words")[index]
             objects = objects + table[words] * (words != self.no_word).unsqueeze(-1)
         places = (self.rows[:, None] + self.columns[None]).flatten(0, 1)
-        cells = cells @ (objects * there) + margin.unsqueeze(-1) * self.is_margin + places + self.is_cell
+        empty = margin.unsqueeze(-1) * self.is_margin + places + self.is_cell
+        cells = empty.scatter_add(1, cells.unsqueeze(-1).expand_as(objects), objects * there)
         objects = objects + self.is_object
         rows = zip(cells, objects, found, strict=True)
         return torch.cat([part for cell, of_scene, index in rows for part in (cell, of_scene[index[index >= 0]])])
@@ -101,6 +102,19 @@ class LanguageModelTraining(nn.Module):
         whole.model.load_state_dict(self.model.state_dict())
         whole.lm_head.weight.data.copy_(self.model.get_input_embeddings().weight)
         whole.save_pretrained(folder)
+
+
+def _word_id(word: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Look up a word. What goes without saying, a plain texture or no character, is padding."""
+    if word in _UNSAID:
+        return tokenizer.pad_token_id
+    ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise ValueError(
+            f"`tokenizer` must have a token for each word of the small world, got {len(ids)} for {word!r}. Train it "
+            "on more pictures."
+        )
+    return ids[0]
 
 
 def _apart(conversations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

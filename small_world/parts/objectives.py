@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from small_world.frames import cells_of_centers
 from small_world.pictures import ATTRIBUTES, CHARACTERS
 from small_world.scenes import COLORS, SHAPES
 
@@ -64,21 +65,6 @@ def features_at_centers(feature_map: torch.Tensor, boxes: torch.Tensor, image_si
     """
     index = cells_of_centers(boxes, feature_map.shape[-1], image_size)
     return feature_map.flatten(2).transpose(1, 2).gather(1, index.unsqueeze(-1).expand(-1, -1, feature_map.shape[1]))
-
-
-def cells_of_centers(boxes: torch.Tensor, grid: int, image_size: int) -> torch.Tensor:
-    """Number the cells that the centers of boxes lie in.
-
-    Args:
-        boxes (`torch.Tensor` of shape `(num_images, num_boxes, 4)`): x1, y1, x2, y2 in pixels of the square.
-        grid (`int`): Cells along a side of the square.
-        image_size (`int`): Side of the square.
-
-    Returns:
-        `torch.LongTensor` of shape `(num_images, num_boxes)`: Numbers, counted row by row.
-    """
-    column, row = ((boxes[..., :2] + boxes[..., 2:]) / 2 * grid / image_size).long().clamp(0, grid - 1).unbind(-1)
-    return row * grid + column
 
 
 class CellContents(nn.Module):

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
-from transformers import CLIPModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mgllava import RamPlusForImageTagging, RamPlusImageProcessor
 from small_world.scenes import COLORS, SHAPES, TEXTURES
 
 from .architecture import TAG_THRESHOLD, TAGGER_IMAGE_SIZE, tagger_config
-from .objectives import CellContents, count_right
+from .objectives import BoxAttributes, count_right, features_at_centers
 from .towers import Normalize, start_evenly
 
 
@@ -22,37 +22,46 @@ def descriptions(tag: str) -> list[str]:
 
 
 class TaggerTraining(nn.Module):
-    """Learns the tags of pictures, and what is in the cells of the last stage, which makes that quick.
+    """Learns the tags of pictures. The attributes of objects, read at their centers off every stage, make that quick.
 
     Args:
-        clip (`Path`): The small CLIP, whose text model embeds the descriptions.
+        language_model (`PreTrainedModel`): The small language model, which embeds the descriptions. The small CLIP
+            cannot: to its text model all shapes are the same but for a thousandth.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
     """
 
-    def __init__(self, clip: Path, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
         texts = [descriptions(tag) for tag in SHAPES]
         self.model = RamPlusForImageTagging(tagger_config(len(texts[0])))
         start_evenly(self.model)
-        self.model.decoder.label_embed.data.copy_(_embed(texts, CLIPModel.from_pretrained(clip), tokenizer))
+        # Embeddings have length 1. Were tags not made larger, what they attend to would drown them.
+        nn.init.normal_(self.model.decoder.word_projection.weight)
+        self.model.decoder.label_embed.data.copy_(_embed(texts, language_model, tokenizer))
         config = self.model.config
-        grid = config.image_size // 32
-        self.cell_contents = CellContents(config.projection_dim, grid, config.image_size)
+        self.center_attributes = nn.ModuleList(
+            BoxAttributes(config.embed_dim * 2**stage) for stage in range(len(config.depths))
+        )
         self.normalize = Normalize(RamPlusImageProcessor.image_mean, RamPlusImageProcessor.image_std)
 
     def forward(self, pixel_values: torch.Tensor, boxes: torch.Tensor, attributes: torch.Tensor) -> dict[str, Any]:
         """Compute the loss of a batch of `Pictures`."""
-        outputs = self.model(self.normalize(pixel_values))
+        outputs = self.model(self.normalize(pixel_values), output_hidden_states=True)
         shapes = attributes[..., 0]
         wanted = F.one_hot(shapes.clamp(min=0), len(SHAPES)).mul((shapes >= 0).unsqueeze(-1)).amax(1).float()
         loss = F.binary_cross_entropy_with_logits(outputs.logits, wanted, reduction="sum") / len(wanted)
-        cell_loss, _ = self.cell_contents(outputs.image_embeds[:, 1:], boxes, attributes)
+        stages = outputs.vision_hidden_states[1:]
+        for stage, heads in zip(stages, self.center_attributes, strict=True):
+            centers = features_at_centers(stage.permute(0, 3, 1, 2), boxes, self.model.config.image_size)
+            attribute_loss, attribute_counts = heads(centers, attributes)
+            loss = loss + attribute_loss
         tagged = outputs.logits.sigmoid() > TAG_THRESHOLD
         counts = {
             "recall": count_right(tagged & (wanted > 0), wanted > 0),
             "precision": count_right(tagged & (wanted > 0), tagged),
+            "right shapes": attribute_counts["shape"],
         }
-        return {"loss": loss + cell_loss, "counts": counts}
+        return {"loss": loss, "counts": counts}
 
     def save(self, folder: Path) -> None:
         """Write model and image processor as transformers writes them."""
@@ -62,12 +71,14 @@ class TaggerTraining(nn.Module):
 
 
 @torch.no_grad()
-def _embed(texts: list[list[str]], clip: CLIPModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """Embed descriptions: shape `(num_tags, num_descriptions, projection_dim)`, of length 1 each."""
-    flat = [text + tokenizer.eos_token for row in texts for text in row]
-    encoded = tokenizer(flat, padding=True, return_tensors="pt")
-    pooled = clip.text_model(encoded["input_ids"], attention_mask=encoded["attention_mask"]).pooler_output
-    return F.normalize(clip.text_projection(pooled), dim=-1).unflatten(0, (len(texts), -1))
+def _embed(
+    texts: list[list[str]], language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> torch.Tensor:
+    """Embed descriptions: shape `(num_tags, num_descriptions, hidden_size)`, of length 1 each."""
+    flat = [text for row in texts for text in row]
+    encoded = tokenizer(flat, padding=True, padding_side="left", return_tensors="pt")
+    last = language_model.base_model(**encoded).last_hidden_state[:, -1]
+    return F.normalize(last, dim=-1).unflatten(0, (len(texts), -1))
 
 
 __all__ = ["TaggerTraining", "descriptions"]

@@ -8,13 +8,19 @@ import torch
 from PIL import Image
 from torch import nn
 from torchvision.ops import box_convert, clip_boxes_to_image
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, AutoModel, LlamaForCausalLM
 
 from mgllava import BoxDetector, MGLlavaForConditionalGeneration, MGLlavaImageProcessor
 from mgllava.training import MGLlavaDataCollator
 from small_world.dataset import write_dataset
-from small_world.frames import centered_frame, cornered_frame, squeezed_frame
-from small_world.parts.architecture import DETECTOR_IMAGE_SIZE, IMAGE_SIZE, TAGGER_IMAGE_SIZE, VOCABULARY_SIZE
+from small_world.frames import cells_of_centers, centered_frame, cornered_frame, squeezed_frame
+from small_world.parts.architecture import (
+    DETECTOR_IMAGE_SIZE,
+    IMAGE_SIZE,
+    TAGGER_IMAGE_SIZE,
+    VOCABULARY_SIZE,
+    language_model_config,
+)
 from small_world.parts.detector import DetectorTraining, make_tokenizer, prompts
 from small_world.parts.language_model import LanguageModelTraining
 from small_world.parts.objectives import (
@@ -22,16 +28,15 @@ from small_world.parts.objectives import (
     BoxAttributes,
     CellContents,
     CellPlace,
-    cells_of_centers,
     features_at_centers,
 )
-from small_world.parts.tagger import TaggerTraining
+from small_world.parts.tagger import TaggerTraining, descriptions
 from small_world.parts.tokenizer import train_tokenizer
 from small_world.parts.towers import HighResTowerTraining, VisionTowerTraining
 from small_world.parts.training import collate_pictures, train_part
 from small_world.pictures import ATTRIBUTES, CHARACTERS, Pictures
 from small_world.questions import GRID, KINDS, ask, reading_order
-from small_world.scenes import ANY_SHAPE, COLORS, SHAPES, make_scene
+from small_world.scenes import ANY_SHAPE, COLORS, SHAPES, TEXTURES, make_scene
 from small_world.texts import conversation_texts
 from small_world.told import ANSWERS, CAPTION, Lesson, ToldScenes, collate_told
 
@@ -48,7 +53,8 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(data):
-    tokenizer = train_tokenizer(conversation_texts(data))
+    words = " ".join((*SHAPES, *COLORS, *TEXTURES, *CHARACTERS))  # a few pictures do not have them all
+    tokenizer = train_tokenizer([*conversation_texts(data), *[words] * 10])
     tokenizer.add_tokens("<image>", special_tokens=True)
     return tokenizer
 
@@ -221,7 +227,7 @@ def test_cells_are_told_where_the_towers_learn_them(data, tokenizer):
         boxes = torch.tensor([[*item.center, *item.center] for item in reading_order(scene)])
         side = max(scene.width, scene.height)
         boxes += torch.tensor([side - scene.width, side - scene.height] * 2) / 2
-        assert told["cells"].argmax(0).tolist() == cells_of_centers(boxes[None], GRID, side)[0].tolist()
+        assert told["cells"].tolist() == cells_of_centers(boxes[None], GRID, side)[0].tolist()
         # Margins are of one colour; the resampled edge of the picture may reach a pixel into them.
         cells = picture["pixel_values"].float().unfold(1, 32, 32).unfold(2, 32, 32)[..., 1:-1, 1:-1]
         assert cells.flatten(3).std(-1).amax(0).flatten()[told["margin"] > 0.99].sum() == 0
@@ -230,15 +236,31 @@ def test_cells_are_told_where_the_towers_learn_them(data, tokenizer):
 def test_the_language_model_is_told_objects_by_their_words(tokenizer):
     torch.manual_seed(0)
     module = LanguageModelTraining(tokenizer)
-    told = collate_told([ToldScenes(tokenizer, "train", 10)[index] for index in (1, 2)])
+    scenes = ToldScenes(tokenizer, "train", 10)
+    told = collate_told([scenes[index] for index in (1, 2)])
     tokens = module._tell(*(told[name] for name in ("attributes", "cells", "margin", "found")))
     assert len(tokens) == (told["input_ids"] == module.image_token_id).sum()
-    scene, _ = ToldScenes(tokenizer, "train", 10)._scene(1)
-    item = reading_order(scene)[told["found"][0, 0]]
-    words = [item.shape, item.color, *([item.texture] * (item.texture != "plain")), *(item.character or "")]
-    rows = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
-    wanted = sum(module.model.embed_tokens.weight[row[0]] for row in rows if len(row) == 1) + module.is_object
-    torch.testing.assert_close(tokens[GRID**2], wanted)
+
+    def words(item):
+        said = [item.shape, item.color, *([item.texture] * (item.texture != "plain")), *(item.character or "")]
+        ids = tokenizer(" ".join(said), add_special_tokens=False)["input_ids"]
+        assert len(ids) == len(said)
+        return module.model.embed_tokens.weight[ids].sum(0)
+
+    objects = reading_order(scenes._scene(1)[0])
+    torch.testing.assert_close(tokens[GRID**2], words(objects[told["found"][0, 0]]) + module.is_object)
+    cell = told["cells"][0, 0]
+    place = module.rows[cell // GRID] + module.columns[cell % GRID]
+    held = sum(words(item) for item, number in zip(objects, told["cells"][0], strict=False) if number == cell)
+    wanted = held + place + told["margin"][0, cell] * module.is_margin + module.is_cell
+    torch.testing.assert_close(tokens[cell], wanted)
+
+
+def test_a_world_word_without_a_token_of_its_own_is_reported(data):
+    tokenizer = train_tokenizer([])
+    tokenizer.add_tokens("<image>", special_tokens=True)
+    with pytest.raises(ValueError, match="a token for each word of the small world, got 7 for 'circle'"):
+        LanguageModelTraining(tokenizer)
 
 
 def test_parts_make_a_model_that_sees_what_they_were_trained_on(data, batch, tokenizer, tmp_path):
@@ -345,12 +367,17 @@ def test_the_box_detector_computes_what_was_trained(data, tmp_path):
 
 def test_the_tagger_learns_and_sees_what_it_was_trained_on(data, tokenizer, tmp_path):
     torch.manual_seed(0)
-    VisionTowerTraining().save(tmp_path / "clip")
+    language_model = LlamaForCausalLM(language_model_config()).eval()
     pictures = Pictures(data, squeezed_frame(TAGGER_IMAGE_SIZE))
     batch = collate_pictures([pictures[index] for index in range(4)])
-    module = TaggerTraining(tmp_path / "clip", tokenizer)
+    module = TaggerTraining(language_model, tokenizer)
     described = module.model.decoder.label_embed.clone()
-    torch.testing.assert_close(described.norm(dim=-1), torch.ones(described.shape[:2]))
+    # Each is embedded as if it were alone, whatever the length of the others.
+    for tag, number in ((0, 0), (3, 1), (9, 9)):
+        ids = tokenizer(descriptions(SHAPES[tag])[number], return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            last = language_model.model(ids).last_hidden_state[0, -1]
+        torch.testing.assert_close(described[tag, number], last / last.norm(), atol=1e-5, rtol=1e-5)
     losses, _ = train_a_little(module, batch, 1e-3)
     assert losses[-1] < 0.7 * losses[0]
     assert torch.equal(module.model.decoder.label_embed, described)
