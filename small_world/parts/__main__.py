@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from torch.utils.data import ConcatDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -78,7 +79,7 @@ def main(
         raise typer.BadParameter(f"{part.value} is tested on a data set: name one", param_hint="--test")
     module, frame = _picture_part(part, output)
     tokenizer = _tokenizer(output) if part is Part.VISION_TOWER else None
-    train_part(
+    metrics = train_part(
         module,
         ConcatDataset([Pictures(folder, frame, tokenizer) for folder in data]),
         Pictures(test, frame, tokenizer),
@@ -90,6 +91,7 @@ def main(
         **_SETTINGS[part],
     )
     module.save(output / part.value)
+    _report(part, metrics)
 
 
 def _train_language_model(output: Path, steps: int) -> None:
@@ -97,7 +99,7 @@ def _train_language_model(output: Path, steps: int) -> None:
     part = Part.LANGUAGE_MODEL
     tokenizer = load_tokenizer(_part_folder(output, Part.TOKENIZER))
     module = LanguageModelTraining(tokenizer)
-    train_part(
+    metrics = train_part(
         module,
         ToldScenes(tokenizer, "train", steps * _SETTINGS[part]["per_device_train_batch_size"], LESSONS),
         ToldScenes(tokenizer, "test", _TOLD_TESTS),
@@ -118,6 +120,14 @@ def _train_language_model(output: Path, steps: int) -> None:
     )
     module.save(output / part.value)
     _tokenizer(output).save_pretrained(output / part.value)
+    _report(part, metrics)
+
+
+def _report(part: Part, metrics: dict[str, float]) -> None:
+    """Print what a part can do, also of one that was trained before."""
+    shares = [f"{name} {100 * share:.1f} %" for name, share in metrics.items() if name != "loss"]
+    told = ", ".join([f"loss {metrics['loss']:.3f}", *shares])
+    Console().print(f"{part.value}, on new samples: {told}", highlight=False)
 
 
 def _picture_part(part: Part, output: Path) -> tuple[Any, Frame]:

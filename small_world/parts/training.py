@@ -10,6 +10,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+# What Trainer says of an evaluation beside loss and shares.
+_NO_RESULTS = {"epoch", "runtime", "samples_per_second", "steps_per_second"}
+
 
 def collate_pictures(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Make a batch of `Pictures`; boxes are padded with 0, attributes with -1, captions (if any) with 0."""
@@ -48,7 +51,7 @@ def train_part(
         **arguments: Of `TrainingArguments`.
 
     Returns:
-        `dict`: Loss and shares of right answers on `test`.
+        `dict`: `loss` and the shares of right answers on `test`, by name.
     """
     settings = {
         "output_dir": str(checkpoints),
@@ -77,7 +80,8 @@ def train_part(
     )
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     trainer.train(last)
-    return trainer.evaluate()
+    metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+    return {name: value for name, value in metrics.items() if name not in _NO_RESULTS}
 
 
 def _shares(prediction: EvalPrediction) -> dict[str, float]:

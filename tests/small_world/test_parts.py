@@ -301,8 +301,9 @@ def test_a_part_is_trained_tested_and_gone_on_with(tokenizer, tmp_path):
         module = LanguageModelTraining(tokenizer)
         results.append(train_part(module, scenes, tests, collate_told, tmp_path, max_steps=3, save_steps=3, **options))
     first, again = results
-    assert again["eval_loss"] == pytest.approx(first["eval_loss"])
-    assert 0 <= first["eval_caption"] <= 1
+    assert again["loss"] == pytest.approx(first["loss"])
+    assert set(first) == {"loss", *ANSWERS}
+    assert 0 <= first["caption"] <= 1
 
 
 def test_features_are_taken_where_the_center_is():
