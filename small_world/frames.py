@@ -71,12 +71,12 @@ def cells_of_centers(boxes: torch.Tensor, grid: int, image_size: int) -> torch.T
     """Number the cells that the centers of boxes lie in.
 
     Args:
-        boxes (`torch.Tensor` of shape `(num_images, num_boxes, 4)`): x1, y1, x2, y2 in pixels of the square.
+        boxes (`torch.Tensor` of shape `(..., 4)`): x1, y1, x2, y2 in pixels of the square.
         grid (`int`): Cells along a side of the square.
         image_size (`int`): Side of the square.
 
     Returns:
-        `torch.LongTensor` of shape `(num_images, num_boxes)`: Numbers, counted row by row.
+        `torch.LongTensor` of shape `(...)`: Numbers, counted row by row.
     """
     column, row = ((boxes[..., :2] + boxes[..., 2:]) / 2 * grid / image_size).long().clamp(0, grid - 1).unbind(-1)
     return row * grid + column
