@@ -8,7 +8,8 @@ FLOOR_RELEASE := $(shell sed -n 's/.*transformers>=\([0-9.]*\).*/\1/p' setup.cfg
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 SOURCES := src tests examples benchmarks small_world
 # Half of the shipped model's training, two runs at a time.
-ABLATION := --alignment 0.5 --tuning 0.5 --jobs 2
+ABLATION_WORLD := small-ablation
+ABLATION := --world $(ABLATION_WORLD) --alignment 0.5 --tuning 0.5 --bf16 --jobs 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all test-mixins hub-check lint format bench bench-pooling bench-convert bench-detector \
@@ -85,7 +86,9 @@ bench-import: setup  ## import time beyond torch and transformers
 small-model: setup  ## make the small model from nothing, in small-world/ (hours; goes on where it was)
 	$(MAKE) -f small_world/Makefile
 
-ablation: small-model  ## the paper's ablations at the size of the small model (hours; goes on where it was)
+ablation: setup  ## the paper's ablations at the size of the small model, from its parts (hours; goes on where it was)
+	$(MAKE) -f small_world/Makefile pictures WORLD=$(ABLATION_WORLD)
+	$(BIN)/python -m small_world.unbundle small_world/model --output $(ABLATION_WORLD)/parts
 	$(BIN)/python -m small_world.ablation main --seeds 3 $(ABLATION)
 	$(BIN)/python -m small_world.ablation fusion merging boxes $(ABLATION)
 

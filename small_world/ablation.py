@@ -4,8 +4,9 @@
 
 Groups: `main` (low resolution only, objects, objects and Conv-Gate fusion), `fusion` (each way of fusing), `merging`
 (each way of merging objects), `boxes` (which boxes the model is given). Every run goes through both stages from the
-parts in `small-world/parts`, then answers the questions about the test pictures. Runs that are done are kept, and an
-interrupted one goes on. Results go to `small_world/results/ablation.json`.
+parts in `small-world/parts` (see `small_world.unbundle` for those of the shipped model), then answers the questions
+about the test pictures. Runs that are done are kept, and an interrupted one goes on. Results go to
+`small_world/results/ablation.json`.
 
 With `--jobs 2` two runs share the cores, which takes less time than one after the other.
 """
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -77,12 +79,14 @@ class Effort:
     Args:
         alignment (`float`): Passes of stage 1 over the captions.
         tuning (`float`): Passes of stage 2 over questions and captions.
+        bf16 (`bool`): Whether matrix products are computed in bfloat16.
         pictures (`int`): Number of test pictures.
         threads (`int`): Threads of a run.
     """
 
     alignment: float
     tuning: float
+    bf16: bool
     pictures: int
     threads: int
 
@@ -99,23 +103,30 @@ def run(row: Row, seed: int, world: Path, effort: Effort) -> dict[str, float]:
     Returns:
         `dict`: Share of right answers by kind.
     """
-    name = "-".join([*row.config.values(), row.boxes, f"seed{seed}", f"{effort.alignment:g}", f"{effort.tuning:g}"])
+    passes = f"{effort.alignment:g}-{effort.tuning:g}-{'bf16' if effort.bf16 else 'fp32'}"
+    name = "-".join([*row.config.values(), row.boxes, f"seed{seed}", passes])
     folder = world / "ablation" / name
     result = folder / "accuracy.json"
     if not result.exists():
-        boxes = {split: world / split / f"detected-{row.boxes}.json" for split in ("train", "test")}
-        config = [f"model.parts.config.{key}={value}" for key, value in row.config.items()]
-        shared = [f"data.boxes={boxes['train']}", "data.allow_other_boxes=true", f"training.seed={seed}"]
-        for stage, start, epochs in (
-            (1, config, effort.alignment),
-            (2, [f"model.name={folder / 'stage-1'}"], effort.tuning),
+        train, test = world / "train", world / "test"
+        parts = {"llm": "language-model", "vision_tower": "vision-tower", "high_res_tower": "high-res-tower"}
+        start = [f"model.parts.{key}={world / 'parts' / part}" for key, part in parts.items()]
+        start += [f"model.parts.config.{key}={value}" for key, value in row.config.items()]
+        captions, conversations = train / "captions.json", train / "conversations.json"
+        shared = [f"data.images={train / 'images'}", f"data.boxes={_box_file(train, row.boxes)}"]
+        shared += ["data.allow_other_boxes=true", f"training.seed={seed}", f"training.bf16={str(effort.bf16).lower()}"]
+        if effort.bf16 and not torch.cuda.is_available():
+            shared.append("training.use_cpu=true")  # without it transformers refuses
+        for stage, changes, epochs in (
+            (1, [*start, f"data.samples={captions}"], effort.alignment),
+            (2, [f"model.name={folder / 'stage-1'}", f"data.samples=[{conversations},{captions}]"], effort.tuning),
         ):
             output = folder / f"stage-{stage}"
             if not (output / "config.json").exists():
                 recipe = _HERE / "recipes" / f"small_stage_{stage}.yaml"
-                changes = [*start, *shared, f"training.num_train_epochs={epochs}", f"training.output_dir={output}"]
+                changes += [*shared, f"training.num_train_epochs={epochs}", f"training.output_dir={output}"]
                 _call("mgllava.cli", "train", recipe, *changes, "--resume", threads=effort.threads)
-        options = ["--data", world / "test", "--boxes", "file", "--box-file", boxes["test"], "--output", result]
+        options = ["--data", test, "--boxes", "file", "--box-file", _box_file(test, row.boxes), "--output", result]
         options += ["--count", effort.pictures]
         _call("small_world.evaluation", folder / "stage-2", *options, threads=effort.threads)
     accuracy: dict[str, float] = json.loads(result.read_text(encoding="utf-8"))["accuracy"]
@@ -130,7 +141,7 @@ def find_boxes(world: Path, split: str, kind: str) -> None:
         split (`str`): `train` or `test`.
         kind (`str`): See [`Row`].
     """
-    output = world / split / f"detected-{kind}.json"
+    output = _box_file(world / split, kind)
     if not output.exists():
         tags = {
             "ram-plus": ["--tagger", world / "parts" / "tagger"],
@@ -142,6 +153,10 @@ def find_boxes(world: Path, split: str, kind: str) -> None:
         _call(
             "mgllava.cli", "detect", world / split / "captions.json", *options, *tags, "--output", output, "--resume"
         )
+
+
+def _box_file(folder: Path, kind: str) -> Path:
+    return folder / f"detected-{kind}.json"
 
 
 def _call(module: str, *arguments: object, threads: int | None = None) -> None:
@@ -174,6 +189,9 @@ def main(
     world: Annotated[Path, typer.Option(help="Folder with parts and pictures.")] = Path("small-world"),
     alignment: Annotated[float, typer.Option(help="Passes of stage 1.")] = 1,
     tuning: Annotated[float, typer.Option(help="Passes of stage 2.")] = 1,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Matrix products in bfloat16, if the processor has them.")
+    ] = False,
     pictures: Annotated[int, typer.Option(help="Number of test pictures.")] = 600,
     jobs: Annotated[int, typer.Option(help="Runs at a time; they share the cores.")] = 1,
     output: Annotated[Path, typer.Option(help="JSON file of all results; new ones are added.")] = RESULTS,
@@ -182,7 +200,7 @@ def main(
     for group in groups:
         if group not in GROUPS:
             raise typer.BadParameter(f"expected some of {', '.join(GROUPS)}, got {group!r}", param_hint="groups")
-    settings = {"alignment": alignment, "tuning": tuning, "pictures": pictures}
+    settings = {"alignment": alignment, "tuning": tuning, "bf16": bf16, "pictures": pictures}
     file: dict[str, Any] = {"settings": settings, "results": {}}
     if output.exists():
         file = json.loads(output.read_text(encoding="utf-8"))

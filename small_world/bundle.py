@@ -11,9 +11,19 @@ from typing import Annotated
 
 import torch
 import typer
-from transformers import AutoImageProcessor, AutoModel, AutoModelForZeroShotObjectDetection, AutoProcessor
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForZeroShotObjectDetection,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 from mgllava import BoxDetector
+
+# What both stages start from is shipped beside the model, whose own was tuned.
+LANGUAGE_MODEL = Path(__file__).parent / "language_model"
 
 
 def bundle(model: Path, tagger: Path, detector: Path, output: Path) -> None:
@@ -49,6 +59,21 @@ def bundle(model: Path, tagger: Path, detector: Path, output: Path) -> None:
         written.rename(output)
 
 
+def write_language_model(source: Path, output: Path) -> None:
+    """Write a language model and its tokenizer in half precision.
+
+    Args:
+        source (`Path`): Folder of the language model.
+        output (`Path`): Folder to write; what is there is replaced.
+    """
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        written = Path(folder) / "model"
+        AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16).save_pretrained(written)
+        AutoTokenizer.from_pretrained(source).save_pretrained(written)
+        shutil.rmtree(output, ignore_errors=True)
+        written.rename(output)
+
+
 def _drop_auto_map(path: Path) -> None:
     """Leave out where remote code would be."""
 
@@ -66,12 +91,15 @@ def main(
     model: Annotated[Path, typer.Argument(help="Folder of the model with its processor.")],
     tagger: Annotated[Path, typer.Option(help="Folder of the tagger.")],
     detector: Annotated[Path, typer.Option(help="Folder of the detector.")],
+    language_model: Annotated[Path, typer.Option(help="Folder of the language model that both stages start from.")],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
 ) -> None:
-    """Put model, tagger and detector into one folder."""
+    """Put model, tagger and detector into one folder, and the language model into another."""
     bundle(model, tagger, detector, output)
-    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    typer.echo(f"Wrote {output}, {size / 1e6:.1f} MB")
+    write_language_model(language_model, LANGUAGE_MODEL)
+    for folder in (output, LANGUAGE_MODEL):
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        typer.echo(f"Wrote {folder}, {size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

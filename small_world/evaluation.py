@@ -7,7 +7,7 @@ or `none`. An answer is right if it equals the only right one; case and spaces a
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from itertools import islice
@@ -138,10 +138,37 @@ def answer_questions(
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "left"},
         ).to(model.device)
-        generated = model.generate(**inputs, max_new_tokens=_ANSWER_TOKENS, do_sample=False)
-        texts = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        pictures = [row["image_id"] for row in batch]
+        embeds = embed_prompts(model, inputs, [pictures.index(picture) for picture in pictures])
+        generated = model.generate(
+            inputs_embeds=embeds,
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=_ANSWER_TOKENS,
+            do_sample=False,
+        )
+        texts = processor.batch_decode(generated, skip_special_tokens=True)
         for row, text in zip(batch, texts, strict=True):
             yield Answer(row["question_id"], row["image"], row["kind"], row["text"], row["answer"], text.strip())
+
+
+def embed_prompts(model: Any, inputs: Mapping[str, torch.Tensor], same_as: Sequence[int]) -> torch.Tensor:
+    """Embed prompts of one image each, with each picture encoded once however often it is asked about.
+
+    Args:
+        model ([`MGLlavaForConditionalGeneration`]): The model.
+        inputs (`Mapping`): What its processor made of the prompts.
+        same_as (`Sequence[int]`): For each prompt the number of the first one that has its picture and boxes.
+
+    Returns:
+        `torch.Tensor` of shape `(num_prompts, length, hidden_size)`: For `inputs_embeds`.
+    """
+    first = sorted(set(same_as))
+    images = {name: inputs[name][first] for name in ("pixel_values", "boxes", "num_boxes")}
+    tokens = dict(zip(first, model.get_image_features(**images).pooler_output, strict=True))
+    features = [tokens[index] for index in same_as]
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    mask = model.model.get_placeholder_mask(inputs["input_ids"], embeds, features)
+    return embeds.masked_scatter(mask, torch.cat(features).to(embeds.dtype))
 
 
 def detect_boxes(

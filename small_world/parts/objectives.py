@@ -1,5 +1,7 @@
 """What the towers learn: to tell the attributes of objects, from their boxes and from the grid."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -65,6 +67,38 @@ def features_at_centers(feature_map: torch.Tensor, boxes: torch.Tensor, image_si
     """
     index = cells_of_centers(boxes, feature_map.shape[-1], image_size)
     return feature_map.flatten(2).transpose(1, 2).gather(1, index.unsqueeze(-1).expand(-1, -1, feature_map.shape[1]))
+
+
+class CenterAttributes(nn.ModuleList):
+    """Tells the attributes of objects from the cells of several maps that their centers lie in, map by map.
+
+    Args:
+        widths (`Iterable[int]`): Number of features of each map.
+        image_size (`int`): Side of the square that boxes refer to, in pixels.
+    """
+
+    def __init__(self, widths: Iterable[int], image_size: int):
+        super().__init__(BoxAttributes(width) for width in widths)
+        self.image_size = image_size
+
+    def forward(
+        self, feature_maps: Iterable[torch.Tensor], boxes: torch.Tensor, attributes: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Compute the loss.
+
+        Args:
+            feature_maps (`Iterable[torch.Tensor]`): The maps, each of shape `(num_images, width, side, side)`.
+            boxes (`torch.Tensor` of shape `(num_images, num_boxes, 4)`): x1, y1, x2, y2 in pixels of the square.
+            attributes (`torch.LongTensor` of shape `(num_images, num_boxes, 4)`): Indices, -1 for padding.
+
+        Returns:
+            The sum over maps of the loss of [`BoxAttributes`], and the counts of the last map.
+        """
+        loss, counts = boxes.new_zeros(()), {}
+        for feature_map, heads in zip(feature_maps, self, strict=True):
+            map_loss, counts = heads(features_at_centers(feature_map, boxes, self.image_size), attributes)
+            loss = loss + map_loss
+        return loss, counts
 
 
 class CellContents(nn.Module):

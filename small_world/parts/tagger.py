@@ -12,7 +12,7 @@ from mgllava import RamPlusForImageTagging, RamPlusImageProcessor
 from small_world.scenes import COLORS, SHAPES, TEXTURES
 
 from .architecture import TAG_THRESHOLD, TAGGER_IMAGE_SIZE, tagger_config
-from .objectives import BoxAttributes, count_right, features_at_centers
+from .objectives import CenterAttributes, count_right
 from .towers import Normalize, start_evenly
 
 
@@ -39,9 +39,8 @@ class TaggerTraining(nn.Module):
         nn.init.normal_(self.model.decoder.word_projection.weight)
         self.model.decoder.label_embed.data.copy_(_embed(texts, language_model, tokenizer))
         config = self.model.config
-        self.center_attributes = nn.ModuleList(
-            BoxAttributes(config.embed_dim * 2**stage) for stage in range(len(config.depths))
-        )
+        widths = [config.embed_dim * 2**stage for stage in range(len(config.depths))]
+        self.center_attributes = CenterAttributes(widths, config.image_size)
         self.normalize = Normalize(RamPlusImageProcessor.image_mean, RamPlusImageProcessor.image_std)
 
     def forward(self, pixel_values: torch.Tensor, boxes: torch.Tensor, attributes: torch.Tensor) -> dict[str, Any]:
@@ -50,18 +49,15 @@ class TaggerTraining(nn.Module):
         shapes = attributes[..., 0]
         wanted = F.one_hot(shapes.clamp(min=0), len(SHAPES)).mul((shapes >= 0).unsqueeze(-1)).amax(1).float()
         loss = F.binary_cross_entropy_with_logits(outputs.logits, wanted, reduction="sum") / len(wanted)
-        stages = outputs.vision_hidden_states[1:]
-        for stage, heads in zip(stages, self.center_attributes, strict=True):
-            centers = features_at_centers(stage.permute(0, 3, 1, 2), boxes, self.model.config.image_size)
-            attribute_loss, attribute_counts = heads(centers, attributes)
-            loss = loss + attribute_loss
+        stages = (stage.permute(0, 3, 1, 2) for stage in outputs.vision_hidden_states[1:])
+        center_loss, center_counts = self.center_attributes(stages, boxes, attributes)
         tagged = outputs.logits.sigmoid() > TAG_THRESHOLD
         counts = {
             "recall": count_right(tagged & (wanted > 0), wanted > 0),
             "precision": count_right(tagged & (wanted > 0), tagged),
-            "right shapes": attribute_counts["shape"],
+            "right shapes": center_counts["shape"],
         }
-        return {"loss": loss, "counts": counts}
+        return {"loss": loss + center_loss, "counts": counts}
 
     def save(self, folder: Path) -> None:
         """Write model and image processor as transformers writes them."""

@@ -24,7 +24,7 @@ from .architecture import (
     LOW_RES_IMAGE_SIZE,
     clip_config,
 )
-from .objectives import BoxAttributes, CellContents, CellPlace, count_right, features_at_centers
+from .objectives import BoxAttributes, CellContents, CellPlace, CenterAttributes, count_right
 
 
 class Normalize(nn.Module):
@@ -66,7 +66,7 @@ class HighResTowerTraining(nn.Module):
         self.tower = MGLlavaHighResVisionModel(config)
         self._initialize()
         self.box_attributes = BoxAttributes(sum(HIGH_RES_HIDDEN_SIZES))
-        self.center_attributes = nn.ModuleList(BoxAttributes(width) for width in HIGH_RES_HIDDEN_SIZES[1:])
+        self.center_attributes = CenterAttributes(HIGH_RES_HIDDEN_SIZES[1:], IMAGE_SIZE)
         self.cell_contents = CellContents(HIGH_RES_HIDDEN_SIZES[-1], IMAGE_SIZE // 32, IMAGE_SIZE)
 
     def _initialize(self) -> None:
@@ -85,26 +85,35 @@ class HighResTowerTraining(nn.Module):
         loss, counts = self.box_attributes(pooled, attributes)
         tokens = maps[-1].flatten(2).transpose(1, 2)
         cell_loss, counts["reading from the grid"] = self.cell_contents(tokens, boxes, attributes)
-        loss = loss + cell_loss
-        for feature_map, heads in zip(maps[1:], self.center_attributes, strict=True):
-            loss = loss + heads(features_at_centers(feature_map, boxes, IMAGE_SIZE), attributes)[0]
-        return {"loss": loss, "counts": counts}
+        center_loss, _ = self.center_attributes(maps[1:], boxes, attributes)
+        return {"loss": loss + cell_loss + center_loss, "counts": counts}
 
     def save(self, folder: Path) -> None:
-        """Write the tower as a repository of open_clip, which is what the converter reads."""
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {f"visual.trunk.{name}": value.contiguous() for name, value in self.tower.state_dict().items()}
-        save_file(weights, folder / "open_clip_model.safetensors")
-        vision = {
-            "timm_model_name": HIGH_RES_ARCHITECTURE,
-            "timm_model_kwargs": {"depths": HIGH_RES_DEPTHS, "dims": HIGH_RES_HIDDEN_SIZES},
-            "image_size": IMAGE_SIZE,
-        }
-        config = {
-            "model_cfg": {"embed_dim": HIGH_RES_HIDDEN_SIZES[-1], "vision_cfg": vision, "text_cfg": {}},
-            "preprocess_cfg": {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD},
-        }
-        (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        """Write the tower as a repository of open_clip."""
+        save_high_res_tower(self.tower, folder)
+
+
+def save_high_res_tower(tower: MGLlavaHighResVisionModel, folder: Path) -> None:
+    """Write a high-resolution tower as a repository of open_clip, which is what the converter reads.
+
+    Args:
+        tower ([`MGLlavaHighResVisionModel`]): The tower.
+        folder (`Path`): Folder to write.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {f"visual.trunk.{name}": value.contiguous() for name, value in tower.state_dict().items()}
+    save_file(weights, folder / "open_clip_model.safetensors")
+    config = tower.config
+    vision = {
+        "timm_model_name": config.architecture,
+        "timm_model_kwargs": {"depths": list(config.depths), "dims": list(config.hidden_sizes)},
+        "image_size": config.image_size,
+    }
+    described = {
+        "model_cfg": {"embed_dim": config.hidden_sizes[-1], "vision_cfg": vision, "text_cfg": {}},
+        "preprocess_cfg": {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD},
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 
 
 class VisionTowerTraining(nn.Module):
@@ -159,4 +168,4 @@ class VisionTowerTraining(nn.Module):
         self.clip.save_pretrained(folder)
 
 
-__all__ = ["HighResTowerTraining", "Normalize", "VisionTowerTraining", "start_evenly"]
+__all__ = ["HighResTowerTraining", "Normalize", "VisionTowerTraining", "save_high_res_tower", "start_evenly"]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationMixin, TextIteratorStreamer
 
+from mgllava.modeling import CACHE_NAME
 from tests.tiny import VOCAB_SIZE, one_prompt, random_boxes, tiny_config, tiny_inputs, tiny_model
 
 MIXED = [[3], [], [1, 5], [2]]
@@ -180,7 +181,7 @@ def test_second_turn_continues_on_the_cache(model):
     question = torch.tensor([[11, 12, 13]])
     ids = torch.cat([first.sequences, question], dim=1)
     longer = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    continued = generate(model, longer, past_key_values=first.past_key_values)
+    continued = generate(model, longer, **{CACHE_NAME: first[CACHE_NAME]})
     images = {name: inputs[name] for name in ("pixel_values", "boxes", "num_boxes")}
     assert torch.equal(continued, generate(model, {**longer, **images}))
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, DynamicCache, GenerationMixin, StaticCache
 
+from mgllava.modeling import CACHE_NAME
 from tests.tiny import VOCAB_SIZE, one_prompt, tiny_inputs, tiny_model
 
 MIXED = [[3], [], [1, 5], [2]]
@@ -64,7 +65,7 @@ def test_generate_dict_outputs_use_cache(kwargs, rows, use_cache):
         queries = 1 if use_cache and step > 0 else length + step
         assert {tuple(state.shape) for state in states} == {(width, queries, 32)}
         assert {tuple(weight.shape) for weight in weights} == {(width, 4, queries, length + step)}
-    assert (output.past_key_values is not None) == use_cache
+    assert (output.get(CACHE_NAME) is not None) == use_cache
 
 
 def test_beam_sample_generate(model):
@@ -85,11 +86,29 @@ def test_generate_without_input_ids(model):
 @pytest.mark.parametrize("box_counts", [[[]], [[4]], [[1, 5]]], ids=["text", "image", "images"])
 def test_past_key_values_format(model, box_counts):
     inputs = tiny_inputs(box_counts)
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = model(**inputs, use_cache=True)[CACHE_NAME]
     assert isinstance(cache, DynamicCache) and len(cache) == 2
     assert cache.get_seq_length() == inputs["input_ids"].shape[1]
     for layer in cache.layers:
         assert layer.keys.shape == layer.values.shape == (1, 2, inputs["input_ids"].shape[1], 8)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_the_cache_goes_by_the_names_of_all_releases(model, name, recwarn):
+    """Releases before 5.24 pass `past_key_values`, later ones `cache`; neither passes on what it deprecates."""
+    inputs = tiny_inputs([[3]])
+    prompt = {**inputs, "input_ids": inputs["input_ids"][:, :-1], "attention_mask": inputs["attention_mask"][:, :-1]}
+    cache = model(**prompt, use_cache=True)[CACHE_NAME]
+    last = model(input_ids=inputs["input_ids"][:, -1:], **{name: cache})
+    torch.testing.assert_close(last.logits, model(**inputs).logits[:, -1:])
+    assert last[CACHE_NAME].get_seq_length() == inputs["input_ids"].shape[1]
+    assert not [warning for warning in recwarn if "past_key_values" in str(warning.message)]
+
+
+def test_one_cache_at_a_time(model):
+    inputs = tiny_inputs([[]])
+    with pytest.raises(ValueError, match="either `past_key_values` or `cache`"):
+        model(**inputs, past_key_values=DynamicCache(), cache=DynamicCache())
 
 
 def test_generate_from_random_inputs_embeds(model):
@@ -118,7 +137,7 @@ def test_generate_from_inputs_embeds_with_static_cache(model):
     expected = new_tokens(model, inputs)
     inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
     output = generate(model, inputs, cache_implementation="static", disable_compile=True, return_dict_in_generate=True)
-    assert isinstance(output.past_key_values, StaticCache)
+    assert isinstance(output[CACHE_NAME], StaticCache)
     assert torch.equal(output.sequences, expected)
 
 
@@ -131,7 +150,7 @@ def test_generate_continue_from_past_key_values(model):
         model,
         {"input_ids": first.sequences, "attention_mask": mask},
         max_new_tokens=3,
-        past_key_values=first.past_key_values,
+        **{CACHE_NAME: first[CACHE_NAME]},
     )
     assert torch.equal(rest, whole)
 
@@ -146,7 +165,7 @@ def test_generate_continue_with_another_image(model):
         first = {name: inputs[name][:1] for name in IMAGES}
         prefix = model(input_ids=ids[:, :cut], attention_mask=torch.ones(1, cut), **first, use_cache=True)
     later = {**inputs, **{name: inputs[name][1:] for name in IMAGES}}
-    output = generate(model, later, past_key_values=prefix.past_key_values)
+    output = generate(model, later, **{CACHE_NAME: prefix[CACHE_NAME]})
     assert torch.equal(output, generate(model, inputs))
 
 
@@ -162,7 +181,7 @@ def test_generate_continue_from_inputs_embeds(model):
         model,
         {"inputs_embeds": longer, "attention_mask": torch.ones(longer.shape[:2])},
         max_new_tokens=3,
-        past_key_values=first.past_key_values,
+        **{CACHE_NAME: first[CACHE_NAME]},
     )
     assert torch.equal(torch.cat([first.sequences, rest], dim=1), whole)
 
@@ -173,9 +192,9 @@ def test_generate_with_static_cache(model, kwargs):
     output = generate(
         model, inputs, cache_implementation="static", disable_compile=True, return_dict_in_generate=True, **kwargs
     )
-    assert isinstance(output.past_key_values, StaticCache)
+    assert isinstance(output[CACHE_NAME], StaticCache)
     width, length = 4 * kwargs.get("num_beams", 1), inputs["input_ids"].shape[1]
-    assert output.past_key_values.layers[0].keys.shape[:3] == (width, 2, length + STEPS - 1)
+    assert output[CACHE_NAME].layers[0].keys.shape[:3] == (width, 2, length + STEPS - 1)
     assert torch.equal(output.sequences, generate(model, inputs, **kwargs))
 
 
@@ -187,7 +206,7 @@ def test_generate_with_quant_cache(model):
     output = generate(
         model, inputs, cache_implementation="quantized", cache_config=config, return_dict_in_generate=True
     )
-    assert type(output.past_key_values).__name__ == "QuantizedCache"
+    assert type(output[CACHE_NAME]).__name__ == "QuantizedCache"
     length = inputs["input_ids"].shape[1]
     assert torch.equal(output.sequences[:, : length + 1], generate(model, inputs)[:, : length + 1])
 

@@ -180,6 +180,21 @@ def test_saved_and_reloaded_quantized_models_are_the_same(save, tmp_path, bits, 
     assert reloaded.generate(**inputs, **options).tolist() == quantized.generate(**inputs, **options).tolist()
 
 
+def test_layers_of_any_size_run_in_four_bits_where_layers_are_packed(monkeypatch, tmp_path):
+    """With AVX512-BF16 bitsandbytes packs layers in blocks, and fails at those that are no multiple of one."""
+    layers = pytest.importorskip("bitsandbytes").nn.modules
+    monkeypatch.setattr(layers, "has_avx512bf16", lambda: True)
+    tiny_model(text_config={"hidden_size": 128, "intermediate_size": 344}).save_pretrained(tmp_path)
+    quantized = AutoModel.from_pretrained(tmp_path, quantization_config=plain_config(4), dtype=torch.float32)
+    packed = {
+        name.rpartition(".")[2]: module.support_avx512bf16_for_cpu
+        for name, module in quantized.named_modules()
+        if isinstance(module, layers.Linear4bit)
+    }
+    assert packed["q_proj"] and packed["o_proj"]
+    assert not packed["up_proj"] and not packed["down_proj"]
+
+
 def test_stored_list_is_trusted_when_a_quantized_model_is_loaded(save, tmp_path):
     """Its weights already are as the list says: the default would not fit them."""
     everything = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=[])
@@ -195,9 +210,12 @@ def test_stored_list_is_trusted_when_a_quantized_model_is_loaded(save, tmp_path)
 def test_stored_list_survives_options_of_loading(save, monkeypatch):
     """transformers lets a list given with an fp8 configuration overrule the stored one."""
     seen = {}
-    monkeypatch.setattr(
-        "transformers.PreTrainedModel.from_pretrained", classmethod(lambda cls, *args, **kwargs: seen.update(kwargs))
-    )
+
+    def from_pretrained(cls, *args, **kwargs):
+        seen.update(kwargs)
+        return torch.nn.Module()
+
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", classmethod(from_pretrained))
     options = FineGrainedFP8Config(dequantize=True)
     config = MGLlavaConfig.from_pretrained(save()[1])
     AutoModel.from_pretrained(save()[1], config=config, quantization_config=options)

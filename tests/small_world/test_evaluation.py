@@ -14,7 +14,7 @@ from small_world.dataset import write_dataset
 from small_world.evaluation import Answer, accuracy, answer_questions, read_questions
 from small_world.questions import KINDS
 
-EFFORT = {"alignment": 1, "tuning": 1, "pictures": 600}
+EFFORT = {"alignment": 1, "tuning": 1, "bf16": False, "pictures": 600}
 
 
 def make_answer(kind, expected, answer, image="000001.jpg"):

@@ -11,6 +11,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 from transformers import DynamicCache, GenerationConfig, TextStreamer
 
+from mgllava.modeling import CACHE_NAME
 from mgllava.processing.boxes_mgllava import limit_boxes, nms_per_label, read_boxes
 from mgllava.processing.image_inputs_mgllava import as_rgb, load_upright
 
@@ -248,8 +249,8 @@ class ChatSession:
             output = self.model.generate(
                 **{name: value.to(self.model.device) for name, value in inputs.items()},
                 generation_config=self.generation_config,
-                past_key_values=self._cache,
                 streamer=streamer,
+                **{CACHE_NAME: self._cache},
             )
         except KeyboardInterrupt:
             if not streamer.tokens:

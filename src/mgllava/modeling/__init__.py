@@ -3,6 +3,7 @@
 A folder that the Hub gets as it is: its files import each other as siblings only.
 """
 
+from .cache_mgllava import CACHE_NAME
 from .configuration_mgllava import MGLlavaConfig, MGLlavaHighResVisionConfig
 from .high_res_vision_mgllava import MGLlavaHighResVisionModel
 from .modeling_mgllava import (
@@ -15,6 +16,7 @@ from .modeling_mgllava import (
 from .quantization_mgllava import quantization_config
 
 __all__ = [
+    "CACHE_NAME",
     "MGLlavaCausalLMOutputWithPast",
     "MGLlavaConfig",
     "MGLlavaForConditionalGeneration",

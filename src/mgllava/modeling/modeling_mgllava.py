@@ -18,15 +18,20 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.utils import can_return_tuple, torch_compilable_check
 
 from .attention_mgllava import MGLlavaCrossAttention
+from .cache_mgllava import CACHE_NAME, either_cache
 from .configuration_mgllava import MGLlavaConfig
 from .fusion_mgllava import FUSIONS, MGLlavaResampler
 from .high_res_vision_mgllava import MGLlavaHighResVisionModel
 from .projector_mgllava import MGLlavaProjector
-from .quantization_mgllava import with_skipped_modules
+from .quantization_mgllava import leave_unpackable_layers, with_skipped_modules
 from .regions_mgllava import MGLlavaBoxProjector
 
 # Arguments of `from_pretrained` that say where a repository is.
@@ -40,8 +45,8 @@ class MGLlavaModelOutputWithPast(BaseModelOutputWithPast):
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
             Output of the language model's last layer.
-        past_key_values (`Cache`, *optional*):
-            Keys and values for the next step, when `use_cache=True`.
+        cache (`Cache`, *optional*):
+            Keys and values for the next step, when `use_cache=True`. `past_key_values` before transformers 5.24.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*):
             Output of the embeddings and of every layer, when asked for.
         attentions (`tuple(torch.FloatTensor)`, *optional*):
@@ -54,7 +59,7 @@ class MGLlavaModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class MGLlavaCausalLMOutputWithPast(ModelOutput):
+class MGLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
     """Output of `MGLlavaForConditionalGeneration`.
 
     Args:
@@ -62,8 +67,8 @@ class MGLlavaCausalLMOutputWithPast(ModelOutput):
             Cross-entropy of the next token over the original vocabulary, when `labels` are given.
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
             Scores of every row of the embedding table, `config.unused_token_ids` included.
-        past_key_values (`Cache`, *optional*):
-            Keys and values for the next step, when `use_cache=True`.
+        cache (`Cache`, *optional*):
+            Keys and values for the next step, when `use_cache=True`. `past_key_values` before transformers 5.24.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*):
             Output of the embeddings and of every layer, when asked for.
         attentions (`tuple(torch.FloatTensor)`, *optional*):
@@ -72,11 +77,6 @@ class MGLlavaCausalLMOutputWithPast(ModelOutput):
             Embeddings of the images, fused tokens and then box tokens of each image in turn.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
     image_hidden_states: torch.FloatTensor | None = None
 
 
@@ -102,7 +102,7 @@ class MGLlavaPreTrainedModel(PreTrainedModel):
         "MGLlavaProjector",
         "MGLlavaCrossAttention",
     ]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -132,7 +132,9 @@ class MGLlavaPreTrainedModel(PreTrainedModel):
             # What is stored quantized knows its own list, which a list given here could overrule.
             if getattr(config, "quantization_config", None) is None:
                 kwargs["quantization_config"] = with_skipped_modules(quantization_config)
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        leave_unpackable_layers(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
@@ -364,6 +366,7 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         boxes: torch.FloatTensor | None = None,
         num_boxes: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> MGLlavaModelOutputWithPast:
         """Embed text and images and run the language model.
@@ -387,6 +390,8 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
                 How many of the boxes of each image are real. Ignored without `pixel_values`.
             mm_encoder_outputs (`dict`, *optional*):
                 `{"image": output of get_image_features}`, to use in place of `pixel_values`.
+            cache (`Cache`, *optional*):
+                The same as `past_key_values`, by its name since transformers 5.24.
             **kwargs: Arguments of the language model, such as `use_cache` and `output_hidden_states`.
 
         Returns:
@@ -395,6 +400,7 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         Raises:
             ValueError: If inputs are missing, double, or do not fit each other.
         """
+        cache = either_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         image_outputs = None if mm_encoder_outputs is None else mm_encoder_outputs.get("image")
@@ -404,7 +410,7 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
             image_outputs = self.get_image_features(pixel_values, boxes, num_boxes, return_dict=True)
         # Other processes may have images in their batches. Where parameters are gathered or their gradients reduced
         # together, all processes must touch the same ones in the same order: here an empty image, for a zero.
-        is_unseen = image_outputs is None and past_key_values is None and (self.training or _is_distributed())
+        is_unseen = image_outputs is None and cache is None and (self.training or _is_distributed())
         if is_unseen:
             device = input_ids.device if inputs_embeds is None else inputs_embeds.device
             size = self.config.high_res_vision_config.image_size
@@ -425,17 +431,17 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             return_dict=True,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
         return MGLlavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_features,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
 
@@ -606,6 +612,7 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
         num_boxes: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> MGLlavaCausalLMOutputWithPast:
         """Score the next token, and compute the loss if `labels` are given.
@@ -633,6 +640,8 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
                 Compute logits for the last so many positions only (0: all), or for the positions in a 1-D tensor.
             mm_encoder_outputs (`dict`, *optional*):
                 `{"image": output of get_image_features}`, to use in place of `pixel_values`.
+            cache (`Cache`, *optional*):
+                The same as `past_key_values`, by its name since transformers 5.24.
             **kwargs: Arguments of the language model, such as `use_cache` and `output_hidden_states`, and of the loss
                 (`num_items_in_batch`).
 
@@ -646,7 +655,7 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=either_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
             boxes=boxes,
@@ -673,10 +682,10 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
         return MGLlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
     def _expand_inputs_for_generation(

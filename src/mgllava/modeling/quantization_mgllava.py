@@ -27,6 +27,9 @@ _HIGH_RES_TOWER = ["model.high_res_vision_tower", "high_res_vision_tower"]
 # How the configurations of transformers call the list: bitsandbytes, and everything else that replaces layers.
 _SKIP_ARGUMENTS = ("llm_int8_skip_modules", "modules_to_not_convert")
 
+# Outputs that bitsandbytes packs together for processors with AVX512-BF16.
+_PACKED_OUTPUTS = 32
+
 
 def quantization_config(bits: int) -> BitsAndBytesConfig:
     """Make the `quantization_config` of `from_pretrained` that suits MG-LLaVA: only the language model is quantized.
@@ -87,4 +90,21 @@ def with_skipped_modules(config: QuantizationConfigMixin | dict[str, Any]) -> Qu
     return config
 
 
-__all__ = ["UNQUANTIZED_MODULES", "quantization_config", "with_skipped_modules"]
+def leave_unpackable_layers(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit layers for a processor with AVX512-BF16 that it cannot pack.
+
+    It packs blocks of 32 outputs, with a scale for each block of inputs, and fails at the first layer of another size
+    (bitsandbytes 0.50). Such layers are computed as on other processors. Those of the published sizes are packed.
+
+    Args:
+        model (`torch.nn.Module`): A model that was just loaded.
+    """
+    for module in model.modules():
+        # The name says what it is about, so that nothing has to be imported for models that are not quantized.
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            state = module.weight.quant_state
+            is_whole = state is None or module.in_features % state.blocksize == 0
+            module.support_avx512bf16_for_cpu = is_whole and module.out_features % _PACKED_OUTPUTS == 0
+
+
+__all__ = ["UNQUANTIZED_MODULES", "leave_unpackable_layers", "quantization_config", "with_skipped_modules"]

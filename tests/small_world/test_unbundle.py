@@ -1,0 +1,55 @@
+"""The parts that the shipped model comes apart into are those that it was put together from."""
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from mgllava import BoxDetector, MGLlavaForConditionalGeneration
+from small_world.bundle import LANGUAGE_MODEL
+from small_world.demo import MODEL
+from small_world.unbundle import unbundle
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    unbundle(MODEL, folder)
+    return folder
+
+
+def test_put_together_again_they_see_what_the_model_sees(parts):
+    shipped = AutoModel.from_pretrained(MODEL, dtype=torch.float32).eval()
+    again = MGLlavaForConditionalGeneration.from_pretrained_parts(
+        parts / "language-model",
+        parts / "vision-tower",
+        parts / "high-res-tower",
+        high_res_image_size=shipped.config.high_res_vision_config.image_size,
+        dtype=torch.float32,
+    )
+    for name in ("vision_tower", "high_res_vision_tower"):
+        expected, got = (getattr(model.model, name).state_dict() for model in (shipped, again))
+        assert expected.keys() == got.keys()
+        assert all(torch.equal(value, got[key]) for key, value in expected.items())
+    # Stage 2 can begin: the language models are of one shape, and knew nothing of each other's weights.
+    expected, got = (model.model.language_model.state_dict() for model in (shipped, again))
+    assert {key: value.shape for key, value in expected.items()} == {key: value.shape for key, value in got.items()}
+    assert not torch.equal(expected["norm.weight"], got["norm.weight"])
+
+
+def test_tagger_and_detector_find_boxes(parts):
+    detector = BoxDetector(parts / "tagger", parts / "detector", mode="clean")
+    (found,) = detector.detect("examples/shapes.jpg")
+    assert len(found["boxes"]) > 2
+
+
+def test_parts_that_are_there_are_kept(parts, tmp_path):
+    kept = tmp_path / "parts" / "tagger"
+    kept.mkdir(parents=True)
+    unbundle(MODEL, tmp_path / "parts")
+    assert not list(kept.iterdir())
+    assert {folder.name for folder in (tmp_path / "parts").iterdir()} == {folder.name for folder in parts.iterdir()}
+
+
+def test_all_that_is_shipped_is_small():
+    files = [path for folder in (MODEL, LANGUAGE_MODEL) for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 15e6
