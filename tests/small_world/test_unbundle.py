@@ -1,11 +1,12 @@
-"""The parts that the shipped model comes apart into are those that it was put together from."""
+"""The parts that the shipped model comes apart into are those that it was put together from, and go together again."""
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModel
 
 from mgllava import BoxDetector, MGLlavaForConditionalGeneration
-from small_world.bundle import LANGUAGE_MODEL
+from small_world.bundle import LANGUAGE_MODEL, bundle, write_language_model
 from small_world.demo import MODEL
 from small_world.unbundle import unbundle
 
@@ -40,6 +41,19 @@ def test_tagger_and_detector_find_boxes(parts):
     detector = BoxDetector(parts / "tagger", parts / "detector", mode="clean")
     (found,) = detector.detect("examples/shapes.jpg")
     assert len(found["boxes"]) > 2
+
+
+def test_bundled_again_they_are_what_is_shipped(parts, tmp_path):
+    bundle(MODEL, parts / "tagger", parts / "detector", tmp_path / "model")
+    write_language_model(parts / "language-model", tmp_path / "language_model")
+    for shipped, again in ((MODEL, tmp_path / "model"), (LANGUAGE_MODEL, tmp_path / "language_model")):
+        files = {path.relative_to(shipped) for path in shipped.rglob("*") if path.is_file()}
+        assert {path.relative_to(again) for path in again.rglob("*") if path.is_file()} == files
+        for file in files:
+            if file.suffix == ".safetensors":
+                expected, got = load_file(shipped / file), load_file(again / file)
+                assert expected.keys() == got.keys()
+                assert all(torch.equal(value, got[key]) for key, value in expected.items()), file
 
 
 def test_parts_that_are_there_are_kept(parts, tmp_path):
