@@ -53,7 +53,10 @@ def test_bundled_again_they_are_what_is_shipped(parts, tmp_path):
             if file.suffix == ".safetensors":
                 expected, got = load_file(shipped / file), load_file(again / file)
                 assert expected.keys() == got.keys()
-                assert all(torch.equal(value, got[key]) for key, value in expected.items()), file
+                for key, value in expected.items():
+                    # Prompts are embedded anew.
+                    tolerance = 1e-5 if file.stem == "prompt_embeds" else 0
+                    torch.testing.assert_close(got[key], value, rtol=0, atol=tolerance)
 
 
 def test_parts_that_are_there_are_kept(parts, tmp_path):
