@@ -7,8 +7,8 @@ FLOOR := build/venv-floor
 FLOOR_RELEASE := $(shell sed -n 's/.*transformers>=\([0-9.]*\).*/\1/p' setup.cfg)
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 SOURCES := src tests examples benchmarks small_world
-# Half of the shipped model's training, two runs at a time.
 ABLATION_WORLD := small-ablation
+# Half of the shipped model's training, two runs at a time.
 ABLATION := --world $(ABLATION_WORLD) --alignment 0.5 --tuning 0.5 --bf16 --jobs 2
 
 .DEFAULT_GOAL := help

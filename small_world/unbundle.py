@@ -41,12 +41,12 @@ def unbundle(model: Path, output: Path, language_model: Path = LANGUAGE_MODEL) -
         "tagger": lambda folder: shutil.copytree(boxes / "tagger", folder),
         "detector": lambda folder: shutil.copytree(boxes / "detector", folder),
     }
+    output.mkdir(parents=True, exist_ok=True)
     for name, write in parts.items():
         folder = output / name
         if not folder.exists():
             partial = output / f"{name}.incomplete"
             shutil.rmtree(partial, ignore_errors=True)
-            partial.parent.mkdir(parents=True, exist_ok=True)
             write(partial)
             partial.rename(folder)
 

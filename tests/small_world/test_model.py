@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from small_world import demo
+from small_world.bundle import LANGUAGE_MODEL
 from small_world.questions import KINDS
 
 PICTURES = 20
@@ -22,9 +23,9 @@ def folder(tmp_path_factory):
 
 
 def test_it_is_small():
-    size = sum(path.stat().st_size for path in demo.MODEL.rglob("*") if path.is_file())
-    assert size <= 15e6
-    assert not list(demo.MODEL.rglob("*.py"))
+    files = [path for folder in (demo.MODEL, LANGUAGE_MODEL) for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 15e6
+    assert not [path for path in files if path.suffix == ".py"]
 
 
 def test_it_answers(folder):

@@ -65,8 +65,3 @@ def test_parts_that_are_there_are_kept(parts, tmp_path):
     unbundle(MODEL, tmp_path / "parts")
     assert not list(kept.iterdir())
     assert {folder.name for folder in (tmp_path / "parts").iterdir()} == {folder.name for folder in parts.iterdir()}
-
-
-def test_all_that_is_shipped_is_small():
-    files = [path for folder in (MODEL, LANGUAGE_MODEL) for path in folder.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 15e6
