@@ -56,9 +56,9 @@ def tiny_model(*args, seed: int = 0, **kwargs) -> MGLlavaForConditionalGeneratio
 
 
 def random_boxes(*shape: int, size: int = IMAGE_SIZE, seed: int = 0) -> torch.Tensor:
-    """Draw boxes with whole-numbered corners inside a square of `size` pixels, of shape `(*shape, 4)`."""
+    """Draw int64 boxes inside a square of `size` pixels, of shape `(*shape, 4)`."""
     generator = torch.Generator().manual_seed(seed)
-    corners = torch.randint(0, size + 1, (*shape, 2, 2), generator=generator).float()
+    corners = torch.randint(0, size + 1, (*shape, 2, 2), generator=generator)
     return torch.cat([corners.amin(-2), corners.amax(-2)], dim=-1)
 
 
@@ -82,7 +82,7 @@ def tiny_inputs(
         ),
     }
     if counts:
-        boxes = torch.zeros(len(counts), max(counts), 4)
+        boxes = torch.zeros(len(counts), max(counts), 4, dtype=torch.int64)
         for index, count in enumerate(counts):
             boxes[index, :count] = random_boxes(count, seed=seed + index)
         pixels = torch.randn(len(counts), 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)

@@ -29,7 +29,7 @@ def fresh_compiler():
 
 def image_inputs(num_boxes, rows=BUCKET, num_images=1):
     """Images with `num_boxes` boxes each, in a tensor of `rows`."""
-    boxes = torch.zeros(num_images, rows, 4)
+    boxes = torch.zeros(num_images, rows, 4, dtype=torch.int64)
     boxes[:, :num_boxes] = random_boxes(num_images, num_boxes, seed=num_boxes)
     generator = torch.Generator().manual_seed(num_boxes)
     pixels = torch.randn(num_images, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
@@ -91,7 +91,7 @@ def test_generate_compiles_vision_once_and_decoding_once(llm):
     compile_config = CompileConfig(backend=decoding, fullgraph=True, mode=None)
     compile_config._compile_all_devices = True  # by itself, `generate` compiles on accelerators only
     for inputs, answer in zip(prompts, expected, strict=True):
-        padding = torch.zeros(1, BUCKET - inputs["boxes"].shape[1], 4)
+        padding = torch.zeros(1, BUCKET - inputs["boxes"].shape[1], 4, dtype=torch.int64)
         inputs["boxes"] = torch.cat([inputs["boxes"], padding], dim=1)
         output = model.generate(
             **inputs, **options, cache_implementation="static", max_cache_len=64, compile_config=compile_config

@@ -78,6 +78,13 @@ def test_missing_boxes_are_the_single_zero_box(model):
     assert torch.equal(model(**inputs).logits, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.float64])
+def test_boxes_of_every_type_that_does_not_round_give_the_same(model, dtype):
+    inputs = tiny_inputs([[3], [1]])
+    expected = model(**inputs).logits
+    assert torch.equal(model(**{**inputs, "boxes": inputs["boxes"].to(dtype)}).logits, expected)
+
+
 def test_boxes_without_pixels_are_ignored(model):
     inputs = tiny_inputs([[], []])
     with_boxes = {**inputs, "boxes": torch.rand(2, 3, 4), "num_boxes": torch.tensor([3, 1])}
@@ -249,6 +256,10 @@ WRONG_INPUTS = [
     ({"boxes": torch.zeros(1, 3, 5)}, r"`boxes` must have shape \(num_images, max_boxes, 4\).*got \(1, 3, 5\)"),
     ({"boxes": torch.zeros(3, 4)}, r"`boxes` must have shape .*got \(3, 4\)"),
     ({"boxes": torch.zeros(2, 3, 4)}, r"`boxes` must have shape .* with 1 images.*got \(2, 3, 4\)"),
+    ({"boxes": torch.zeros(1, 3, 4, dtype=torch.bfloat16)}, "`boxes` must be int64.*got torch.bfloat16.*lose digits"),
+    ({"boxes": torch.zeros(1, 3, 4, dtype=torch.float16)}, "`boxes` must be int64.*got torch.float16.*lose digits"),
+    ({"boxes": torch.zeros(1, 3, 4, dtype=torch.uint8)}, "`boxes` must be int64.*got torch.uint8.*lose digits"),
+    ({"num_boxes": torch.tensor([3.0])}, "`num_boxes` must be int64 or int32, got torch.float32"),
     ({"boxes": torch.full((1, 3, 4), torch.nan)}, r"`boxes` must be finite, got NaN or infinity for image.s. \[0\]"),
     ({"pixel_values": torch.zeros(1, 3, 64, 64)}, r"`pixel_values` must have shape \(num_images, 3, 96, 96\), got"),
     ({"inputs_embeds": torch.zeros(1, 18, 32)}, "exactly one of `input_ids` and `inputs_embeds`"),

@@ -61,6 +61,12 @@ def test_boxes_equal_those_of_2024(detector, case):
     assert_same_boxes(found, case["result"])
 
 
+def test_autocast_of_the_caller_does_not_round_boxes(detector):
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = detector.detect(GOLDEN_RAM / CASES[0]["image"], labels_of(CASES[0]))
+    assert_same_boxes(found, CASES[0]["result"])
+
+
 @by_image
 def test_pixels_equal_those_of_2024(detector, case):
     pixels = detector._detector.pixel_values([as_rgb(golden_image(case))])[0].numpy()

@@ -43,7 +43,7 @@ def test_prepare_boxes_equals_the_original(case):
         limit=case["limit_num"],
         close_to_max_length=case["close_to_max_length"],
     )
-    assert boxes.dtype == torch.float32
+    assert boxes.dtype == torch.int64
     assert boxes.tolist() == case["out_boxes"]
     assert labels == case["out_labels"]
 
@@ -146,7 +146,7 @@ def test_docstring_example():
 @pytest.mark.parametrize("entry", [None, [], np.zeros((0, 4)), [[900, 0, 950, 10]], detected()])
 def test_without_boxes_there_is_the_zero_box(entry):
     boxes, labels = prepare_boxes(entry, (100, 100), **TO_768)
-    assert boxes.tolist() == [[0, 0, 0, 0]] and labels == []
+    assert boxes.dtype == torch.int64 and boxes.tolist() == [[0, 0, 0, 0]] and labels == []
 
 
 def test_boxes_that_touch_the_border_stay_with_zero_size():

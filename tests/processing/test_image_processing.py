@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mgllava.processing import MGLlavaBatchFeature, MGLlavaImageProcessor, MGLlavaImageProcessorPil
+from mgllava.processing import MGLlavaImageProcessor, MGLlavaImageProcessorPil
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = [case for case in json.loads((GOLDEN / "cases.json").read_text())["cases"] if case["kind"] == "image"]
@@ -55,7 +55,7 @@ def test_against_the_original(case):
     assert difference.mean() < 6e-5
 
     for features in (pil, default):
-        assert features["boxes"].dtype == torch.float32 and features["num_boxes"].dtype == torch.int64
+        assert features["boxes"].dtype == torch.int64 and features["num_boxes"].dtype == torch.int64
         assert features["boxes"][0].tolist() == case["boxes"]
         assert features["num_boxes"].tolist() == [case["n_boxes"]]
         assert features["box_labels"] == [case["labels"]]
@@ -196,13 +196,26 @@ def test_close_to_max_length_keeps_one_box_per_label():
     assert features["box_labels"] == [["b", "a"]]
 
 
-def test_casting_the_inputs_leaves_boxes_in_fp32(tmp_path):
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
+def test_no_cast_of_floating_point_inputs_rounds_boxes(cast):
     features = MGLlavaImageProcessor()(noise(767, 767), boxes=[[[1, 2, 763, 765]]], return_tensors="pt")
-    assert isinstance(features, MGLlavaBatchFeature)
-    cast = features.to("cpu", torch.bfloat16)
-    assert cast["pixel_values"].dtype == torch.bfloat16
-    assert cast["boxes"].dtype == torch.float32
-    assert cast["boxes"][0].tolist() == [[1, 2, 764, 766]]
+    cast_by_us = features.to("cpu", cast)
+    cast_by_others = {  # as DeepSpeed, FSDP and serving engines do
+        name: value.to(cast) if value.is_floating_point() else value for name, value in features.items()
+    }
+    for inputs in (cast_by_us, cast_by_others):
+        assert inputs["pixel_values"].dtype == cast
+        assert inputs["boxes"][0].tolist() == [[1, 2, 764, 766]]
+
+
+def test_boxes_in_a_type_that_has_rounded_them_are_said(caplog):
+    boxes = torch.tensor([[1.0, 2, 259, 263]], dtype=torch.bfloat16)
+    processor = MGLlavaImageProcessor(**SMALL)
+    with caplog.at_level("WARNING", logger="transformers_modules"), caplog.at_level("WARNING", logger="mgllava"):
+        processor(noise(300, 300), boxes=[boxes.float()])
+        assert "bfloat16" not in caplog.text
+        processor(noise(300, 300), boxes=[{"boxes": boxes, "scores": [0.5]}])
+    assert "`boxes[0]['boxes']` are bfloat16" in caplog.text
 
 
 def test_ambiguous_channels_are_an_error_until_named():

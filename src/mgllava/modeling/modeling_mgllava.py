@@ -32,7 +32,7 @@ from .fusion_mgllava import FUSIONS, MGLlavaResampler
 from .high_res_vision_mgllava import MGLlavaHighResVisionModel
 from .projector_mgllava import MGLlavaProjector
 from .quantization_mgllava import leave_unpackable_layers, with_skipped_modules
-from .regions_mgllava import MGLlavaBoxProjector
+from .regions_mgllava import MGLlavaBoxProjector, check_box_dtype
 
 # Arguments of `from_pretrained` that say where a repository is.
 _LOCATION_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -177,15 +177,15 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         self.post_init()
 
     def encode_images(
-        self, pixel_values: torch.FloatTensor, boxes: torch.FloatTensor, num_boxes: torch.LongTensor, **kwargs
+        self, pixel_values: torch.FloatTensor, boxes: torch.LongTensor, num_boxes: torch.LongTensor, **kwargs
     ) -> tuple[torch.FloatTensor, torch.FloatTensor | None, BaseModelOutputWithPooling]:
         """Run the vision flow: both towers, fusion, boxes and projectors. Shapes do not depend on values.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(num_images, 3, image_size, image_size)`):
                 High-resolution images. The low-resolution ones are derived from them.
-            boxes (`torch.FloatTensor` of shape `(num_images, max_boxes, 4)`):
-                Boxes as x1, y1, x2, y2 in pixels of the high-resolution image.
+            boxes (`torch.LongTensor` of shape `(num_images, max_boxes, 4)`):
+                Boxes as x1, y1, x2, y2 in pixels of the high-resolution image; int64, int32, float32 or float64.
             num_boxes (`torch.LongTensor` of shape `(num_images,)`):
                 How many of the boxes of each image are real; the others are padding.
             **kwargs: Arguments of the low-resolution tower, such as `output_hidden_states`.
@@ -221,7 +221,7 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
     def get_image_features(
         self,
         pixel_values: torch.FloatTensor,
-        boxes: torch.FloatTensor | None = None,
+        boxes: torch.LongTensor | None = None,
         num_boxes: torch.LongTensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
@@ -230,9 +230,10 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         Args:
             pixel_values (`torch.FloatTensor` of shape `(num_images, 3, image_size, image_size)`):
                 High-resolution images. The low-resolution ones are derived from them.
-            boxes (`torch.FloatTensor` of shape `(num_images, max_boxes, 4)`, *optional*):
-                Boxes as x1, y1, x2, y2 in pixels of the high-resolution image, zero-padded. Without them, each image
-                has the single box `[0, 0, 0, 0]`, as in training on images without objects.
+            boxes (`torch.LongTensor` of shape `(num_images, max_boxes, 4)`, *optional*):
+                Boxes as x1, y1, x2, y2 in pixels of the high-resolution image, zero-padded; int64 or int32 (as the
+                processor makes them), float32 or float64. Without them, each image has the single box
+                `[0, 0, 0, 0]`, as in training on images without objects.
             num_boxes (`torch.LongTensor` of shape `(num_images,)`, *optional*):
                 How many of the boxes of each image are real, at least 1. By default all are.
             **kwargs: `output_hidden_states` and `output_attentions` of the low-resolution tower; `return_dict=False`
@@ -246,7 +247,7 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
 
         Raises:
             ValueError: If the shapes of `pixel_values`, `boxes` and `num_boxes` do not fit each other or the
-                configuration, or boxes are not finite.
+                configuration, or boxes are not finite or in a dtype that rounds them (such as bfloat16).
         """
         boxes, num_boxes = self._check_image_inputs(pixel_values, boxes, num_boxes)
         fused_tokens, box_tokens, vision_outputs = self.encode_images(pixel_values, boxes, num_boxes, **kwargs)
@@ -275,7 +276,7 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
             )
         num_images = len(pixel_values)
         if boxes is None:
-            boxes = pixel_values.new_zeros(num_images, 1, 4, dtype=torch.float32)
+            boxes = pixel_values.new_zeros(num_images, 1, 4, dtype=torch.int64)
         if boxes.ndim != 3 or boxes.shape[0] != num_images or boxes.shape[1] == 0 or boxes.shape[2] != 4:
             raise ValueError(
                 f"`boxes` must have shape (num_images, max_boxes, 4) with {num_images} images and at least one box, "
@@ -283,8 +284,13 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
             )
         if num_boxes is None:
             num_boxes = torch.full((num_images,), boxes.shape[1], device=boxes.device)
+        check_box_dtype(boxes)
         if num_boxes.shape != (num_images,):
             raise ValueError(f"`num_boxes` must have shape ({num_images},), got {tuple(num_boxes.shape)}.")
+        if num_boxes.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"`num_boxes` must be int64 or int32, got {num_boxes.dtype}. Pass the processor's output as it is."
+            )
         torch_compilable_check(
             ((num_boxes >= 1) & (num_boxes <= boxes.shape[1])).all(),
             lambda: (
@@ -292,13 +298,14 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
                 "An image without objects has one box, [0, 0, 0, 0]."
             ),
         )
-        torch_compilable_check(
-            torch.isfinite(boxes).all(),
-            lambda: (
-                "`boxes` must be finite, got NaN or infinity for image(s) "
-                f"{(~torch.isfinite(boxes).flatten(1).all(1)).nonzero().flatten().tolist()}."
-            ),
-        )
+        if boxes.is_floating_point():
+            torch_compilable_check(
+                torch.isfinite(boxes).all(),
+                lambda: (
+                    "`boxes` must be finite, got NaN or infinity for image(s) "
+                    f"{(~torch.isfinite(boxes).flatten(1).all(1)).nonzero().flatten().tolist()}."
+                ),
+            )
         return boxes.to(pixel_values.device), num_boxes.to(pixel_values.device)
 
     def find_placeholders(
@@ -363,7 +370,7 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
-        boxes: torch.FloatTensor | None = None,
+        boxes: torch.LongTensor | None = None,
         num_boxes: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cache: Cache | None = None,
@@ -384,8 +391,9 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
                 Embeddings to use in place of `input_ids`.
             pixel_values (`torch.FloatTensor` of shape `(num_images, 3, image_size, image_size)`, *optional*):
                 The images of the whole batch, in the order of their placeholders.
-            boxes (`torch.FloatTensor` of shape `(num_images, max_boxes, 4)`, *optional*):
-                Boxes as x1, y1, x2, y2 in pixels of `pixel_values`, zero-padded. Ignored without `pixel_values`.
+            boxes (`torch.LongTensor` of shape `(num_images, max_boxes, 4)`, *optional*):
+                Boxes as x1, y1, x2, y2 in pixels of `pixel_values`, zero-padded; int64 or int32 (as the processor
+                makes them), float32 or float64. Ignored without `pixel_values`.
             num_boxes (`torch.LongTensor` of shape `(num_images,)`, *optional*):
                 How many of the boxes of each image are real. Ignored without `pixel_values`.
             mm_encoder_outputs (`dict`, *optional*):
@@ -591,7 +599,7 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
     def get_image_features(
         self,
         pixel_values: torch.FloatTensor,
-        boxes: torch.FloatTensor | None = None,
+        boxes: torch.LongTensor | None = None,
         num_boxes: torch.LongTensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
@@ -608,7 +616,7 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
-        boxes: torch.FloatTensor | None = None,
+        boxes: torch.LongTensor | None = None,
         num_boxes: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
@@ -632,8 +640,9 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
                 Ids to predict, -100 where none. At placeholders, and where they are one, they count as -100.
             pixel_values (`torch.FloatTensor` of shape `(num_images, 3, image_size, image_size)`, *optional*):
                 The images of the whole batch, in the order of their placeholders.
-            boxes (`torch.FloatTensor` of shape `(num_images, max_boxes, 4)`, *optional*):
-                Boxes as x1, y1, x2, y2 in pixels of `pixel_values`, zero-padded. Ignored without `pixel_values`.
+            boxes (`torch.LongTensor` of shape `(num_images, max_boxes, 4)`, *optional*):
+                Boxes as x1, y1, x2, y2 in pixels of `pixel_values`, zero-padded; int64 or int32 (as the processor
+                makes them), float32 or float64. Ignored without `pixel_values`.
             num_boxes (`torch.LongTensor` of shape `(num_images,)`, *optional*):
                 How many of the boxes of each image are real. Ignored without `pixel_values`.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):

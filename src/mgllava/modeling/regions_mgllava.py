@@ -17,6 +17,25 @@ from .projector_mgllava import MGLlavaProjector
 # Bins per side of the RoI-align grid. The count matters although the mean is taken: it decides how densely the box is
 # sampled.
 POOLED_SIZE = {"pyramid": 56, "multi_level": 56, "last_stage": 7}
+# Types that hold every whole coordinate of an image. In bfloat16 259 is 260.
+_BOX_DTYPES = (torch.int64, torch.int32, torch.float64, torch.float32)
+
+
+def check_box_dtype(boxes: torch.Tensor) -> None:
+    """Refuse boxes whose coordinates may have been rounded before they came here.
+
+    Args:
+        boxes (`torch.Tensor`): Boxes of any shape.
+
+    Raises:
+        ValueError: If they are not int64, int32, float64 or float32.
+    """
+    if boxes.dtype not in _BOX_DTYPES:
+        raise ValueError(
+            f"`boxes` must be int64, int32, float64 or float32, got {boxes.dtype}, in which coordinates lose digits. "
+            "Trainers and mixed-precision policies cast floating point inputs: pass boxes as whole numbers (int64, as "
+            "this model's processor makes them), which none of them casts."
+        )
 
 
 def roi_axis_weights(start: torch.Tensor, end: torch.Tensor, size: int, pooled_size: int) -> torch.Tensor:
@@ -84,7 +103,8 @@ def pool_boxes(
         feature_maps (`list` of `torch.Tensor` of shape `(num_images, channels, height, width)`):
             Feature maps of the same images, the finest first.
         boxes (`torch.Tensor` of shape `(num_images, num_boxes, 4)`):
-            Boxes as x1, y1, x2, y2 in pixels of the `image_size` x `image_size` input. No gradient flows into them.
+            Boxes as x1, y1, x2, y2 in pixels of the `image_size` x `image_size` input; int64, int32, float64 or
+            float32. No gradient flows into them.
         image_size (`int`):
             Side of the input that the maps were computed from, in pixels.
         pooled_size (`int`):
@@ -93,7 +113,11 @@ def pool_boxes(
     Returns:
         `list` of `torch.Tensor` of shape `(num_images, num_boxes, channels)`, one per map; float32 (float64 for maps
         in float64).
+
+    Raises:
+        ValueError: If boxes are in a dtype that rounds them, such as bfloat16.
     """
+    check_box_dtype(boxes)
     height, width = feature_maps[0].shape[-2:]
     # Positions are sums of many steps: float64 costs nothing at this size and keeps all digits (MPS does not have it).
     boxes = boxes.to(torch.float32 if boxes.device.type == "mps" else torch.float64)
@@ -145,7 +169,7 @@ class MGLlavaBoxProjector(MGLlavaProjector):
             feature_maps (`tuple` of four `torch.Tensor` of shape `(num_images, hidden_sizes[i], height_i, width_i)`):
                 Maps of the high-resolution tower.
             boxes (`torch.Tensor` of shape `(num_images, num_boxes, 4)`):
-                Boxes as x1, y1, x2, y2 in pixels of the high-resolution input.
+                Boxes as x1, y1, x2, y2 in pixels of the high-resolution input; int64, int32, float64 or float32.
 
         Returns:
             `torch.Tensor` of shape `(num_images, num_boxes, hidden_size)`.
@@ -163,4 +187,4 @@ class MGLlavaBoxProjector(MGLlavaProjector):
         return super().forward(features)
 
 
-__all__ = ["MGLlavaBoxProjector", "pool_boxes", "roi_axis_weights"]
+__all__ = ["MGLlavaBoxProjector", "check_box_dtype", "pool_boxes", "roi_axis_weights"]

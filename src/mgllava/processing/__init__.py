@@ -4,7 +4,7 @@ from .box_detection_mgllava import BoxDetector
 from .boxes_mgllava import prepare_boxes
 from .chat_templates_mgllava import CHAT_TEMPLATES
 from .coco_labels_mgllava import COCO_80
-from .image_inputs_mgllava import MGLlavaBatchFeature, MGLlavaImageProcessorKwargs
+from .image_inputs_mgllava import MGLlavaImageProcessorKwargs
 from .image_processing_mgllava import MGLlavaImageProcessor, MGLlavaImageProcessorPil
 from .processing_mgllava import BoxDetectorProtocol, MGLlavaProcessor
 
@@ -13,7 +13,6 @@ __all__ = [
     "COCO_80",
     "BoxDetector",
     "BoxDetectorProtocol",
-    "MGLlavaBatchFeature",
     "MGLlavaImageProcessor",
     "MGLlavaImageProcessorKwargs",
     "MGLlavaImageProcessorPil",

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForZeroShotObjectDetection, AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES
 from transformers.utils import logging
+from transformers.utils.generic import maybe_autocast
 
 from .box_detector_files_mgllava import (
     BUNDLE_FOLDER,
@@ -282,7 +283,9 @@ class BoxDetector:
     ) -> list[dict[str, Any]] | None:
         """Detect; return `None` for several images that are too many. By then their tensors have been released."""
         try:
-            return self._detect(images, labels, threshold)
+            # Under a caller's autocast the heads would round boxes and scores; towers choose their own type.
+            with maybe_autocast(self.device.type, enabled=False):
+                return self._detect(images, labels, threshold)
         except torch.OutOfMemoryError:
             if len(images) == 1:
                 raise

@@ -2,7 +2,9 @@
 
 Two frames occur, both with boxes as xyxy in pixels: the *original image* (after its EXIF orientation is applied) and
 the *model input*, the square that the vision towers see (768 × 768 for the published models). The original code works
-in fp32 on the CPU; so does this module, whatever the model's dtype is.
+in fp32 on the CPU; so does this module, whatever the model's dtype is. Boxes in the model's frame are whole numbers
+and leave as int64: trainers and serving engines cast every floating point input to the model's dtype, and in bfloat16
+259 becomes 260.
 """
 
 import math
@@ -11,6 +13,9 @@ from typing import Any, Literal
 
 import torch
 from torchvision.ops import nms
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 BoxLimitMode = Literal["per_category", "per_image"]
 Label = Hashable
@@ -59,9 +64,9 @@ def prepare_boxes(
         name (`str`): How error messages call the entry.
 
     Returns:
-        `tuple[torch.Tensor, list]`: fp32 boxes of shape `(n, 4)`, n >= 1, xyxy in pixels of the model input, holding
-        integers; and their labels (empty if none were given). If no box is left it is the single box
-        `[0, 0, 0, 0]` without a label, from which the model still pools a feature.
+        `tuple[torch.Tensor, list]`: int64 boxes of shape `(n, 4)`, n >= 1, xyxy in pixels of the model input; and
+        their labels (empty if none were given). If no box is left it is the single box `[0, 0, 0, 0]` without a
+        label, from which the model still pools a feature.
 
     Raises:
         TypeError: If the entry is neither a mapping nor an array.
@@ -81,7 +86,7 @@ def prepare_boxes(
     labels = [label for label, is_inside in zip(labels, inside.tolist(), strict=True) if is_inside]
 
     if len(boxes) == 0:
-        return torch.zeros(1, 4), []
+        return torch.zeros(1, 4, dtype=torch.int64), []
     return boxes, [] if given_labels is None else labels
 
 
@@ -140,14 +145,14 @@ def read_boxes(entry: Any, name: str = "boxes") -> tuple[torch.Tensor, list[Labe
                 f"`{name}` must have a key 'boxes' (and 'scores', 'labels' if a detector gave them), "
                 f"got the keys {sorted(map(str, entry))}."
             )
-        boxes = _as_float_tensor(entry["boxes"], f"{name}['boxes']")
+        boxes = _as_corners(entry["boxes"], f"{name}['boxes']")
         if entry.get("scores") is not None:
             scores = _as_float_tensor(entry["scores"], f"{name}['scores']")
         if entry.get("labels") is not None:
             given = entry["labels"]
             labels = given.tolist() if hasattr(given, "tolist") else list(given)
     else:
-        boxes = _as_float_tensor([] if entry is None else entry, name)
+        boxes = _as_corners([] if entry is None else entry, name)
 
     if boxes.numel() == 0:
         boxes = boxes.reshape(0, 4)
@@ -166,6 +171,18 @@ def read_boxes(entry: Any, name: str = "boxes") -> tuple[torch.Tensor, list[Labe
         index = int((~torch.isfinite(scores)).nonzero()[0])
         raise ValueError(f"`{name}` must have finite scores, got {scores[index].item()} at index {index}.")
     return boxes, labels, scores
+
+
+def _as_corners(values: Any, name: str) -> torch.Tensor:
+    """Read coordinates, and say if they come in a type that has rounded them."""
+    rows = values if isinstance(values, list | tuple) else [values]
+    dtypes = {str(row.dtype).removeprefix("torch.") for row in rows if hasattr(row, "dtype")}
+    for dtype in sorted(dtypes & {"bfloat16", "float16"}):
+        logger.warning_once(
+            f"`{name}` are {dtype}, which rounds whole numbers above {256 if dtype == 'bfloat16' else 2048}: corners "
+            "may be pixels off. Let the detector compute boxes in float32."
+        )
+    return _as_float_tensor(values, name)
 
 
 def _as_float_tensor(values: Any, name: str) -> torch.Tensor:
@@ -303,9 +320,9 @@ def to_model_frame(
         crop_to (`tuple[int, int]`, *optional*): `(height, width)` of the centre crop; `None` if nothing is cropped.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: The boxes that are not strictly outside, fp32 of shape `(m, 4)` with
-        integers, clamped to the model input (those that only touch its border stay, with zero size); and a bool mask
-        of shape `(n,)` that tells which they are.
+        `tuple[torch.Tensor, torch.Tensor]`: The boxes that are not strictly outside, int64 of shape `(m, 4)`, clamped
+        to the model input (those that only touch its border stay, with zero size); and a bool mask of shape `(n,)`
+        that tells which they are.
     """
     height, width = image_size
     scale = 1.0 if resize_to is None else resize_to / min(height, width)
@@ -319,4 +336,4 @@ def to_model_frame(
     inside = (x2 >= 0) & (y2 >= 0) & (x1 <= crop_width) & (y1 <= crop_height)
     low = boxes.new_zeros(4)
     high = boxes.new_tensor([math.inf, math.inf, crop_width, crop_height])
-    return boxes[inside].clamp(min=low, max=high), inside
+    return boxes[inside].clamp(min=low, max=high).long(), inside

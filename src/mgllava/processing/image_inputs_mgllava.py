@@ -70,21 +70,6 @@ class MGLlavaImageProcessorKwargs(ImagesKwargs, total=False):
     pad_boxes_to_multiple_of: int | None
 
 
-class MGLlavaBatchFeature(BatchFeature):
-    """A [`BatchFeature`] whose `boxes` stay fp32 when its floating point tensors are cast.
-
-    bf16 counts in steps of 4 between 512 and 1024, so `inputs.to(dtype=torch.bfloat16)` would move boxes by pixels.
-    """
-
-    def to(self, *args: Any, **kwargs: Any) -> "MGLlavaBatchFeature":
-        """Move all tensors and cast the floating point ones, as [`BatchFeature.to`] does, but never `boxes`."""
-        boxes = self.get("boxes")
-        super().to(*args, **kwargs)
-        if isinstance(boxes, torch.Tensor):
-            self["boxes"] = boxes.to(self["boxes"].device)
-        return self
-
-
 class MGLlavaImageProcessorMixin(BaseImageProcessor):
     """The part of the image processors that does not depend on the backend.
 
@@ -159,7 +144,7 @@ class MGLlavaImageProcessorMixin(BaseImageProcessor):
         input_data_format: str | ChannelDimension | None,
         device: Any,
         **kwargs: Any,
-    ) -> MGLlavaBatchFeature:
+    ) -> BatchFeature:
         """Make `pixel_values`, `boxes` and `num_boxes` of all images."""
         if pad_boxes_to_multiple_of is not None and pad_boxes_to_multiple_of < 1:
             raise ValueError(
@@ -215,7 +200,7 @@ class MGLlavaImageProcessorMixin(BaseImageProcessor):
         data = {"pixel_values": features["pixel_values"], "boxes": list(padded.numpy()), "num_boxes": num_boxes}
         if return_box_labels:
             data["box_labels"] = [labels for _, labels in prepared]
-        return MGLlavaBatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["box_labels"])
+        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["box_labels"])
 
 
 def load_upright(image: Any) -> Any:

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from .box_detection_mgllava import BoxDetector
 from .box_detector_files_mgllava import BUNDLE_FOLDER, ProcessorRepository, locate, store_parts
 from .boxes_mgllava import flatten_boxes
-from .image_inputs_mgllava import MGLlavaBatchFeature, flat_images
+from .image_inputs_mgllava import flat_images
 from .text_chunks_mgllava import ANSWER_BOUNDARY, BOUNDARIES, CHUNK_BOUNDARY, encode_chunks, split_text
 
 logger = logging.get_logger(__name__)
@@ -306,8 +306,8 @@ class MGLlavaProcessor(ProcessorMixin):
 
         Returns:
             [`BatchFeature`]: `input_ids` and `attention_mask` of shape `(batch_size, length)` where text is given;
-            `pixel_values` `(num_images, 3, height, width)`, `boxes` `(num_images, max_boxes, 4)` (fp32 also after
-            `.to(dtype)`) and `num_boxes` `(num_images,)` where images are given.
+            `pixel_values` `(num_images, 3, height, width)`, `boxes` `(num_images, max_boxes, 4)` (int64, xyxy in
+            pixels of `pixel_values`) and `num_boxes` `(num_images,)` where images are given.
 
         Raises:
             ValueError: If the numbers of placeholders, images and boxes differ, or truncation would cut an image.
@@ -351,7 +351,7 @@ class MGLlavaProcessor(ProcessorMixin):
                 encoded["mm_token_type_ids"] = self.create_mm_token_type_ids(encoded["input_ids"])
 
         return_tensors = (text_kwargs if text is not None else images_kwargs).get("return_tensors")
-        return MGLlavaBatchFeature({**encoded, **features}, return_tensors, self.skip_tensor_conversion)
+        return BatchFeature({**encoded, **features}, return_tensors, self.skip_tensor_conversion)
 
     def validate_inputs(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any

@@ -101,7 +101,7 @@ class MGLlavaDataCollator:
         Returns:
             `dict`: `input_ids`, `labels` (-100 where nothing is learnt), `attention_mask` and `position_ids` of shape
             `(batch_size, length)`; where there are images, `pixel_values` `(num_images, 3, height, width)`, `boxes`
-            `(num_images, max_boxes, 4)` (xyxy in pixels of `pixel_values`) and `num_boxes` `(num_images,)`.
+            `(num_images, max_boxes, 4)` (int64, xyxy in pixels of `pixel_values`) and `num_boxes` `(num_images,)`.
 
         Raises:
             SampleError: If a sample cannot be read, unless such samples are skipped.
