@@ -1,0 +1,193 @@
+"""One run at a time, whatever happens to the run that holds the lock."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mgllava import folder_lock
+from mgllava.folder_lock import FolderLock, FolderLockedError
+
+# Without the package around it, whose import takes seconds.
+IMPORT = f"import os, sys, time\nsys.path.insert(0, {str(Path(folder_lock.__file__).parent)!r})\n"
+HOLD = """
+from folder_lock import FolderLock
+with FolderLock(sys.argv[1], "holding"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+# Enters as often as it can, and notes when: with a stale lock in the way at the start, and again and again.
+COMPETE = """
+from folder_lock import FolderLock, FolderLockedError
+path, entered = sys.argv[1], 0
+deadline = time.monotonic() + 60
+while entered < 5 and time.monotonic() < deadline:
+    try:
+        with FolderLock(path, "competing") as lock:
+            os.close(os.open(path + ".inside", os.O_CREAT | os.O_EXCL))
+            entered += 1
+            time.sleep(0.002)
+            os.unlink(path + ".inside")
+            lock.check()
+    except FolderLockedError:
+        time.sleep(0.001)
+print(entered)
+"""
+
+
+def _hold(path):
+    process = subprocess.Popen([sys.executable, "-c", IMPORT + HOLD, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def _lock_of(path, **changes):
+    """Leave the lock of a process that runs, with changes, as if that process had made it."""
+    with FolderLock(path, "training") as lock:
+        content = json.loads(lock.file.read_text())
+    lock.file.write_text(json.dumps({**content, **changes}))
+    return lock.file
+
+
+def test_second_run_is_told_who_holds_the_lock_and_leaves(tmp_path):
+    output = tmp_path / "out"
+    with (
+        FolderLock(output, "converting") as lock,
+        pytest.raises(FolderLockedError, match=rf"converting \(process {os.getpid()} on .*choose another output"),
+        FolderLock(output, "converting"),
+    ):
+        pass
+    lock.file.write_text("")  # the lock of the first run is still there: nothing was removed by the second
+    lock.file.unlink()
+    with FolderLock(output, "converting"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lock_of_a_killed_process_is_taken_over_at_once(tmp_path):
+    process = _hold(tmp_path / "out")
+    with pytest.raises(FolderLockedError, match="holding"), FolderLock(tmp_path / "out", "converting"):
+        pass
+    process.send_signal(signal.SIGKILL)
+    # Not waited for: a process that was killed is dead also before its parent notices.
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            with FolderLock(tmp_path / "out", "converting") as lock:
+                lock.check()
+                break
+        except FolderLockedError:
+            time.sleep(0.01)
+    else:
+        pytest.fail("not taken over")
+    process.wait()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("machine", ["another boot pid:[1]", None])
+def test_lock_of_another_host_is_taken_over_when_its_heartbeat_stops(tmp_path, machine):
+    file = _lock_of(tmp_path / "out", machine=machine, host="node17", pid=1)
+    with (
+        pytest.raises(FolderLockedError, match=r"process 1 on node17.*If it is dead"),
+        FolderLock(tmp_path / "out", "x"),
+    ):
+        pass
+    long_ago = time.time() - folder_lock.STALE_SECONDS - 5
+    os.utime(file, (long_ago, long_ago))
+    with FolderLock(tmp_path / "out", "converting") as lock:
+        assert json.loads(lock.file.read_text())["purpose"] == "converting"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_number_of_a_dead_process_that_is_used_again_does_not_hold_a_lock(tmp_path):
+    if not os.path.exists("/proc/self/stat"):
+        pytest.skip("needs /proc")
+    _lock_of(tmp_path / "out", process_started="1")
+    with FolderLock(tmp_path / "out", "converting"):
+        pass
+
+
+def test_quiet_owner_on_this_machine_keeps_its_lock(tmp_path):
+    # Stopped by a debugger or a laptop lid: alive, but without a heartbeat.
+    process = _hold(tmp_path / "out")
+    os.utime(tmp_path / "out.lock", (1, 1))
+    with pytest.raises(FolderLockedError), FolderLock(tmp_path / "out", "converting"):
+        pass
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("content", ["notes of mine", "{}", "", "[" * 100_000, '{"mark": "other"}'])
+def test_file_of_another_kind_is_not_touched(tmp_path, content, monkeypatch):
+    monkeypatch.setattr(folder_lock, "_SETTLING_SECONDS", 0.0)
+    (tmp_path / "out.lock").write_text(content)
+    os.utime(tmp_path / "out.lock", (1, 1))
+    with pytest.raises(FolderLockedError, match="in the way"), FolderLock(tmp_path / "out", "converting"):
+        pass
+    assert (tmp_path / "out.lock").read_text() == content
+
+
+def test_folders_links_and_pipes_in_the_way_are_not_touched(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_lock, "_SETTLING_SECONDS", 0.0)
+    stale = _lock_of(tmp_path / "target", machine="another", pid=1)
+    os.utime(stale, (1, 1))
+    (tmp_path / "a.lock").mkdir()
+    (tmp_path / "b.lock").symlink_to(stale)
+    (tmp_path / "c.lock").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "d.lock")
+    before = sorted(tmp_path.iterdir())
+    for name in "abcd":
+        with pytest.raises(FolderLockedError, match="in the way"), FolderLock(tmp_path / name, "converting"):
+            pass
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_lost_lock_stops_its_run_and_stays_with_its_new_owner(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_lock, "HEARTBEAT_SECONDS", 0.01)
+    with FolderLock(tmp_path / "out", "converting") as lock:
+        lock.check()
+        owner = json.loads(lock.file.read_text())
+        lock.file.write_text(json.dumps({**owner, "token": "other", "host": "node17"}))
+        with pytest.raises(FolderLockedError, match=r"on node17.*holds it"):
+            lock.check()
+        lock._heartbeat.join(10)  # notices by itself, too
+    assert json.loads((tmp_path / "out.lock").read_text())["token"] == "other"
+    (tmp_path / "out.lock").unlink()
+    with FolderLock(tmp_path / "out", "converting") as lock:
+        lock.file.unlink()
+        with pytest.raises(FolderLockedError, match="removed"):
+            lock.check()
+
+
+def test_heartbeat_touches_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_lock, "HEARTBEAT_SECONDS", 0.01)
+    with FolderLock(tmp_path / "out", "converting") as lock:
+        os.utime(lock.file, (1, 1))
+        deadline = time.monotonic() + 30
+        while lock.file.stat().st_mtime < 100 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert lock.file.stat().st_mtime > 100
+
+
+def test_one_of_many_takes_over(tmp_path):
+    path = tmp_path / "out"
+    _lock_of(path, process_started="1")
+    command = [sys.executable, "-c", IMPORT + COMPETE, str(path)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    # Two at once inside fail on the file that both create.
+    assert [process.communicate()[0] for process in processes] == ["5\n"] * 4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parents_are_created_and_do_not_stay_empty(tmp_path):
+    with FolderLock(tmp_path / "a" / "b" / "out", "converting") as lock:
+        assert lock.file.is_file()
+    assert list(tmp_path.iterdir()) == []
+    with FolderLock(tmp_path / "a" / "b" / "out", "converting"):
+        (tmp_path / "a" / "kept").write_text("")
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["kept"]
