@@ -1,12 +1,16 @@
 """Chat templates against the original's strings, ids and loss masks."""
 
+import itertools
 import json
 from pathlib import Path
 
+import jinja2
+import jinja2.ext
 import PIL.Image
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from mgllava.processing import CHAT_TEMPLATES, MGLlavaImageProcessor, MGLlavaProcessor
 
@@ -112,10 +116,84 @@ def test_strings_equal_the_original(sentencepiece_like, family, case):
     assert render(conversation_of(case)) == trained
     prompt = render(conversation_of(case, to_answer=False), add_generation_prompt=True)
     if "one_turn" in case:
-        assert prompt == golden["chat"][case]
-    # a longer history has the training form, without the BOS that tokenization puts in front
+        # the original puts the BOS id in front by hand
+        assert prompt == "<s>" + golden["chat"][case]
     last = golden["train"][case]["turns"][-1]["output"]
-    assert trained.removeprefix("<s>").startswith(prompt + last)
+    assert trained.startswith(prompt + last)
+
+
+@pytest.mark.parametrize("tokens", [("<s>", "</s>"), ("<|im_start|>", "<|im_end|>"), (None, "<|endoftext|>")])
+@pytest.mark.parametrize("with_system", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_prompt_is_the_beginning_of_what_follows(family, with_system, tokens):
+    """TRL takes the common beginning of prompt and conversation for the prompt; engines reuse it from their caches."""
+    bos, eos = tokens
+    messages = [{"role": "system", "content": SYSTEM}] if with_system else []
+    renderings = []
+    for turn in range(3):
+        messages.append({"role": "user", "content": [{"type": "text", "text": f"Q{turn}"}, {"type": "image"}]})
+        renderings.append(render_alone(messages, family, bos, eos, add_generation_prompt=True))
+        messages.append({"role": "assistant", "content": f"A{turn}"})
+        renderings.append(render_alone(messages, family, bos, eos))
+    for shorter, longer in itertools.pairwise(renderings):
+        assert longer.startswith(shorter)
+    golden_start = PROMPTS["templates"][FAMILIES[family]]["chat"]["one_turn_no_system"].split("<image>")[0]
+    start = renderings[0].removeprefix(bos or "")
+    assert renderings[0] == (bos or "") + start
+    assert golden_start in start and start.startswith(golden_start) != with_system
+    repeats_bos = family == "vicuna" and bos == "<s>"
+    assert renderings[-1].count("<s>") == (3 if repeats_bos else bos == "<s>")
+
+
+def render_alone(messages, family, bos, eos, **options):
+    """As a tokenizer renders it, without the processor."""
+    special = {name: value for name, value in (("bos_token", bos), ("eos_token", eos)) if value}
+    texts, _ = render_jinja_template([messages], chat_template=CHAT_TEMPLATES[family], **special, **options)
+    return texts[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_engines_see_that_content_may_be_blocks(family):
+    """They look for a loop over the content itself in the syntax tree of the template."""
+    loops = list(
+        jinja2.Environment(extensions=[GenerationTag]).parse(CHAT_TEMPLATES[family]).find_all(jinja2.nodes.For)
+    )
+    assert [(loop.iter.node.name, loop.iter.arg.value) for loop in loops[1:]] == [("message", "content")]
+    messages = [{"role": "user", "content": "a <image>b"}, {"role": "assistant", "content": "c"}]
+    blocks = [
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "a b"}, {"type": "image_url", "image_url": {"url": "x"}}],
+        },
+        {"role": "assistant", "content": [{"type": "text", "text": "c"}]},
+    ]
+    assert render_alone(messages, family, "<s>", "</s>") == render_alone(blocks, family, "<s>", "</s>")
+
+
+class GenerationTag(jinja2.ext.Extension):
+    """Reads `{% generation %}`, which is transformers' own."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+
+@pytest.mark.parametrize(
+    ("message", "options", "error"),
+    [
+        ({"role": "user"}, {}, "`content` must be a string or a list of blocks, message 2 has none"),
+        ({"role": "user", "content": None}, {}, "message 2 has none"),
+        ({"role": "user", "content": ["x"]}, {}, "must be 'text' or 'image', got ''"),
+        ({"role": "user", "content": "x"}, {"tools": [{"type": "function"}]}, "not trained with tools"),
+        ({"role": "assistant", "content": [{"type": "image"}]}, {}, "Images must be in user turns.*assistant"),
+    ],
+)
+def test_templates_drop_nothing_silently(message, options, error):
+    messages = [{"role": "system", "content": "s"}, message]
+    with pytest.raises(jinja2.TemplateError, match=error):
+        render_alone(messages, "vicuna", "<s>", "</s>", **options)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,14 +1,13 @@
 """Chat templates of the language models that MG-LLaVA was trained with (arXiv 2406.17770, section 4.1).
 
-A conversation that ends with a user turn gives the prompt for generation; its BOS is left to tokenization. One that
-ends with an answer gives the training text, which starts with BOS. Earlier turns have the training form in both:
-answers are closed by EOS or a suffix, then comes the separator, and, after EOS, BOS again.
-Images of a user turn go to its front, one `<image>` line each, and the rest of that turn is stripped; they may be
-content blocks or a literal `<image>` in the text.
+The conversation starts with BOS, so that a rendered prompt is the beginning of every longer conversation. Answers are
+closed by EOS or a suffix, then comes the separator, and, after EOS, BOS again. Images of a user turn go to its front,
+one `<image>` line each, and the rest of that turn is stripped; they may be content blocks or a literal `<image>` in
+the text.
 
 The original tokenizes every piece of a text alone: what it is given, the answer with its suffix, EOS, the separator.
 A caller that wants these boundaries passes two characters: `chunk_boundary` is written before every piece that is
-given and `answer_boundary` before every piece that is learnt. By default nothing is written. With
+given and `answer_boundary` before every piece that is learned. By default nothing is written. With
 `literal_image_token=False` an `<image>` within the text is left where it is.
 """
 
@@ -22,19 +21,29 @@ _TEMPLATE = """
 {%- set given = chunk_boundary | default('') -%}
 {%- set learnt = answer_boundary | default('') -%}
 {%- set state = namespace(system='', text='', images=0, expected='user') -%}
+{%- if tools -%}
+  {{- raise_exception('This model was not trained with tools: `tools` must be empty.') -}}
+{%- endif -%}
 {%- for message in messages -%}
   {%- set state.text = '' -%}
   {%- set state.images = 0 -%}
-  {%- set content = message['content'] -%}
-  {%- for block in ([{'type': 'text', 'text': content}] if content is string else content) -%}
-    {%- if block['type'] == 'image' -%}
-      {%- set state.images = state.images + 1 -%}
-    {%- elif block['type'] == 'text' -%}
-      {%- set state.text = state.text + block['text'] -%}
-    {%- else -%}
-      {{- raise_exception("Content blocks must be 'text' or 'image', got '" ~ block['type'] ~ "'.") -}}
-    {%- endif -%}
-  {%- endfor -%}
+  {%- if message['content'] is string -%}
+    {%- set state.text = message['content'] -%}
+  {%- elif message['content'] is undefined or message['content'] is none -%}
+    {{- raise_exception('`content` must be a string or a list of blocks, message ' ~ loop.index ~ ' has none.') -}}
+  {%- else -%}
+    {%- for block in message['content'] -%}
+      {%- if block['type'] == 'text' -%}
+        {%- set state.text = state.text + block['text'] -%}
+      {%- elif block['type'] in ['image', 'image_url'] and message['role'] == 'user' -%}
+        {%- set state.images = state.images + 1 -%}
+      {%- elif block['type'] in ['image', 'image_url'] -%}
+        {{- raise_exception('Images must be in user turns, got one in a message of role ' ~ message['role'] ~ '.') -}}
+      {%- else -%}
+        {{- raise_exception("Content blocks must be 'text' or 'image', got '" ~ block['type'] ~ "'.") -}}
+      {%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
   {%- if message['role'] == 'system' and loop.first -%}
     {%- set state.system = system_start + state.text + system_end -%}
   {%- elif message['role'] != state.expected -%}
@@ -49,7 +58,7 @@ _TEMPLATE = """
       {%- set state.text = ('<image>\\n' * state.images + state.text.strip()).strip() -%}
     {%- endif -%}
     {%- set is_first_turn = loop.index0 == (1 if state.system else 0) -%}
-    {%- if (closed_by_eos and not is_first_turn) or (is_first_turn and messages[-1]['role'] == 'assistant') -%}
+    {%- if is_first_turn or closed_by_eos -%}
       {{- bos_token or "" -}}
     {%- endif -%}
     {{- given + (state.system if is_first_turn else '') + user_start + state.text + user_end -}}
