@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConversionError
-from .tensor_files import LazyTensor, open_torch_file, tensors_of
-from .zero import open_zero_folder
+from .tensor_files import LazyTensor, tensors_of
+from .torch_files import open_torch_file
+from .zero import meta_of, open_zero_folder
 
 
 @dataclass
@@ -56,9 +57,9 @@ def read_checkpoint(path: str | Path, trust_pickle: bool = False, scratch: Path 
         raise ConversionError(f"`checkpoint` must be a file or a folder, but {path} does not exist.")
     content = open_torch_file(path, trust_pickle)
     # mmengine's layout, or a bare state dict.
-    state = content["state_dict"] if isinstance(content, dict) and "state_dict" in content else content
-    meta = content.get("meta") or {} if state is not content else {}
-    return XTunerCheckpoint(tensors_of(state, path), meta, [path], path)
+    if isinstance(content, dict) and "state_dict" in content:
+        return XTunerCheckpoint(tensors_of(content["state_dict"], path), meta_of(content, path), [path], path)
+    return XTunerCheckpoint(tensors_of(content, path), {}, [path], path)
 
 
 __all__ = ["XTunerCheckpoint", "read_checkpoint"]

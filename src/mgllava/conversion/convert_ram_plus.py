@@ -27,7 +27,8 @@ from .repository_writer import (
     write_weights,
 )
 from .shard_writer import StagingFolder, plan_shards, write_json
-from .tensor_files import LazyTensor, open_torch_file, tensors_of
+from .tensor_files import LazyTensor, tensors_of
+from .torch_files import StoredTensor, open_torch_file
 
 _LABEL_EMBED = "label_embed"
 _MODEL = "model"
@@ -256,10 +257,13 @@ def _read_checkpoint(path: Path, trust_pickle: bool) -> _Checkpoint:
 
 def _summary(value: Any) -> str:
     """Say what an entry of the file is, for the report."""
-    tensors, pending = [], [value]
+    tensors, pending, seen = [], [value], set()
     while pending:
         entry = pending.pop()
-        if isinstance(entry, torch.Tensor):
+        if id(entry) in seen:
+            continue
+        seen.add(id(entry))
+        if isinstance(entry, StoredTensor):
             tensors.append(entry)
         elif isinstance(entry, dict):
             pending += entry.values()

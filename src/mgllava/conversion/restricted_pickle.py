@@ -1,34 +1,58 @@
-"""Reading torch files that hold pickled objects without running their code.
+"""Unpickling without code, for the pickles in files of `torch.save`.
 
-Training runners pickle their own objects (log histories, loss scalers) beside the weights. Reading those the usual way
-imports and calls whatever the file names. Here only what tensors are made of is real; every other class or function
-that the file names becomes an inert placeholder, so neither its package nor its code is needed.
+A pickle names classes and functions, and says what to call and whose attributes to set. Here it never gets hold of a
+real one: each name leads to a stand-in that is made for this one file and holds no state. Stand-ins for what tensors
+are built with make `LazyTensor`s; all others make placeholders that take anything and do nothing with it. So no code
+runs, no package is imported, and whatever the pickle does to the objects it names ends with it.
 """
 
+import io
 import pickle
-import types
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+import pickletools
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO
 
 import torch
 
-from .errors import ConversionError
+# Python's own reader allocates as many places as the largest number that a pickle gives to an object.
+_MEMO_OPCODES = {"PUT", "BINPUT", "LONG_BINPUT"}
+# Numbers from a registry of this process, text ids and out-of-band buffers: nothing that `torch.save` writes.
+_UNUSED_OPCODES = {"EXT1", "EXT2", "EXT4", "PERSID", "NEXT_BUFFER", "READONLY_BUFFER"}
 
-# What a tensor in a torch file is built with. Storages are resolved by `torch.load` itself.
-_REAL_GLOBALS = {
-    ("collections", "OrderedDict"),
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch", "UntypedStorage"),
-    ("torch.storage", "UntypedStorage"),
-    ("torch._utils", "_rebuild_tensor"),
-    ("torch._utils", "_rebuild_tensor_v2"),
-    ("torch._utils", "_rebuild_parameter"),
-    ("torch.serialization", "_get_layout"),
-    ("builtins", "set"),
-    ("builtins", "frozenset"),
-}
+
+class UnusableState:
+    """Base of the stand-ins: a pickle can neither set their attributes nor those of their classes."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("it sets attributes of what it did not make")
+
+
+class Function(UnusableState):
+    """Stands for a function: calls one of ours.
+
+    Args:
+        function (`Callable`): What to call.
+    """
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        """Call it."""
+        return self._function(*args)
+
+
+class Dictionary(dict[Any, Any]):
+    """Stands for an `OrderedDict`, whose attributes (`_metadata` of a state dict) are not kept."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        """Ignore the attributes."""
 
 
 class InertObject:
@@ -57,59 +81,140 @@ class InertObject:
         """Ignore an item, as of a pickled set subclass."""
 
 
-def _is_real(module: str, name: str) -> bool:
-    if (module, name) in _REAL_GLOBALS:
-        return True
-    return module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+def _encode(text: Any, encoding: Any) -> bytes:
+    # How protocol 2 writes bytes.
+    if not isinstance(text, str) or encoding != "latin1":
+        raise pickle.UnpicklingError("it encodes something that is not bytes")
+    return text.encode("latin1")
 
 
-def load_without_code(path: str | Path, may_be_inert: Callable[[str], bool], mmap: bool) -> Any:
-    """Load a torch file with placeholders in place of foreign objects.
+def _bytearray(*args: Any) -> bytearray:
+    if args and not isinstance(args[0], bytes | str):
+        raise pickle.UnpicklingError("it asks for memory")
+    return bytearray(*args)
+
+
+def unpickle(
+    data: bytes, stand_ins: Mapping[str, Any], load_persistent: Callable[[Any], Any]
+) -> tuple[Any, list[str]]:
+    """Unpickle with stand-ins for every class and function.
 
     Args:
-        path (`str` or `Path`): The file.
-        may_be_inert (`Callable[[str], bool]`): Given `module.name`, whether a placeholder may stand for it.
-        mmap (`bool`): Whether tensors stay on disk until they are read.
+        data (`bytes`): The pickle.
+        stand_ins (`Mapping[str, Any]`): What stands for some names, by `module.name`.
+        load_persistent (`Callable[[Any], Any]`): Gives an object that lies outside the pickle.
 
     Returns:
-        `Any`: What the file holds; tensors and plain containers are real.
+        `tuple[Any, list[str]]`: The object, and the names for which placeholders stand, sorted.
 
     Raises:
-        ConversionError: If the file names something that may not become a placeholder.
+        pickle.UnpicklingError: If the pickle does what no file of weights needs.
+        Exception: Many other types, if it is damaged.
     """
+    _check_opcodes(data)
+    known = {
+        "collections.OrderedDict": type("OrderedDict", (Dictionary,), {"__slots__": ()}),
+        "collections.Counter": type("Counter", (Dictionary,), {"__slots__": ()}),
+        "_codecs.encode": Function(_encode),
+        "builtins.bytearray": Function(_bytearray),
+        "builtins.complex": Function(complex),
+        # Immutable types of C.
+        "builtins.set": set,
+        "builtins.frozenset": frozenset,
+        "torch.Size": torch.Size,
+        "torch.device": torch.device,
+        **{f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
+        **stand_ins,
+    }
+    # Names of Python 2, as in files of protocol 2 by default.
+    known |= {name.replace("builtins.", "__builtin__."): value for name, value in known.items()}
+    foreign: dict[str, Any] = {}
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
-            if _is_real(module, name):
-                return super().find_class(module, name)
             full_name = f"{module}.{name}"
-            if not may_be_inert(full_name):
-                raise ConversionError(refusal(path, [full_name]))
-            return type(name.rpartition(".")[2], (InertObject,), {})
+            if full_name in known:
+                return known[full_name]
+            if full_name not in foreign:
+                foreign[full_name] = type(name.rpartition(".")[2], (InertObject,), {})
+            return foreign[full_name]
 
-    # The part of the interface of the `pickle` module that `torch.load` uses.
-    restricted: Any = types.ModuleType("restricted_pickle")
-    restricted.Unpickler = Unpickler
-    restricted.load = lambda file, **kwargs: Unpickler(file, **kwargs).load()
-    return torch.load(path, map_location="cpu", mmap=mmap, weights_only=False, pickle_module=restricted)
+        def persistent_load(self, pid: Any) -> Any:
+            return load_persistent(pid)
+
+    try:
+        return Unpickler(io.BytesIO(data)).load(), sorted(foreign)
+    except Exception as error:
+        if foreign:
+            raise ForeignNamesError(sorted(foreign)) from error
+        raise
 
 
-def refusal(path: str | Path, names: list[str]) -> str:
-    """Say why a file with pickled objects is not read.
+class ForeignNamesError(pickle.UnpicklingError):
+    """The pickle names what is not part of weights, and cannot be read even with placeholders.
 
     Args:
-        path (`str` or `Path`): The file.
-        names (`list[str]`): What it wants to import.
+        names (`list[str]`): What it names.
+    """
+
+    def __init__(self, names: list[str]):
+        super().__init__(f"it names {', '.join(names)}")
+        self.names = names
+
+
+def _check_opcodes(data: bytes) -> None:
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in _UNUSED_OPCODES:
+            raise pickle.UnpicklingError(f"it uses {opcode.name}, which no file of weights does")
+        if opcode.name in _MEMO_OPCODES and not 0 <= int(argument or 0) <= len(data):
+            raise pickle.UnpicklingError("it numbers more objects than it has")
+
+
+def read_pickle(file: BinaryIO, limit: int) -> bytes:
+    """Read one of several pickles that lie in a file one after the other.
+
+    Args:
+        file (`BinaryIO`): The file; afterwards it stands after the pickle.
+        limit (`int`): Most bytes to read.
 
     Returns:
-        `str`: The message.
+        `bytes`: The pickle.
+
+    Raises:
+        pickle.UnpicklingError: If it is longer than the limit.
+        ValueError: If it is damaged.
     """
-    return (
-        f"{path} holds pickled objects and not only weights: it names {', '.join(names)}. "
-        "Reading such objects the usual way runs code that comes with the file, so it is refused. "
-        "If you trust where the file comes from, pass --trust-pickle (trust_pickle=True): "
-        "tensors are then read and every other object is skipped."
-    )
+    start = file.tell()
+    limited = _Limited(file, limit)
+    for _ in pickletools.genops(limited):  # type: ignore[arg-type]
+        pass
+    end = file.tell()
+    file.seek(start)
+    return file.read(end - start)
 
 
-__all__ = ["InertObject", "load_without_code", "refusal"]
+class _Limited:
+    """A file of which only so much can be read."""
+
+    def __init__(self, file: BinaryIO, limit: int):
+        self._file = file
+        self._end = file.tell() + limit
+
+    def read(self, count: int) -> bytes:
+        self._check(count)
+        return self._file.read(count)
+
+    def readline(self) -> bytes:
+        line = self._file.readline(self._end - self._file.tell())
+        self._check(0)
+        return line
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def _check(self, count: int) -> None:
+        if self._file.tell() + count >= self._end:
+            raise pickle.UnpicklingError("its pickle is too large")
+
+
+__all__ = ["Dictionary", "ForeignNamesError", "Function", "InertObject", "UnusableState", "read_pickle", "unpickle"]

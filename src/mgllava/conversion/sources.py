@@ -14,7 +14,8 @@ from mgllava.modeling.high_res_vision_mgllava import trunk_sizes
 
 from .errors import ConversionError
 from .key_mapping import CLIP_DROPS, CLIP_TO_MODEL, OPEN_CLIP_DROPS, OPEN_CLIP_TO_MODEL, drop_reason, rename
-from .tensor_files import LazyTensor, open_safetensors, open_torch_file, open_weights, tensors_of
+from .tensor_files import LazyTensor, open_safetensors, open_weights, tensors_of
+from .torch_files import open_torch_file
 
 _CONFIG_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
 _SAFETENSORS_FILES = ["model*.safetensors"]

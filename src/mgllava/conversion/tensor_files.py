@@ -1,67 +1,16 @@
-"""Tensors that stay in their files until they are wanted."""
+"""Weight files: opening them with their tensors left on disk, and their digests."""
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import ConversionError
-from .restricted_pickle import load_without_code, refusal
-
-
-@dataclass(frozen=True)
-class LazyTensor:
-    """A tensor whose shape and dtype are known and whose values are read by `load`.
-
-    Args:
-        shape (`tuple[int, ...]`): Its shape.
-        dtype (`torch.dtype`): Its dtype.
-        origin (`str`): Where the values come from and what is done to them, for reports and digests.
-        load (`Callable[[], torch.Tensor]`): Gives the values. They may lie in a memory-mapped file: read only.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    origin: str
-    load: Callable[[], torch.Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the values in bytes."""
-        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
-
-    def to(self, dtype: torch.dtype) -> "LazyTensor":
-        """Cast floating-point values to another dtype.
-
-        Args:
-            dtype (`torch.dtype`): The dtype wanted.
-
-        Returns:
-            `LazyTensor`: Itself if there is nothing to cast.
-        """
-        if dtype == self.dtype or not self.dtype.is_floating_point:
-            return self
-        return LazyTensor(self.shape, dtype, f"{self.origin} as {dtype}", lambda: self.load().to(dtype))
-
-
-def from_tensor(tensor: torch.Tensor, origin: str) -> LazyTensor:
-    """Wrap a tensor, usually a memory-mapped one.
-
-    Args:
-        tensor (`torch.Tensor`): The tensor.
-        origin (`str`): Where it comes from.
-
-    Returns:
-        `LazyTensor`: The wrapped tensor.
-    """
-    return LazyTensor(tuple(tensor.shape), tensor.dtype, origin, lambda: tensor.detach())
+from .lazy_tensor import LazyTensor, from_tensor
+from .torch_files import StoredTensor, open_torch_file, range_check
 
 
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
@@ -86,47 +35,6 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
         ) from error
 
 
-def open_torch_file(path: Path, trust_pickle: bool = False, inert_modules: tuple[str, ...] = ()) -> Any:
-    """Open a file of `torch.save` with its tensors left on disk.
-
-    Args:
-        path (`Path`): The file.
-        trust_pickle (`bool`, *optional*, defaults to `False`): Read a file that names foreign classes. Their objects
-            become placeholders even then.
-        inert_modules (`tuple[str, ...]`, *optional*): Packages whose objects become placeholders without being asked.
-
-    Returns:
-        `Any`: What was saved.
-
-    Raises:
-        ConversionError: If the file is truncated, no torch file, or holds pickled objects and is not trusted.
-    """
-    # Files from before torch 1.6 are no zip archives and cannot be mapped.
-    with path.open("rb") as file:
-        mmap = file.read(2) == b"PK"
-    try:
-        if trust_pickle or inert_modules:
-            return load_without_code(path, lambda name: trust_pickle or name.split(".")[0] in inert_modules, mmap=mmap)
-        return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
-    except UnpicklingError as error:
-        names = _foreign_globals(path)
-        if names:
-            raise ConversionError(refusal(path, names)) from error
-        raise ConversionError(f"{path} cannot be read as a torch file ({error}).") from error
-    except ConversionError:
-        raise
-    except Exception as error:  # torch reports damaged files with a dozen types
-        raise ConversionError(
-            f"{path} cannot be read as a torch file ({error}). Is it truncated? Fetch it again."
-        ) from error
-
-
-def _foreign_globals(path: Path) -> list[str]:
-    if not zipfile.is_zipfile(path):
-        return ["objects that `torch.load(weights_only=True)` does not allow"]
-    return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-
-
 def tensors_of(state: Any, path: Path) -> dict[str, LazyTensor]:
     """Wrap a state dict.
 
@@ -142,10 +50,13 @@ def tensors_of(state: Any, path: Path) -> dict[str, LazyTensor]:
     """
     if not isinstance(state, dict) or not state:
         raise ConversionError(f"{path} must hold a state dict (names and tensors), got {type(state).__name__}.")
-    others = {name: type(value).__name__ for name, value in state.items() if not isinstance(value, torch.Tensor)}
+    others = {name: type(value).__name__ for name, value in state.items() if not isinstance(value, StoredTensor)}
     if others:
         raise ConversionError(f"{path} must hold a state dict (names and tensors), got also {_some(others.items())}.")
-    return {name: from_tensor(value, f"{path.name}:{name}") for name, value in state.items()}
+    keys = [name for name in state if not isinstance(name, str)]
+    if keys:
+        raise ConversionError(f"{path} must hold a state dict, whose names are text, got also {_some(keys)}.")
+    return {name: value.lazy(f"{path.name}:{name}") for name, value in state.items()}
 
 
 def open_weights(folder: Path) -> tuple[dict[str, LazyTensor], list[Path]]:
@@ -202,12 +113,22 @@ def sha256(path: Path, on_bytes: Callable[[int], None]) -> str:
 
     Returns:
         `str`: The digest in hexadecimal.
+
+    Raises:
+        ConversionError: If it is a torch file in use, and damaged: checksums are compared on the way.
     """
     digest = hashlib.sha256()
+    check = range_check(path)
     with path.open("rb") as file:
+        position = 0
         while block := file.read(1 << 22):
             digest.update(block)
+            if check is not None:
+                check.update(block, position)
+            position += len(block)
             on_bytes(len(block))
+    if check is not None:
+        check.finish()
     return digest.hexdigest()
 
 

@@ -5,6 +5,7 @@ import io
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 
 from .errors import ConversionError
 from .shard_writer import check_disk_space
-from .tensor_files import LazyTensor, open_torch_file, tensors_of
+from .tensor_files import LazyTensor, tensors_of
+from .torch_files import materialize, open_torch_file
 
 # Objects of deepspeed itself (loss scalers, address tables) lie in every one of its files; none of them is needed.
 _INERT_MODULES = ("deepspeed",)
@@ -34,10 +36,13 @@ def find_zero_folder(path: Path) -> Path:
         return path
     latest = path / "latest"
     if latest.is_file():
-        folder = path / latest.read_text(encoding="utf-8").strip()
-        if any(folder.glob("*_model_states.pt")):
-            return folder
-        raise ConversionError(f"{latest} names {folder}, which holds no *_model_states.pt.")
+        tag = latest.read_bytes()[:1000].decode("utf-8", "replace").strip()
+        # A file that came with a checkpoint does not lead out of it.
+        if not tag or Path(tag).name != tag or tag == ".." or not tag.isprintable():
+            raise ConversionError(f"{latest} must name a folder next to it, got {tag[:100]!r}.")
+        if any((path / tag).glob("*_model_states.pt")):
+            return path / tag
+        raise ConversionError(f"{latest} names {path / tag}, which holds no *_model_states.pt.")
     raise ConversionError(
         f"{path} is no DeepSpeed checkpoint: expected *_model_states.pt in it, or a file `latest` that names the "
         f"folder with them. It holds {sorted(entry.name for entry in path.iterdir())[:10]}."
@@ -66,23 +71,58 @@ def open_zero_folder(
     model_files = sorted(folder.glob("*_model_states.pt"))
     optimizer_files = sorted(folder.glob("*_optim_states.pt"))
     first = open_torch_file(model_files[0], trust_pickle, _INERT_MODULES)
-    meta = first.get("meta") or {}
+    if not isinstance(first, dict):
+        raise ConversionError(f"{model_files[0]} must hold a dict, as DeepSpeed writes, got {type(first).__name__}.")
+    meta = meta_of(first, model_files[0])
     if not optimizer_files:
         # Without optimizer states the weights are whole in the model file, unless stage 3 had partitioned them.
         if model_files[0].name != "mp_rank_00_model_states.pt":
             raise ConversionError(
                 f"{folder} is a ZeRO stage 3 checkpoint without its *_optim_states.pt, which hold the weights."
             )
-        return tensors_of(first["module"], model_files[0]), meta, model_files[:1]
-    state = _consolidate(folder, trust_pickle, scratch)
-    tensors = {
-        name: LazyTensor(tuple(value.shape), value.dtype, f"{folder.name}:{name}", value.contiguous)
-        for name, value in state.items()
-    }
+        return tensors_of(first.get("module"), model_files[0]), meta, model_files[:1]
+    archives: list[Any] = []
+    state = _consolidate(folder, trust_pickle, scratch, archives)
+    tensors = {}
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(getattr(value, "dtype", None), torch.dtype):
+            raise ConversionError(f"{folder} must hold names and tensors, got {name!r} ({type(value).__name__}).")
+        load = partial(_load, value, archives)
+        tensors[name] = LazyTensor(tuple(value.shape), value.dtype, f"{folder.name}:{name}", load)
     return tensors, meta, model_files + optimizer_files
 
 
-def _consolidate(folder: Path, trust_pickle: bool, scratch: Path | None) -> dict[str, Any]:
+def _load(value: Any, archives: Sequence[Any]) -> torch.Tensor:
+    """Read a tensor, whose parts may lie in any of the files."""
+    for archive in archives:
+        archive.verify()
+    tensor: torch.Tensor = value.contiguous()
+    return tensor
+
+
+def meta_of(content: dict[Any, Any], path: Path) -> dict[str, Any]:
+    """Read what the runner says about itself.
+
+    Args:
+        content (`dict`): What a checkpoint holds.
+        path (`Path`): That checkpoint.
+
+    Returns:
+        `dict[str, Any]`: Its `meta`; empty if there is none.
+
+    Raises:
+        ConversionError: If it is not a dict with text for keys.
+    """
+    meta = content.get("meta")
+    if meta is None:
+        return {}
+    if not isinstance(meta, dict) or not all(isinstance(key, str) for key in meta):
+        found = type(meta).__name__ + (" with other keys" if isinstance(meta, dict) else "")
+        raise ConversionError(f"`meta` of {path} must be a dict with text for keys, got a {found}.")
+    return dict(meta)
+
+
+def _consolidate(folder: Path, trust_pickle: bool, scratch: Path | None, archives: list[Any]) -> dict[str, Any]:
     try:
         from deepspeed.utils import zero_to_fp32
     except ImportError as error:
@@ -94,20 +134,21 @@ def _consolidate(folder: Path, trust_pickle: bool, scratch: Path | None) -> dict
         with (
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(io.StringIO()),
-            _frugal_torch(zero_to_fp32, trust_pickle, scratch),
+            _frugal_torch(zero_to_fp32, trust_pickle, scratch, archives),
         ):
             state: dict[str, Any] = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(
                 str(folder.parent), tag=folder.name, lazy_mode=True
             )
-    except (ValueError, KeyError, OSError, NotImplementedError) as error:
-        if isinstance(error, ConversionError):
-            raise
-        raise ConversionError(f"deepspeed cannot read the checkpoint in {folder}: {error}") from error
+    except ConversionError:
+        raise
+    except Exception as error:  # the reader takes it for granted that files are whole and of one run
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConversionError(f"deepspeed cannot read the checkpoint in {folder}: {reason}") from error
     return state
 
 
 @contextlib.contextmanager
-def _frugal_torch(reader: Any, trust_pickle: bool, scratch: Path | None) -> Iterator[None]:
+def _frugal_torch(reader: Any, trust_pickle: bool, scratch: Path | None, archives: list[Any]) -> Iterator[None]:
     """Let deepspeed's reader load files without running code, and keep what it joins on disk.
 
     The reader calls `torch.load(weights_only=False)`, and for stages 1 and 2 joins the partitions of all weights in
@@ -119,7 +160,7 @@ def _frugal_torch(reader: Any, trust_pickle: bool, scratch: Path | None) -> Iter
             return getattr(torch, name)
 
         def load(self, path: str, **kwargs: Any) -> Any:
-            return open_torch_file(Path(path), trust_pickle, _INERT_MODULES)
+            return materialize(open_torch_file(Path(path), trust_pickle, _INERT_MODULES), archives)
 
         def cat(self, tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
             return tensors[0] if len(tensors) == 1 else _join_on_disk(tensors, scratch)
@@ -150,4 +191,4 @@ def _join_on_disk(tensors: Sequence[torch.Tensor], scratch: Path | None) -> torc
     return torch.cat([tensor.flatten() for tensor in tensors], out=joined)
 
 
-__all__ = ["find_zero_folder", "open_zero_folder"]
+__all__ = ["find_zero_folder", "meta_of", "open_zero_folder"]

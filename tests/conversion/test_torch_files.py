@@ -1,0 +1,479 @@
+"""Files of `torch.save` from strangers: the same tensors as `torch.load` gives, or one error, and nothing else."""
+
+import functools
+import io
+import pickle
+import random
+import shutil
+import struct
+import sys
+import zipfile
+from collections import OrderedDict
+
+import pytest
+import torch
+
+from mgllava.conversion import ConversionError, convert_checkpoint, read_checkpoint
+from mgllava.conversion.torch_files import open_torch_file
+
+DTYPES = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.uint16),
+)
+
+
+def _state():
+    torch.manual_seed(0)
+    base = torch.randn(6, 8)
+    state = {f"dtype.{number}": (torch.randn(3, 5) * 9).to(dtype) for number, dtype in enumerate(DTYPES)}
+    state |= {
+        "view": base[1:, ::2],
+        "transposed": base.T,
+        "shared": base,
+        "expanded": torch.arange(4.0)[:, None].expand(4, 3),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.empty(0, 3),
+        "parameter": torch.nn.Parameter(torch.randn(2, 2)),
+    }
+    return state
+
+
+def _assert_same(tensors, state):
+    assert list(tensors) == list(state)
+    for name, value in state.items():
+        loaded = tensors[name].load()
+        assert (loaded.shape, loaded.dtype) == (value.shape, value.dtype), name
+        # Bytes, since float8 cannot be compared.
+        assert (
+            loaded.contiguous()
+            .flatten()
+            .view(torch.uint8)
+            .equal(value.detach().contiguous().flatten().view(torch.uint8))
+        ), name
+
+
+def _repack(source, target, method, names=None):
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for info in old.infolist():
+            chosen = method if names is None or info.filename.endswith(names) else zipfile.ZIP_STORED
+            new.writestr(info.filename, old.read(info), compress_type=chosen)
+    return target
+
+
+@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4}])
+def test_tensors_are_those_of_torch_load(tmp_path, options):
+    state = _state()
+    if options.get("_use_new_zipfile_serialization") is False:
+        state = {name: value for name, value in state.items() if name not in ("dtype.11", "dtype.12")}
+    torch.save(state, tmp_path / "a.pth", **options)
+    _assert_same(read_checkpoint(tmp_path / "a.pth").tensors, torch.load(tmp_path / "a.pth", weights_only=False))
+
+
+def test_state_dict_of_a_module_with_metadata_is_read(tmp_path):
+    state = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)).state_dict()
+    assert isinstance(state, OrderedDict) and state._metadata
+    torch.save({"state_dict": state, "meta": {"iter": 3, "data": b"raw", "set": {1}}}, tmp_path / "a.pth")
+    checkpoint = read_checkpoint(tmp_path / "a.pth")
+    _assert_same(checkpoint.tensors, state)
+    assert checkpoint.meta == {"iter": 3, "data": b"raw", "set": {1}}
+
+
+def test_other_byte_order_is_swapped(tmp_path):
+    state = {"a": torch.randn(3, 4), "b": torch.arange(5), "c": torch.arange(7).to(torch.uint8)}
+    torch.save(state, tmp_path / "a.pth")
+    other = "big" if sys.byteorder == "little" else "little"
+    with zipfile.ZipFile(tmp_path / "a.pth") as old, zipfile.ZipFile(tmp_path / "b.pth", "w") as new:
+        for info in old.infolist():
+            new.writestr(info.filename, other if info.filename.endswith("byteorder") else old.read(info))
+    expected = torch.load(tmp_path / "b.pth", weights_only=True)
+    assert not expected["a"].equal(state["a"])
+    _assert_same(read_checkpoint(tmp_path / "b.pth").tensors, expected)
+
+
+# Compressed and damaged files
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_archive_that_was_packed_again_gives_the_same_tensors(tmp_path, method):
+    # Packed by another tool, storages are compressed, or at least no longer aligned.
+    torch.save(_state(), tmp_path / "a.pth")
+    repacked = _repack(tmp_path / "a.pth", tmp_path / "b.pth", method)
+    _assert_same(read_checkpoint(repacked).tensors, torch.load(tmp_path / "a.pth", weights_only=True))
+
+
+def test_compressed_checkpoint_converts_to_the_same_weights(tmp_path, golden, sources, converted):
+    checkpoint = _repack(golden / "xtuner" / "iter_10.pth", tmp_path / "iter_10.pth", zipfile.ZIP_DEFLATED)
+    output = convert_checkpoint(checkpoint, **sources, output=tmp_path / "out")
+    assert (output / "model.safetensors").read_bytes() == (converted / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_other_compression_is_refused(tmp_path, method):
+    torch.save(_state(), tmp_path / "a.pth")
+    with pytest.raises(ConversionError, match="packed in a way that is not supported"):
+        read_checkpoint(_repack(tmp_path / "a.pth", tmp_path / "b.pth", method))
+
+
+def _flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << (position % 8)
+    path.write_bytes(content)
+
+
+def _places(path, part):
+    """Say where the bytes of the entries lie whose names end so."""
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        for info in archive.infolist():
+            if part in info.filename and info.file_size:
+                file.seek(info.header_offset + 26)
+                name, extra = struct.unpack("<HH", file.read(4))
+                yield range(
+                    info.header_offset + 30 + name + extra, info.header_offset + 30 + name + extra + info.compress_size
+                )
+
+
+@pytest.mark.parametrize("method", [None, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_any_flipped_bit_is_an_error_or_changes_nothing(tmp_path, method):
+    state = {name: value for name, value in _state().items() if not name.startswith("dtype.")}
+    whole, path = tmp_path / "whole.pth", tmp_path / "a.pth"
+    torch.save(state, path)
+    shutil.copy(path, whole) if method is None else _repack(path, whole, method)
+    size, errors = whole.stat().st_size, 0
+    for position in random.Random(0).sample(range(size), 150):
+        shutil.copy(whole, path)
+        _flip(path, position)
+        try:
+            _assert_same(read_checkpoint(path).tensors, state)
+        except ConversionError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            errors += 1
+    assert errors > 10
+
+
+def test_flipped_byte_of_a_weight_stops_a_conversion_before_it_writes(tmp_path, golden, sources):
+    path = shutil.copy(golden / "xtuner" / "iter_10.pth", tmp_path / "iter_10.pth")
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size).filename
+    (place,) = _places(path, largest)
+    _flip(path, place[len(place) // 2])
+    with pytest.raises(ConversionError, match=rf"{largest} does not have the checksum"):
+        convert_checkpoint(path, **sources, output=tmp_path / "out")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["iter_10.pth"]
+
+
+@pytest.mark.parametrize("argument", ["high_res_tower", "llm"])
+def test_flipped_byte_of_another_source_is_noticed(tmp_path, golden, sources, argument):
+    folder = tmp_path / "source"
+    shutil.copytree(sources[argument], folder)
+    if argument == "llm":
+        from safetensors.torch import load_file
+
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    (path,) = folder.glob("*.bin")
+    place = max(_places(path, "/data/"), key=len)
+    _flip(path, place[5])
+    with pytest.raises(ConversionError, match="does not have the checksum"):
+        convert_checkpoint(
+            golden / "xtuner" / "iter_5_pretrain.pth", **{**sources, argument: folder}, output=tmp_path / "out"
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_file_without_checksums_is_read(tmp_path):
+    # torch.serialization.set_crc32_options(False) writes zeros.
+    options = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(_state(), tmp_path / "a.pth")
+    finally:
+        torch.serialization.set_crc32_options(options)
+    _assert_same(read_checkpoint(tmp_path / "a.pth").tensors, torch.load(tmp_path / "a.pth", weights_only=True))
+
+
+def test_every_file_that_is_cut_off_is_named(tmp_path):
+    for zipped in (True, False):
+        torch.save(
+            {"a": torch.randn(4, 4), "b": torch.arange(3)}, tmp_path / "whole", _use_new_zipfile_serialization=zipped
+        )
+        whole, path = (tmp_path / "whole").read_bytes(), tmp_path / "cut.pth"
+        for length in [*range(0, len(whole), 37), len(whole) - 1]:
+            path.write_bytes(whole[:length])
+            with pytest.raises(ConversionError, match=r"cut\.pth cannot be read as a torch file"):
+                read_checkpoint(path)
+
+
+def test_announced_sizes_are_not_believed(tmp_path):
+    # A storage that unpacks to a terabyte, and a tensor that reaches beyond its storage.
+    torch.save({"a": torch.zeros(1 << 20)}, tmp_path / "a.pth")
+    deflated = _repack(tmp_path / "a.pth", tmp_path / "b.pth", zipfile.ZIP_DEFLATED, "data/0")
+    content = deflated.read_bytes()
+    size = struct.pack("<I", 4 << 20)
+    assert content.count(size) == 2
+    deflated.write_bytes(content.replace(size, struct.pack("<I", 4_000_000_000)))
+    with pytest.raises(ConversionError, match="has 4000000000 bytes, expected 4194304"):
+        read_checkpoint(deflated)
+    with zipfile.ZipFile(tmp_path / "a.pth") as old, zipfile.ZipFile(tmp_path / "c.pth", "w") as new:
+        for info in old.infolist():
+            new.writestr(info.filename, b"1234" if info.filename.endswith("data/0") else old.read(info))
+    with pytest.raises(ConversionError, match="has 4 bytes, expected 4194304"):
+        read_checkpoint(tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "it is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"<!DOCTYPE html>", "cannot be read"),
+        (b"PK\x05\x06" + b"\0" * 18, "empty archive"),
+    ],
+)
+def test_files_of_other_kinds(tmp_path, content, said):
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(ConversionError, match=said):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+def test_torchscript_and_sparse_tensors_are_refused_by_name(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pth")
+    with pytest.raises(ConversionError, match="TorchScript"):
+        read_checkpoint(tmp_path / "script.pth", trust_pickle=True)
+    torch.save({"a": torch.eye(3).to_sparse()}, tmp_path / "sparse.pth")
+    with pytest.raises(ConversionError, match="sparse, quantized"):
+        read_checkpoint(tmp_path / "sparse.pth")
+    torch.save({"a": torch.complex(torch.ones(2), torch.ones(2)).conj().imag}, tmp_path / "negated.pth")
+    with pytest.raises(ConversionError, match="lazy view"):
+        read_checkpoint(tmp_path / "negated.pth")
+
+
+# Pickles that attack
+
+
+class Raw:
+    """Writes a pickle by its operations."""
+
+    def __init__(self):
+        self.out = io.BytesIO()
+        self.out.write(pickle.PROTO + b"\2")
+
+    def op(self, code, argument=b""):
+        self.out.write(code + argument)
+        return self
+
+    def name(self, full):
+        module, _, name = full.rpartition(".")
+        return self.op(pickle.GLOBAL, f"{module}\n{name}\n".encode())
+
+    def value(self, value):
+        # Protocol 2 without its first two bytes and the last.
+        return self.op(pickle.dumps(value, 2)[2:-1])
+
+    def bytes(self):
+        return self.out.getvalue() + pickle.STOP
+
+
+def _archive(path, data):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", data)
+        archive.writestr("a/version", b"3\n")
+        archive.writestr("a/data/0", struct.pack("<4f", 1, 2, 3, 4))
+    return path
+
+
+def _legacy(path, data):
+    parts = [0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True}]
+    path.write_bytes(b"".join(pickle.dumps(part, 2) for part in parts) + data + pickle.dumps([], 2))
+    return path
+
+
+TARGETS = (
+    *("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor", "torch._utils._rebuild_parameter"),
+    *("torch._tensor._rebuild_from_type_v2", "collections.OrderedDict", "collections.Counter", "torch.Size"),
+    *("torch.device", "torch.float32", "torch.FloatStorage", "torch.storage.UntypedStorage", "torch.Tensor"),
+    *("torch.nn.parameter.Parameter", "builtins.set", "builtins.frozenset", "builtins.bytearray", "_codecs.encode"),
+    *("os.system", "builtins.eval", "torch.nn.Linear", "torch", "builtins.dict", "deepspeed.runtime.engine.Engine"),
+)
+
+
+@functools.cache
+def _real(name):
+    module, _, attribute = name.rpartition(".")
+    return getattr(sys.modules.get(module), attribute, None)
+
+
+def _snapshot():
+    """What a pickle might change in this process."""
+    found = {}
+    for name in TARGETS:
+        value = _real(name)
+        found[name] = (id(value), getattr(value, "__defaults__", None), repr(getattr(value, "__kwdefaults__", None)))
+        found[f"{name}.__dict__"] = {key: id(entry) for key, entry in getattr(value, "__dict__", {}).items()}
+    found["torch"] = {key: id(value) for key, value in vars(torch).items() if key != "__warningregistry__"}
+    return found
+
+
+@pytest.mark.parametrize("write", [_archive, _legacy])
+@pytest.mark.parametrize("target", TARGETS)
+def test_pickle_does_not_set_attributes_of_what_it_names(tmp_path, write, target):
+    before = _snapshot()
+    for state in (
+        {"__defaults__": (True,), "__call__": 1, "a": 2},
+        (None, {"__defaults__": (True,), "b": 1}),
+        {"x": 1},
+    ):
+        for code in (
+            pickle.BUILD,
+            pickle.SETITEMS,
+            pickle.APPENDS,
+            pickle.ADDITEMS if hasattr(pickle, "ADDITEMS") else b"\x90",
+        ):
+            raw = Raw().name(target)
+            if code == pickle.BUILD:
+                raw.value(state).op(code)
+            else:
+                raw.op(pickle.MARK).value("__defaults__").value((True,)).op(code)
+            path = write(tmp_path / "a.pth", raw.bytes())
+            for options in ({}, {"trust_pickle": True}, {"inert_modules": ("torch", "collections", "builtins")}):
+                with pytest.raises(ConversionError):
+                    open_torch_file(path, **options)
+    assert _snapshot() == before
+
+
+def test_rebuilding_of_good_files_is_not_changed_by_a_bad_one(tmp_path):
+    good = {"a": torch.randn(4)}
+    torch.save(good, tmp_path / "good.pth")
+    data = (
+        Raw()
+        .name("torch._utils._rebuild_tensor_v2")
+        .value((None, {"__defaults__": ({"neg": True},)}))
+        .op(pickle.BUILD)
+    )
+    data = data.op(pickle.POP).value({}).bytes()
+    with pytest.raises(ConversionError):
+        read_checkpoint(_archive(tmp_path / "bad.pth", data), trust_pickle=True)
+    _assert_same(read_checkpoint(tmp_path / "good.pth").tensors, good)
+    assert torch.load(tmp_path / "good.pth", weights_only=True)["a"].equal(good["a"])
+    assert torch._utils._rebuild_tensor_v2.__defaults__ == (None,)
+
+
+def test_deepspeed_folder_does_not_set_attributes_either(tmp_path):
+    before = _snapshot()
+    data = (
+        Raw()
+        .name("torch._utils._rebuild_tensor_v2")
+        .value((None, {"__defaults__": ({"neg": True},)}))
+        .op(pickle.BUILD)
+    )
+    _archive(tmp_path / "mp_rank_00_model_states.pt", data.bytes())
+    with pytest.raises(ConversionError):
+        read_checkpoint(tmp_path)
+    assert _snapshot() == before
+
+
+def test_trusted_legacy_file_writes_nothing(tmp_path):
+    # The class that the file names, and the source code that torch would compare it with and write down.
+    target = tmp_path / "victim"
+    target.write_text("mine")
+    raw = (
+        Raw()
+        .op(pickle.MARK)
+        .value("module")
+        .name("argparse.Namespace")
+        .value(str(target))
+        .value("class Namespace: pass")
+    )
+    path = _legacy(tmp_path / "a.pth", raw.op(pickle.TUPLE).op(pickle.BINPERSID).bytes())
+    before = sorted(entry.name for entry in tmp_path.iterdir())
+    with pytest.raises(ConversionError, match="must hold a state dict"):
+        read_checkpoint(path, trust_pickle=True)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == before and target.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        Raw().value(1).op(pickle.LONG_BINPUT, struct.pack("<I", 0xFFFFFFF0)),
+        Raw().value(1).op(pickle.PUT, b"99999999999\n"),
+        Raw().name("builtins.bytearray").value((10**13,)).op(pickle.REDUCE),
+        Raw().op(pickle.EXT1, b"\1"),
+        Raw().op(pickle.PERSID, b"storage\n"),
+        Raw().op(pickle.BINUNICODE8, struct.pack("<Q", 1 << 62)),
+        Raw().op(pickle.FRAME, struct.pack("<Q", 1 << 62)),
+        Raw().op(pickle.MARK * 100_000),
+        Raw().op(pickle.EMPTY_LIST + pickle.MARK).op(pickle.EMPTY_TUPLE + pickle.TUPLE1 * 200_000).op(pickle.APPENDS),
+    ],
+    ids=range(9),
+)
+@pytest.mark.parametrize("write", [_archive, _legacy])
+def test_pickle_bombs_are_one_error(tmp_path, raw, write):
+    with pytest.raises(ConversionError):
+        read_checkpoint(write(tmp_path / "a.pth", raw.bytes()), trust_pickle=True)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_pickles_end_in_an_error_and_change_nothing(tmp_path, seed):
+    chosen = random.Random(seed)
+    storage = ("storage", "FloatStorage", "0", "cpu", 4)
+    values = [
+        0,
+        -1,
+        1 << 40,
+        "a",
+        b"b",
+        2.5,
+        None,
+        True,
+        (),
+        [],
+        {},
+        (1, 2),
+        ("0",),
+        {"neg": True},
+        {"__defaults__": (1,)},
+    ]
+    simple = [
+        *(pickle.REDUCE, pickle.BUILD, pickle.NEWOBJ, pickle.SETITEM, pickle.APPEND, pickle.TUPLE1, pickle.TUPLE2),
+        *(
+            pickle.TUPLE3,
+            pickle.POP,
+            pickle.DUP,
+            pickle.BINPERSID,
+            pickle.MARK,
+            pickle.TUPLE,
+            pickle.LIST,
+            pickle.DICT,
+        ),
+        *(pickle.APPENDS, pickle.SETITEMS, pickle.POP_MARK, pickle.EMPTY_SET, pickle.ADDITEMS, pickle.NEWOBJ_EX),
+        *(
+            pickle.STACK_GLOBAL,
+            pickle.MEMOIZE,
+            pickle.BINGET + b"\0",
+            pickle.BINGET + b"\1",
+            pickle.OBJ,
+            pickle.FROZENSET,
+        ),
+    ]
+    before = _snapshot()
+    path = tmp_path / "a.pth"
+    for _ in range(400):
+        raw = Raw()
+        for _ in range(chosen.randrange(2, 25)):
+            kind = chosen.random()
+            if kind < 0.3:
+                raw.name(chosen.choice(TARGETS))
+            elif kind < 0.55:
+                raw.value(chosen.choice(values))
+            elif kind < 0.6:
+                raw.op(pickle.MARK).value("storage").name("torch.FloatStorage").value(storage[2]).value("cpu").value(4)
+                raw.op(pickle.TUPLE).op(pickle.BINPERSID)
+            else:
+                raw.op(chosen.choice(simple))
+        write = chosen.choice([_archive, _legacy])
+        try:
+            open_torch_file(write(path, raw.bytes()), trust_pickle=chosen.random() < 0.5)
+            read_checkpoint(path, trust_pickle=chosen.random() < 0.5)
+        except ConversionError as error:
+            assert "\n" not in str(error)
+    assert _snapshot() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.pth"]
