@@ -82,14 +82,22 @@ class PromptEmbeds:
         Args:
             path (`str` or `os.PathLike`): A file that [`~PromptEmbeds.save`] wrote.
             device (`torch.device`): Where to keep them.
+
+        Raises:
+            ValueError: If the file does not hold one row for each prompt that it names.
         """
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
+            metadata = file.metadata() or {}
             if metadata.get("text_tower") != self._fingerprint:
                 logger.warning(f"Ignoring {os.fspath(path)!r}: another text tower made these embeddings.")
                 return
             embeds = file.get_tensor("prompt_embeds")
-        prompts = json.loads(metadata["prompts"])
+        prompts = json.loads(metadata.get("prompts", "[]"))
+        if embeds.ndim != 2 or len(prompts) != len(embeds) or len(set(prompts)) != len(prompts):
+            raise ValueError(
+                f"{os.fspath(path)!r} must hold one embedding for each prompt, got {len(prompts)} prompts for a "
+                f"tensor of shape {tuple(embeds.shape)}. Remove the file: prompts are then embedded again."
+            )
         new = [row for row, prompt in enumerate(prompts) if prompt not in self._rows]
         if new:
             self._append([prompts[row] for row in new], embeds[new].to(device))
