@@ -1,5 +1,6 @@
 """The processor with a box detector: end to end, saving, loading, pickling, workers, the Hub."""
 
+import copy
 import json
 import pickle
 import shutil
@@ -167,6 +168,7 @@ def test_repository_ids_stay_ids(processor, tmp_path, monkeypatch):
             "dtype": torch.float16,
             "trust_remote_code": True,
             "cache_dir": None,
+            "force_download": False,
             "local_files_only": True,
             "token": None,
         }
@@ -219,13 +221,14 @@ def test_pickling_keeps_the_configuration_and_leaves_the_models_out(saved):
     assert_same_boxes(pickle.loads(data).detect(IMAGE)[0], EXPECTED)
 
 
-def test_a_pickled_detector_of_objects_is_missed_loudly():
+def test_a_detector_of_objects_is_pickled_along(tmp_path):
     processor = small()
     processor.box_detector = BoxDetector(LABELS, **owlv2_objects())
-    copy = pickle.loads(pickle.dumps(processor))
-    with pytest.raises(ValueError, match="given as objects, which pickling leaves out"):
-        copy(IMAGE, "<image>")
-    assert copy(IMAGE, "<image>", boxes=[[]])["num_boxes"] == [1]
+    for copied in (pickle.loads(pickle.dumps(processor)), copy.deepcopy(processor)):
+        assert_same_boxes(copied.detect(IMAGE)[0], EXPECTED)
+        assert copied.box_detector is not processor.box_detector
+    with pytest.raises(ValueError, match="this processor was not loaded from one"):
+        processor.load_box_detector()
 
 
 @pytest.mark.parametrize(

@@ -374,6 +374,8 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         num_boxes: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cache: Cache | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        box_labels: list[list] | None = None,
         **kwargs,
     ) -> MGLlavaModelOutputWithPast:
         """Embed text and images and run the language model.
@@ -400,6 +402,10 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
                 `{"image": output of get_image_features}`, to use in place of `pixel_values`.
             cache (`Cache`, *optional*):
                 The same as `past_key_values`, by its name since transformers 5.24.
+            mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Accepted and not used, so that all that the processor returns may be passed on.
+            box_labels (`list[list]`, *optional*):
+                Accepted and not used, as above.
             **kwargs: Arguments of the language model, such as `use_cache` and `output_hidden_states`.
 
         Returns:
@@ -621,6 +627,8 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cache: Cache | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        box_labels: list[list] | None = None,
         **kwargs,
     ) -> MGLlavaCausalLMOutputWithPast:
         """Score the next token, and compute the loss if `labels` are given.
@@ -651,6 +659,10 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
                 `{"image": output of get_image_features}`, to use in place of `pixel_values`.
             cache (`Cache`, *optional*):
                 The same as `past_key_values`, by its name since transformers 5.24.
+            mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Accepted and not used, so that all that the processor returns may be passed on.
+            box_labels (`list[list]`, *optional*):
+                Accepted and not used, as above.
             **kwargs: Arguments of the language model, such as `use_cache` and `output_hidden_states`, and of the loss
                 (`num_items_in_batch`).
 

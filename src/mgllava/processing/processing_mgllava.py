@@ -385,7 +385,10 @@ class MGLlavaProcessor(ProcessorMixin):
             elif config is not None:
                 config = store_parts(config, save_directory, self._repository, {})
         saved = self._plain_copy(config)
-        return super(MGLlavaProcessor, saved).save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        files = super(MGLlavaProcessor, saved).save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        if (auto_map := getattr(saved, "auto_map", None)) is not None:
+            self.auto_map = auto_map
+        return files
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Upload the processor, box detector included, see [`ProcessorMixin.push_to_hub`].
@@ -708,6 +711,8 @@ def _find_boxes(
                 f"{name} must return 'boxes', 'labels' and 'scores', got none of {absent} for image {index}, but "
                 f"{sorted(map(str, result))}."
             )
+        if isinstance(result["labels"], str):
+            raise TypeError(f"{name} must return a list of labels, got {result['labels']!r} for image {index}.")
         try:
             read_boxes(result)
         except (TypeError, ValueError) as error:
