@@ -293,7 +293,7 @@ def test_push_creates_uploads_and_tags(saved, tmp_path, monkeypatch):
     create, sent, tag = api.calls
     assert create == ("create", "org/name", True, True) and tag == ("tag", "org/name", TAG, "c0ffee")
     assert sent[:2] == ("upload", "org/name") and {"README.md", "modeling_mgllava.py"} <= sent[2]
-    assert "*.py" in sent[3]
+    assert "modeling_mgllava.py" in sent[3] and not any(pattern.startswith("*") for pattern in sent[3])
     assert '"org/name"' in (output / "README.md").read_text()
 
 

@@ -85,6 +85,8 @@ def open_weights(folder: Path) -> tuple[dict[str, LazyTensor], list[Path]]:
 
 def _open_shards(index_path: Path) -> tuple[dict[str, LazyTensor], list[Path]]:
     weight_map: dict[str, str] = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+    if outside := sorted({name for name in weight_map.values() if Path(name).name != name or name == ".."}):
+        raise ConversionError(f"{index_path} must name files next to itself, got {_some(outside)}.")
     files = [index_path.parent / name for name in sorted(set(weight_map.values()))]
     absent = [path.name for path in files if not path.is_file()]
     if absent:

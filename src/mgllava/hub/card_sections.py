@@ -72,13 +72,14 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
 
 
-def place(name: str | None) -> str:
+def place(name: str | None, revision: str | None = None) -> str:
     """Say where something comes from, with a link if it is on the Hub."""
     if not name:
         return "unknown"
     if name.startswith("./"):
         return f"in this repository, `{name[2:]}`"
-    return f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else f"`{name}`"
+    commit = f" at `{revision}`" if revision else ""
+    return f"[{name}](https://huggingface.co/{name}){commit}" if is_hub_id(name) else f"`{name}`"
 
 
 def terms(name: str | None) -> str:

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import logging
 
 from mgllava.conversion.errors import ConversionError
 from mgllava.conversion.repository_writer import REPORT_NAME, Progress, match_tensors
@@ -21,7 +23,7 @@ from mgllava.conversion.tensor_files import open_weights
 from mgllava.modeling import MGLlavaConfig, MGLlavaForConditionalGeneration
 from mgllava.processing import MGLlavaProcessor
 from mgllava.processing.box_detection_mgllava import DEFAULT_DETECTOR
-from mgllava.processing.box_detector_files_mgllava import BUNDLE_FOLDER, is_bundled
+from mgllava.processing.box_detector_files_mgllava import BUNDLE_FOLDER, PARTS, check_links, is_bundled
 from mgllava.ram_plus import RamPlusConfig, RamPlusForImageTagging, RamPlusImageProcessor
 
 from .card_sections import Contents, is_hub_id
@@ -30,6 +32,8 @@ from .verify import verify_loading
 
 _TEXT_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.py", CARD_NAME]
 _INDEX = "model.safetensors.index.json"
+_TEMPLATES_FOLDER = "chat_templates"
+logger = logging.get_logger(__name__)
 _BLOCK = 1 << 24
 
 
@@ -87,18 +91,22 @@ def export_repository(
         `Path`: The output.
 
     Raises:
-        ConversionError: If `model` is no such repository or not whole, the result does not load, or `output` exists.
+        ConversionError: If `model` is not such a repository or not whole, its files name or link to something outside
+            it, the result does not load, or `output` exists.
     """
     output = Path(output).absolute()
     source = fetch(model, "model", [*_TEXT_FILES, "*.safetensors"], revision)
+    _refuse_links(source)
     kind = _kind(source, model)
     staging = StagingFolder(output, overwrite, kind.config.model_type)
     config = _read_config(source, kind)
     shapes = _shapes(config, kind)
     weight_files = _check_weights(source, config, shapes)
     processor = _read_processor(source, kind)
+    _check_box_detector(processor, source)
     if tagger is not None or detector is not None or with_detector:
         _set_box_detector(processor, tagger, detector, with_detector)
+    _pin_box_detector(processor)
 
     staging.keep_finished({}, [])
     staging.check_space(sum(path.stat().st_size for path in weight_files))
@@ -107,7 +115,10 @@ def export_repository(
         shutil.copyfile(source / "generation_config.json", staging.path / "generation_config.json")
     config.save_pretrained(staging.path)
     custom_object_save(kind.model, staging.path)
-    processor.save_pretrained(staging.path)
+    try:
+        processor.save_pretrained(staging.path)
+    except ValueError as error:  # a link that leads out of a folder of the box detector
+        raise ConversionError(f"The processor cannot be saved: {error}") from error
     for part in sorted((staging.path / BUNDLE_FOLDER).glob("*/config.json")):
         _write_code(part.parent)
     report = _read_report(source)
@@ -145,6 +156,21 @@ def _kind(folder: Path, name: str | Path) -> _Kind:
     if model_type not in _KINDS:
         raise ConversionError(f"`model` must be a repository of {' or '.join(_KINDS)}, got {name} of {model_type!r}.")
     return _KINDS[model_type]
+
+
+def _refuse_links(folder: Path) -> None:
+    """Refuse texts that are links to files elsewhere, which somebody's clone may have; they would be published."""
+    for path in sorted(folder.iterdir()):
+        if path.name == _TEMPLATES_FOLDER or any(path.match(pattern) for pattern in _TEXT_FILES):
+            _inside(path, folder)
+
+
+def _inside(path: Path, folder: Path) -> Path:
+    try:
+        check_links(path, folder)
+    except ValueError as error:
+        raise ConversionError(f"`model`: {error}") from error
+    return path
 
 
 def _read_config(folder: Path, kind: _Kind) -> Any:
@@ -189,6 +215,33 @@ def _read_processor(folder: Path, kind: _Kind) -> Any:
         ) from error
 
 
+def _check_box_detector(processor: Any, source: Path) -> None:
+    """Refuse a detector that the repository names outside itself, before something is written."""
+    try:
+        if isinstance(processor, MGLlavaProcessor):
+            processor.locate_box_detector()
+    except (ValueError, OSError) as error:
+        raise ConversionError(f"The box detector that {source} names cannot be exported: {error}") from error
+
+
+def _pin_box_detector(processor: Any) -> None:
+    """Note the commits of the parts that stay on the Hub."""
+    config = dict(getattr(processor, "box_detector_config", None) or {})
+    for part in PARTS:
+        name, key = config.get(part), f"{part}_revision"
+        if not isinstance(name, str) or is_bundled(name) or os.path.isdir(name):
+            continue
+        try:
+            config[key] = HfApi().model_info(name, revision=config.get(key)).sha
+        except (HfHubHTTPError, OSError):  # offline: saving looks in the cache
+            logger.warning(
+                f"The Hub cannot be asked for the commit of {name}, the {part} of the box detector: it is taken from "
+                "the local cache, or not noted at all if the cache has none."
+            )
+        else:
+            processor.box_detector_config = config
+
+
 def _set_box_detector(processor: Any, tagger: str | None, detector: str | None, with_detector: bool) -> None:
     """Put tagger and detector into the processor's configuration; with `with_detector` as folders on this disk."""
     if not isinstance(processor, MGLlavaProcessor):
@@ -201,6 +254,8 @@ def _set_box_detector(processor: Any, tagger: str | None, detector: str | None, 
         **(processor.box_detector_config or {}),
         **given,
     }
+    for name in given:
+        config.pop(f"{name}_revision", None)
     if config["tagger"] is None:
         raise ConversionError(
             "`tagger` must be given, since the processor has none: a folder that `mgllava convert-ram-plus` wrote, "
@@ -213,15 +268,15 @@ def _set_box_detector(processor: Any, tagger: str | None, detector: str | None, 
         if name not in given and (not isinstance(value, str) or is_bundled(value)):
             continue  # a list of labels, or in the source already
         if with_detector or os.path.isdir(value):
-            config[name] = str(_fetch_part(value, name).absolute())
+            config[name] = str(_fetch_part(value, name, config.pop(f"{name}_revision", None)).absolute())
     processor.box_detector_config = config
 
 
-def _fetch_part(name: str, argument: str) -> Path:
-    folder = fetch(name, argument, [*_TEXT_FILES, "*.safetensors"])
+def _fetch_part(name: str, argument: str, revision: str | None) -> Path:
+    folder = fetch(name, argument, [*_TEXT_FILES, "*.safetensors"], revision)
     if Path(name).is_dir() or any(folder.glob("*.safetensors")):
         return folder
-    return fetch(name, argument, [*_TEXT_FILES, "pytorch_model*.bin"])
+    return fetch(name, argument, [*_TEXT_FILES, "pytorch_model*.bin"], revision)
 
 
 def _copy_weights(source: Path, files: list[Path], target: Path, progress: Progress) -> None:

@@ -160,9 +160,9 @@ def _licences(contents: Contents) -> str:
     checkpoint = place(contents.argument("checkpoint"))
     rows.append(("fusion, projectors, tuning", checkpoint, "unknown: ask where the checkpoint came from"))
     for part in ("tagger", "detector"):
-        source = (contents.box_detector or {}).get(part)
-        if isinstance(source, str):
-            rows.append((part, place(source), terms(source)))
+        detector = contents.box_detector or {}
+        if isinstance(source := detector.get(part), str):
+            rows.append((part, place(source, detector.get(f"{part}_revision")), terms(source)))
     rows.append(("code", "mgllava", "Apache-2.0"))
     return f"## Licence\n\nEach part keeps its own.\n\n{table(('part', 'from', 'licence'), rows)}"
 

@@ -5,10 +5,30 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
+import mgllava
 from mgllava.conversion.errors import ConversionError
+from mgllava.processing.box_detector_files_mgllava import BUNDLE_FOLDER, PARTS
 
-# Left over from an earlier upload, these would be loaded, or be taken for what is loaded.
-_STALE = ["*.py", "*.safetensors", "*.safetensors.index.json"]
+_HUB_FOLDERS = ("modeling", "processing", "ram_plus")
+
+
+def _own_names() -> list[str]:
+    """Name the code and the weights that an export may hold, as patterns.
+
+    Left over from an earlier upload, these would be loaded, or be taken for what is loaded. No pattern has a `*`,
+    which would match folders too, so what a user put there stays.
+    """
+    package = Path(mgllava.__file__).parent
+    code = [path.name for folder in _HUB_FOLDERS for path in (package / folder).glob("*.py")]
+    number = "[0-9]" * 5
+    weights = [
+        "model.safetensors",
+        "model.safetensors.index.json",
+        f"model-{number}-of-{number}.safetensors",
+    ]
+    folders = ["", *(f"{BUNDLE_FOLDER}/{part}/" for part in PARTS)]
+    names = sorted({*code, *weights} - {"__init__.py"})
+    return [folder + name for folder in folders for name in names]
 
 
 def check_destination(repo_id: str, tag: str, private: bool) -> None:
@@ -39,8 +59,9 @@ def check_destination(repo_id: str, tag: str, private: bool) -> None:
 def upload_repository(folder: str | Path, repo_id: str, tag: str, *, private: bool = False) -> str:
     """Upload a folder in one commit, and tag it.
 
-    The repository is created if there is none. Code and weights of an earlier upload that the folder lacks go; all
-    other files there stay.
+    The repository is created if there is none. Files with the names of this package's code and of model weights that
+    the folder lacks are deleted, since they would be loaded; all other files there stay, a `handler.py` or adapters
+    for example.
 
     Args:
         folder (`str` or `Path`): What [`export_repository`] wrote.
@@ -58,7 +79,7 @@ def upload_repository(folder: str | Path, repo_id: str, tag: str, *, private: bo
     api = HfApi()
     url = api.create_repo(repo_id, private=private or None, exist_ok=True)
     commit = api.upload_folder(
-        repo_id=url.repo_id, folder_path=folder, commit_message=f"Export {tag}", delete_patterns=_STALE
+        repo_id=url.repo_id, folder_path=folder, commit_message=f"Export {tag}", delete_patterns=_own_names()
     )
     api.create_tag(url.repo_id, tag=tag, revision=commit.oid)
     return str(url)

@@ -1,6 +1,7 @@
 """Configuration of MG-LLaVA (arXiv 2406.17770)."""
 
 import os
+import re
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -41,7 +42,13 @@ class MGLlavaHighResVisionConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def validate_architecture(self):
-        """Check that there are four stages and that the strides divide the image."""
+        """Check the name, and that there are four stages and the strides divide the image."""
+        # timm also takes `local-dir:...` and `hf-hub:...`, and a configuration must not reach outside its repository.
+        if not re.fullmatch(r"convnext[\w.-]*", self.architecture):
+            raise ValueError(
+                f"`architecture` must be the name of a ConvNeXt in timm, such as 'convnext_large', got "
+                f"{self.architecture!r}."
+            )
         if len(self.depths) != 4 or len(self.hidden_sizes) != 4:
             raise ValueError(
                 "`depths` and `hidden_sizes` must have one entry for each of the 4 ConvNeXt stages, "
