@@ -16,6 +16,7 @@ from mgllava.processing import box_detector_files_mgllava
 from tests.hub.repositories import as_hub_cache
 from tests.processing.detectors import OWLV2
 from tests.processing.test_processing import small
+from tests.tiny import tiny_config
 
 SECRET = "what nobody else may read"
 
@@ -34,6 +35,7 @@ def clone(tmp_path):
     processor = small()
     processor.box_detector = BoxDetector(["cat"], OWLV2)
     processor.save_pretrained(tmp_path / "clone")
+    tiny_config().save_pretrained(tmp_path / "clone")
     return tmp_path / "clone"
 
 
