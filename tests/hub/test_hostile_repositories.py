@@ -105,7 +105,8 @@ def test_paths_out_of_a_repository_are_refused(kind, part, secret, clone, tmp_pa
 
 def test_an_export_checks_what_it_copies(secret, families, tmp_path):
     def fresh():
-        return shutil.copytree(families["vicuna"], tmp_path / "clone", dirs_exist_ok=True)
+        shutil.rmtree(tmp_path / "clone", ignore_errors=True)
+        return shutil.copytree(families["vicuna"], tmp_path / "clone")
 
     clone = fresh()
     for name in ("README.md", "generation_config.json", "chat_template.jinja"):
