@@ -52,7 +52,7 @@ def test_options_of_generation_go_before_those_of_the_model(model, own_config):
     [
         (["--bits", "3"], "`bits` must be 4 or 8, got 3"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
-        (["--temperature", "-1"], "--temperature must not be negative, got -1.0"),
+        (["--temperature", "-1"], "--temperature must be 0 or between 1e-06 and 10000, got -1.0"),
         (["--top-p", "1.5"], "--top-p must be above 0 and at most 1, got 1.5"),
         (["--temperature", "0", "--top-p", "0.5"], "--top-p has no effect with --temperature 0"),
         (["--image", "absent.jpg"], "absent.jpg cannot be read as an image"),

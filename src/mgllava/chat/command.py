@@ -1,5 +1,6 @@
 """What `mgllava chat` does: load, then talk."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from mgllava.box_files import read_boxes
 
 from .session import ChatError, ChatSession, read_picture
 from .terminal import ChatTerminal
+
+# Logits are divided by it, in fp32: below, they overflow; above, all tokens are equally likely.
+_LEAST_TEMPERATURE, _MOST_TEMPERATURE = 1e-6, 1e4
 
 
 def chat(
@@ -58,7 +62,7 @@ def chat(
         ValueError: If an option is out of range.
     """
     # Loading takes minutes: what can be wrong without the model is found before.
-    _check_generation_options(max_new_tokens, temperature, top_p)
+    _check_generation_options(max_new_tokens, temperature, top_p, seed, detection_threshold)
     quantization = None if bits is None else quantization_config(bits)
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     if config.model_type != MGLlavaConfig.model_type:
@@ -88,16 +92,28 @@ def chat(
     ChatTerminal(session, picture_folder, known_boxes).run(pictures)
 
 
-def _check_generation_options(max_new_tokens: int | None, temperature: float | None, top_p: float | None) -> None:
-    """Refuse values that generation would refuse at the first question, or ignore."""
+def _check_generation_options(
+    max_new_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    seed: int | None = None,
+    detection_threshold: float | None = None,
+) -> None:
+    """Refuse values that generation would refuse at the first question, ignore, or stumble over."""
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ChatError(f"--max-new-tokens must be at least 1, got {max_new_tokens}.")
-    if temperature is not None and not temperature >= 0:
-        raise ChatError(f"--temperature must not be negative, got {temperature}.")
+    if temperature is not None and not (temperature == 0 or _LEAST_TEMPERATURE <= temperature <= _MOST_TEMPERATURE):
+        raise ChatError(
+            f"--temperature must be 0 or between {_LEAST_TEMPERATURE:g} and {_MOST_TEMPERATURE:g}, got {temperature}."
+        )
     if top_p is not None and not 0 < top_p <= 1:
         raise ChatError(f"--top-p must be above 0 and at most 1, got {top_p}.")
     if temperature == 0 and top_p is not None:
         raise ChatError("--top-p has no effect with --temperature 0, which does not sample. Leave out one of them.")
+    if seed is not None and not 0 <= seed < 2**32:
+        raise ChatError(f"--seed must be a whole number from 0 to {2**32 - 1}, got {seed}.")
+    if detection_threshold is not None and not math.isfinite(detection_threshold):
+        raise ChatError(f"--detection-threshold must be a number, got {detection_threshold}.")
 
 
 def generation_config(

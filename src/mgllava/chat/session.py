@@ -14,6 +14,7 @@ from transformers import DynamicCache, GenerationConfig, TextStreamer
 from mgllava.modeling import CACHE_NAME
 from mgllava.processing.boxes_mgllava import limit_boxes, nms_per_label, read_boxes
 from mgllava.processing.image_inputs_mgllava import as_rgb, load_upright
+from mgllava.user_text import encode_conversation
 
 # Longest answer where neither the caller nor the model's generation config names one.
 _MAX_NEW_TOKENS = 512
@@ -126,7 +127,7 @@ class ChatSession:
         """Forget all turns and images."""
         self.messages: list[dict[str, Any]] = []
         if self.system:
-            self.messages.append({"role": "system", "content": self._plain(self.system)})
+            self.messages.append({"role": "system", "content": self.system})
         self.images: list[ChatImage] = []
         # Images that the next question comes with.
         self._waiting: list[ChatImage] = []
@@ -188,6 +189,9 @@ class ChatSession:
     def ask(self, question: str, on_text: Callable[[str], None] | None = None) -> Answer:
         """Put a question and generate the answer.
 
+        Whatever the question, the system message and earlier answers hold is text: `</s>` ends nothing, and `<image>`
+        stands for no image.
+
         A `KeyboardInterrupt` (Ctrl-C) ends the answer; what was said until then stays in the conversation. After any
         other error the conversation is as it was before.
 
@@ -206,18 +210,16 @@ class ChatSession:
         content: list[dict[str, Any]] = [
             {"type": "image", "image": image.picture, "boxes": image.detections} for image in self._waiting
         ]
-        content.append({"type": "text", "text": self._plain(question)})
+        content.append({"type": "text", "text": question})
         messages = [*self.messages, {"role": "user", "content": content}]
-        inputs = self.processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
+        inputs = encode_conversation(self.processor, messages)
         try:
             answer = self._generate(inputs, on_text)
         except BaseException:
             # Not every layer may have got as far as the others, and the next question may come with other images.
             self._forget()
             raise
-        messages.append({"role": "assistant", "content": self._plain(answer.text)})
+        messages.append({"role": "assistant", "content": answer.text})
         self.messages, self.images, self._waiting = messages, [*self.images, *self._waiting], []
         return answer
 
@@ -295,11 +297,6 @@ class ChatSession:
     def _end_tokens(self) -> list[int]:
         end = self.generation_config.eos_token_id or self.model.generation_config.eos_token_id
         return end if isinstance(end, list) else [end]
-
-    def _plain(self, text: str) -> str:
-        """Break placeholders within a text: they would stand for images."""
-        token = self.processor.image_token
-        return text.replace(token, f"{token[0]} {token[1:]}")
 
 
 class _Listener(TextStreamer):

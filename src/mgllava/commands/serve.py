@@ -37,10 +37,29 @@ def serve(
             "and 'host:port', separated by commas. Hosts in the list may have private addresses."
         ),
     ] = "public",
+    allowed_hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another name under which clients reach this server, as behind a proxy; may be given several times. "
+            "'*' allows all names, and web pages that point theirs here (DNS rebinding)."
+        ),
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="MGLLAVA_API_KEY",
+            help="Key of which requests must have one (Authorization: Bearer KEY); may be given several times. "
+            "Others on this machine can see options, but not the environment.",
+            show_default="none: all may ask",
+        ),
+    ] = None,
     max_request_bytes: Annotated[int, typer.Option(help="Size of a request with its base64 images.")] = 32 * 2**20,
     max_images: Annotated[int, typer.Option(help="Images in a request.")] = 8,
     max_image_bytes: Annotated[int, typer.Option(help="Size of an image file.")] = 10 * 2**20,
     max_image_side: Annotated[int, typer.Option(help="Pixels of an image's longer side.")] = 8192,
+    max_pixels: Annotated[
+        int, typer.Option(help="Pixels of all images in a request, each counted as a square of its longer side.")
+    ] = 2**27,
     max_boxes: Annotated[int, typer.Option(help="Boxes of an image.")] = 1000,
     image_timeout: Annotated[float, typer.Option(help="Seconds to download an image.")] = 10.0,
     max_concurrent_requests: Annotated[
@@ -50,11 +69,13 @@ def serve(
         bool, typer.Option("--enable-cors", help="Let web pages of all origins send requests.")
     ] = False,
     log_level: Annotated[str, typer.Option(help="Logging level (e.g. 'info', 'warning').")] = "warning",
-    default_seed: Annotated[int | None, typer.Option(help="Default torch seed.")] = None,
+    default_seed: Annotated[
+        int | None, typer.Option(help="Seed of sampling for requests that have none.", show_default="random")
+    ] = None,
 ) -> None:
     """Serve a model through an OpenAI-compatible API, as `transformers serve` does, with boxes in requests.
 
-    Needs pip install 'mgllava[serve]'. There is no authentication: put a reverse proxy in front of it.
+    Needs pip install 'mgllava[serve]'. Answers come one after another.
     """
     with errors_as_messages(ImportError, ValueError):
         from transformers.utils.import_utils import is_serve_available
@@ -69,6 +90,7 @@ def serve(
             images=max_images,
             image_bytes=max_image_bytes,
             image_side=max_image_side,
+            pixels=max_pixels,
             boxes=max_boxes,
             image_timeout=image_timeout,
             concurrent_requests=max_concurrent_requests,
@@ -79,6 +101,8 @@ def serve(
             port=port,
             limits=limits,
             allowed_image_hosts=allowed_image_hosts,
+            allowed_hosts=allowed_hosts or [],
+            api_keys=api_key or [],
             served_model_name=served_model_name,
             box_detector=box_detector,
             compile=compile,

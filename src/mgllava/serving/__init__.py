@@ -1,7 +1,7 @@
 """`mgllava serve`: MG-LLaVA (arXiv 2406.17770) behind an OpenAI-compatible API.
 
-Generation, streaming and the form of the answers are those of `transformers serve`. What is here: boxes in requests,
-images from untrusted clients, limits, errors in OpenAI's form, and clients that leave.
+Generation is that of transformers, one answer at a time. What is here: the API's requests and answers, boxes in
+requests, images from untrusted clients, limits, and clients that leave.
 
 Needs `pip install 'mgllava[serve]'`.
 """

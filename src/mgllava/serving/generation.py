@@ -1,28 +1,29 @@
-"""Generation, one request at a time, that stops when nobody waits for it and survives a lack of memory."""
+"""Generation, one answer at a time, that stops when nobody waits for it and survives a lack of memory."""
 
 import asyncio
+import copy
+import secrets
 import threading
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from tokenizers.decoders import DecodeStream
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
-from transformers.cli.serving.utils import (
-    DirectStreamer,
-    GenerateManager,
-    GenerationState,
-    _GenerationCancelled,
-    _StreamError,
-)
+from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.utils import logging
 
+from mgllava.serving.answers import AnswerFinishedError, AnswerWriter
 from mgllava.serving.errors import RequestError
+from mgllava.serving.options import Options
+from mgllava.serving.sampling import logits_processors
 
 logger = logging.get_logger(__name__)
 
 Result = TypeVar("Result")
+# How errors after which a process cannot use its accelerator any more begin, where torch has no class for them.
+_DEVICE_ERRORS = ("CUDA error", "HIP error", "device-side assert", "cuDNN error", "CUBLAS_STATUS", "CUDNN_STATUS")
 
 
 def with_free_memory_after_failure(function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
@@ -57,152 +58,226 @@ def with_free_memory_after_failure(function: Callable[..., Result], *args: Any, 
     )
 
 
+class DeviceHealth:
+    """Whether the model's device still computes. A failed assertion on a GPU makes all later calls fail.
+
+    Args:
+        device (`torch.device`): The model's device.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self.failure: str | None = None
+
+    def examine(self, error: BaseException) -> None:
+        """Find out after an error whether the device works; if it does not, that is final.
+
+        Args:
+            error (`BaseException`): What went wrong.
+        """
+        is_device_error = isinstance(error, getattr(torch, "AcceleratorError", ())) or (
+            isinstance(error, RuntimeError) and any(word in str(error) for word in _DEVICE_ERRORS)
+        )
+        try:
+            torch.ones(1, device=self._device).sum().item()
+        except Exception:
+            is_device_error = True
+        if is_device_error and self.failure is None:
+            self.failure = f"The device {self._device} has failed. The server must be restarted; its log says more."
+            logger.critical(f"{self.failure} {error}")
+
+    def check(self) -> None:
+        """Refuse work that cannot be done.
+
+        Raises:
+            RequestError: With status 503, if the device has failed.
+        """
+        if self.failure is not None:
+            raise RequestError(self.failure, code="device_failed", status=503)
+
+
+class Worker:
+    """A thread that does one thing after another.
+
+    Args:
+        name (`str`): Of the thread.
+        health ([`DeviceHealth`]): What examines failures.
+    """
+
+    def __init__(self, name: str, health: DeviceHealth):
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+        self._health = health
+
+    async def run(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Call a function in the thread; a caller that is cancelled while it waits takes it back.
+
+        Args:
+            function (`Callable`): What to call.
+            *args: Its arguments.
+
+        Returns:
+            What the function returns.
+
+        Raises:
+            RequestError: If memory does not suffice, or the device has failed.
+        """
+        return await asyncio.wrap_future(self._executor.submit(self._call, function, *args))
+
+    def _call(self, function: Callable[..., Result], *args: Any) -> Result:
+        self._health.check()
+        try:
+            return with_free_memory_after_failure(function, *args)
+        except RequestError:
+            raise
+        except Exception as error:
+            self._health.examine(error)
+            raise
+
+
+@dataclass
+class Answer:
+    """A whole answer.
+
+    Attributes:
+        text (`str`): Its text, without stop strings.
+        finish_reason (`str`): `"stop"` or `"length"`.
+        prompt_tokens (`int`): Length of the prompt, images and boxes included.
+        completion_tokens (`int`): How many tokens were generated.
+    """
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Generator:
+    """Generates answers, one at a time, in one thread: `torch.compile` with CUDA graphs keeps its state in the thread.
+
+    Args:
+        model ([`MGLlavaForConditionalGeneration`]): The model.
+        tokenizer: Its tokenizer, of which a copy decodes: tokenizers cannot encode and decode at the same time.
+        health ([`DeviceHealth`]): What examines failures.
+        default_seed (`int`, *optional*): Seed of requests that have none; by default each gets another one.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, health: DeviceHealth, default_seed: int | None = None):
+        self._model, self._tokenizer = model, copy.deepcopy(tokenizer)
+        self._default_seed = default_seed
+        self._worker = Worker("generation", health)
+
+    async def answer(
+        self,
+        inputs: Any,
+        options: Options,
+        is_continuation: bool = False,
+        on_text: Callable[[str], None] = lambda text: None,
+    ) -> Answer:
+        """Generate an answer; stop when the caller is cancelled.
+
+        Args:
+            inputs (`BatchFeature`): One prompt.
+            options ([`Options`]): How to generate.
+            is_continuation (`bool`): Whether the text continues that of the prompt, white space included.
+            on_text (`Callable`, *optional*): Called with each piece of the text, in the thread.
+
+        Returns:
+            [`Answer`]: The answer.
+
+        Raises:
+            RequestError: If an option does not fit, memory does not suffice, or the device has failed.
+        """
+        is_cancelled = threading.Event()
+        try:
+            return await self._worker.run(self._generate, inputs, options, is_continuation, on_text, is_cancelled)
+        finally:
+            is_cancelled.set()
+
+    async def stream(
+        self, inputs: Any, options: Options, is_continuation: bool = False
+    ) -> AsyncGenerator[str | Answer, None]:
+        """Generate an answer and give its pieces as they come, and at last the whole of it.
+
+        Args:
+            inputs (`BatchFeature`): One prompt.
+            options ([`Options`]): How to generate.
+            is_continuation (`bool`): See [`answer`].
+
+        Yields:
+            `str` or [`Answer`].
+
+        Raises:
+            RequestError: See [`answer`].
+        """
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[str | None]()
+
+        def hand_on(text: str | None) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, text)
+
+        task = asyncio.ensure_future(self.answer(inputs, options, is_continuation, hand_on))
+        task.add_done_callback(lambda _: hand_on(None))
+        try:
+            while (piece := await pieces.get()) is not None:
+                yield piece
+            yield await task
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def _generate(
+        self,
+        inputs: Any,
+        options: Options,
+        is_continuation: bool,
+        on_text: Callable[[str], None],
+        is_cancelled: threading.Event,
+    ) -> Answer:
+        prompt = inputs["input_ids"][0].tolist()
+        config = copy.copy(options.config)
+        config.max_new_tokens = options.max_tokens
+        seed = self._default_seed if options.seed is None else options.seed
+        writer = AnswerWriter(
+            self._tokenizer,
+            self._end_tokens(config),
+            options.stop,
+            on_text,
+            is_cancelled.is_set,
+            before=prompt if is_continuation else None,
+        )
+        has_beams = (config.num_beams or 1) > 1
+        arguments: dict[str, Any] = {
+            # Moved here and not earlier: requests that wait should not take the accelerator's memory.
+            **inputs.to(self._model.device),
+            "generation_config": config,
+            "logits_processor": logits_processors(
+                options, len(prompt), secrets.randbits(63) if seed is None else seed
+            ),
+            "stopping_criteria": StoppingCriteriaList([_StopWhenSet(is_cancelled)]),
+        }
+        try:
+            if has_beams:  # which transformers does not stream
+                sequences = self._model.generate(**arguments)
+                writer.add(sequences[0, len(prompt) :].tolist())
+            else:
+                self._model.generate(**arguments, streamer=writer)
+        except AnswerFinishedError:
+            pass
+        except ValueError as error:  # what transformers says of options that do not fit each other
+            raise RequestError(str(error)) from error
+        writer.end()
+        return Answer(writer.text, writer.finish_reason, len(prompt), writer.num_tokens)
+
+    def _end_tokens(self, config: Any) -> list[int]:
+        end = config.eos_token_id
+        end = self._model.generation_config.eos_token_id if end is None else end
+        return [] if end is None else list(end) if isinstance(end, list | tuple) else [int(end)]
+
+
 class _StopWhenSet(StoppingCriteria):
+    """Stops when nobody waits."""
+
     def __init__(self, event: threading.Event):
         self._event = event
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         return torch.full((input_ids.shape[0],), self._event.is_set(), device=input_ids.device, dtype=torch.bool)
-
-
-class _DecodeStream:
-    """As `tokenizers.decoders.DecodeStream`, which gives up where bytes of byte-fallback tokens form no character."""
-
-    def __init__(self, skip_special_tokens: bool):
-        self._skip_special_tokens = skip_special_tokens
-        self._stream = self._new()
-
-    def _new(self) -> Any:
-        return DecodeStream([], skip_special_tokens=self._skip_special_tokens)
-
-    def step(self, tokenizer: Any, token_id: int) -> str | None:
-        try:
-            return self._stream.step(tokenizer, token_id)
-        except Exception:  # a bare `Exception` is what it raises
-            self._stream = self._new()
-            return "\N{REPLACEMENT CHARACTER}" + (self._stream.step(tokenizer, token_id) or "")
-
-
-class _Streamer(DirectStreamer):
-    def __init__(self, tokenizer: Any, loop: Any, queue: asyncio.Queue, response_parser: Any = None):
-        super().__init__(tokenizer, loop, queue, response_parser=response_parser)
-        self._decode_stream: Any = _DecodeStream(skip_special_tokens=response_parser is None)
-
-
-class ServingGenerateManager(GenerateManager):
-    """Generation of transformers on its one thread, with these differences.
-
-    - Without streaming too, generation stops when the waiting task is cancelled; requests that were cancelled while
-      they waited for the thread do not start.
-    - Memory that did not suffice is freed, and the error says so.
-    - `stop` works: transformers passes the processor where the tokenizer is needed.
-    - Bytes that form no character do not end a stream.
-    """
-
-    def generate_streaming(
-        self,
-        model: Any,
-        processor: Any,
-        inputs: Any,
-        gen_config: GenerationConfig,
-        request_id: str,
-        response_parser: Any = None,
-    ) -> tuple[asyncio.Queue, DirectStreamer]:
-        """Start to generate.
-
-        Args:
-            model ([`MGLlavaForConditionalGeneration`]): The model.
-            processor ([`MGLlavaProcessor`]): The processor.
-            inputs (`BatchFeature`): One prompt.
-            gen_config ([`GenerationConfig`]): The options.
-            request_id (`str`): Not used.
-            response_parser (*optional*): See the base class.
-
-        Returns:
-            `tuple`: The queue that gets text, an error, or `None` at the end; and the streamer, which can cancel.
-        """
-        loop = asyncio.get_running_loop()
-        queue: asyncio.Queue = asyncio.Queue()
-        streamer = _Streamer(processor.tokenizer._tokenizer, loop, queue, response_parser=response_parser)
-
-        def run() -> None:
-            last: _StreamError | None = None
-            try:
-                _generate(model, processor, inputs, gen_config, streamer=streamer)
-                return  # the streamer has ended the queue
-            except _GenerationCancelled:
-                pass
-            except (RequestError, ValueError) as error:
-                last = _StreamError(str(error))
-            except Exception:
-                logger.exception("Generation failed.")
-                last = _StreamError("The server failed on this request; its log says why.")
-            loop.call_soon_threadsafe(queue.put_nowait, last)
-
-        self.submit(run)
-        return queue, streamer
-
-    async def generate_non_streaming(  # type: ignore[override]
-        self, model: Any, processor: Any, inputs: Any, gen_config: GenerationConfig, request_id: str
-    ) -> tuple[str, int, torch.Tensor]:
-        """Generate; stop when the caller is cancelled.
-
-        Args:
-            model ([`MGLlavaForConditionalGeneration`]): The model.
-            processor ([`MGLlavaProcessor`]): The processor.
-            inputs (`BatchFeature`): One prompt.
-            gen_config ([`GenerationConfig`]): The options.
-            request_id (`str`): Not used.
-
-        Returns:
-            `tuple[str, int, torch.Tensor]`: The answer, the length of the prompt, and the ids of the answer.
-
-        Raises:
-            RequestError: If an option does not fit, or memory does not suffice.
-        """
-        cancelled = threading.Event()
-
-        def run() -> torch.Tensor:
-            if cancelled.is_set():
-                return inputs["input_ids"]  # nobody reads it
-            criteria = StoppingCriteriaList([_StopWhenSet(cancelled)])
-            return _generate(model, processor, inputs, gen_config, stopping_criteria=criteria)
-
-        future = self.async_submit(run)
-        try:
-            # Shielded: the thread sets the result of a future that must not be cancelled by then.
-            sequences = await asyncio.shield(future)
-        except asyncio.CancelledError:
-            cancelled.set()
-            future.add_done_callback(asyncio.Future.exception)  # or asyncio complains that nobody looked
-            raise
-        except ValueError as error:
-            raise RequestError(str(error)) from error
-        input_len = inputs["input_ids"].shape[-1]
-        generated = sequences[0, input_len:]
-        return processor.decode(generated, skip_special_tokens=True), input_len, generated
-
-
-def _generate(model: Any, processor: Any, inputs: Any, gen_config: GenerationConfig, **kwargs: Any) -> torch.Tensor:
-    # Moved here and not earlier: requests that wait should not take the accelerator's memory.
-    inputs = with_free_memory_after_failure(inputs.to, model.device)
-    options = {"generation_config": gen_config, "tokenizer": processor.tokenizer, **kwargs}
-    return with_free_memory_after_failure(model.generate, **inputs, **options)
-
-
-class ServingGenerationState(GenerationState):
-    """As in transformers, with [`ServingGenerateManager`]; continuous batching is for language models alone there."""
-
-    def get_manager(self, model_id: str, use_cb: bool = False) -> ServingGenerateManager:
-        """Get the manager of a model.
-
-        Args:
-            model_id (`str`): The model.
-            use_cb (`bool`): Not used.
-
-        Returns:
-            [`ServingGenerateManager`]: Always the same one.
-        """
-        if model_id not in self._generate_managers:
-            self._generate_managers[model_id] = ServingGenerateManager()
-        return self._generate_managers[model_id]  # type: ignore[return-value]

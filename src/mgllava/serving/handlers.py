@@ -1,254 +1,400 @@
-"""The endpoints that generate: those of `transformers serve`, with another way from the request to the model's inputs.
-
-Images are downloaded on the event loop; decoding, box detection and tokenization run in a worker thread, generation in
-another one. So the server answers while it computes.
-"""
+"""The endpoints that generate: OpenAI's chat completions, responses and completions."""
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-from starlette.responses import JSONResponse, StreamingResponse
-from transformers import GenerationConfig
-from transformers.cli.serving.chat_completion import ChatCompletionHandler
-from transformers.cli.serving.completion import CompletionHandler
-from transformers.cli.serving.model_manager import ModelManager
-from transformers.cli.serving.response import ResponseHandler
-from transformers.cli.serving.utils import BaseHandler, GenerationState
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from transformers.utils import logging
 
 from mgllava.serving.errors import RequestError, error_body
-from mgllava.serving.generation import with_free_memory_after_failure
-from mgllava.serving.image_urls import ImageHosts, download_image
-from mgllava.serving.images import decode_image, read_data_url
-from mgllava.serving.limits import ServingLimits
-from mgllava.serving.messages import Conversation, check_text_length, read_messages
-from mgllava.serving.options import check_options
+from mgllava.serving.generation import Answer, DeviceHealth, Generator
+from mgllava.serving.limits import MAX_PROMPTS, ServingLimits
+from mgllava.serving.messages import Conversation, check_text_length, read_messages, shown
+from mgllava.serving.options import (
+    CHAT_FIELDS,
+    COMPLETION_FIELDS,
+    RESPONSE_FIELDS,
+    Fields,
+    Options,
+    check_fields,
+    read_options,
+)
+from mgllava.serving.prompts import PromptMaker
+
+logger = logging.get_logger(__name__)
+
+Respond = Callable[[Response], Awaitable[None]]
 
 
+@dataclass
 class ServedModel:
-    """The one model of a server, and the thread that prepares its inputs.
+    """The one model of a server.
 
-    Args:
+    Attributes:
         model_id (`str`): What the operator asked for: folder or Hub id.
         name (`str`): How clients call it.
         model ([`MGLlavaForConditionalGeneration`]): The model.
-        processor ([`MGLlavaProcessor`]): Its processor.
+        prompts ([`PromptMaker`]): Makes its inputs.
+        generator ([`Generator`]): Makes its answers.
+        health ([`DeviceHealth`]): Whether its device works.
+        vocab_size (`int`): Number of token ids.
+        context_length (`int`): Tokens that a prompt and its answer may have together.
+        compile (`bool`): Whether to decode with a static cache.
     """
 
-    def __init__(self, model_id: str, name: str, model: Any, processor: Any):
-        self.model_id, self.name, self.model, self.processor = model_id, name, model, processor
-        # One thread: tokenizers and the detector's cache of text embeddings are not made for several, and so only one
-        # request at a time has decoded images.
-        self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="inputs")
+    model_id: str
+    name: str
+    model: Any
+    prompts: PromptMaker
+    generator: Generator
+    health: DeviceHealth
+    vocab_size: int
+    context_length: int
+    compile: bool = False
 
-    @property
-    def context_length(self) -> int:
-        """Tokens that a prompt and its answer may have together."""
-        return int(self.model.config.get_text_config().max_position_embeddings)
 
-
-class _ServingHandler(BaseHandler):
-    """What the endpoints share; mixed into the handlers of transformers.
+class _Handler:
+    """What the endpoints share.
 
     Args:
         served ([`ServedModel`]): The model.
         limits ([`ServingLimits`]): What a request may cost.
-        hosts ([`ImageHosts`]): Where images may come from.
-        model_manager ([`ModelManager`]): As in the base class.
-        generation_state ([`GenerationState`]): As in the base class.
-        chat_template_kwargs (`dict`, *optional*): As in the base class.
     """
 
-    def __init__(
-        self,
-        served: ServedModel,
-        limits: ServingLimits,
-        hosts: ImageHosts,
-        model_manager: ModelManager,
-        generation_state: GenerationState,
-        chat_template_kwargs: dict[str, Any] | None = None,
-    ):
-        super().__init__(model_manager, generation_state, chat_template_kwargs)
-        self._served, self._limits, self._hosts = served, limits, hosts
+    fields: Fields
+    id_prefix: str
 
-    async def handle_request(self, body: dict[str, Any], request_id: str) -> StreamingResponse | JSONResponse:
+    def __init__(self, served: ServedModel, limits: ServingLimits):
+        self._served, self._limits = served, limits
+
+    async def handle_request(self, body: dict[str, Any], request_id: str, respond: Respond) -> None:
         """Answer a request.
 
         Args:
             body (`dict`): The request.
             request_id (`str`): Its id.
-
-        Returns:
-            `StreamingResponse` or `JSONResponse`: The answer.
+            respond (`Callable`): Sends the answer.
 
         Raises:
             RequestError: If the request is not as it must be.
-            HTTPException: If it has unknown fields.
         """
+        self._served.health.check()
+        # In a thread: checking the longest requests takes time.
+        options, content = await asyncio.to_thread(self._read, body)
+        frame = {"id": f"{self.id_prefix}{request_id}", "created": int(time.time()), "model": self._served.name}
+        async with AsyncExitStack() as stack:
+            prompts = await self._make_prompts(content, stack)
+            if options.is_stream:
+                events = self._events(frame, body, prompts, options)
+                async with aclosing(_as_text(events)) as texts:
+                    await respond(StreamingResponse(texts, media_type="text/event-stream"))
+            else:
+                await respond(JSONResponse(await self._whole(frame, body, prompts, options)))
+
+    def _read(self, body: dict[str, Any]) -> tuple[Options, Any]:
+        """Check a whole request."""
         served = self._served
-        self._validate_request(body)
+        check_fields(body, self.fields)
         if body.get("model") not in (None, served.name, served.model_id):
             raise RequestError(
-                f"`model` must be {served.name!r}, got {str(body['model'])[:200]!r}: this server has one model.",
+                f"`model` must be {served.name!r}, got {shown(body['model'])}: this server has one model.",
                 "model",
                 "model_not_found",
                 404,
             )
-        body = check_options(body, len(served.processor.tokenizer))
-        gen_config = self._build_generation_config(body, served.model.generation_config)
-        inputs = await self._make_inputs(body)
-        room = served.context_length - inputs["input_ids"].shape[-1]
-        if room < 1:
-            raise RequestError(
-                f"The prompt must leave room in the context of {served.context_length} tokens, images and boxes "
-                f"included, got {inputs['input_ids'].shape[-1]}.",
-                code="context_length_exceeded",
-            )
-        gen_config.max_new_tokens = min(gen_config.max_new_tokens, room)
-        arguments = (request_id, served.model, served.processor, served.name)
-        options = {"inputs": inputs, "gen_config": gen_config, **self._extra_options(body)}
-        options["gen_manager"] = self.generation_state.get_manager(served.model_id)
-        if body.get("stream"):  # for responses too, which transformers streams by default, but OpenAI does not
-            return self._streaming(*arguments, **options)  # type: ignore[attr-defined]
-        return await self._non_streaming(*arguments, **options)  # type: ignore[attr-defined]
+        options = read_options(body, served.model.generation_config, served.vocab_size, served.compile)
+        return options, self._read_content(body)
 
-    def _extra_options(self, body: dict[str, Any]) -> dict[str, Any]:
-        return {}
-
-    async def _make_inputs(self, body: dict[str, Any]) -> Any:
+    def _read_content(self, body: dict[str, Any]) -> Any:
         raise NotImplementedError
 
-    async def _encode_conversation(self, conversation: Conversation) -> Any:
-        """Load the images of a conversation and make the model's inputs."""
-        images = [image for image in conversation.images if not image.url.startswith("data:")]
-        downloads = [
-            asyncio.ensure_future(download_image(image.url, image.param, self._hosts, self._limits))
-            for image in images
-        ]
-        try:
-            for image, data in zip(images, await asyncio.gather(*downloads), strict=True):
-                image.data = data
-        finally:
-            for download in downloads:
-                download.cancel()
-        return await self._in_worker(self._apply_chat_template, conversation)
+    async def _make_prompts(self, content: Any, stack: AsyncExitStack) -> list[Any]:
+        """Make the inputs; what has to be given back afterwards goes to the stack."""
+        raise NotImplementedError
 
-    async def _in_worker(self, function: Any, *args: Any) -> Any:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._served.worker, with_free_memory_after_failure, function, *args)
+    async def _whole(self, frame: dict[str, Any], body: dict[str, Any], prompts: list[Any], options: Options) -> Any:
+        raise NotImplementedError
 
-    def _apply_chat_template(self, conversation: Conversation) -> Any:
-        for image in conversation.images:
-            data = image.data
-            if data is None:
-                data = read_data_url(image.url, image.param, self._limits)
-            image.block["image"] = decode_image(data, image.param, self._limits)
-        try:
-            return self._served.processor.apply_chat_template(
-                conversation.messages,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                **self.chat_template_kwargs,
-            )
-        except (ValueError, TypeError, TemplateError) as error:
-            raise RequestError(str(error), "messages") from error
+    def _events(
+        self, frame: dict[str, Any], body: dict[str, Any], prompts: list[Any], options: Options
+    ) -> AsyncGenerator[Any, None]:
+        raise NotImplementedError
 
-    def _build_generation_config(
-        self, body: dict[str, Any], model_generation_config: GenerationConfig, use_cb: bool = False
-    ) -> GenerationConfig:
-        try:
-            config = super()._build_generation_config(body, model_generation_config, use_cb=use_cb)
-        except (TypeError, ValueError) as error:  # a value in `generation_config`
-            raise RequestError(str(error), "generation_config") from error
-        if config.max_new_tokens is None:
-            config.max_new_tokens = 1024  # what transformers takes without a `generation_config`
-        if body.get("temperature") or (body.get("top_p") and body.get("temperature") is None):
-            config.do_sample = True  # transformers leaves it to the model's default, which is to ignore both
-        if body.get("temperature") == 0:
-            config.temperature = 1.0  # greedy in any case; 0 is no valid value
-        return config
+    def _with_room(self, options: Options, inputs: Any) -> Options:
+        """Cut the length of the answer to what the context has left."""
+        options.max_tokens = min(options.max_tokens, self._served.context_length - inputs["input_ids"].shape[-1])
+        return options
 
 
-class MGLlavaChatCompletionHandler(_ServingHandler, ChatCompletionHandler):
+class _ConversationHandler(_Handler):
+    """What the endpoints share that take messages."""
+
+    async def _make_prompts(self, content: Conversation, stack: AsyncExitStack) -> list[Any]:
+        await self._served.prompts.download(content)
+        if content.images:
+            await stack.enter_async_context(self._served.prompts.room_for_pixels)
+        return [await self._served.prompts.from_conversation(content)]
+
+
+class ChatCompletionHandler(_ConversationHandler):
     """`/v1/chat/completions`."""
 
-    async def _make_inputs(self, body: dict[str, Any]) -> Any:
-        return await self._encode_conversation(read_messages(body.get("messages"), self._limits))
+    fields = CHAT_FIELDS
+    id_prefix = "chatcmpl-"
 
-    def _streaming(self, *args: Any, **kwargs: Any) -> StreamingResponse:
-        return _as_openai_stream(super()._streaming(*args, **kwargs))
+    def _read_content(self, body: dict[str, Any]) -> Conversation:
+        return read_messages(body.get("messages"), self._limits)
+
+    async def _whole(self, frame: dict[str, Any], body: dict[str, Any], prompts: list[Any], options: Options) -> Any:
+        answer = await self._served.generator.answer(prompts[0], self._with_room(options, prompts[0]))
+        message = {"role": "assistant", "content": answer.text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}
+        return {**frame, "object": "chat.completion", "choices": [choice], "usage": _usage([answer])}
+
+    async def _events(
+        self, frame: dict[str, Any], body: dict[str, Any], prompts: list[Any], options: Options
+    ) -> AsyncGenerator[Any, None]:
+        frame = {**frame, "object": "chat.completion.chunk"}
+
+        def chunk(delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+            choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+            return {**frame, "choices": [choice]}
+
+        yield chunk({"role": "assistant", "content": ""})
+        pieces = self._served.generator.stream(prompts[0], self._with_room(options, prompts[0]))
+        async with aclosing(pieces):
+            async for piece in pieces:
+                if isinstance(piece, str):
+                    yield chunk({"content": piece})
+                else:
+                    for last in _last_chunks(chunk({}, piece.finish_reason), frame, [piece], options):
+                        yield last
+        yield "[DONE]"
 
 
-class MGLlavaResponseHandler(_ServingHandler, ResponseHandler):
+class CompletionHandler(_Handler):
+    """`/v1/completions`: text only, as it is; also several prompts, one choice each."""
+
+    fields = COMPLETION_FIELDS
+    id_prefix = "cmpl-"
+
+    def _read_content(self, body: dict[str, Any]) -> list[str | list[int]]:
+        prompt = body.get("prompt")
+        prompts = [prompt] if isinstance(prompt, str) or _is_token_list(prompt) else prompt
+        if not isinstance(prompts, list) or not 0 < len(prompts) <= MAX_PROMPTS:
+            raise RequestError(
+                f"`prompt` must be a string, a list of token ids, or a list of 1 to {MAX_PROMPTS} of them, got "
+                f"{shown(prompt)}.",
+                "prompt",
+            )
+        for index, one in enumerate(prompts):
+            param = "prompt" if one is prompt else f"prompt[{index}]"
+            if not (isinstance(one, str) or _is_token_list(one)) or not one:
+                raise RequestError(f"`{param}` must be text or a list of token ids, got {shown(one)}.", "prompt")
+            if isinstance(one, list) and not all(0 <= token < self._served.vocab_size for token in one):
+                raise RequestError(
+                    f"`{param}` must have token ids below {self._served.vocab_size}, got {shown(one)}.", "prompt"
+                )
+        check_text_length(sum(map(len, prompts)), "prompt")
+        return prompts
+
+    async def _make_prompts(self, content: list[str | list[int]], stack: AsyncExitStack) -> list[Any]:
+        maker = self._served.prompts
+        return [
+            await maker.from_text(prompt, "prompt") if isinstance(prompt, str) else maker.from_tokens(prompt, "prompt")
+            for prompt in content
+        ]
+
+    async def _whole(self, frame: dict[str, Any], body: dict[str, Any], prompts: list[Any], options: Options) -> Any:
+        answers = [
+            await self._served.generator.answer(inputs, self._of_prompt(options, inputs), is_continuation=True)
+            for inputs in prompts
+        ]
+        choices = [
+            {"index": index, "text": answer.text, "logprobs": None, "finish_reason": answer.finish_reason}
+            for index, answer in enumerate(answers)
+        ]
+        return {**frame, "object": "text_completion", "choices": choices, "usage": _usage(answers)}
+
+    def _of_prompt(self, options: Options, inputs: Any) -> Options:
+        return self._with_room(Options(**vars(options)), inputs)
+
+    async def _events(
+        self, frame: dict[str, Any], body: dict[str, Any], prompts: list[Any], options: Options
+    ) -> AsyncGenerator[Any, None]:
+        frame = {**frame, "object": "text_completion"}
+
+        def chunk(index: int, text: str, finish_reason: str | None = None) -> dict[str, Any]:
+            choice = {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+            return {**frame, "choices": [choice]}
+
+        answers: list[Answer] = []
+        for index, inputs in enumerate(prompts):
+            pieces = self._served.generator.stream(inputs, self._of_prompt(options, inputs), is_continuation=True)
+            async with aclosing(pieces):
+                async for piece in pieces:
+                    if isinstance(piece, str):
+                        yield chunk(index, piece)
+                        continue
+                    answers.append(piece)
+                    last = chunk(index, "", piece.finish_reason)
+                    if index < len(prompts) - 1:
+                        yield last
+                    else:
+                        for end in _last_chunks(last, frame, answers, options):
+                            yield end
+        yield "[DONE]"
+
+
+class ResponseHandler(_ConversationHandler):
     """`/v1/responses`."""
 
-    def _extra_options(self, body: dict[str, Any]) -> dict[str, Any]:
-        return {"body": body}
+    fields = RESPONSE_FIELDS
+    id_prefix = "resp_"
 
-    async def _make_inputs(self, body: dict[str, Any]) -> Any:
+    def _read_content(self, body: dict[str, Any]) -> Conversation:
         given, instructions = body.get("input"), body.get("instructions")
-        if isinstance(given, list) and not all(isinstance(item, dict) for item in given):
-            raise RequestError("`input` must be a string or a list of objects.", "input")
-        try:
-            messages = self._normalize_input({"input": given})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise RequestError(f"`input` has an item that cannot be read: {error!r}.", "input") from error
-        conversation = read_messages(messages, self._limits, root="input")
         if instructions is not None:
             if not isinstance(instructions, str):
-                raise RequestError(f"`instructions` must be a string, got {instructions!r}.", "instructions")
+                raise RequestError(f"`instructions` must be a string, got {shown(instructions)}.", "instructions")
             check_text_length(len(instructions), "instructions")
-            if conversation.messages[0]["role"] == "system":
-                del conversation.messages[0]
-            system = {"role": "system", "content": [{"type": "text", "text": instructions}]}
-            conversation.messages.insert(0, system)
-        return await self._encode_conversation(conversation)
+        if isinstance(given, str):
+            given = [{"role": "user", "content": given}]
+        elif isinstance(given, list) and given and all(isinstance(item, dict) for item in given):
+            # Parts alone are the content of one message.
+            if not any("role" in item or item.get("type") == "message" for item in given):
+                given = [{"role": "user", "content": given}]
+        else:
+            raise RequestError(f"`input` must be a string or a list of objects, got {shown(given)}.", "input")
+        return read_messages(given, self._limits, root="input", instructions=instructions)
 
+    def _response(self, frame: dict[str, Any], body: dict[str, Any], status: str, **fields: Any) -> dict[str, Any]:
+        return {
+            "id": frame["id"],
+            "object": "response",
+            "created_at": frame["created"],
+            "model": frame["model"],
+            "status": status,
+            "error": None,
+            "incomplete_details": None,
+            "instructions": body.get("instructions"),
+            "max_output_tokens": body.get("max_output_tokens"),
+            "metadata": body.get("metadata") or {},
+            "output": [],
+            "parallel_tool_calls": False,
+            "previous_response_id": None,
+            "store": False,
+            "temperature": body.get("temperature"),
+            "text": {"format": {"type": "text"}},
+            "tool_choice": "none",
+            "tools": [],
+            "top_p": body.get("top_p"),
+            "truncation": "disabled",
+            "usage": None,
+            **fields,
+        }
 
-class MGLlavaCompletionHandler(_ServingHandler, CompletionHandler):
-    """`/v1/completions`: text only."""
+    def _finished(self, frame: dict[str, Any], body: dict[str, Any], answer: Answer) -> dict[str, Any]:
+        is_whole = answer.finish_reason == "stop"
+        status = "completed" if is_whole else "incomplete"
+        usage = {
+            "input_tokens": answer.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "output_tokens": answer.completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": answer.prompt_tokens + answer.completion_tokens,
+        }
+        details = None if is_whole else {"reason": "max_output_tokens"}
+        output = [self._message(frame, status, answer.text)]
+        return self._response(frame, body, status, output=output, incomplete_details=details, usage=usage)
 
-    async def _make_inputs(self, body: dict[str, Any]) -> Any:
-        prompt = body.get("prompt")
-        if not isinstance(prompt, str) or not prompt:
-            raise RequestError(f"`prompt` must be a string, got {str(prompt)[:80]!r}.", "prompt")
-        if not isinstance(body.get("suffix"), str | None):
-            raise RequestError("`suffix` must be a string.", "suffix")
-        check_text_length(len(prompt), "prompt")
-        return await self._in_worker(self._encode_prompt, prompt)
+    def _message(self, frame: dict[str, Any], status: str, text: str | None = None) -> dict[str, Any]:
+        content = [] if text is None else [_text_part(text)]
+        name = frame["id"].removeprefix(self.id_prefix)
+        return {"id": f"msg_{name}", "type": "message", "status": status, "role": "assistant", "content": content}
 
-    def _encode_prompt(self, prompt: str) -> Any:
+    async def _whole(self, frame: dict[str, Any], body: dict[str, Any], prompts: list[Any], options: Options) -> Any:
+        answer = await self._served.generator.answer(prompts[0], self._with_room(options, prompts[0]))
+        return self._finished(frame, body, answer)
+
+    async def _events(
+        self, frame: dict[str, Any], body: dict[str, Any], prompts: list[Any], options: Options
+    ) -> AsyncGenerator[Any, None]:
+        number = -1
+
+        def event(kind: str, **fields: Any) -> dict[str, Any]:
+            nonlocal number
+            number += 1
+            return {"type": kind, "sequence_number": number, **fields}
+
+        message = self._message(frame, "in_progress")
+        place: dict[str, Any] = {"item_id": message["id"], "output_index": 0, "content_index": 0}
+        for state in ("created", "in_progress"):
+            yield event(f"response.{state}", response=self._response(frame, body, "in_progress"))
+        yield event("response.output_item.added", output_index=0, item=message)
+        yield event("response.content_part.added", **place, part=_text_part(""))
+        pieces = self._served.generator.stream(prompts[0], self._with_room(options, prompts[0]))
         try:
-            return self._served.processor(text=prompt, return_tensors="pt")
-        except ValueError as error:
-            raise RequestError(str(error), "prompt") from error
+            async with aclosing(pieces):
+                async for piece in pieces:
+                    if isinstance(piece, str):
+                        yield event("response.output_text.delta", **place, delta=piece, logprobs=[])
+                        continue
+                    finished = self._finished(frame, body, piece)
+                    yield event("response.output_text.done", **place, text=piece.text, logprobs=[])
+                    yield event("response.content_part.done", **place, part=_text_part(piece.text))
+                    yield event("response.output_item.done", output_index=0, item=finished["output"][0])
+                    yield event(f"response.{finished['status']}", response=finished)
+        except Exception as error:
+            told = _told(error)["error"]
+            yield event("error", message=told["message"], code=told["code"] or told["type"], param=told["param"])
+            failure = {"code": "server_error", "message": told["message"]}
+            yield event("response.failed", response=self._response(frame, body, "failed", error=failure))
 
-    def _extra_options(self, body: dict[str, Any]) -> dict[str, Any]:
-        return {"suffix": body.get("suffix")}
 
-    def _streaming(self, *args: Any, **kwargs: Any) -> StreamingResponse:
-        return _as_openai_stream(super()._streaming(*args, **kwargs))
+def _is_token_list(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
 
 
-def _as_openai_stream(response: StreamingResponse) -> StreamingResponse:
-    """Close a stream as OpenAI does, and give errors within it their form."""
-    response.body_iterator = _openai_events(response.body_iterator)
-    return response
+def _text_part(text: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-async def _openai_events(chunks: Any) -> AsyncIterator[str]:
-    start, end = 'data: {"error": "', '"}\n\n'
-    async for chunk in chunks:
-        # Within text this would be escaped; the message itself is not.
-        events, found, message = chunk.partition(start)
-        if found:
-            error = json.dumps(error_body(message.removesuffix(end), 500))
-            yield f"{events}data: {error}\n\n"
-            return
-        yield chunk
-    yield "data: [DONE]\n\n"
+def _usage(answers: list[Answer]) -> dict[str, int]:
+    prompt = sum(answer.prompt_tokens for answer in answers)
+    completion = sum(answer.completion_tokens for answer in answers)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def _last_chunks(
+    last: dict[str, Any], frame: dict[str, Any], answers: list[Answer], options: Options
+) -> list[dict[str, Any]]:
+    """Tell the number of tokens: as the client asks for it, or in the last chunk, as `transformers serve` does."""
+    if options.usage_in_stream:
+        return [last, {**frame, "choices": [], "usage": _usage(answers)}]
+    return [last] if options.usage_in_stream is False else [{**last, "usage": _usage(answers)}]
+
+
+def _told(error: Exception) -> dict[str, Any]:
+    """What a client may know of an error that came after the answer had begun."""
+    if isinstance(error, RequestError):
+        return error_body(error.message, error.status, error.param, error.code)
+    logger.error("Generation failed.", exc_info=error)
+    return error_body("The server failed on this request; its log says why.", 500)
+
+
+async def _as_text(events: AsyncGenerator[Any, None]) -> AsyncGenerator[str, None]:
+    """Write server-sent events; an error is the last one."""
+    async with aclosing(events):
+        try:
+            async for event in events:
+                data = event if isinstance(event, str) else json.dumps(event, ensure_ascii=False)
+                kind = f"event: {event['type']}\n" if isinstance(event, dict) and "type" in event else ""
+                yield f"{kind}data: {data}\n\n"
+        except Exception as error:
+            yield f"data: {json.dumps(_told(error))}\n\n"

@@ -9,13 +9,15 @@ import functools
 import ipaddress
 import socket
 import ssl
+import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from huggingface_hub.utils import httpx
 
 from mgllava.serving.errors import RequestError
-from mgllava.serving.limits import ServingLimits
+from mgllava.serving.limits import MAX_LOOKUPS, ServingLimits
 
 _MAX_REDIRECTS = 4
 _STANDARD_PORTS = {"http": 80, "https": 443}
@@ -114,6 +116,45 @@ def is_public(address: str) -> bool:
     return parsed.is_global and not (parsed.is_multicast or parsed.is_reserved or parsed.is_unspecified)
 
 
+class _Lookups:
+    """Resolves names in threads of its own, as the system's resolver can take half a minute and cannot be stopped.
+
+    Neither the threads of asyncio nor those of other work wait for it; where all of its own do, further names wait
+    until the download's time is over.
+    """
+
+    def __init__(self, most: int):
+        self._room = asyncio.Semaphore(most)
+
+    async def resolve(self, host: str, port: int) -> list[str]:
+        """List the addresses of a host."""
+        await self._room.acquire()  # given back by the thread, not by a caller that waits no longer
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[list[str]] = loop.create_future()
+
+        def finish(addresses: list[str], error: Exception | None) -> None:
+            self._room.release()
+            if not result.done():
+                result.set_result(addresses) if error is None else result.set_exception(error)
+
+        def look_up() -> None:
+            addresses, failure = [], None
+            try:
+                found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+                addresses = list(dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in found))
+            except Exception as error:
+                failure = error
+            with suppress(RuntimeError):  # the server has ended
+                loop.call_soon_threadsafe(finish, addresses, failure)
+
+        # A daemon: the end of the server does not wait for it.
+        threading.Thread(target=look_up, name="lookup", daemon=True).start()
+        return await result
+
+
+_lookups = _Lookups(MAX_LOOKUPS)
+
+
 class _CheckedTransport(httpx.AsyncBaseTransport):
     """Resolves, checks, and connects to what was checked; redirects of the client come through here as well."""
 
@@ -148,12 +189,9 @@ class _CheckedTransport(httpx.AsyncBaseTransport):
         if not (listed or self._hosts.public):
             raise _RefusedError(f"must be at a host that this server asks, got {url.host!r}.")
         try:
-            found = await asyncio.get_running_loop().getaddrinfo(
-                url.raw_host.decode("ascii"), url.port or _STANDARD_PORTS[url.scheme], type=socket.SOCK_STREAM
-            )
+            addresses = await _lookups.resolve(url.raw_host.decode("ascii"), url.port or _STANDARD_PORTS[url.scheme])
         except (OSError, UnicodeError):
             raise _RefusedError(f"must be at a known host, got {url.host!r}.") from None
-        addresses = list(dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in found))
         if not (listed or all(is_public(address) for address in addresses)):
             raise _RefusedError(f"must be at a public address, which {url.host!r} is not.")
         return addresses

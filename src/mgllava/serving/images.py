@@ -29,10 +29,13 @@ def read_data_url(url: str, param: str, limits: ServingLimits) -> bytes:
         RequestError: If it is no data URL of an image, or too large.
     """
     head, comma, payload = url.partition(",")
-    if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
+    kind = head.lower()
+    if not comma or not kind.startswith("data:image/") or not kind.endswith(";base64"):
         raise RequestError(
             f"`{param}` must start with 'data:image/...;base64,', got {head[:60]!r}.", param, "invalid_image_url"
         )
+    payload = "".join(payload.split())  # `base64` and mail programs break lines
+    payload += "=" * (-len(payload) % 4)
     size = len(payload) * 3 // 4  # padding included
     if size > limits.image_bytes + 2:
         raise RequestError(

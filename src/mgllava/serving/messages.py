@@ -1,18 +1,27 @@
 """Messages in OpenAI's form, checked, as a conversation for the processor."""
 
+import itertools
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from mgllava.processing.boxes_mgllava import read_boxes
 from mgllava.serving.errors import RequestError
-from mgllava.serving.limits import MAX_TEXT_CHARACTERS, ServingLimits
+from mgllava.serving.limits import MAX_MESSAGES, MAX_PARTS, MAX_TEXT_CHARACTERS, ServingLimits
 
 # "developer" is OpenAI's newer name for it.
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_TEXT_PARTS = ("text", "input_text", "output_text")
-_IMAGE_PARTS = ("image_url", "input_image")
+_TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+_IMAGE_PARTS = ("image_url", "input_image", "image")
 _BOX_KEYS = {"boxes", "labels", "scores"}
+_DETAILS = ("auto", "low", "high", "original")
+# What a message may have apart from its role and content. `name`, `id` and `status` do not change the answer; the
+# others come along, empty, where a client sends an answer back as it got it.
+_MESSAGE_KEYS = {"role", "content", "name", "id", "type", "status"}
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
 @dataclass
@@ -22,13 +31,15 @@ class ImageSource:
     Attributes:
         url (`str`): http(s) URL or data URL.
         param (`str`): The field of the request.
-        block (`dict`): The content block of the conversation that the image belongs to; its key `image` is to be set.
+        boxes: Its boxes; `None`: to be found.
+        boxes_param (`str`): The field of the request that has them.
         data (`bytes`, *optional*): The file, once it is downloaded.
     """
 
     url: str
     param: str
-    block: dict[str, Any]
+    boxes: Any = None
+    boxes_param: str = "boxes"
     data: bytes | None = None
 
 
@@ -37,7 +48,7 @@ class Conversation:
     """A conversation for the processor.
 
     Attributes:
-        messages (`list[dict]`): As [`MGLlavaProcessor.apply_chat_template`] takes them.
+        messages (`list[dict]`): As [`MGLlavaProcessor.apply_chat_template`] takes them, without the images themselves.
         images (`list[ImageSource]`): Its images, in order.
     """
 
@@ -45,16 +56,23 @@ class Conversation:
     images: list[ImageSource] = field(default_factory=list)
 
 
-def read_messages(messages: Any, limits: ServingLimits, root: str = "messages") -> Conversation:
-    """Check the messages of a request.
+def read_messages(
+    messages: Any, limits: ServingLimits, root: str = "messages", instructions: str | None = None
+) -> Conversation:
+    """Check the messages of a request, and give them the order that MG-LLaVA was trained on.
 
-    Image parts may carry `boxes` beside `image_url`: a list of rows x1, y1, x2, y2, or a mapping with `boxes`,
-    `labels` and `scores`; in pixels of the upright image. Without `boxes`, the processor's detector finds them.
+    Image parts may have `boxes`: a list of rows x1, y1, x2, y2, or a mapping with `boxes`, `labels` and `scores`; in
+    pixels of the upright image. Without `boxes`, the processor's detector finds them.
+
+    MG-LLaVA knows one system message at the start, then turns of user and assistant. So system messages are joined
+    at the start, several messages of one role are joined with a line break, and an empty user message comes before an
+    assistant that speaks first and after one that speaks last.
 
     Args:
         messages: The field of the request.
         limits ([`ServingLimits`]): How many images and boxes there may be.
         root (`str`, *optional*, defaults to `"messages"`): Name of the field.
+        instructions (`str`, *optional*): A system message that comes before those in the field.
 
     Returns:
         [`Conversation`]: The conversation; its images are not loaded.
@@ -63,35 +81,93 @@ def read_messages(messages: Any, limits: ServingLimits, root: str = "messages") 
         RequestError: If something is not as it must be.
     """
     if not isinstance(messages, list) or not messages:
-        raise RequestError(f"`{root}` must be a list with at least one message, got {_shown(messages)}.", root)
+        raise RequestError(f"`{root}` must be a list with at least one message, got {shown(messages)}.", root)
+    if len(messages) > MAX_MESSAGES:
+        raise RequestError(f"`{root}` must have at most {MAX_MESSAGES} messages, got {len(messages)}.", root)
     conversation = Conversation()
-    characters = 0
+    turns: list[dict[str, Any]] = []
+    characters = parts = 0
     for index, message in enumerate(messages):
         param = f"{root}[{index}]"
-        if not isinstance(message, Mapping):
-            raise RequestError(f"`{param}` must be an object with role and content, got {_shown(message)}.", param)
-        role = message.get("role")
-        if role not in _ROLES:
-            roles = ", ".join(map(repr, _ROLES))
-            raise RequestError(f"`{param}.role` must be one of {roles}, got {_shown(role)}.", f"{param}.role")
-        if message.get("tool_calls"):
-            raise RequestError(f"`{param}.tool_calls` must be absent: MG-LLaVA calls no tools.", f"{param}.tool_calls")
-        content = message.get("content")
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        if not isinstance(parts, list) or not parts:
-            raise RequestError(
-                f"`{param}.content` must be text or a list of parts, got {_shown(content)}.", f"{param}.content"
-            )
+        role, content = _read_message(message, param)
+        parts += len(content)
+        if parts > MAX_PARTS:
+            raise RequestError(f"`{root}` must have at most {MAX_PARTS} parts in all messages, got more.", root)
         blocks = [
             _read_part(part, f"{param}.content[{place}]", role, conversation.images, limits)
-            for place, part in enumerate(parts)
+            for place, part in enumerate(content)
         ]
         characters += sum(len(block.get("text", "")) for block in blocks)
-        conversation.messages.append({"role": _ROLES[role], "content": blocks})
+        turns.append({"role": role, "content": blocks})
     check_text_length(characters, root)
-    if conversation.messages[-1]["role"] != "user":
-        raise RequestError(f"`{root}` must end with a message of the user, got one of the {role}.", root)
+    if instructions is not None:
+        turns.insert(0, {"role": "system", "content": [_text(instructions)]})
+    conversation.messages = _in_trained_order(turns)
     return conversation
+
+
+def _read_message(message: Any, param: str) -> tuple[str, list[Any]]:
+    """Check a message apart from its parts; return its role and its parts."""
+    if not isinstance(message, Mapping):
+        raise RequestError(f"`{param}` must be an object with role and content, got {shown(message)}.", param)
+    role = message.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        roles = ", ".join(map(repr, _ROLES))
+        raise RequestError(f"`{param}.role` must be one of {roles}, got {shown(role)}.", f"{param}.role")
+    for key, value in message.items():
+        if key not in _MESSAGE_KEYS and value not in (None, "", [], {}):
+            reason = "MG-LLaVA calls no tools" if key == "tool_calls" else "this server does not know it"
+            raise RequestError(f"`{param}.{key[:50]}` must be absent: {reason}.", f"{param}.{key[:50]}")
+    if message.get("type") not in (None, "message"):
+        raise RequestError(f"`{param}.type` must be 'message', got {shown(message['type'])}.", f"{param}.type")
+    content = message.get("content")
+    if role == "assistant" and content is None:
+        content = ""
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, list) or not (content or role == "assistant"):
+        raise RequestError(
+            f"`{param}.content` must be text or a list of parts, got {shown(content)}.", f"{param}.content"
+        )
+    return _ROLES[role], content
+
+
+def _in_trained_order(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Join what comes twice, and make the turns alternate; see [`read_messages`]."""
+    ordered: list[dict[str, Any]] = []
+    system = [turn for turn in turns if turn["role"] == "system"]
+    for turn in [*system, *(turn for turn in turns if turn["role"] != "system")]:
+        before = ordered[-1] if ordered else None
+        if before is not None and before["role"] == turn["role"]:
+            if _has_text(before) and _has_text(turn):
+                before["content"].append(_text("\n"))
+            before["content"] += turn["content"]
+            continue
+        if turn["role"] == "assistant" and (before is None or before["role"] != "user"):
+            ordered.append({"role": "user", "content": [_text("")]})
+        ordered.append(turn)
+    if ordered[-1]["role"] != "user":
+        ordered.append({"role": "user", "content": [_text("")]})
+    for turn in ordered:
+        turn["content"] = _with_texts_joined(turn["content"])
+    return ordered
+
+
+def _has_text(turn: Mapping[str, Any]) -> bool:
+    return any(block.get("text") for block in turn["content"])
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _with_texts_joined(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Join neighboring texts: templates add piece by piece, which takes time by the square of their number."""
+    joined: list[dict[str, Any]] = []
+    for kind, group in itertools.groupby(blocks, lambda block: block["type"]):
+        members = list(group)
+        joined += [_text("".join(block["text"] for block in members))] if kind == "text" else members
+    return joined or [_text("")]
 
 
 def check_text_length(characters: int, param: str) -> None:
@@ -114,61 +190,157 @@ def check_text_length(characters: int, param: str) -> None:
 
 def _read_part(part: Any, param: str, role: str, images: list[ImageSource], limits: ServingLimits) -> dict[str, Any]:
     if not isinstance(part, Mapping):
-        raise RequestError(f"`{param}` must be an object with a type, got {_shown(part)}.", param)
+        raise RequestError(f"`{param}` must be an object with a type, got {shown(part)}.", param)
     kind = part.get("type")
-    if kind in _TEXT_PARTS:
-        if not isinstance(text := part.get("text"), str):
-            raise RequestError(f"`{param}.text` must be a string, got {_shown(text)}.", f"{param}.text")
-        return {"type": "text", "text": text}
-    if kind not in _IMAGE_PARTS:
+    if isinstance(kind, str) and kind in _TEXT_PARTS:
+        key = "refusal" if kind == "refusal" else "text"
+        if not isinstance(text := part.get(key), str):
+            raise RequestError(f"`{param}.{key}` must be a string, got {shown(text)}.", f"{param}.{key}")
+        _check_keys(part, {"type", key}, param)
+        return _text(text)
+    if not isinstance(kind, str) or kind not in _IMAGE_PARTS:
         kinds = ", ".join(map(repr, (*_TEXT_PARTS, *_IMAGE_PARTS)))
-        raise RequestError(f"`{param}.type` must be one of {kinds}, got {_shown(kind)}.", f"{param}.type")
+        raise RequestError(f"`{param}.type` must be one of {kinds}, got {shown(kind)}.", f"{param}.type")
 
     if role != "user":
         raise RequestError(f"`{param}` must be text: images belong to messages of the user.", param)
-    url, url_param = part.get("image_url"), f"{param}.image_url"
-    if isinstance(url, Mapping):  # chat completions; in responses it is the string
-        url, url_param = url.get("url"), f"{url_param}.url"
-    if not isinstance(url, str) or not url.startswith(("http://", "https://", "data:")):
-        raise RequestError(
-            f"`{url_param}` must be an http(s) URL or a data URL, got {_shown(url)}.", url_param, "invalid_image_url"
-        )
     if len(images) == limits.images:
         raise RequestError(f"`{param}` must not be there: a request has at most {limits.images} images.", param)
-    block = {"type": "image", "image": None}
-    if part.get("boxes") is not None:
-        block["boxes"] = _read_boxes(part["boxes"], f"{param}.boxes", limits)
-    images.append(ImageSource(url, url_param, block))
-    return block
+    source = _read_image_block(part, param) if kind == "image" else _read_image_url(part, param)
+    if not source.url.lower().startswith(("http://", "https://", "data:")):
+        raise RequestError(
+            f"`{source.param}` must be an http(s) URL or a data URL, got {shown(source.url)}.",
+            source.param,
+            "invalid_image_url",
+        )
+    if source.boxes is not None:
+        _check_boxes(source.boxes, source.boxes_param, limits)
+    images.append(source)
+    return {"type": "image"}
 
 
-def _read_boxes(boxes: Any, param: str, limits: ServingLimits) -> Any:
+def _read_image_url(part: Mapping[str, Any], param: str) -> ImageSource:
+    """Read OpenAI's parts; `boxes` may be next to `image_url` or within it, where some clients leave what they get."""
+    _check_keys(part, {"type", "image_url", "detail", "boxes"}, param)
+    url, url_param = part.get("image_url"), f"{param}.image_url"
+    found = [(f"{param}.boxes", part.get("boxes"))]
+    _check_detail(part, param)
+    if isinstance(url, Mapping):  # chat completions; in responses it is the string
+        _check_keys(url, {"url", "detail", "boxes"}, url_param)
+        _check_detail(url, url_param)
+        found.append((f"{url_param}.boxes", url.get("boxes")))
+        url, url_param = url.get("url"), f"{url_param}.url"
+    return _image_source(url, url_param, found)
+
+
+def _read_image_block(part: Mapping[str, Any], param: str) -> ImageSource:
+    """Read LangChain's blocks: `url`, or `base64` (formerly `data`) with `mime_type`."""
+    _check_keys(
+        part,
+        {"type", "url", "base64", "data", "mime_type", "source_type", "boxes", "extras", "id", "index"},
+        param,
+    )
+    found = [(f"{param}.boxes", part.get("boxes"))]
+    if (extras := part.get("extras")) is not None:  # where LangChain keeps what it does not know
+        if not isinstance(extras, Mapping):
+            raise RequestError(f"`{param}.extras` must be an object, got {shown(extras)}.", f"{param}.extras")
+        _check_keys(extras, {"boxes", "detail"}, f"{param}.extras")
+        _check_detail(extras, f"{param}.extras")
+        found.append((f"{param}.extras.boxes", extras.get("boxes")))
+    given = [key for key in ("url", "base64", "data") if part.get(key) is not None]
+    if len(given) != 1 or not isinstance(part[given[0]], str):
+        raise RequestError(
+            f"`{param}` must have `url`, or `base64` with `mime_type`, got {given or 'neither'}.", param
+        )
+    url = part[given[0]]
+    if given[0] != "url":
+        mime_type = part.get("mime_type")
+        if not isinstance(mime_type, str):
+            raise RequestError(
+                f"`{param}.mime_type` must be a string such as 'image/png', got {shown(mime_type)}.",
+                f"{param}.mime_type",
+            )
+        url = f"data:{mime_type};base64,{url}"
+    return _image_source(url, f"{param}.{given[0]}", found)
+
+
+def _image_source(url: Any, url_param: str, found: list[tuple[str, Any]]) -> ImageSource:
+    if not isinstance(url, str):
+        raise RequestError(
+            f"`{url_param}` must be an http(s) URL or a data URL, got {shown(url)}.", url_param, "invalid_image_url"
+        )
+    given = [(param, boxes) for param, boxes in found if boxes is not None]
+    if len(given) > 1:
+        raise RequestError(f"`{given[1][0]}` must be absent: there is `{given[0][0]}` already.", given[1][0])
+    boxes_param, boxes = given[0] if given else (found[0][0], None)
+    return ImageSource(url, url_param, boxes, boxes_param)
+
+
+def _check_keys(part: Mapping[str, Any], known: set[str], param: str) -> None:
+    """Refuse keys that would be ignored; empty ones come along where answers are sent back."""
+    for key, value in part.items():
+        if key not in known and value not in (None, "", [], {}):
+            name = f"{param}.{key[:50]}"
+            raise RequestError(
+                f"`{name}` must be absent: this server does not know it. It knows {', '.join(sorted(known))}.", name
+            )
+
+
+def _check_detail(part: Mapping[str, Any], param: str) -> None:
+    """Check OpenAI's `detail`, which has no effect: MG-LLaVA always looks at images in both resolutions."""
+    if (detail := part.get("detail")) is not None and detail not in _DETAILS:
+        kinds = ", ".join(map(repr, _DETAILS))
+        raise RequestError(f"`{param}.detail` must be one of {kinds}, got {shown(detail)}.", f"{param}.detail")
+
+
+def _check_boxes(boxes: Any, param: str, limits: ServingLimits) -> None:
     """Check what the processor checks too, under the name that the client knows."""
     rows: Any = boxes
     if isinstance(boxes, Mapping):
         if unknown := sorted(set(boxes) - _BOX_KEYS):
-            raise RequestError(f"`{param}` may have {', '.join(sorted(_BOX_KEYS))}, got also {unknown}.", param)
+            known = ", ".join(sorted(_BOX_KEYS))
+            raise RequestError(f"`{param}` may have {known}, got also {str(unknown)[:80]}.", param)
         rows = boxes.get("boxes")
         labels = boxes.get("labels")
         if labels is not None and not (
             isinstance(labels, list) and all(isinstance(label, str | int) for label in labels)
         ):
-            raise RequestError(f"`{param}.labels` must be a list of strings, got {_shown(labels)}.", f"{param}.labels")
+            raise RequestError(f"`{param}.labels` must be a list of strings, got {shown(labels)}.", f"{param}.labels")
         scores = boxes.get("scores")
-        if scores is not None and not (
-            isinstance(scores, list) and all(isinstance(score, int | float) for score in scores)
-        ):
-            raise RequestError(f"`{param}.scores` must be a list of numbers, got {_shown(scores)}.", f"{param}.scores")
+        if scores is not None and not (isinstance(scores, list) and all(map(is_number, scores))):
+            raise RequestError(f"`{param}.scores` must be a list of numbers, got {shown(scores)}.", f"{param}.scores")
     if not isinstance(rows, list):
-        raise RequestError(f"`{param}` must be a list of x1, y1, x2, y2, got {_shown(rows)}.", param)
+        raise RequestError(f"`{param}` must be a list of x1, y1, x2, y2, got {shown(rows)}.", param)
     if len(rows) > limits.boxes:
         raise RequestError(f"`{param}` must have at most {limits.boxes} boxes, got {len(rows)}.", param)
+    for index, row in enumerate(rows):
+        if isinstance(row, list) and not all(map(is_number, row)):
+            raise RequestError(f"`{param}[{index}]` must be four numbers, got {shown(row)}.", param)
     try:
         read_boxes(boxes, param)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise RequestError(str(error), param) from None
-    return boxes
 
 
-def _shown(value: Any) -> str:
-    return f"{type(value).__name__} {str(value)[:80]!r}" if value is not None else "nothing"
+def is_number(value: Any) -> bool:
+    """Tell whether a value of a request is a number that fp32 holds.
+
+    Args:
+        value (`Any`): The value.
+
+    Returns:
+        `bool`: Whether it is a finite number, and no boolean.
+    """
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 3e38
+
+
+def shown(value: Any) -> str:
+    """Describe a value of a request in few characters, whatever its size.
+
+    Args:
+        value (`Any`): The value.
+
+    Returns:
+        `str`: Its type and its beginning.
+    """
+    return f"{type(value).__name__} {_SHORT.repr(value)[:80]}" if value is not None else "nothing"

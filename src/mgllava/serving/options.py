@@ -1,144 +1,392 @@
 """The options of a request that decide about generation, checked before anything is computed."""
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any
+
+from transformers import GenerationConfig
 
 from mgllava.serving.errors import RequestError
 from mgllava.serving.limits import MAX_BEAMS, MAX_STOP_CHARACTERS, MAX_STOP_STRINGS
+from mgllava.serving.messages import is_number, shown
 
-_MAX_TOKEN_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-# Ends included. transformers makes a repetition penalty of 1 + frequency_penalty, which must be positive.
+# Where neither the request nor the model says how long an answer may be.
+_MAX_TOKENS = 1024
+_MAX_TOKEN_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+# Logits are below 1e4, and fp32 ends at 3e38: divided by these temperatures, or scaled by these penalties, they stay
+# finite. Ends included; 0 is a temperature too, and means greedy.
 _RANGES = {
-    "temperature": (0.0, 2.0),
+    "temperature": (1e-6, 2.0),
     "top_p": (0.0, 1.0),
-    "frequency_penalty": (-0.99, 2.0),
-    "seed": (-(2.0**63), 2.0**63 - 2**10),
+    "min_p": (0.0, 1.0),
+    "typical_p": (1e-6, 1.0),
+    "repetition_penalty": (0.01, 100.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "presence_penalty": (-2.0, 2.0),
+    "length_penalty": (-5.0, 5.0),
 }
-# What a request may set in a `generation_config`, which `transformers chat` sends: nothing that chooses code, files,
-# caches or outputs.
-_GENERATION_CONFIG = {
-    "bad_words_ids",
-    "bos_token_id",
-    "do_sample",
-    "early_stopping",
-    "eos_token_id",
-    "length_penalty",
-    "max_new_tokens",
-    "min_new_tokens",
+_INT64 = (-(2**63), 2**63 - 1)
+_MAX_BIAS = 100.0
+_MAX_CONFIG_CHARACTERS = 100_000
+_MAX_WORDS, _MAX_WORD_TOKENS, _MAX_NGRAM = 1000, 100, 1000
+
+_SAMPLING = {
+    "frequency_penalty",
+    "logit_bias",
     "min_p",
-    "no_repeat_ngram_size",
-    "num_beams",
-    "pad_token_id",
+    "presence_penalty",
     "repetition_penalty",
-    "stop_strings",
-    "suppress_tokens",
+    "seed",
+    "stop",
     "temperature",
     "top_k",
     "top_p",
-    "transformers_version",
-    "typical_p",
 }
-# Fields that transformers ignores, although the answer would be another one with them.
-_WITHOUT_EFFECT = ("tools", "functions", "response_format", "logprobs", "echo", "previous_response_id", "conversation")
+_COMMON = {*_SAMPLING, "generation_config", "model", "stream", "stream_options"}
+# Fields of OpenAI's API that do not change the answer.
+_WITHOUT_EFFECT = {
+    "metadata",
+    "parallel_tool_calls",
+    "prediction",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+}
+_COMMON_UNSUPPORTED: dict[str, tuple[Any, ...]] = {"chat_template_kwargs": ({},), "best_of": (1,), "n": (1,)}
 
 
-def check_options(body: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    """Check the options of a request.
+@dataclass(frozen=True)
+class Fields:
+    """What a request to an endpoint may have.
+
+    Attributes:
+        used (`set[str]`): Fields that are read, beyond those that all endpoints have.
+        unsupported (`dict`): Fields whose effect the server does not have, each with the values that ask for none;
+            `None` always does.
+    """
+
+    used: set[str]
+    unsupported: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+
+
+CHAT_FIELDS = Fields(
+    {"messages", "max_tokens", "max_completion_tokens"},
+    {
+        "audio": (),
+        "function_call": ("none", "auto"),
+        "functions": ([],),
+        "logprobs": (False,),
+        "modalities": (["text"],),
+        "reasoning_effort": ("none",),
+        "response_format": ({"type": "text"},),
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+        "top_logprobs": (0,),
+        "verbosity": ("medium",),
+        "web_search_options": (),
+    },
+)
+RESPONSE_FIELDS = Fields(
+    {"input", "instructions", "max_output_tokens"},
+    {
+        "background": (False,),
+        "context_management": ([],),
+        "conversation": (),
+        "include": ([],),
+        "max_tool_calls": (),
+        "previous_response_id": (),
+        "prompt": (),
+        "reasoning": ({}, {"effort": None}, {"effort": "none"}),
+        "text": ({}, {"format": {"type": "text"}}, {"format": {"type": "text"}, "verbosity": "medium"}),
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+        "top_logprobs": (0,),
+        "truncation": ("disabled",),
+    },
+)
+COMPLETION_FIELDS = Fields({"prompt", "max_tokens"}, {"echo": (False,), "logprobs": (), "suffix": ("",)})
+
+
+@dataclass
+class Options:
+    """How to generate an answer.
+
+    Attributes:
+        config ([`GenerationConfig`]): What transformers does itself; it never samples.
+        temperature (`float`): 0 takes the best token each time.
+        top_p, top_k, min_p, typical_p: Limits to sampling; `None`: no limit.
+        frequency_penalty, presence_penalty (`float`): As in OpenAI's API.
+        logit_bias (`dict[int, float]`): Added to logits of tokens.
+        seed (`int`, *optional*): Of sampling.
+        stop (`tuple[str, ...]`): Strings that end the answer.
+        max_tokens (`int`): Longest answer.
+        is_stream (`bool`): Whether to stream.
+        usage_in_stream (`bool`, *optional*): Whether the stream tells the number of tokens; `None`: in its last chunk.
+    """
+
+    config: GenerationConfig
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    max_tokens: int = _MAX_TOKENS
+    is_stream: bool = False
+    usage_in_stream: bool | None = None
+
+
+def check_fields(body: Mapping[str, Any], fields: Fields) -> None:
+    """Refuse what would be ignored.
 
     Args:
         body (`Mapping`): The request.
-        vocab_size (`int`): Number of token ids.
-
-    Returns:
-        `dict`: The request, with `max_completion_tokens` as `max_tokens`, which every release of transformers reads,
-        and floats in `logit_bias`.
+        fields ([`Fields`]): What it may have.
 
     Raises:
-        RequestError: If an option is not as it must be, or has no effect here.
+        RequestError: If it has an unknown field, or asks for something that the server does not have.
     """
-    body = dict(body)
-    for name in _WITHOUT_EFFECT:
-        value = body.get(name)
-        if value and not (name == "response_format" and value == {"type": "text"}):
-            raise RequestError(f"`{name}` must be absent: this server does not support it.", name, "unsupported")
-    for name in ("n", "best_of"):
-        if body.get(name) not in (None, 1):
-            raise RequestError(f"`{name}` must be 1, got {body[name]!r}: send several requests.", name, "unsupported")
-    if body.get("chat_template_kwargs"):
-        raise RequestError(
-            "`chat_template_kwargs` must be absent: the operator sets them, with --chat-template-kwargs.",
-            "chat_template_kwargs",
-            "unsupported",
-        )
-    if not isinstance(body.get("stream"), bool | None):
-        raise RequestError(f"`stream` must be true or false, got {body['stream']!r}.", "stream")
-    for name in _MAX_TOKEN_FIELDS:
-        if body.get(name) is not None and not _is_count(body[name]):
-            raise RequestError(f"`{name}` must be a whole number, at least 1, got {body[name]!r}.", name)
-    if (tokens := body.pop("max_completion_tokens", None)) is not None:
-        body["max_tokens"] = tokens
-    for name, (low, high) in _RANGES.items():
-        value = body.get(name)
-        if value is None:
+    unsupported = {**_COMMON_UNSUPPORTED, **fields.unsupported}
+    for name, value in body.items():
+        if name in fields.used or name in _COMMON or name in _WITHOUT_EFFECT or value is None:
             continue
-        if not _is_number(value) or not low <= value <= high or (name == "seed" and not isinstance(value, int)):
-            raise RequestError(f"`{name}` must be between {low:g} and {high:g}, got {value!r}.", name)
-    _check_stop(body.get("stop"), "stop")
-    if body.get("logit_bias") is not None:
-        body["logit_bias"] = _read_bias(body["logit_bias"], vocab_size)
-    if body.get("generation_config") is not None:
-        _check_generation_config(body["generation_config"])
-    return body
+        if name not in unsupported:
+            message = f"`{name[:50]}` must be absent: this server does not know it."
+            raise RequestError(message, name[:50], "unknown_parameter", 422)
+        # As JSON: in Python 1 is True, and 0 is False.
+        if _canonical(value) not in map(_canonical, unsupported[name]):
+            reason = "send several requests" if name in ("n", "best_of") else "this server does not support it"
+            reason = "the operator sets them" if name == "chat_template_kwargs" else reason
+            allowed = "".join(f" or {_canonical(neutral)}" for neutral in unsupported[name][:1])
+            raise RequestError(f"`{name}` must be absent{allowed}, got {shown(value)}: {reason}.", name, "unsupported")
 
 
-def _check_stop(stop: Any, param: str) -> None:
-    strings = [stop] if isinstance(stop, str) else stop
-    if strings is None:
-        return
-    if (
-        not isinstance(strings, list)
-        or not 0 < len(strings) <= MAX_STOP_STRINGS
-        or not all(isinstance(text, str) and 0 < len(text) <= MAX_STOP_CHARACTERS for text in strings)
-    ):
-        raise RequestError(
-            f"`{param}` must be 1 to {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARACTERS} characters, "
-            f"got {str(stop)[:80]!r}.",
-            param,
-        )
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
 
 
-def _read_bias(bias: Any, vocab_size: int) -> dict[str, float]:
-    if not isinstance(bias, Mapping) or not all(
-        token.isdecimal() and int(token) < vocab_size and _is_number(value) for token, value in bias.items()
-    ):
-        raise RequestError(
-            f"`logit_bias` must map token ids below {vocab_size} to numbers, got {str(bias)[:80]!r}.", "logit_bias"
-        )
-    return {token: float(value) for token, value in bias.items()}  # JSON has one kind of number, transformers two
+def read_options(body: Mapping[str, Any], model_config: GenerationConfig, vocab_size: int, compile: bool) -> Options:
+    """Read the options of a request.
+
+    Args:
+        body (`Mapping`): The request.
+        model_config ([`GenerationConfig`]): Of the model: what holds where the request says nothing.
+        vocab_size (`int`): Number of token ids.
+        compile (`bool`): Whether to decode with a static cache.
+
+    Returns:
+        [`Options`]: The options.
+
+    Raises:
+        RequestError: If an option is not as it must be.
+    """
+    config = deepcopy(model_config)
+    given = _read_generation_config(body.get("generation_config"), vocab_size)
+    sampling = {name: value for name, value in given.items() if name in _CHECKS_OF_SAMPLING}
+    for name in _CHECKS_OF_SAMPLING:
+        if name in _SAMPLING and body.get(name) is not None:
+            _check(body, name, "", vocab_size)
+            sampling[name] = body[name]
+
+    does_sample = sampling.get("do_sample", config.do_sample)
+    if "temperature" in body and body["temperature"] is not None:
+        does_sample = body["temperature"] > 0
+    elif "do_sample" not in given:
+        does_sample = does_sample or any(sampling.get(name) is not None for name in ("top_p", "top_k", "min_p"))
+    limits = {
+        name: sampling.get(name, getattr(config, name, None) if config.do_sample else None)
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p")
+    }
+    temperature = 1.0 if limits["temperature"] is None else float(limits["temperature"])
+
+    # Never by transformers, whose sampling draws from one generator for all requests.
+    config.update(do_sample=False, temperature=None, top_p=None, top_k=None, min_p=None, typical_p=None)
+    suppressed = [*(config.suppress_tokens or []), *(given.pop("suppress_tokens", None) or [])]
+    config.update(**{name: value for name, value in given.items() if name in _CHECKS_OF_CONFIG})
+    config.suppress_tokens = sorted(set(suppressed)) or None
+    if sampling.get("repetition_penalty") is not None:
+        config.repetition_penalty = float(sampling["repetition_penalty"])
+    if does_sample and temperature > 0 and (config.num_beams or 1) > 1:
+        raise RequestError("`generation_config.num_beams` must be 1 for sampling.", "generation_config")
+
+    max_tokens = max(config.max_new_tokens or _MAX_TOKENS, _MAX_TOKENS)
+    max_tokens = given.get("max_new_tokens") or max_tokens
+    for name in reversed(_MAX_TOKEN_FIELDS):
+        if body.get(name) is not None:
+            if not _is_whole(body[name], 1, _INT64[1]):
+                raise RequestError(f"`{name}` must be a whole number, at least 1, got {shown(body[name])}.", name)
+            max_tokens = body[name]
+    # The length of an answer is limited, not that of the conversation.
+    config.max_length, config.stop_strings = None, None
+    if compile and config.cache_implementation is None:
+        config.cache_implementation = "static"
+    stop = body["stop"] if body.get("stop") is not None else given.get("stop_strings")
+    return Options(
+        config,
+        temperature=temperature if does_sample else 0.0,
+        top_p=limits["top_p"],
+        top_k=limits["top_k"] if (limits["top_k"] or 0) > 0 else None,
+        min_p=limits["min_p"],
+        typical_p=limits["typical_p"],
+        frequency_penalty=float(body.get("frequency_penalty") or 0.0),
+        presence_penalty=float(body.get("presence_penalty") or 0.0),
+        logit_bias=_read_bias(body.get("logit_bias"), vocab_size),
+        seed=body.get("seed"),
+        stop=_read_stop(stop, "stop"),
+        max_tokens=max_tokens,
+        **_read_stream(body),
+    )
 
 
-def _check_generation_config(text: Any) -> None:
+def _is_whole(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _in_range(name: str) -> tuple[str, Callable[[Any, int], bool]]:
+    low, high = _RANGES[name]
+    expected = f"between {low:g} and {high:g}"
+    if name == "temperature":
+        return f"0 or {expected}", lambda value, _: is_number(value) and (value == 0 or low <= value <= high)
+    return expected, lambda value, _: is_number(value) and low <= value <= high
+
+
+def _whole(low: int, high: int) -> tuple[str, Callable[[Any, int], bool]]:
+    return f"a whole number from {low} to {high}", lambda value, _: _is_whole(value, low, high)
+
+
+def _is_ids(value: Any, vocab_size: int, most: int) -> bool:
+    return isinstance(value, list) and len(value) <= most and all(_is_whole(id_, 0, vocab_size - 1) for id_ in value)
+
+
+_TOKEN = ("a token id", lambda value, vocab_size: _is_whole(value, 0, vocab_size - 1))
+_BOOLEAN = ("true or false", lambda value, _: isinstance(value, bool))
+# For each option what it must be, in words and as a function of the value and the vocabulary's size.
+_CHECKS_OF_SAMPLING: dict[str, tuple[str, Callable[[Any, int], bool]]] = {
+    "do_sample": _BOOLEAN,
+    "top_k": _whole(-1, _INT64[1]),
+    "seed": _whole(*_INT64),
+    **{name: _in_range(name) for name in _RANGES if name != "length_penalty"},
+}
+# What a request may set in a `generation_config`, which `transformers chat` sends: nothing that chooses code, files,
+# caches or outputs.
+_CHECKS_OF_CONFIG: dict[str, tuple[str, Callable[[Any, int], bool]]] = {
+    "bad_words_ids": (
+        f"at most {_MAX_WORDS} lists of token ids",
+        lambda value, vocab_size: (
+            isinstance(value, list)
+            and 0 < len(value) <= _MAX_WORDS
+            and all(_is_ids(word, vocab_size, _MAX_WORD_TOKENS) and word for word in value)
+        ),
+    ),
+    "bos_token_id": _TOKEN,
+    "early_stopping": ("true, false or 'never'", lambda value, _: isinstance(value, bool) or value == "never"),
+    "eos_token_id": (
+        "a token id or a list of token ids",
+        lambda value, vocab_size: _is_whole(value, 0, vocab_size - 1) or (_is_ids(value, vocab_size, 100) and value),
+    ),
+    "length_penalty": _in_range("length_penalty"),
+    "min_new_tokens": _whole(0, _INT64[1]),
+    "no_repeat_ngram_size": _whole(0, _MAX_NGRAM),
+    "num_beams": _whole(1, MAX_BEAMS),
+    "pad_token_id": _TOKEN,
+}
+_OTHER_CHECKS: dict[str, tuple[str, Callable[[Any, int], bool]]] = {
+    "max_new_tokens": _whole(1, _INT64[1]),
+    "stop_strings": ("a string or a list of strings", lambda value, _: isinstance(value, str | list)),
+    "suppress_tokens": ("a list of token ids", lambda value, vocab_size: _is_ids(value, vocab_size, vocab_size)),
+    "transformers_version": ("a string", lambda value, _: isinstance(value, str)),
+}
+_NOT_IN_CONFIG = ("frequency_penalty", "presence_penalty", "seed")
+_CHECKS = {**_CHECKS_OF_SAMPLING, **_CHECKS_OF_CONFIG, **_OTHER_CHECKS}
+
+
+def _check(values: Mapping[str, Any], name: str, prefix: str, vocab_size: int) -> None:
+    expected, is_valid = _CHECKS[name]
+    value = values.get(name)
+    if value is not None and not is_valid(value, vocab_size):
+        raise RequestError(f"`{prefix}{name}` must be {expected}, got {shown(value)}.", prefix.rstrip(".") or name)
+
+
+def _read_generation_config(text: Any, vocab_size: int) -> dict[str, Any]:
     param = "generation_config"
+    if text is None:
+        return {}
     try:
-        config = json.loads(text)
+        config = json.loads(text) if len(text) <= _MAX_CONFIG_CHARACTERS else None
     except (TypeError, ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
-        raise RequestError(f"`{param}` must be a string with a JSON object, got {str(text)[:80]!r}.", param)
-    if unknown := sorted(set(config) - _GENERATION_CONFIG):
-        raise RequestError(f"`{param}` may have {', '.join(sorted(_GENERATION_CONFIG))}, got also {unknown}.", param)
-    for name, most in (("num_beams", MAX_BEAMS), ("max_new_tokens", math.inf)):
-        value = config.get(name)
-        if value is not None and not (_is_count(value) and value <= most):
-            raise RequestError(f"`{param}.{name}` must be a whole number from 1 to {most}, got {value!r}.", param)
-    _check_stop(config.get("stop_strings"), f"{param}.stop_strings")
+        raise RequestError(f"`{param}` must be a string with a JSON object, got {shown(text)}.", param)
+    known = set(_CHECKS) - set(_NOT_IN_CONFIG)
+    if unknown := sorted(set(config) - known):
+        raise RequestError(f"`{param}` may have {', '.join(sorted(known))}, got also {str(unknown)[:200]}.", param)
+    for name in config:
+        _check(config, name, f"{param}.", vocab_size)
+    _read_stop(config.get("stop_strings"), f"{param}.stop_strings")
+    return {name: value for name, value in config.items() if value is not None}
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _read_stop(stop: Any, param: str) -> tuple[str, ...]:
+    strings = [stop] if isinstance(stop, str) else [] if stop is None else stop
+    if (
+        not isinstance(strings, list)
+        or len(strings) > MAX_STOP_STRINGS
+        or not all(isinstance(text, str) and 0 < len(text) <= MAX_STOP_CHARACTERS for text in strings)
+    ):
+        raise RequestError(
+            f"`{param}` must be at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARACTERS} characters, "
+            f"got {shown(stop)}.",
+            param.partition(".")[0],
+        )
+    return tuple(strings)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _read_bias(bias: Any, vocab_size: int) -> dict[int, float]:
+    if bias is None:
+        return {}
+
+    def is_valid(token: str, value: Any) -> bool:
+        is_token = token.isascii() and token.isdecimal() and len(token) <= 10 and int(token) < vocab_size
+        return is_token and is_number(value) and abs(value) <= _MAX_BIAS
+
+    wrong: str | None = None
+    if isinstance(bias, Mapping):
+        entries = (f"{token[:20]!r}: {shown(value)}" for token, value in bias.items() if not is_valid(token, value))
+        wrong = next(entries, None)
+    else:
+        wrong, bias = shown(bias), {}
+    if wrong:
+        raise RequestError(
+            f"`logit_bias` must map token ids below {vocab_size} to numbers from {-_MAX_BIAS:g} to {_MAX_BIAS:g}, "
+            f"got {wrong}.",
+            "logit_bias",
+        )
+    return {int(token): float(value) for token, value in bias.items()}
+
+
+def _read_stream(body: Mapping[str, Any]) -> dict[str, Any]:
+    is_stream, options = body.get("stream"), body.get("stream_options")
+    if not isinstance(is_stream, bool | None):
+        raise RequestError(f"`stream` must be true or false, got {shown(is_stream)}.", "stream")
+    if options is None:
+        return {"is_stream": bool(is_stream)}
+    known = {"include_usage", "include_obfuscation"}
+    if not isinstance(options, Mapping) or set(options) - known:
+        raise RequestError(
+            f"`stream_options` must be an object with {' and '.join(sorted(known))}, got {shown(options)}.",
+            "stream_options",
+        )
+    if not all(isinstance(value, bool | None) for value in options.values()):
+        raise RequestError(f"`stream_options` must hold true or false, got {shown(options)}.", "stream_options")
+    if not is_stream:
+        raise RequestError("`stream_options` must be absent where `stream` is not true.", "stream_options")
+    return {"is_stream": True, "usage_in_stream": options.get("include_usage")}

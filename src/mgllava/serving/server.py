@@ -1,31 +1,64 @@
 """Loading a model and serving it."""
 
+import asyncio
 import json
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import torch
 import uvicorn
-from transformers import AutoConfig
-from transformers.cli.serving.model_manager import ModelManager
-from transformers.cli.serving.utils import set_torch_seed
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import mgllava
-from mgllava.serving.app import build_app
-from mgllava.serving.generation import ServingGenerationState
-from mgllava.serving.handlers import (
-    MGLlavaChatCompletionHandler,
-    MGLlavaCompletionHandler,
-    MGLlavaResponseHandler,
-    ServedModel,
-)
+from mgllava.serving.app import AllowedHosts, build_app
+from mgllava.serving.generation import DeviceHealth, Generator
+from mgllava.serving.handlers import ChatCompletionHandler, CompletionHandler, ResponseHandler, ServedModel
 from mgllava.serving.image_urls import ImageHosts
-from mgllava.serving.limits import ServingLimits
+from mgllava.serving.limits import HEAD_TIMEOUT, ServingLimits
+from mgllava.serving.prompts import PromptMaker
 
 # Seconds that answers may still take after the server was told to stop.
 _SHUTDOWN_TIMEOUT = 30
+_BITS = {"bnb-4bit": 4, "bnb-8bit": 8}
+
+
+class _ImpatientProtocol(H11Protocol):
+    """Hangs up where the head of a request does not arrive in time; uvicorn waits for ever."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._wait_for_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._wait_for_head()
+        else:
+            self._stop_waiting()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _wait_for_head(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_TIMEOUT, self._hang_up)
+
+    def _stop_waiting(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _hang_up(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.abort()
 
 
 def run_server(
@@ -35,6 +68,8 @@ def run_server(
     port: int = 8000,
     limits: ServingLimits | None = None,
     allowed_image_hosts: str = "public",
+    allowed_hosts: Sequence[str] = (),
+    api_keys: Sequence[str] = (),
     served_model_name: str | None = None,
     box_detector: bool = True,
     compile: bool = False,
@@ -42,7 +77,11 @@ def run_server(
     enable_cors: bool = False,
     log_level: str = "warning",
     default_seed: int | None = None,
-    **model_options: Any,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantization: str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Load a model and serve it until the process is told to stop.
 
@@ -52,57 +91,108 @@ def run_server(
         port (`int`): Port to listen at.
         limits ([`ServingLimits`], *optional*): What a request may cost.
         allowed_image_hosts (`str`): See [`ImageHosts.parse`].
+        allowed_hosts (`Sequence[str]`): Names of this server, see [`AllowedHosts`].
+        api_keys (`Sequence[str]`): Keys of which requests must have one; without any, all may ask.
         served_model_name (`str`, *optional*): How clients call the model; by default the folder's name, or the id.
         box_detector (`bool`): Whether to use the detector of the repository, if it has one.
         compile (`bool`): Whether to compile decoding, with a static cache.
         chat_template_kwargs (`str`, *optional*): JSON object; variables of the chat template.
         enable_cors (`bool`): Whether web pages of all origins may send requests.
         log_level (`str`): Of transformers and this package.
-        default_seed (`int`, *optional*): Seed of sampling.
-        **model_options: `device`, `dtype`, `quantization`, `attn_implementation` and `trust_remote_code` as in
-            `transformers serve`.
+        default_seed (`int`, *optional*): Seed of sampling for requests that have none.
+        device (`str`): `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"` or `"1"`.
+        dtype (`str`): `"auto"`, or the name of a dtype of torch.
+        quantization (`str`, *optional*): `"bnb-4bit"` or `"bnb-8bit"`.
+        attn_implementation (`str`, *optional*): As in `from_pretrained`.
+        trust_remote_code (`bool`): Whether code of the repository may run.
 
     Raises:
         OSError: If there is no such repository.
         ValueError: If it is no MG-LLaVA, or an option has no such value.
     """
+    # Loading takes minutes: what can be wrong without the model is found before.
     hosts = ImageHosts.parse(allowed_image_hosts)
+    names = AllowedHosts(host, allowed_hosts)
+    if not all(key.strip() for key in api_keys):
+        raise ValueError("`api_key` must not be empty.")
     limits = limits or ServingLimits()
-    template_kwargs = json.loads(chat_template_kwargs) if chat_template_kwargs else {}
-    if not isinstance(template_kwargs, dict):
-        raise ValueError(f"`chat_template_kwargs` must be a JSON object, got {chat_template_kwargs!r}.")
+    template_kwargs = _read_template_kwargs(chat_template_kwargs)
     if log_level.lower() not in logging.log_levels:
         raise ValueError(f"`log_level` must be one of {', '.join(logging.log_levels)}, got {log_level!r}.")
     for package in ("transformers", "mgllava"):
         logging.get_logger(package).setLevel(logging.log_levels[log_level.lower()])
-    if default_seed is not None:
-        set_torch_seed(default_seed)
+    if quantization is not None and quantization not in _BITS:
+        raise ValueError(f"`quantization` must be one of {', '.join(_BITS)}, got {quantization!r}.")
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"`dtype` must be 'auto' or a dtype of torch such as 'bfloat16', got {dtype!r}.")
+    if default_seed is not None and not -(2**63) <= default_seed < 2**63:
+        raise ValueError(f"`default_seed` must have 64 bits, got {default_seed}.")
 
-    model_id, _, revision = model.partition("@")
-    trust_remote_code = bool(model_options.get("trust_remote_code"))
-    config = AutoConfig.from_pretrained(model_id, revision=revision or "main", trust_remote_code=trust_remote_code)
+    name, _, revision = (model, "", "") if os.path.exists(model) else model.partition("@")
+    source = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(name, **source)
     if config.model_type != mgllava.MGLlavaConfig.model_type:
         raise ValueError(
             f"`model` must be an MG-LLaVA repository, got {model!r} of type {config.model_type!r}. "
             "Use `transformers serve` for other models."
         )
-    # Where transformers looks up, by names only, which classes it can serve.
-    class_name = mgllava.MGLlavaForConditionalGeneration.__name__
-    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[mgllava.MGLlavaConfig.model_type] = class_name
-    manager = ModelManager(force_model=model, **model_options)
-    loaded, processor = cast(Any, manager.load_model_and_processor(manager.process_model_name(model)))
+    processor = AutoProcessor.from_pretrained(name, **source)
     if not box_detector:
         processor.box_detector = None
-    processor.box_detector  # noqa: B018  (loads it: the first request should not wait, nor several load it at once)
+    processor.box_detector  # noqa: B018  (loads it: the first request should not wait)
+    loaded = AutoModelForImageTextToText.from_pretrained(
+        name,
+        dtype=dtype,
+        device_map=int(device) if device.isdecimal() else device,
+        attn_implementation=attn_implementation,
+        quantization_config=None if quantization is None else mgllava.quantization_config(_BITS[quantization]),
+        **source,
+    ).eval()
 
-    name = served_model_name or (Path(os.path.abspath(model)).name if os.path.isdir(model) else model)
-    served = ServedModel(model, name, loaded.eval(), processor)
-    state = ServingGenerationState(compile=compile)
-    arguments = (served, limits, hosts, manager, state)
+    health = DeviceHealth(loaded.device)
+    context_length = int(loaded.config.get_text_config().max_position_embeddings)
+    served = ServedModel(
+        model,
+        served_model_name or (Path(os.path.abspath(model)).name if os.path.isdir(model) else model),
+        loaded,
+        PromptMaker(processor, context_length, limits, hosts, health, template_kwargs),
+        Generator(loaded, processor.tokenizer, health, default_seed),
+        health,
+        vocab_size=len(processor.tokenizer),
+        context_length=context_length,
+        compile=compile,
+    )
     handlers = {
-        "/v1/chat/completions": MGLlavaChatCompletionHandler(*arguments, chat_template_kwargs=template_kwargs),
-        "/v1/responses": MGLlavaResponseHandler(*arguments, chat_template_kwargs=template_kwargs),
-        "/v1/completions": MGLlavaCompletionHandler(*arguments),
+        "/v1/chat/completions": ChatCompletionHandler(served, limits),
+        "/v1/responses": ResponseHandler(served, limits),
+        "/v1/completions": CompletionHandler(served, limits),
     }
-    app = build_app(handlers, name, limits, enable_cors)
-    uvicorn.run(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=_SHUTDOWN_TIMEOUT)
+    app = build_app(handlers, served, limits, enable_cors, names, api_keys)
+    _allow_many_connections()
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        log_level="info",
+        http=_ImpatientProtocol,
+        timeout_graceful_shutdown=_SHUTDOWN_TIMEOUT,
+    )
+
+
+def _read_template_kwargs(text: str | None) -> dict[str, Any]:
+    try:
+        values = json.loads(text) if text else {}
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise ValueError(f"`chat_template_kwargs` must be a JSON object, got {text!r}.")
+    return values
+
+
+def _allow_many_connections() -> None:
+    """Raise the number of open files to what the system allows: clients that send nothing take some for a while."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

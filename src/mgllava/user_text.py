@@ -1,0 +1,78 @@
+"""Text of users is never read as control tokens: what looks like `</s>` or `<image>` in it is text like any other."""
+
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Since transformers 5.17 or so; the release decides, not the tokenizer.
+_CAN_SANITIZE = "sanitize_control_tokens" in inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+
+
+def encode_conversation(processor: Any, messages: list[dict[str, Any]], **kwargs: Any) -> Any:
+    """Make the model's inputs from a conversation whose texts come from users.
+
+    Where transformers cannot encode control tokens as text (5.16), a space breaks them: `</s>` becomes `< /s>`.
+
+    Args:
+        processor ([`MGLlavaProcessor`]): The processor.
+        messages (`list[dict]`): The conversation.
+        **kwargs: Variables of the chat template.
+
+    Returns:
+        `BatchFeature`: Tensors for one prompt, for generation.
+
+    Raises:
+        ValueError: If the conversation does not fit the template.
+    """
+    if _CAN_SANITIZE:
+        kwargs["sanitize_control_tokens"] = True
+    else:
+        logger.warning_once(
+            "This release of transformers reads control tokens in text of users. They get a space: `</s>` becomes "
+            "`< /s>`. Upgrade transformers to keep the text as it is."
+        )
+        messages = _break_tokens(messages, control_tokens(processor))
+    return processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **kwargs
+    )
+
+
+def control_tokens(processor: Any) -> re.Pattern[str]:
+    """List what a tokenizer reads as control tokens, as a pattern.
+
+    Args:
+        processor ([`MGLlavaProcessor`]): The processor.
+
+    Returns:
+        `re.Pattern`: Special tokens, the placeholder of images, and what else the chat template writes of the added
+        tokens.
+    """
+    template = str(processor.chat_template)
+    added = processor.tokenizer.added_tokens_decoder.values()
+    tokens = {token.content for token in added if token.special or token.content in template}
+    tokens = {token for token in tokens | {processor.image_token} if token.strip()}
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+
+
+def _break_tokens(value: Any, tokens: re.Pattern[str]) -> Any:
+    """Copy a conversation with a space in each control token."""
+    if isinstance(value, str):
+        while tokens.search(value):
+            value = tokens.sub(lambda match: f"{match.group()[0]} {match.group()[1:]}", value)
+        return value
+    if isinstance(value, Mapping):
+        return {
+            key: _break_tokens(item, tokens) if key in ("content", "text") else item for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [_break_tokens(item, tokens) for item in value]
+    return value
+
+
+__all__ = ["control_tokens", "encode_conversation"]
