@@ -1,24 +1,24 @@
-"""What the running server cannot show: a lack of memory, errors within a stream, and bytes that are no text."""
+"""What the running server cannot show: a lack of memory, a device that fails, and bytes that are no text."""
 
 import asyncio
-import json
 
 import pytest
 import torch
-from starlette.responses import StreamingResponse
 from transformers import BatchFeature, GenerationConfig
-from transformers.cli.serving.utils import _StreamError
 
 from mgllava.serving import generation
+from mgllava.serving.answers import AnswerFinishedError, AnswerWriter
 from mgllava.serving.errors import RequestError
-from mgllava.serving.generation import ServingGenerateManager
-from mgllava.serving.handlers import _as_openai_stream
+from mgllava.serving.generation import DeviceHealth, Generator
+from mgllava.serving.options import Options
+from mgllava.serving.sampling import logits_processors
 
 
 class Model:
     """Fails at generation, or generates until it is stopped."""
 
-    device = "cpu"
+    device = torch.device("cpu")
+    generation_config = GenerationConfig(eos_token_id=2)
 
     def __init__(self, error=None):
         self.error, self.steps = error, 0
@@ -42,15 +42,16 @@ def inputs():
     return BatchFeature({"input_ids": torch.tensor([[1, 2]])})
 
 
+def generator(model, processor, **kwargs):
+    return Generator(model, processor.tokenizer, DeviceHealth(model.device), **kwargs)
+
+
+def options(**kwargs):
+    return Options(GenerationConfig(), **kwargs)
+
+
 async def answer(model, processor):
-    manager = ServingGenerateManager()
-    return await manager.generate_non_streaming(model, processor, inputs(), GenerationConfig(), "id")
-
-
-async def stream(model, processor):
-    manager = ServingGenerateManager()
-    queue, _ = manager.generate_streaming(model, processor, inputs(), GenerationConfig(), "id")
-    return await asyncio.wait_for(queue.get(), 10)
+    return await generator(model, processor).answer(inputs(), options())
 
 
 MEMORY_ERRORS = [
@@ -65,57 +66,136 @@ def test_lack_of_memory_is_freed_and_said(processor, freed, error):
     with pytest.raises(RequestError) as raised:
         asyncio.run(answer(Model(error), processor))
     assert (raised.value.status, raised.value.code) == (503, "out_of_memory") and len(freed) == 1
-    item = asyncio.run(stream(Model(error), processor))
-    assert isinstance(item, _StreamError) and "memory does not suffice" in item.msg and len(freed) == 2
 
 
-def test_other_failures_do_not_show_their_text(processor, freed):
-    item = asyncio.run(stream(Model(RuntimeError("/home/operator/secret")), processor))
-    assert "secret" not in item.msg and not freed
+def test_error_of_an_option_is_the_clients(processor):
     with pytest.raises(RequestError, match="must be positive"):
-        asyncio.run(answer(Model(ValueError("`temperature` must be positive")), processor))
+        asyncio.run(answer(Model(ValueError("`length` must be positive")), processor))
 
 
-def test_cancelled_answer_stops_and_a_waiting_one_never_starts(processor):
+def test_device_error_is_final(processor):
+    """A failed assertion on a GPU makes all later calls fail, whoever asks."""
+    model = Model(RuntimeError("CUDA error: device-side assert triggered"))
+
     async def run():
-        manager = ServingGenerateManager()
-        models = [Model(), Model()]
-        tasks = [
-            asyncio.ensure_future(manager.generate_non_streaming(model, processor, inputs(), GenerationConfig(), "id"))
-            for model in models
-        ]
-        while models[0].steps == 0:
-            await asyncio.sleep(0.01)
-        for task in reversed(tasks):
-            task.cancel()
-        await asyncio.wait(tasks)
-        await asyncio.wait_for(manager.async_submit(lambda: None), 10)  # the thread is free
-        assert models[0].steps > 0 and models[1].steps == 0
+        health = DeviceHealth(model.device)
+        served = Generator(model, processor.tokenizer, health)
+        with pytest.raises(RuntimeError):
+            await served.answer(inputs(), options())
+        assert "must be restarted" in health.failure
+        model.error = None
+        with pytest.raises(RequestError) as raised:
+            await served.answer(inputs(), options())
+        assert (raised.value.status, raised.value.code) == (503, "device_failed")
 
     asyncio.run(run())
 
 
-def test_stream_error_has_openai_form_whatever_its_text():
-    async def chunks():
-        yield 'data: {"choices": "data: {\\"error\\": \\""}\n\n'
-        yield 'data: {"more": 1}\n\ndata: {"error": "a "quoted"\nmessage"}\n\n'
+def test_other_errors_leave_the_device_healthy(processor):
+    health = DeviceHealth(torch.device("cpu"))
+    health.examine(KeyError("a bug"))
+    assert health.failure is None
 
+
+def test_cancelled_answer_stops_and_a_waiting_one_never_starts(processor):
     async def run():
-        response = _as_openai_stream(StreamingResponse(chunks()))
-        return "".join([chunk async for chunk in response.body_iterator])
+        models = [Model(), Model()]
+        served = generator(models[0], processor)
+        tasks = []
+        for model in models:
+            served._model = model
+            tasks.append(asyncio.ensure_future(served.answer(inputs(), options())))
+            while models[0].steps == 0:
+                await asyncio.sleep(0.01)
+        for task in reversed(tasks):
+            task.cancel()
+        await asyncio.wait(tasks)
+        await asyncio.wait_for(served._worker.run(lambda: None), 10)  # the thread is free
+        assert models[0].steps > 0
 
-    events = asyncio.run(run()).split("\n\n")
-    assert [json.loads(event.removeprefix("data: ")) for event in events[1:3]] == [
-        {"more": 1},
-        {"error": {"message": 'a "quoted"\nmessage', "type": "server_error", "param": None, "code": None}},
-    ]
-    assert "error" not in json.loads(events[0].removeprefix("data: "))
+    asyncio.run(run())
 
 
-def test_bytes_that_form_no_character_do_not_end_a_stream(processor):
+def write(tokenizer, tokens, stop=(), before=None):
+    pieces = []
+    writer = AnswerWriter(tokenizer, [2], stop, pieces.append, lambda: False, before=before)
+    writer.put(torch.tensor([[1, 2, 3]]))  # the prompt
+    try:
+        for token in tokens:
+            writer.put(torch.tensor([token]))
+    except AnswerFinishedError:
+        pass
+    writer.end()
+    writer.end()  # transformers calls it too
+    assert "".join(pieces) == writer.text
+    return writer, pieces
+
+
+def test_bytes_that_form_no_character_do_not_end_an_answer(processor):
     """A byte-fallback letter is sent, the next byte makes both of them invalid: the text before has changed."""
+    tokens = processor.tokenizer.convert_tokens_to_ids(["<0x47>", "<0xE2>", "o", "r"])
+    assert write(processor.tokenizer, tokens)[0].text == "G\N{REPLACEMENT CHARACTER}or"
+
+
+def test_characters_of_several_tokens_come_whole(processor):
+    text = "Grüße, 你好 🙂!"
+    tokens = processor.tokenizer.encode(text, add_special_tokens=False)
+    writer, pieces = write(processor.tokenizer, tokens)
+    assert writer.text == text and not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+def test_nothing_of_a_stop_string_is_sent_however_it_is_cut(processor):
+    text = "one two three four"
+    tokens = processor.tokenizer.encode(text, add_special_tokens=False)
+    for start in range(len(text)):
+        for stop in (text[start : start + 1], text[start : start + 5]):
+            writer, _ = write(processor.tokenizer, tokens, [stop, "absent"])
+            assert writer.text == text[: text.index(stop)].lstrip() and writer.finish_reason == "stop"
+    writer, _ = write(processor.tokenizer, tokens, ["four and more"])
+    assert writer.text == text and writer.finish_reason == "length"
+
+
+def test_answers_have_no_leading_space_and_continuations_keep_it(processor):
     tokenizer = processor.tokenizer
-    decoder = generation._DecodeStream(skip_special_tokens=True)
-    tokens = tokenizer.convert_tokens_to_ids(["<0x47>", "<0xE2>", "o", "r"])
-    pieces = [decoder.step(tokenizer._tokenizer, token) or "" for token in tokens]
-    assert "".join(pieces) == "G\N{REPLACEMENT CHARACTER}or"
+    tokens = tokenizer.encode("word and", add_special_tokens=False)
+    word = tokenizer.encode("and", add_special_tokens=False)
+    assert write(tokenizer, word)[0].text == "and"
+    assert write(tokenizer, tokens[-len(word) :], before=tokens[: -len(word)])[0].text == " and"
+
+
+def test_end_at_the_limit_is_an_end(processor):
+    assert write(processor.tokenizer, [5, 2])[0].finish_reason == "stop"
+    assert write(processor.tokenizer, [5, 6])[0].finish_reason == "length"
+
+
+def test_sampling_draws_from_the_distribution_and_from_its_own_generator():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -float("inf")]])
+    ids = torch.tensor([[1]])
+
+    def draw(seed, number=1, **kwargs):
+        processors = logits_processors(options(temperature=1.0, **kwargs), 1, seed)
+        return [int(processors(ids, logits.clone()).argmax()) for _ in range(number)]
+
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    drawn = torch.tensor(draw(1, 4000))
+    assert torch.equal(torch.get_rng_state(), state)
+    expected = logits[0].softmax(0)
+    assert torch.allclose(torch.bincount(drawn, minlength=4) / 4000, expected, atol=0.03)
+    assert draw(7, 20) == draw(7, 20) != draw(8, 20)
+    assert set(draw(1, 200, top_k=1)) == {2} and set(draw(1, 200, top_k=2)) == {1, 2}
+    assert set(draw(1, 200, min_p=0.5)) == {2} and set(draw(1, 200, top_p=0.0)) == {2}
+
+
+def test_penalties_count_the_answer_and_not_the_prompt():
+    ids = torch.tensor([[3, 3, 0, 1, 1]])
+    processors = logits_processors(options(frequency_penalty=0.5, presence_penalty=1.0, logit_bias={2: 7.0}), 2, 0)
+    assert processors(ids, torch.zeros(1, 4)).tolist() == [[-1.5, -2.0, 7.0, 0.0]]
+
+
+def test_no_choice_and_no_number_are_errors():
+    processors = logits_processors(options(), 1, 0)
+    with pytest.raises(RequestError, match="exclude all"):
+        processors(torch.tensor([[1]]), torch.full((1, 3), -float("inf")))
+    with pytest.raises(RuntimeError, match="float32"):
+        processors(torch.tensor([[1]]), torch.tensor([[1.0, float("nan")]]))

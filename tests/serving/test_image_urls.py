@@ -61,12 +61,12 @@ class NameServer:
         self.answers, self.asked = list(answers), []
         name_server = self
 
-        async def getaddrinfo(self, host, port, **kwargs):
+        def getaddrinfo(host, port, **kwargs):
             name_server.asked.append(host)
             found = name_server.answers.pop(0) if len(name_server.answers) > 1 else name_server.answers[0]
             return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in found]
 
-        monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", getaddrinfo)
+        monkeypatch.setattr(image_urls.socket, "getaddrinfo", getaddrinfo)
 
 
 @pytest.fixture
@@ -154,3 +154,21 @@ def test_certificate_is_that_of_the_name_not_of_the_address(tls_site, monkeypatc
         else:
             with pytest.raises(RequestError, match="certificate"):
                 download(url, allowed)
+
+
+def test_names_that_nobody_answers_hold_up_nothing_else(monkeypatch):
+    """The system's resolver can take half a minute; asyncio's threads, which parse requests, must not wait for it."""
+    answered = threading.Event()
+    monkeypatch.setattr(image_urls.socket, "getaddrinfo", lambda *args, **kwargs: answered.wait(60) and [])
+
+    async def run():
+        hosts, limits = ImageHosts(), ServingLimits(image_timeout=0.3)
+        urls = [f"http://host{number}.test/a.png" for number in range(2 * image_urls.MAX_LOOKUPS)]
+        downloads = [asyncio.ensure_future(download_image(url, "url", hosts, limits)) for url in urls]
+        await asyncio.sleep(0.1)
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: "free"), 20) == "free"
+        for error in await asyncio.gather(*downloads, return_exceptions=True):
+            assert isinstance(error, RequestError) and "within 0.3 seconds" in error.message
+        answered.set()
+
+    asyncio.run(run())
