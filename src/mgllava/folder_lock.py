@@ -216,6 +216,24 @@ class FolderLock:
         self._created_folders = []
 
 
+def lock_owner(path: str | Path) -> str | None:
+    """Tell who holds the lock on an output, without taking it.
+
+    Args:
+        path (`str` or `Path`): The output, as [`FolderLock`] has it.
+
+    Returns:
+        `str`, *optional*: The purpose, process and host of a run that is alive, or that may be; `None` if nobody holds
+        the lock, or only a dead process.
+    """
+    lock = FolderLock(path, "")
+    owner, age = _read(lock.file), lock._age()
+    if owner is None or age is None:
+        return None
+    is_dead = _is_dead(owner)
+    return None if is_dead or (is_dead is None and age >= STALE_SECONDS) else _describe(owner)
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     """Read a lock file; `None` if there is none, or if it is something else."""
     try:
@@ -273,4 +291,4 @@ def _process_start(pid: int) -> str | None:
     return None if text[0] in "ZX" else text[19]
 
 
-__all__ = ["HEARTBEAT_SECONDS", "STALE_SECONDS", "FolderLock", "FolderLockedError"]
+__all__ = ["HEARTBEAT_SECONDS", "STALE_SECONDS", "FolderLock", "FolderLockedError", "lock_owner"]

@@ -56,7 +56,7 @@ def test_command_writes_what_the_detector_finds(images, tmp_path, extension):
     assert len(list((tmp_path / "shown").iterdir())) == 3
     # Again:
     result = _run(images, "--output", output, *options)
-    assert result.exit_code == 1 and "exists. Choose another --output" in result.output
+    assert result.exit_code == 1 and "exists. Choose another output" in result.output
     assert _run(images, "--output", output, *options, "--resume").exit_code == 0
 
 

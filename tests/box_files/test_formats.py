@@ -121,7 +121,7 @@ def test_settings_that_were_edited_are_not_believed(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("[{", "is no JSON"),
+        ("[{", "is not valid JSON"),
         ("3", "must hold a list or a dictionary of records, got int"),
         ("[[]]", "record 0 must be a dictionary, got list"),
         ('[{"id": 1, "boxes": [], "scores": []}]', "record 0 must have boxes, scores, labels .* but labels is absent"),

@@ -119,7 +119,7 @@ def test_digest_tells_lists_apart(folder):
     [
         ("questions.jsonl", '{"question_id": 1, "image": "a"}\n{', "line 2 is no JSON"),
         ("questions.jsonl", '{"image": "a.jpg"}', "must have question_id, id, index as text or an integer, got None"),
-        ("questions.jsonl", '{"id": 1, "image": ["a", "b"]}', "`image` must be one path"),
+        ("questions.jsonl", '{"id": 1, "image": ["a", 2]}', "`image` must be a path or a list of paths"),
         ("questions.jsonl", '{"id": 1}', "No images in"),
         ("llava.json", '{"id": 1}\n{"id": 2}', r"is no JSON .* one sample per line \.jsonl"),
         ("llava.json", '{"id": 1}', "must hold a list of samples, got dict"),

@@ -2,9 +2,12 @@
 
 import json
 import logging
+import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -13,13 +16,14 @@ from typing import Any
 from PIL import Image
 
 from mgllava.atomic_files import replacing
+from mgllava.folder_lock import FolderLock, FolderLockedError, lock_owner
 from mgllava.visualization import draw_boxes
 
 from .box_file import Record, describe_differences, settings_digest
 from .detectors import Detector, detection_settings
 from .errors import BoxFileError
-from .formats import check_extension, has_integer_boxes, read_metadata, require_pyarrow, write_boxes
-from .image_lists import ImageEntry, ImageList, Inputs, list_images
+from .formats import check_extension, check_record, has_integer_boxes, read_metadata, require_pyarrow, write_boxes
+from .image_lists import ImageEntry, ImageList, Inputs, is_text, list_images
 from .shards import Batch, ShardFolder
 
 logger = logging.getLogger(__name__)
@@ -145,30 +149,68 @@ def detect_images(
 
     state = PartialState(timeout=_PATIENCE)
     folder = ShardFolder(output)
-    if state.is_main_process:
-        _prepare(output, folder, manifest, resume, overwrite)
-    state.wait_for_everyone()
-    if folder.read_manifest() is None:
-        logger.info("%s is complete.", output)
-        return None
-    share = range(part * state.num_processes + state.process_index, folder.num_shards, parts * state.num_processes)
-    if folder.num_shards < parts * state.num_processes:
-        logger.warning(
-            "%d shards for %d processes: some have nothing to do. A smaller --shard-size keeps all busy.",
-            folder.num_shards,
-            parts * state.num_processes,
-        )
+    with ExitStack() as stack:
+        # The other processes of a job belong to its main process, and end with it.
+        lock = stack.enter_context(_lock(output, part, parts)) if state.is_main_process else None
+        if state.is_main_process:
+            _prepare(output, folder, manifest, resume, overwrite, is_shared=bool(_other_tasks(output, part, parts)))
+        state.wait_for_everyone()
+        if folder.read_manifest() is None:
+            logger.info("%s is complete.", output)
+            return None
+        share = range(part * state.num_processes + state.process_index, folder.num_shards, parts * state.num_processes)
+        if folder.num_shards < parts * state.num_processes:
+            logger.warning(
+                "%d shards for %d processes: some have nothing to do. A smaller shard size keeps all busy.",
+                folder.num_shards,
+                parts * state.num_processes,
+            )
 
-    def detect(batch: list[Image.Image]) -> Sequence[Mapping[str, Any]]:
-        return detector.detect(batch, labels=labels, threshold=threshold, batch_size=batch_size)
+        def detect(batch: list[Image.Image]) -> Sequence[Mapping[str, Any]]:
+            if lock is not None:
+                lock.check()
+            return detector.detect(batch, labels=labels, threshold=threshold, batch_size=batch_size)
 
-    _run(images, folder, share, detect, batch_size, workers, None if show is None else Path(show), progress)
-    state.wait_for_everyone()
-    if parts > 1 or not state.is_main_process:
-        return None
-    summary = _merge(output, folder, settings, images)
-    folder.remove()
-    return summary
+        _run(images, folder, share, detect, batch_size, workers, None if show is None else Path(show), progress)
+        state.wait_for_everyone()
+        if parts > 1 or lock is None:
+            return None
+        lock.check()
+        summary = _merge(output, folder, settings, images)
+        folder.remove()
+        return summary
+
+
+def _lock(output: Path, part: int, parts: int) -> FolderLock:
+    """The lock of a whole job, or of one task of an array, whose other tasks write to the same folder."""
+    if parts == 1:
+        return FolderLock(output, "detecting boxes")
+    return FolderLock(output.with_name(f"{output.name}.task-{part}-of-{parts}"), f"detecting part {part} of {parts}")
+
+
+def _other_tasks(output: Path, part: int, parts: int) -> list[str]:
+    """List the tasks of an array that are at work, and refuse those that would write the same shards.
+
+    Called with the own lock held: of two runs that start at the same time, at least one sees the other.
+    """
+    pattern = re.compile(re.escape(output.name) + r"\.task-(\d+)-of-(\d+)\.lock")
+    others = []
+    for name in os.listdir(output.parent):
+        task = pattern.fullmatch(name)
+        if task is None or (parts > 1 and (int(task[1]), int(task[2])) == (part, parts)):
+            continue
+        owner = lock_owner(output.with_name(name.removesuffix(".lock")))
+        if owner is None:
+            continue
+        if parts == 1 or int(task[2]) != parts:
+            raise FolderLockedError(
+                f"{output} is being made by tasks of an array: {owner}. Wait until they have finished"
+                + (", then run this to merge." if parts == 1 else f"; their array has {task[2]} tasks, not {parts}.")
+            )
+        others.append(owner)
+    if parts > 1 and (owner := lock_owner(output)) is not None:
+        raise FolderLockedError(f"{output} is being written by another run: {owner}. Wait until it has finished.")
+    return others
 
 
 def _check_arguments(
@@ -194,35 +236,47 @@ def _check_ids(images: ImageList) -> None:
             f"Parquet needs ids of one type, but the input has {' and '.join(sorted(kinds))}. Choose a .json output, "
             "or turn all ids into text."
         )
+    too_large = [key for entry in images.entries for key in entry.ids if isinstance(key, int) and not _fits(key)]
+    if too_large:
+        raise BoxFileError(
+            f"Parquet holds integers of 64 bits, but {len(too_large)} ids are larger, such as {too_large[0]}. Choose "
+            "a .json output, or turn all ids into text."
+        )
 
 
-def _prepare(output: Path, folder: ShardFolder, manifest: dict[str, Any], resume: bool, overwrite: bool) -> None:
-    """Decide between starting, going on and refusing. Afterwards there is a manifest if there is something to do."""
-    folder.clean()
+def _fits(key: int) -> bool:
+    return -(2**63) <= key < 2**63
+
+
+def _prepare(
+    output: Path, folder: ShardFolder, manifest: dict[str, Any], resume: bool, overwrite: bool, is_shared: bool
+) -> None:
+    """Decide between starting, resuming and refusing. Afterwards there is a manifest if there is something to do."""
+    if not is_shared:
+        folder.clean()
     if overwrite:
         folder.remove()
     begun = folder.has_begun()
     if begun and not resume:
         raise BoxFileError(
-            f"{folder.path} holds a job that was interrupted. Pass --resume to go on with it, or --overwrite to start "
-            "again."
+            f"{folder.path} holds a job that was interrupted. Pass `resume=True` (`--resume`) to continue it, or "
+            "`overwrite=True` (`--overwrite`) to start again."
         )
     if output.exists() and not begun and not overwrite:
         if not resume:
             raise BoxFileError(
-                f"{output} exists. Choose another --output, or pass --overwrite to replace it (--resume to go on with "
-                "an interrupted job)."
+                f"{output} exists. Choose another output, or pass `overwrite=True` (`--overwrite`) to replace it."
             )
         made = read_metadata(output)
         wanted = {name: manifest[name] for name in made}
         if settings_digest(made) != settings_digest(wanted):
             raise BoxFileError(
                 f"{output} exists, and another job made it: {describe_differences(made, wanted)}. Choose another "
-                "--output, or pass --overwrite to replace it."
+                "output, or pass `overwrite=True` (`--overwrite`) to replace it."
             )
         folder.remove()
         return
-    folder.begin(manifest)
+    folder.begin(manifest, is_shared)
 
 
 def _run(
@@ -287,17 +341,19 @@ def _detect_batch(
         entry = images.entries[number]
         # A decoder may raise anything when it meets a damaged file, and no such file may end a job of days.
         error = future.exception()
-        if error is None:
-            readable.append((number, future.result()))
-        else:
-            reason = f"{type(error).__name__}: {error}"
-            logger.warning("Skipped %s, which cannot be read (%s).", entry.image or entry.ids[0], reason)
-            batch.unreadable.append({"ids": list(entry.ids), "image": entry.image, "reason": reason})
+        if error is not None:
+            batch.unreadable.append(_unreadable(entry.ids, entry.image, f"{type(error).__name__}: {error}"))
+            continue
+        readable.append((number, future.result()))
+        if nameless := [key for key in entry.ids if not is_text(key)]:
+            reason = "the id is not valid Unicode text, so no box file can hold it: rename the file or the id"
+            batch.unreadable.append(_unreadable(nameless, entry.image, reason))
     detections = detect([image for _, image in readable]) if readable else []
     if len(detections) != len(readable):
         raise BoxFileError(f"The detector gave {len(detections)} results for {len(readable)} images.")
     for (number, image), detection in zip(readable, detections, strict=True):
-        batch.records.extend(_records(images.entries[number], image, detection))
+        for record in _records(images.entries[number], image, detection):
+            batch.records.append(check_record(record, f"The detector's result for {record['id']!r}"))
     if show is not None:
         # Before the batch is noted as done: a kill must not cost pictures either.
         drawn = [
@@ -309,10 +365,16 @@ def _detect_batch(
     return batch
 
 
+def _unreadable(ids: Sequence[Any], image: str | None, reason: str) -> dict[str, Any]:
+    logger.warning("Skipped %s (%s).", ascii(image if image is not None else ids[0]).strip("'"), reason)
+    return {"ids": list(ids), "image": image, "reason": reason}
+
+
 def _records(entry: ImageEntry, image: Image.Image, detection: Mapping[str, Any]) -> Iterator[Record]:
     plain = {name: _plain(detection[name]) for name in ("boxes", "labels", "scores")}
-    for key in entry.ids:
-        yield {"id": key, "image": entry.image, "width": image.width, "height": image.height, **plain}
+    for key in filter(is_text, entry.ids):
+        path = entry.image if is_text(entry.image) else None
+        yield {"id": key, "image": path, "width": image.width, "height": image.height, **plain}
 
 
 def _plain(values: Any) -> list[Any]:
@@ -327,7 +389,9 @@ def _scalar(value: Any) -> Any:
 def _picture_name(number: int, entry: ImageEntry) -> str:
     """Name a picture so that pictures sort as the input does, and none replaces another."""
     stem = Path(entry.image).stem if entry.image is not None else str(entry.ids[0])
-    return f"{number:06d}_{''.join(letter if letter.isalnum() or letter in '.-_' else '_' for letter in stem)}.jpg"
+    letters = "".join(letter if letter.isalnum() or letter in ".-_" else "_" for letter in stem)
+    # File systems take 255 bytes, of which a file that is being written needs some more.
+    return f"{number:06d}_{letters.encode('utf-8', 'replace')[:200].decode('utf-8', 'ignore')}.jpg"
 
 
 def _draw(path: Path, image: Image.Image, detection: Mapping[str, Any]) -> None:
@@ -365,8 +429,12 @@ def _merge(output: Path, folder: ShardFolder, settings: dict[str, Any], images: 
     unreadable_list.unlink(missing_ok=True)
     if unreadable:
         with replacing(unreadable_list) as partial:
-            lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in unreadable)
-            partial.write_text("".join(lines), encoding="utf-8")
+            # Escaped where the name of a file is not text; as it is elsewhere.
+            lines = (
+                json.dumps(entry, ensure_ascii=not is_text(json.dumps(entry, ensure_ascii=False)))
+                for entry in unreadable
+            )
+            partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return DetectionSummary(output, records, boxes, len(unreadable), unreadable_list, images.samples_without_image)
 
 

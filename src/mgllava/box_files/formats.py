@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -22,6 +23,8 @@ _BOX_KEYS = ("boxes", "scores", "labels")
 _METADATA_KEY = b"mgllava"
 # Rows that are turned into Arrow at a time: bounds the memory of writing, and is the row group of the file.
 _ROWS_AT_A_TIME = 10_000
+# Damaged records that an error names.
+_PROBLEMS = 5
 
 
 def read_boxes(path: str | Path, missing: Missing = "error") -> BoxFile:
@@ -98,7 +101,7 @@ def write_boxes(
         metadata = {"settings_digest": settings_digest(settings), "settings": dict(settings)}
     if inputs_digest is not None:
         metadata["inputs_digest"] = inputs_digest
-    checked = (_checked(record, f"record {number}") for number, record in enumerate(records))
+    checked = (check_record(record, f"record {number}") for number, record in enumerate(records))
     with replacing(path) as partial:
         if extension == ".json":
             _write_json(partial, checked, layout)
@@ -146,33 +149,95 @@ def settings_path(path: Path) -> Path:
     return path.with_suffix(".settings.json")
 
 
-def _checked(record: Any, where: str) -> Record:
-    """Check that a record can be read by the original."""
+def check_record(record: Any, where: str) -> Record:
+    """Check that a record is one that the original and this package can use.
+
+    Args:
+        record: `{"boxes", "labels", "scores"}` in parallel, boxes as xyxy in pixels of the original image (they
+            may lie outside it); or `{"frames": [...]}` with one such dictionary per frame.
+        where (`str`): How the error calls it.
+
+    Returns:
+        `dict`: The record.
+
+    Raises:
+        BoxFileError: If keys are absent, lengths differ, a coordinate or score is not a finite number, a box has
+            `x2 < x1` or `y2 < y1`, or a label is not text.
+    """
     if not isinstance(record, Mapping):
-        raise BoxFileError(f"{where} must be a dictionary, got {type(record).__name__}.")
+        raise BoxFileError(f"{where} must be a dictionary, got {_kind(record)}.")
     if "frames" in record:
+        if not isinstance(record["frames"], list | tuple):
+            raise BoxFileError(f"{where}: `frames` must be a list of records, got {_kind(record['frames'])}.")
         for number, frame in enumerate(record["frames"]):
-            _checked(frame, f"{where}, frame {number}")
+            if isinstance(frame, Mapping) and "frames" in frame:
+                raise BoxFileError(f"{where}, frame {number} must have boxes, got `frames` again.")
+            check_record(frame, f"{where}, frame {number}")
         return dict(record)
     absent = [key for key in _BOX_KEYS if key not in record]
     if absent:
         raise BoxFileError(f"{where} must have {', '.join(_BOX_KEYS)} (or frames), but {', '.join(absent)} is absent.")
+    for key in _BOX_KEYS:
+        if not isinstance(record[key], list | tuple):
+            raise BoxFileError(f"{where}: `{key}` must be a list, got {_kind(record[key])}.")
     lengths = {key: len(record[key]) for key in _BOX_KEYS}
     if len(set(lengths.values())) > 1:
         raise BoxFileError(f"{where}: boxes, scores and labels must have the same length, got {lengths}.")
-    if any(len(box) != 4 for box in record["boxes"]):
-        raise BoxFileError(f"{where}: every box must be [x1, y1, x2, y2].")
+    for box in record["boxes"]:
+        if not isinstance(box, list | tuple) or len(box) != 4 or not _are_finite(box):
+            raise BoxFileError(f"{where}: every box must be [x1, y1, x2, y2] with finite numbers, got {_short(box)}.")
+        if box[2] < box[0] or box[3] < box[1]:
+            raise BoxFileError(
+                f"{where}: a box must have x1 <= x2 and y1 <= y2, got {_short(box)}. Is it x, y, width, height?"
+            )
+    if not _are_finite(record["scores"]):
+        raise BoxFileError(f"{where}: `scores` must be finite numbers, got {_short(record['scores'])}.")
+    if not all(isinstance(label, str) for label in record["labels"]):
+        raise BoxFileError(f"{where}: `labels` must be text, got {_short(record['labels'])}.")
     return dict(record)
+
+
+def _are_finite(values: Sequence[Any]) -> bool:
+    # By exact type, which leaves bool out and runs over millions of boxes in C.
+    if not set(map(type, values)) <= {int, float}:
+        return False
+    try:
+        return all(map(math.isfinite, values))
+    except OverflowError:
+        return False
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _check_all(records: Iterable[Any], names: Iterable[str], path: Path) -> list[Record]:
+    """Check the records of a file, and report all that are wrong at once."""
+    checked, problems = [], []
+    for record, name in zip(records, names, strict=True):
+        try:
+            checked.append(check_record(record, name))
+        except BoxFileError as error:
+            problems.append(str(error))
+    if problems:
+        more = f" (and {len(problems) - _PROBLEMS} more)" if len(problems) > _PROBLEMS else ""
+        raise BoxFileError(f"{path} has {len(problems)} damaged records: {' '.join(problems[:_PROBLEMS])}{more}")
+    return checked
 
 
 def _identified(record: Record, where: str) -> Any:
     """Find the id of a record."""
     if "id" in record:
         key = record["id"]
-    elif "video" in record:
+    elif isinstance(record.get("video"), str):
         key = Path(record["video"]).stem
     else:
-        raise BoxFileError(f"{where} must have an `id` (or, for evaluation on videos, `video`).")
+        raise BoxFileError(f"{where} must have an `id` (or, for evaluation on videos, the file name `video`).")
     if isinstance(key, bool) or not isinstance(key, (str, int)):
         raise BoxFileError(f"{where}: `id` must be text or an integer, got {key!r}.")
     return key
@@ -204,14 +269,14 @@ def _write_json(path: Path, records: Iterable[Record], layout: str) -> None:
 def _read_json(path: Path, missing: Missing) -> BoxFile:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BoxFileError(f"{path} is no JSON ({error}). Is it truncated?") from error
+    except (ValueError, RecursionError) as error:
+        raise BoxFileError(f"{path} is not valid JSON ({error}). Is it truncated?") from error
     ids: list[Any]
     if isinstance(content, dict):
         ids = list(content)
-        records = [_checked(record, f"{path}: record {key!r}") for key, record in content.items()]
+        records = _check_all(content.values(), (f"record {key!r}" for key in content), path)
     elif isinstance(content, list):
-        records = [_checked(record, f"{path}: record {number}") for number, record in enumerate(content)]
+        records = _check_all(content, (f"record {number}" for number in range(len(content))), path)
         ids = [_identified(record, f"{path}: record {number}") for number, record in enumerate(records)]
     else:
         raise BoxFileError(f"{path} must hold a list or a dictionary of records, got {type(content).__name__}.")
@@ -237,9 +302,9 @@ def read_metadata(path: Path) -> dict[str, Any]:
         require_pyarrow()
         from pyarrow.parquet import read_schema
 
-        metadata = json.loads((read_schema(path).metadata or {}).get(_METADATA_KEY, b"{}"))
+        metadata = _parse_metadata((read_schema(path).metadata or {}).get(_METADATA_KEY, b"{}"), path)
     elif side_file.is_file():
-        metadata = json.loads(side_file.read_text(encoding="utf-8"))
+        metadata = _parse_metadata(side_file.read_bytes(), side_file)
         if metadata.get("bytes") != path.stat().st_size:
             raise BoxFileError(
                 f"{side_file.name} does not belong to {path}, which was changed later. Delete it if the settings of "
@@ -249,6 +314,16 @@ def read_metadata(path: Path) -> dict[str, Any]:
     if settings is not None and settings_digest(settings) != metadata.get("settings_digest"):
         raise BoxFileError(f"The settings of {path} were changed after it was made: they do not have their digest.")
     return {"settings": settings, "inputs_digest": metadata.get("inputs_digest")}
+
+
+def _parse_metadata(content: bytes, path: Path) -> dict[str, Any]:
+    try:
+        metadata = json.loads(content)
+    except (ValueError, RecursionError):
+        metadata = None
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("settings", {}), dict):
+        raise BoxFileError(f"{path} is damaged: it must hold the settings of the boxes as JSON. Make the boxes again.")
+    return metadata
 
 
 def require_pyarrow() -> None:
@@ -341,6 +416,34 @@ class _ArrowRecords(Sequence[Record]):
         return record
 
 
+def _is_clean(table: "pyarrow.Table") -> bool:
+    """Check all rows at once; `False` sends them to [`check_record`] one by one, which tells what is wrong."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    boxes, labels, scores = (table[name].combine_chunks() for name in ("boxes", "labels", "scores"))
+    try:
+        lengths = [pc.list_value_length(column) for column in (boxes, labels, scores)]
+        corners = pc.list_flatten(boxes)
+        values, texts, numbers = pc.list_flatten(corners), pc.list_flatten(labels), pc.list_flatten(scores)
+        columns = (boxes, labels, scores, corners, values, texts, numbers)
+        if any(column.null_count for column in columns) or not (lengths[0] == lengths[1] == lengths[2]):
+            return False
+        if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)):
+            return False
+        if len(corners) and pc.min_max(pc.list_value_length(corners)).as_py() != {"min": 4, "max": 4}:
+            return False
+        xyxy = values.to_numpy(zero_copy_only=False).reshape(-1, 4)
+        rest = numbers.to_numpy(zero_copy_only=False)
+        is_numeric = xyxy.dtype.kind in "iuf" and rest.dtype.kind in "iuf"
+        return bool(
+            is_numeric and np.isfinite(xyxy).all() and np.isfinite(rest).all() and (xyxy[:, :2] <= xyxy[:, 2:]).all()
+        )
+    except (pa.ArrowException, TypeError, ValueError):
+        return False
+
+
 def _read_parquet(path: Path, missing: Missing) -> BoxFile:
     require_pyarrow()
     import pyarrow as pa
@@ -353,13 +456,17 @@ def _read_parquet(path: Path, missing: Missing) -> BoxFile:
     absent = [name for name in ("id", *_BOX_KEYS) if name not in table.column_names]
     if absent:
         raise BoxFileError(f"{path} has no column {', '.join(absent)}, so it is no box file.")
-    ids = table.column("id").to_pylist()
-    return BoxFile(ids, _ArrowRecords(table), **read_metadata(path), missing=missing, name=str(path))
+    records = _ArrowRecords(table)
+    if not _is_clean(table):
+        _check_all(records, (f"record {number}" for number in range(len(records))), path)
+    ids = [_identified({"id": key}, f"{path}: record {number}") for number, key in enumerate(table["id"].to_pylist())]
+    return BoxFile(ids, records, **read_metadata(path), missing=missing, name=str(path))
 
 
 __all__ = [
     "FORMATS",
     "check_extension",
+    "check_record",
     "has_integer_boxes",
     "read_boxes",
     "read_metadata",

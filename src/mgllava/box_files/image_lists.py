@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from .errors import BoxFileError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 Inputs: TypeAlias = "str | Path | Sequence[str | Path] | Dataset"
 
@@ -102,7 +105,8 @@ def list_images(
     - a dataset (of the datasets library, or its folder, or Parquet with an image column): the column `question_id`,
       `id` or `index`, or else the number of the row.
 
-    In JSON lists many ids may share an image; it is listed once.
+    In JSON lists many ids may share an image; it is listed once. A sample with several images (`image` is a list)
+    has a record for each of them, whose id is the path of the image.
 
     Args:
         inputs (`str`, `Path`, list of them or `datasets.Dataset`): One of the above.
@@ -136,6 +140,21 @@ def list_images(
         extensions = " ".join(sorted(IMAGE_EXTENSIONS))
         raise BoxFileError(f"No images in {', '.join(map(str, paths)) or 'an empty list'} (looked for {extensions}).")
     return found
+
+
+def is_text(value: Any) -> bool:
+    """Tell whether a value can be written to a file: names of files need not be text, and JSON may hold half a pair.
+
+    Args:
+        value: An id, a path or anything else.
+
+    Returns:
+        `bool`: `False` for a string with lone surrogates.
+    """
+    try:
+        return not isinstance(value, str) or bool(value.encode() or True)
+    except UnicodeEncodeError:
+        return False
 
 
 def is_image(path: Path) -> bool:
@@ -172,8 +191,13 @@ def _from_folder(folder: Path, exclude: str | Path | None) -> ImageList:
     images: list[str] = []
     parquet: list[Path] = []
     for parent, folders, names in os.walk(folder, followlinks=True):
-        # Pictures of an earlier run are no input.
-        folders[:] = [name for name in folders if excluded is None or (Path(parent) / name).resolve() != excluded]
+        # Pictures of an earlier run are not input, and a link to a folder that it lies in has no end.
+        inside = Path(parent).resolve()
+        targets = {name: (Path(parent) / name).resolve() for name in folders}
+        loops = [name for name, target in targets.items() if target == inside or target in inside.parents]
+        if loops:
+            logger.warning("Left out %s: a link to a folder that it lies in.", Path(parent) / loops[0])
+        folders[:] = sorted(name for name, target in targets.items() if name not in loops and target != excluded)
         for name in names:
             path = Path(parent) / name
             if is_image(path):
@@ -221,14 +245,38 @@ def _from_samples(samples: Iterable[Any], root: Path, path: Path, text_ids: bool
         if not image:
             without_image += 1
             continue
-        if not isinstance(image, str):
-            raise BoxFileError(f"{where}: `image` must be one path, got {image!r}.")
+        paths = image if isinstance(image, list) else [image]
+        if not all(isinstance(name, str) and name for name in paths):
+            raise BoxFileError(f"{where}: `image` must be a path or a list of paths, got {image!r}.")
         key = next((sample[name] for name in _ID_NAMES if name in sample), None)
         if isinstance(key, bool) or not isinstance(key, (str, int)):
             raise BoxFileError(f"{where} must have {', '.join(_ID_NAMES)} as text or an integer, got {key!r}.")
-        ids_by_image.setdefault(image, {})[str(key) if text_ids else key] = None
+        for name in paths:
+            # The id of a sample with several images cannot tell them apart, so each goes by its path.
+            own = name if len(paths) > 1 else str(key) if text_ids else key
+            ids_by_image.setdefault(name, {})[own] = None
     entries = [ImageEntry(tuple(ids), image) for image, ids in ids_by_image.items()]
+    _report_ambiguous_ids(entries, str(path))
     return ImageList(entries, lambda number: root / str(entries[number].image), "", without_image)
+
+
+def _report_ambiguous_ids(entries: Sequence[ImageEntry], source: str) -> None:
+    """Say which ids stand for several images: who looks one up gets the boxes of the last one."""
+    seen: set[Any] = set()
+    twice: dict[Any, None] = {}
+    for entry in entries:
+        for key in entry.ids:
+            if key in seen:
+                twice[key] = None
+            seen.add(key)
+    if twice:
+        logger.warning(
+            "%s: %d ids name several different images, such as %s. Whoever looks such an id up gets the boxes of the "
+            "last of its images; give each image an id of its own.",
+            source,
+            len(twice),
+            ", ".join(repr(key) for key in list(twice)[:3]),
+        )
 
 
 def _import_datasets() -> Any:
@@ -269,7 +317,11 @@ def _from_dataset(dataset: Any, source: str) -> ImageList:
     dataset = dataset.cast_column(column, datasets.Image(decode=False))
     id_column = next((name for name in _ID_NAMES if name in features), None)
     ids = range(len(dataset)) if id_column is None else dataset[id_column][:]
+    bad = [key for key in ids if isinstance(key, bool) or not isinstance(key, (str, int))]
+    if bad:
+        raise BoxFileError(f"{source}: the column {id_column} must hold text or integers, got {bad[0]!r}.")
     entries = [ImageEntry((key,), None) for key in ids]
+    _report_ambiguous_ids(entries, source)
 
     def open_image(number: int) -> Any:
         stored = dataset[number][column]

@@ -1,7 +1,9 @@
 """What a detection job has done so far: a folder that survives a kill at any moment."""
 
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +15,8 @@ from .box_file import describe_differences
 from .errors import BoxFileError
 
 _MANIFEST = "manifest.json"
+_MANIFEST_KEYS = {"settings", "inputs_digest", "images", "shard_size"}
+_OWN_FILES = re.compile(r"manifest\.json|manifest\..+\.partial|shard-\d+\.jsonl(\.partial)?")
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class Batch:
 
     Args:
         start (`int`): Number of the first image in the input.
-        stop (`int`): Number behind the last one.
+        stop (`int`): Number of the image after the last one.
         records (`list[dict]`): Records of the box file, in order.
         unreadable (`list[dict]`): For each image that could not be read: `ids`, `image`, `reason`.
     """
@@ -36,7 +40,8 @@ class ShardFolder:
     """The folder `OUTPUT.shards`: a manifest, and one file per shard, a slice of the input of fixed size.
 
     A shard file has one line per batch. A batch is in it as soon as it is computed, so a kill loses none; a line that
-    the kill cut short is removed when the shard is continued. A file without `.partial` in its name is complete.
+    a kill or a full disk cut short is removed when the shard is continued. A file without `.partial` in its name was
+    complete when it got its name.
 
     Args:
         output (`Path`): The file that the job makes.
@@ -53,8 +58,7 @@ class ShardFolder:
         Returns:
             `dict`, *optional*: `settings`, `inputs_digest`, `images` and `shard_size`.
         """
-        path = self.path / _MANIFEST
-        self.manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        self.manifest = _read_manifest(self.path)
         return self.manifest
 
     def has_begun(self) -> bool:
@@ -66,43 +70,58 @@ class ShardFolder:
         shards = self.path.glob("shard-*") if self.read_manifest() is not None else ()
         return any(path.stat().st_size > 0 for path in shards)
 
-    def begin(self, manifest: dict[str, Any]) -> None:
-        """Start a job, or go on with it.
+    def begin(self, manifest: dict[str, Any], is_shared: bool = False) -> None:
+        """Start a job, or continue it.
 
         Args:
             manifest (`dict`): What the job is.
+            is_shared (`bool`): Whether other tasks of an array work in the folder at this moment.
 
         Raises:
-            BoxFileError: If the folder holds another job.
+            BoxFileError: If the folder holds another job, or files that are not of a job.
         """
         earlier = self.read_manifest()
         # As JSON has them: tuples come back as lists.
         if earlier == json.loads(json.dumps(manifest)):
             return
-        if not self.has_begun():
-            self.path.mkdir(parents=True, exist_ok=True)
-            # Tasks of an array may all get here first, so each writes a file of its own.
-            descriptor, partial = tempfile.mkstemp(dir=self.path)
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(manifest, file, indent=2, ensure_ascii=False)
-            os.replace(partial, self.path / _MANIFEST)
-            self.read_manifest()
-        elif earlier is not None:
+        if earlier is not None and (is_shared or self.has_begun()):
             raise BoxFileError(
                 f"{self.path} belongs to another job: {describe_differences(earlier, manifest)}. Choose another "
-                "--output, or pass --overwrite to start again."
+                "output, or pass `overwrite=True` (`--overwrite`) to start again."
             )
+        if earlier is None:
+            # Without their manifest nothing tells which images the shards are of.
+            self.remove()
+        self.path.mkdir(parents=True, exist_ok=True)
+        # Tasks of an array may all get here first, so each writes a file of its own.
+        descriptor, partial = tempfile.mkstemp(".partial", "manifest.", self.path)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(manifest, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.path / _MANIFEST)
+        self.read_manifest()
 
     def remove(self) -> None:
-        """Remove the folder. Killed meanwhile, it is either whole or gone, but never a job with shards missing."""
+        """Remove the folder. Killed meanwhile, it is either whole or gone, but never a job with shards missing.
+
+        Raises:
+            BoxFileError: If the folder holds anything that is not of a job: it is left alone.
+        """
         self.clean()
-        if self.path.exists():
+        if os.path.lexists(self.path):
+            _check_own(self.path, needs_manifest=any(self.path.glob("shard-*")))
             self.path.rename(self._finished)
             self.clean()
 
     def clean(self) -> None:
-        """Remove what a kill left of a folder that was to go."""
-        if self._finished.exists():
+        """Remove what a kill left of a folder that was to go.
+
+        Raises:
+            BoxFileError: If that folder holds anything that is not of a job: it is left alone.
+        """
+        if os.path.lexists(self._finished):
+            _check_own(self._finished, needs_manifest=False)
             shutil.rmtree(self._finished)
 
     @property
@@ -140,22 +159,19 @@ class ShardFolder:
             `int`: Number of the first image that is not done; the end of the shard if all are.
         """
         start, stop = self.bounds(shard)
-        if self._complete(shard).is_file():
-            return stop
-        partial = self._partial(shard)
+        complete, partial = self._complete(shard), self._partial(shard)
+        if complete.is_file():
+            if _check_lines(complete, start, stop)[1] == stop:
+                return stop
+            # Damaged after it was complete, by a disk that lost a write for example: what is whole of it is kept.
+            complete.rename(partial)
         if not partial.is_file():
             return start
-        size, position = 0, start
-        with partial.open("rb") as file:
-            for line in file:
-                batch = _parse(line)
-                if batch is None or batch.start != position or batch.stop > stop:
-                    break
-                size, position = size + len(line), batch.stop
+        size, position = _check_lines(partial, start, stop)
         os.truncate(partial, size)
         if position == stop:
             # Killed between the last batch and the new name.
-            partial.rename(self._complete(shard))
+            self._finish(shard)
         return position
 
     def append(self, shard: int, batch: Batch) -> None:
@@ -164,14 +180,40 @@ class ShardFolder:
         Args:
             shard (`int`): Number of the shard.
             batch (`Batch`): What came of its next images.
+
+        Raises:
+            OSError: If the disk does not take the batch. The shard is then as it was before.
         """
         partial = self._partial(shard)
+        line = json.dumps(vars(batch)).encode() + b"\n"
         # Unbuffered: a batch is handed to the system by one call, and survives the death of this process.
         with partial.open("ab", buffering=0) as file:
-            file.write(json.dumps(vars(batch), ensure_ascii=False).encode() + b"\n")
-            if batch.stop == self.bounds(shard)[1]:
-                os.fsync(file.fileno())
-                partial.rename(self._complete(shard))
+            before = os.fstat(file.fileno()).st_size
+            try:
+                written = file.write(line)
+                if written != len(line):
+                    # A nearly full disk takes a part without an error.
+                    raise OSError(
+                        errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {written} of {len(line)} bytes", partial
+                    )
+                if batch.stop == self.bounds(shard)[1]:
+                    os.fsync(file.fileno())
+            except OSError:
+                os.ftruncate(file.fileno(), before)
+                raise
+        if batch.stop == self.bounds(shard)[1]:
+            self._finish(shard)
+
+    def _finish(self, shard: int) -> None:
+        """Give a shard the name of a complete one, once its file has been found whole."""
+        partial, (start, stop) = self._partial(shard), self.bounds(shard)
+        position = _check_lines(partial, start, stop)[1]
+        if position != stop:
+            raise BoxFileError(
+                f"{partial} is damaged behind image {position} of {start} to {stop}. Run the same command with "
+                "`resume=True` (`--resume`): it starts there."
+            )
+        partial.rename(self._complete(shard))
 
     def batches(self) -> Iterator[Batch]:
         """Read all shards in order.
@@ -195,9 +237,46 @@ class ShardFolder:
                         yield batch
             if position != stop:
                 raise BoxFileError(
-                    f"{path} is absent or damaged (images {start} to {stop}, complete up to {position}). Delete it if "
-                    "it is there, and run the same command with --resume."
+                    f"{path} is absent or damaged (images {start} to {stop}, complete up to {position}). Run the same "
+                    "command with `resume=True` (`--resume`): it detects what is missing."
                 )
+
+
+def _check_lines(path: Path, start: int, stop: int) -> tuple[int, int]:
+    """Find how many bytes of a shard file are whole, and the number of the image after the last one in them."""
+    size, position = 0, start
+    with path.open("rb") as file:
+        for line in file:
+            batch = _parse(line)
+            if batch is None or batch.start != position or not position < batch.stop <= stop:
+                break
+            size, position = size + len(line), batch.stop
+    return size, position
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Read the manifest of a job; `None` if there is none, or something else of that name."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and manifest.keys() == _MANIFEST_KEYS else None
+
+
+def _check_own(folder: Path, needs_manifest: bool) -> None:
+    """Refuse to delete what no job made."""
+    if folder.is_dir() and not folder.is_symlink():
+        others = sorted(entry.name for entry in os.scandir(folder) if not _OWN_FILES.fullmatch(entry.name))
+        if (needs_manifest or (folder / _MANIFEST).exists()) and _read_manifest(folder) is None:
+            others.append(f"no {_MANIFEST} of a job")
+        if not others:
+            return
+    else:
+        others = ["a link" if folder.is_symlink() else "a file"]
+    raise BoxFileError(
+        f"{folder} is in the way: it holds what is not of a detection job ({', '.join(others[:3])}). Move it, or "
+        "choose another output."
+    )
 
 
 def _parse(line: bytes) -> Batch | None:
