@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageChops
 from torchvision.ops import box_iou
 
-from mgllava.box_files import write_boxes
+from mgllava.box_files import detect_images, open_detector, read_boxes, write_boxes
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 # What reads the option `--model`, and is no example itself.
@@ -178,3 +178,32 @@ def test_conversion_reports(run, tmp_path):
     _, out = run("convert.py", tmp_path / "converted")
     assert "the checkpoint being of kind 'sft'" in out and "tensors of vision_tower, text tower of CLIP" in out
     assert (tmp_path / "converted" / "model.safetensors").is_file()
+
+
+def test_ray_example_finds_what_the_job_finds(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    names = runpy.run_path(str(EXAMPLES / "detect_with_ray.py"))
+    model, folder = names["DEFAULT"], tmp_path / "images"
+    folder.mkdir()
+    for picture in ("coffee.jpg", "shapes.jpg"):
+        (folder / picture).write_bytes((EXAMPLES / picture).read_bytes())
+    (folder / "damaged.jpg").write_bytes(b"no picture")
+    columns = names["FindBoxes"](str(folder), str(model))({"id": [0, 1, 2]})
+    assert columns["number"] == [0, 2]
+    detect_images(folder, tmp_path / "boxes.json", open_detector(str(model)))
+    expected = read_boxes(tmp_path / "boxes.json")
+    for record in map(json.loads, columns["record"]):
+        assert {name: record[name] for name in ("id", "boxes", "labels")} == {
+            name: expected[record["id"]][name] for name in ("id", "boxes", "labels")
+        }
+
+
+@pytest.mark.slow
+def test_ray_example_writes_a_box_file(tmp_path):
+    pytest.importorskip("ray")
+    command = [sys.executable, EXAMPLES / "detect_with_ray.py", EXAMPLES, tmp_path / "boxes.parquet"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=EXAMPLES, env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(read_boxes(tmp_path / "boxes.parquet")) == ["coffee.jpg", "shapes.jpg"]
