@@ -93,7 +93,7 @@ def test_what_is_no_recipe_is_refused(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1\n")
     (tmp_path / "circle.yaml").write_text("extends: circle.yaml\n")
     (tmp_path / "broken.yaml").write_text("a: [\n")
-    for name, problem in (("list", "keys and values"), ("circle", "extend each other"), ("broken", "no YAML")):
+    for name, problem in (("list", "keys and values"), ("circle", "extend each other"), ("broken", "not YAML")):
         with pytest.raises(TrainingError, match=problem):
             load_recipe(tmp_path / f"{name}.yaml")
     with pytest.raises(TrainingError, match=r"stage_1_vicuna_7b\.yaml"):

@@ -136,6 +136,12 @@ class MGLlavaPreTrainedModel(PreTrainedModel):
         leave_unpackable_layers(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
+    def post_init(self):
+        """Initialize the weights, and note what this variant of the model consists of."""
+        super().post_init()
+        # FSDP refuses to start where one of these names is not that of a module.
+        self._no_split_modules = set(self._no_split_modules) & {type(module).__name__ for module in self.modules()}
+
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         # transformers passes by modules of outside packages that own no parameter themselves, so what a block wants
@@ -698,6 +704,9 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
             # What a trainer that splits sequences has shifted already stands in for `labels`.
             if (shifted := kwargs.get("shift_labels")) is not None:
                 kwargs["shift_labels"] = shifted.masked_fill(shifted == placeholder, -100)
+            # Where nothing is to be learned, the sum is 0 and so is the loss, not 0 / 0.
+            if (count := kwargs.get("num_items_in_batch")) is not None:
+                kwargs["num_items_in_batch"] = torch.as_tensor(count).clamp(min=1)
             # Padding rows of the table are no words: with them in the sum the loss would not be the reference's.
             vocab_size = self.config.unpadded_vocab_size or self.config.text_config.vocab_size
             loss = self.loss_function(logits=logits[..., :vocab_size], labels=labels, vocab_size=vocab_size, **kwargs)

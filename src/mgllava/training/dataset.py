@@ -125,9 +125,18 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
         self._rows = rows
         self.lengths: list[int] = list(rows["length"])
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of ids, images and lengths of the samples, in hexadecimal; where the files lie is not part of it."""
+        content = hashlib.sha256()
+        for row in zip(self._rows["id"], self._rows["image"], self.lengths, strict=True):
+            content.update(json.dumps(row).encode())
+        return content.hexdigest()
+
     def _problems(self, rows: Any, missing_boxes: MissingBoxes) -> Iterator[tuple[int, str, str]]:
         """Yield row, kind and message of each bad sample; what files there are is looked up anew each time."""
         columns = [rows[name] for name in ("id", "source", "image", "problem", "has_boxes")]
+        pictures: dict[tuple[int, str], list[str]] = {}
         with ThreadPoolExecutor(_LOOKING_UP) as pool:
             absent = list(pool.map(self._absent_image, columns[1], columns[2], chunksize=256))
         for row, (key, source, images, problem, has_boxes) in enumerate(zip(*columns, strict=True)):
@@ -137,9 +146,15 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
                 yield row, kind, text
             elif absent[row]:
                 yield row, "without an image", f"Sample {key}: there is no image {absent[row]}."
-            elif images and missing_boxes == "error" and not has_boxes and (boxes is None or key not in boxes):
-                where = "no box file is given" if boxes is None else f"{boxes.name} has none"
-                yield row, "without boxes", f"Sample {key} has no boxes: {where}."
+            elif (
+                images and not has_boxes and boxes is not None and pictures.setdefault((source, key), images) != images
+            ):
+                text = (
+                    f"Sample {key} has another image than an earlier one of this id, and {boxes.name} knows ids alone."
+                )
+                yield row, "with the id of another image", text
+            elif images and not has_boxes and (problem := _box_problem(key, images, boxes, missing_boxes)):
+                yield row, "without boxes", f"Sample {key} {problem}."
 
     def _absent_image(self, source: int, images: list[str]) -> Path | None:
         paths = (self.sources[source].image_folder / image for image in images)
@@ -189,11 +204,33 @@ def complete_row(row: Mapping[str, Any], source: SampleSource) -> dict[str, Any]
     sample: dict[str, Any] = {"id": row["id"], **json.loads(row["turns"])}
     if row["image"]:
         sample["images"] = [str(source.image_folder / image) for image in row["image"]]
-        if "boxes" not in sample and source.boxes is not None and row["id"] in source.boxes:
-            record = source.boxes[row["id"]]
-            # All images of a sample share its record: box files of images have one for each id.
-            sample["boxes"] = [record] * len(row["image"])
+        keys = _box_keys(row["id"], row["image"])
+        if "boxes" not in sample and source.boxes is not None and all(key in source.boxes for key in keys):
+            sample["boxes"] = [source.boxes[key] for key in keys]
     return sample
+
+
+def _box_keys(key: str, images: Sequence[str]) -> list[str]:
+    """What a box file calls the images of a sample: its id for the only one, their paths for several."""
+    return [key] if len(images) == 1 else list(images)
+
+
+def _box_problem(key: str, images: Sequence[str], boxes: BoxFile | None, missing_boxes: MissingBoxes) -> str:
+    """Say why the images of a sample have no boxes of their own; empty if they have, or need none."""
+    if boxes is None:
+        return "has no boxes: no box file is given" if missing_boxes == "error" else ""
+    keys = _box_keys(key, images)
+    if twice := [name for name in keys if name in boxes.duplicates]:
+        return f"has two records in {boxes.name} ({twice[0]})"
+    if len(images) > 1 and key in boxes and not all(name in boxes for name in keys):
+        return (
+            f"has {len(images)} images, and {boxes.name} one record for all of them. Give the sample `boxes`, a list "
+            "with one entry for each image, or run the detector on the folder of images, which names records by path"
+        )
+    absent = [name for name in keys if name not in boxes]
+    if absent and missing_boxes == "error":
+        return f"has no boxes: {boxes.name} has none" + (f" for {absent[0]}" if len(images) > 1 else "")
+    return ""
 
 
 def read_samples(files: Iterable[str], numbers: Iterable[int], stamps: Sequence[str] = ()) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import re
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -13,6 +14,7 @@ import yaml
 
 from .collator import MAX_TEXT_LENGTH
 from .errors import TrainingError
+from .values import WrongValueError, read_value
 
 _EXTENDS = "extends"
 
@@ -99,7 +101,15 @@ class Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads `1e-3` as a number, and `no` as a word, as YAML 1.2 does."""
+    """Reads `1e-3` as a number, and `no` as a word, as YAML 1.2 does, and refuses a key that occurs twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Make a dictionary of a mapping."""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            raise yaml.YAMLError(f"{', '.join(twice)} occurs twice{node.start_mark}")
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
@@ -141,13 +151,17 @@ def load_recipe(*arguments: str | Path) -> Recipe:
         `Recipe`: The recipe.
 
     Raises:
-        TrainingError: If there is no such recipe, or a key is unknown; the message names the nearest known one.
+        TrainingError: If there is no such recipe, a key is unknown, or a value is not what its key takes: one line
+            for each, with the nearest known key.
+        ImportError: If the recipe has adapters and peft is not installed.
     """
     values: dict[str, Any] = {}
     for argument in arguments:
         text = str(argument)
         key, equals, value = text.partition("=")
         if equals and not key.endswith((".yaml", ".yml")):
+            if not value.strip():
+                raise TrainingError(f"`{text}` has no value. Write null for none, or leave it out for the default.")
             _merge(values, _nested(key.split("."), _parse(value, text)))
         else:
             _merge(values, _read(Path(text), None, ()))
@@ -158,7 +172,7 @@ def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except yaml.YAMLError as error:
-        raise TrainingError(f"{where} is no YAML ({error}).") from error
+        raise TrainingError(f"{where} is not YAML ({' '.join(str(error).split())}).") from error
 
 
 def _nested(keys: Sequence[str], value: Any) -> dict[str, Any]:
@@ -209,46 +223,93 @@ _SUBSECTIONS: dict[type, dict[str, type]] = {
     ModelOptions: {"parts": Parts},
     DataOptions: {"detector": DetectorOptions},
 }
+# These may be null: there is none then.
+_OPTIONAL = ("evaluation", "lora", "parts", "detector")
+
+
+def checked_recipe(recipe: Recipe) -> Recipe:
+    """Check the values of a recipe that was made in Python, and read them by the types of their fields.
+
+    Args:
+        recipe (`Recipe`): The recipe.
+
+    Returns:
+        `Recipe`: The recipe, of plain values.
+
+    Raises:
+        TrainingError: If a value is not what its field takes; one line for each such value.
+        ImportError: If it has adapters and peft is not installed.
+    """
+    return _build(dataclasses.asdict(recipe))
 
 
 def _build(values: dict[str, Any]) -> Recipe:
-    _check_keys(values, _fields(Recipe), "")
+    problems: list[str] = []
+    known = {**typing.get_type_hints(Recipe), **_SECTIONS}
+    values = _read_fields(values, known, "", problems)
     for name, kind in _SECTIONS.items():
-        if values.get(name) is not None:
-            values[name] = _section(values[name], kind, f"{name}.")
+        if name in values:
+            values[name] = _section(values[name], kind, name, problems)
     from transformers import TrainingArguments
 
-    _check_keys(values.get("training") or {}, _fields(TrainingArguments), "training.")
+    arguments: dict[str, type] = {"training": TrainingArguments}
     if values.get("lora") is not None:
         try:
             from peft import LoraConfig
         except ImportError as error:
             raise ImportError("`lora` needs peft: pip install 'mgllava[train]'.") from error
-        _check_keys(values["lora"], _fields(LoraConfig), "lora.")
+        arguments["lora"] = LoraConfig
+    for name, kind in arguments.items():
+        if name in values:
+            values[name] = _read_fields(values[name], typing.get_type_hints(kind), name, problems)
+    if problems:
+        raise TrainingError("\n".join(problems))
     return Recipe(**values)
 
 
-def _section(values: Any, kind: type, prefix: str) -> Any:
-    _check_keys(values, _fields(kind), prefix)
-    built = {}
-    for name, value in values.items():
-        below = _SUBSECTIONS.get(kind, {}).get(name)
-        built[name] = value if below is None or value is None else _section(value, below, f"{prefix}{name}.")
+def _section(values: Any, kind: type, prefix: str, problems: list[str]) -> Any:
+    if values is None and prefix.rpartition(".")[2] in _OPTIONAL:
+        return None
+    below = _SUBSECTIONS.get(kind, {})
+    built = _read_fields(values, {**typing.get_type_hints(kind), **below}, prefix, problems)
+    for name in below:
+        if name in built:
+            built[name] = _section(built[name], below[name], f"{prefix}.{name}", problems)
     return kind(**built)
 
 
-def _fields(kind: Any) -> list[str]:
-    return [entry.name for entry in dataclasses.fields(kind)]
-
-
-def _check_keys(values: Any, known: Sequence[str], prefix: str) -> None:
+def _read_fields(values: Any, types: Mapping[str, Any], prefix: str, problems: list[str]) -> dict[str, Any]:
+    """Read the values of a section by the types of its fields; sections in it are left for later."""
     if not isinstance(values, dict):
-        raise TrainingError(f"`{prefix.rstrip('.')}` must hold keys and values, got {values!r}.")
-    for key in values:
+        problems.append(f"`{prefix}` must hold keys and values, got {values!r}.")
+        return {}
+    known = {name: kind for name, kind in types.items() if not name.startswith("_")}
+    sections = {*_SECTIONS, *(name for below in _SUBSECTIONS.values() for name in below), "training", "lora"}
+    read = {}
+    for key, value in values.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"Did you mean `{prefix}{near[0]}`?" if near else f"Known are {', '.join(sorted(known)[:20])}."
-            raise TrainingError(f"`{prefix}{key}` is no key of a recipe. {hint}")
+            path = f"{prefix}." if prefix else ""
+            hint = f"Did you mean `{path}{near[0]}`?" if near else f"Known are {', '.join(sorted(known)[:20])}."
+            problems.append(f"`{name}` is not a key of a recipe. {hint}")
+        elif key in sections and prefix not in ("training", "lora"):
+            read[key] = value
+        else:
+            try:
+                read[key] = read_value(value, known[key], name)
+            except WrongValueError as problem:
+                problems.append(f"`{name}` {problem}" + "." * (not str(problem).endswith("?")))
+    return read
 
 
-__all__ = ["DataOptions", "DetectorOptions", "ModelOptions", "Parts", "Recipe", "load_recipe", "recipe_names"]
+__all__ = [
+    "DataOptions",
+    "DetectorOptions",
+    "ModelOptions",
+    "Parts",
+    "Recipe",
+    "checked_recipe",
+    "load_recipe",
+    "recipe_names",
+]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import SequentialSampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from .checkpoints import clear_incomplete, last_complete_checkpoint, mark_complete
@@ -21,6 +21,28 @@ logger = logging.getLogger(__name__)
 _NOT_INPUTS = ("sample_ids", "skipped_samples")
 
 
+def _number_of_samples(inputs: dict[str, Any]) -> int:
+    """How many samples of a batch were not skipped, told without waiting for the device."""
+    ids = inputs.get("sample_ids")
+    return len(inputs["attention_mask"]) if ids is None else len(ids)
+
+
+class _StopWhereAllIsSkipped(TrainerCallback):
+    """Looks at the end of each epoch whether there was anything to learn."""
+
+    def __init__(self, trainer: "MGLlavaTrainer"):
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note where a resumed training begins."""
+        self._trainer._first_step = state.global_step
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop if all samples were skipped."""
+        if state.global_step > self._trainer._first_step:
+            self._trainer.check_learned()
+
+
 class MGLlavaTrainer(Trainer):
     """Trains MG-LLaVA.
 
@@ -30,20 +52,35 @@ class MGLlavaTrainer(Trainer):
       dataset needs `lengths`.
     - A checkpoint that was not saved to its end is never resumed from, and older ones are only deleted after that.
     - A loss that is NaN or infinite stops the training, with the ids of the samples.
-    - Tokens and images per second and the greatest memory of a GPU are logged beside the loss.
+    - Samples that the collator skips have no weight, also where all samples of a step are skipped; their number and
+      that of such steps is logged. Where all samples of an epoch are skipped, training stops with an error.
+    - Tokens and images per second and the greatest memory of a GPU are logged next to the loss.
 
     Args:
         *args: See the base class; `data_collator` is an [`MGLlavaDataCollator`] with `return_sample_ids=True`.
+        eval_data_collator ([`MGLlavaDataCollator`], *optional*): Makes the batches of evaluations; by default
+            the same.
         **kwargs: See the base class.
+
+    Attributes:
+        skipped_samples (`int`): Samples that were skipped in training, of all processes, as last logged.
+        empty_steps (`int`): Steps of which all samples were skipped.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, eval_data_collator: Any = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self._eval_data_collator = eval_data_collator
         self._sample_ids: list[str] = []
+        # Tokens, images and skipped samples since the last log.
         self._counts = torch.zeros(3, dtype=torch.float64)
         self._device_tokens: torch.Tensor | None = None
         self._counting_since = time.perf_counter()
+        self._learned_samples = 0
+        # Loss and samples of the batches of an evaluation, and whether one was without a sample.
+        self._evaluated: list[tuple[torch.Tensor, int]] | None = None
         self.skipped_samples = 0
+        self.empty_steps = 0
+        self.add_callback(_StopWhereAllIsSkipped(self))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -60,7 +97,6 @@ class MGLlavaTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         self._sample_ids = inputs.get("sample_ids", [])
-        self._counts[2] += inputs.get("skipped_samples", 0)
         inputs = {name: value for name, value in inputs.items() if name not in _NOT_INPUTS}
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
         # Keys and values of all layers, which nobody reads.
@@ -85,6 +121,8 @@ class MGLlavaTrainer(Trainer):
         tokens = inputs["attention_mask"].sum()
         self._device_tokens = tokens if self._device_tokens is None else self._device_tokens + tokens
         self._counts[1] += len(inputs.get("num_boxes", ()))
+        self._counts[2] += inputs.get("skipped_samples", 0)
+        self._learned_samples += _number_of_samples(inputs)
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         if not bool(torch.isfinite(loss)):
             names = ", ".join(self._sample_ids) or "unknown (the collator needs return_sample_ids=True)"
@@ -94,6 +132,124 @@ class MGLlavaTrainer(Trainer):
                 "last checkpoint."
             )
         return loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """Collect the batches of a step, and count the tokens that are learned in it.
+
+        Args:
+            *args: See the base class.
+            **kwargs: See the base class.
+
+        Returns:
+            `tuple`: The batches, and the number of tokens; 1 where all samples were skipped, because the losses are
+            divided by it.
+        """
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        if batches and count is not None and bool((torch.as_tensor(count) == 0).all()):
+            self.empty_steps += 1
+            logger.warning(
+                "All samples of step %d were skipped: nothing is learned in it.", self.state.global_step + 1
+            )
+            count = torch.ones_like(torch.as_tensor(count))
+        return batches, count
+
+    def check_learned(self) -> None:
+        """Check that some sample was not skipped so far; called by all processes.
+
+        Raises:
+            TrainingError: If all were.
+        """
+        counts = torch.tensor([float(self._learned_samples)], device=self.args.device)
+        if self.state.global_step and not bool(self.accelerator.reduce(counts, "sum").sum()):
+            raise TrainingError(
+                "Nothing was learned: all samples were skipped (`on_bad_sample` is skip). The warnings above say what "
+                "is wrong with each."
+            )
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the batches of an evaluation, with its own collator.
+
+        Args:
+            *args: See the base class.
+            **kwargs: See the base class.
+
+        Returns:
+            `torch.utils.data.DataLoader`: The batches.
+        """
+        collator = self.data_collator
+        self.data_collator = collator if self._eval_data_collator is None else self._eval_data_collator
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = collator
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Evaluate a batch.
+
+        Args:
+            model (`torch.nn.Module`): The model.
+            inputs (`dict`): The batch.
+            *args: See the base class.
+            **kwargs: See the base class.
+
+        Returns:
+            `tuple`: Loss, predictions and labels, see the base class.
+        """
+        learned = _number_of_samples(inputs)
+        loss, *others = super().prediction_step(model, inputs, *args, **kwargs)
+        if self._evaluated is not None and loss is not None:
+            # Without a sample it is 0 / 0.
+            loss = loss if learned else torch.zeros_like(loss)
+            self._evaluated.append((loss, learned))
+        return (loss, *others)
+
+    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss of a batch; in an evaluation its own mean, not a share of that of all processes.
+
+        Args:
+            model (`torch.nn.Module`): The model.
+            *args: See the base class.
+            **kwargs: See the base class.
+
+        Returns:
+            The loss, or loss and outputs, see the base class.
+        """
+        if not model.training:
+            kwargs["num_items_in_batch"] = None
+        return super().compute_loss(model, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate; batches whose samples were all skipped do not count.
+
+        Args:
+            *args: See the base class.
+            **kwargs: See the base class.
+
+        Returns:
+            `EvalLoopOutput`: See the base class.
+
+        Raises:
+            TrainingError: If all samples were skipped.
+        """
+        self._evaluated = []
+        try:
+            output = super().evaluation_loop(*args, **kwargs)
+            batches = self._evaluated
+        finally:
+            self._evaluated = None
+        if batches:
+            device = self.args.device
+            total = sum(loss.to(device, torch.float32) * learned for loss, learned in batches)
+            counts = (sum(learned for _, learned in batches), sum(not learned for _, learned in batches))
+            sums = torch.stack(
+                [torch.as_tensor(value, dtype=torch.float32, device=device) for value in (total, *counts)]
+            )
+            total, learned, empty = self.accelerator.reduce(sums, "sum").tolist()
+            if not learned:
+                raise TrainingError("All samples of the evaluation were skipped. The warnings above say why.")
+            if empty:
+                output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = total / learned
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Write to the log, with the speed since the last time.
@@ -113,6 +269,8 @@ class MGLlavaTrainer(Trainer):
             self.skipped_samples += int(skipped)
             if self.skipped_samples:
                 logs["skipped_samples"] = self.skipped_samples
+            if self.empty_steps:
+                logs["empty_steps"] = self.empty_steps
             self._counts.zero_()
             self._device_tokens = None
             self._counting_since = time.perf_counter()
@@ -131,7 +289,7 @@ class MGLlavaTrainer(Trainer):
             `TrainOutput`: See the base class.
 
         Raises:
-            TrainingError: If there is no checkpoint that is whole.
+            TrainingError: If there is no checkpoint that is whole, the loss is NaN, or all samples were skipped.
         """
         if resume_from_checkpoint is True:
             checkpoint = last_complete_checkpoint(str(self.args.output_dir))
@@ -139,7 +297,11 @@ class MGLlavaTrainer(Trainer):
                 raise TrainingError(f"No checkpoint in {self.args.output_dir} is whole: there is nothing to resume.")
             resume_from_checkpoint = str(checkpoint)
         self._counting_since = time.perf_counter()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        self._learned_samples = self._first_step = 0
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.state.global_step > self._first_step:
+            self.check_learned()
+        return result
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = self._get_output_dir(trial=trial)

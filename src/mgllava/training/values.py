@@ -1,0 +1,274 @@
+"""The values of a recipe: read by the types of the fields that they are for, and checked against their ranges."""
+
+import difflib
+import enum
+import math
+import os
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+_TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
+# transformers declares these more narrowly than what it takes.
+_WIDER: dict[str, Any] = {
+    "training.fsdp": bool | str | list[str] | None,
+    "training.report_to": str | list[str] | None,
+    "training.debug": str | list[str] | None,
+    "training.deepspeed": dict | str | None,
+    "training.accelerator_config": dict | str | None,
+    "training.liger_kernel_config": dict | None,
+}
+
+
+class WrongValueError(Exception):
+    """A value is not what its field takes; the message says what it takes and what came."""
+
+
+class _Range(typing.NamedTuple):
+    test: Callable[[Any], bool]
+    words: str
+
+
+_POSITIVE = _Range(lambda value: value > 0, "greater than 0")
+_NOT_NEGATIVE = _Range(lambda value: value >= 0, "0 or greater")
+_COUNT = _Range(lambda value: value >= 1, "1 or greater")
+_SHARE = _Range(lambda value: 0 <= value < 1, "at least 0 and below 1")
+# NumPy's generator takes no others.
+_SEED = _Range(lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
+_INTERVAL = _Range(
+    lambda value: value > 0 and (value < 1 or value == int(value)),
+    "a whole number of steps, or a share of all steps between 0 and 1",
+)
+_RANGES = {
+    "global_batch_size": _COUNT,
+    "model.bits": _Range(lambda value: value in (4, 8), "4 or 8"),
+    "data.max_text_length": _COUNT,
+    "data.processes": _COUNT,
+    "data.detector.threshold": _Range(lambda value: 0 <= value <= 1, "from 0 to 1"),
+    "training.per_device_train_batch_size": _COUNT,
+    "training.per_device_eval_batch_size": _COUNT,
+    "training.gradient_accumulation_steps": _COUNT,
+    "training.eval_accumulation_steps": _COUNT,
+    "training.num_train_epochs": _POSITIVE,
+    "training.max_steps": _Range(lambda value: value >= 1 or value == -1, "1 or greater (-1: no limit)"),
+    "training.learning_rate": _POSITIVE,
+    "training.warmup_steps": _NOT_NEGATIVE,
+    "training.weight_decay": _NOT_NEGATIVE,
+    "training.adam_beta1": _SHARE,
+    "training.adam_beta2": _SHARE,
+    "training.adam_epsilon": _NOT_NEGATIVE,
+    "training.max_grad_norm": _NOT_NEGATIVE,
+    "training.label_smoothing_factor": _SHARE,
+    "training.neftune_noise_alpha": _POSITIVE,
+    "training.torch_empty_cache_steps": _COUNT,
+    "training.logging_steps": _INTERVAL,
+    "training.eval_steps": _INTERVAL,
+    "training.save_steps": _INTERVAL,
+    "training.eval_delay": _NOT_NEGATIVE,
+    "training.save_total_limit": _Range(lambda value: value >= 1, "1 or greater (null: keep all)"),
+    "training.seed": _SEED,
+    "training.data_seed": _SEED,
+    "training.dataloader_num_workers": _NOT_NEGATIVE,
+    "training.dataloader_prefetch_factor": _COUNT,
+    "training.ddp_timeout": _COUNT,
+    "training.ddp_bucket_cap_mb": _COUNT,
+    "lora.r": _COUNT,
+    "lora.lora_alpha": _COUNT,
+    "lora.lora_dropout": _SHARE,
+}
+_CHOICES = {
+    "model.dtype": ("float32", "bfloat16", "float16"),
+    "model.parts.prompt_template": ("vicuna", "llama3", "phi3", "yi"),
+    "data.missing_boxes": ("error", "empty"),
+    "data.on_bad_sample": ("error", "skip"),
+    "data.detector.mode": ("faithful", "clean"),
+    "training.train_sampling_strategy": ("random", "sequential", "group_by_length"),
+}
+
+
+def read_value(value: Any, kind: Any, name: str) -> Any:
+    """Read a value as its field takes it.
+
+    Words are read by the type of the field, because YAML cannot know it: `no` is a choice for `save_strategy` and
+    false for a switch; `"1e-5"` is a number where a number is wanted.
+
+    Args:
+        value: From YAML, or from Python.
+        kind: Type of the field.
+        name (`str`): Dotted name of the field, which ranges and choices are looked up by.
+
+    Returns:
+        The value, of the field's type, as plain data.
+
+    Raises:
+        WrongValueError: If the field does not take it.
+    """
+    kind = _WIDER.get(name, kind)
+    # An evaluation is described in the words of the data.
+    name = name.replace("evaluation.", "data.", 1) if name.startswith("evaluation.") else name
+    read = _read(value, kind)
+    if read is None:
+        return None
+    if (limits := _RANGES.get(name)) is not None and not limits.test(read):
+        raise WrongValueError(f"must be {limits.words}, got {_shown(value)}")
+    if (choices := _CHOICES.get(name)) is not None and read not in choices:
+        raise WrongValueError(f"must be {_either(choices)}, got {_shown(value)}{_nearest(read, choices)}")
+    return read
+
+
+def _read(value: Any, kind: Any) -> Any:
+    members = _members(kind)
+    if Any in members:
+        _refuse_words(value)
+        return value
+    if isinstance(value, enum.Enum):
+        value = value.value
+    elif isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if value is None or (isinstance(value, str) and value == "None" and type(None) in members):
+        if type(None) not in members:
+            raise WrongValueError(f"must be {_words(members)}, got null. Leave the key out for its default")
+        if value is not None:
+            raise WrongValueError("got the word None. Write null")
+        return None
+    # First as it is, then converted: `str | bool` takes true as a switch and `no` as a word.
+    for reader in (_as_it_is, _converted):
+        for member in members:
+            read = reader(value, member)
+            if read is not _NOT_THIS:
+                return read
+    problem = f"must be {_words(members)}, got {_shown(value)}"
+    if str in members and isinstance(value, bool | int | float):
+        problem += ". Write it in quotes if it is meant as text"
+    if isinstance(value, str):
+        problem += _nearest(value, [choice for member in members for choice in _choices(member)])
+    raise WrongValueError(problem)
+
+
+_NOT_THIS = object()
+
+
+def _members(kind: Any) -> list[Any]:
+    """The alternatives of a type."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        found = [member for part in typing.get_args(kind) for member in _members(part)]
+        # An enumeration says which words there are, so `str` next to it adds nothing.
+        if any(isinstance(member, type) and issubclass(member, enum.Enum) for member in found):
+            found = [member for member in found if member is not str]
+        return found
+    return [kind]
+
+
+def _choices(kind: Any) -> list[Any]:
+    if typing.get_origin(kind) is typing.Literal:
+        return list(typing.get_args(kind))
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return [member.value for member in kind]
+    return []
+
+
+def _as_it_is(value: Any, kind: Any) -> Any:
+    """Take a value that is of the type already."""
+    origin = typing.get_origin(kind) or kind
+    if choices := _choices(kind):
+        matching = [choice for choice in choices if choice == value and type(choice) is type(value)]
+        # peft lists a pattern among its choices.
+        is_pattern = any(isinstance(choice, str) and "[" in choice for choice in choices)
+        return value if matching or (is_pattern and isinstance(value, str)) else _NOT_THIS
+    if origin is list and isinstance(value, list | tuple):
+        items = (typing.get_args(kind) or (Any,))[0]
+        return [_read(item, items) for item in value]
+    if origin in (dict, Mapping) and isinstance(value, Mapping):
+        _refuse_words(value)
+        return dict(value)
+    if origin is tuple and isinstance(value, list | tuple):
+        return list(value)
+    if origin in (bool, int, str) and type(value) is origin:
+        return value
+    if origin is float and type(value) is float:
+        return _finite(value)
+    # Objects of other packages cannot be written in YAML; some are made of their keys.
+    if isinstance(origin, type) and origin.__module__ not in ("builtins", "collections.abc"):
+        return value if isinstance(value, origin) else dict(value) if isinstance(value, Mapping) else _NOT_THIS
+    return _NOT_THIS
+
+
+def _converted(value: Any, kind: Any) -> Any:
+    """Convert a value that can only mean one thing."""
+    word = value.strip().lower() if isinstance(value, str) else value
+    if kind is bool:
+        if word in _TRUE or word in _FALSE:
+            return word in _TRUE
+        return bool(value) if type(value) is int and value in (0, 1) else _NOT_THIS
+    if kind in (int, float) and not isinstance(value, bool):
+        if isinstance(value, str):
+            try:
+                value = int(word) if word.lstrip("+-").isdigit() else float(word)
+            except ValueError:
+                return _NOT_THIS
+        if not isinstance(value, int | float):
+            return _NOT_THIS
+        value = _finite(value)
+        if kind is float:
+            return value
+        return int(value) if value == int(value) else _NOT_THIS
+    if isinstance(word, str):
+        for choice in _choices(kind):
+            if choice is not None and str(choice).lower() == word and isinstance(choice, str | bool):
+                return choice
+    return _NOT_THIS
+
+
+def _refuse_words(value: Any) -> None:
+    """Refuse switches in options whose types are not known: as words, both of them are true in Python."""
+    if isinstance(value, Mapping):
+        for key, below in value.items():
+            if isinstance(below, str) and below.lower() in ("yes", "no", "on", "off"):
+                raise WrongValueError(f"has {key}={below}, which is a word here. Write true or false")
+            _refuse_words(below)
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise WrongValueError(f"must be a finite number, got {value}")
+    return value
+
+
+# How many choices a message lists.
+_LISTED = 15
+
+
+def _words(members: Sequence[Any]) -> str:
+    words: list[str] = []
+    for member in members:
+        origin = typing.get_origin(member) or member
+        named = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+        if choices := _choices(member):
+            words.append(_either([choice for choice in choices if choice is not None][:_LISTED]))
+        elif origin in (list, tuple):
+            items = typing.get_args(member)
+            words.append("a list" + (f" of {_words(_members(items[0]))}s" if items and items[0] is str else ""))
+        elif origin in (dict, Mapping) or origin not in named:
+            words.append("keys and values")
+        else:
+            words.append(named[origin])
+    return " or ".join(dict.fromkeys(words))
+
+
+def _either(choices: Sequence[Any]) -> str:
+    names = [str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in choices]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _nearest(value: Any, choices: Sequence[Any]) -> str:
+    near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
+    return f". Did you mean {near[0]}?" if near else ""
+
+
+def _shown(value: Any) -> str:
+    text = "true" if value is True else "false" if value is False else "null" if value is None else repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+__all__ = ["WrongValueError", "read_value"]
