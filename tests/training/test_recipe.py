@@ -1,6 +1,7 @@
 import pytest
 
-from mgllava.training import TrainingError, load_recipe, recipe_names
+from mgllava.training import Recipe, TrainingError, load_recipe, recipe_names, train
+from mgllava.training.recipe import checked_recipe
 
 OVERLAYS = {"fsdp2.yaml", "lora.yaml", "qlora.yaml", "zero2.yaml", "zero3.yaml"}
 MODELS = ("phi3_mini", "vicuna_7b", "vicuna_13b", "llama3_8b", "yi_34b")
@@ -100,3 +101,97 @@ def test_what_is_no_recipe_is_refused(tmp_path):
         load_recipe("stage1_vicuna_7b.yaml")
     with pytest.raises(TrainingError, match="`training` must hold keys"):
         load_recipe("stage_1.yaml", "training=3")
+
+
+REFUSED = [
+    ("data.allow_other_boxes=maybe", "must be true or false, got 'maybe'"),
+    ("global_batch_size=-4", "must be 1 or greater, got -4"),
+    ("model.bits=3", "must be 4 or 8, got 3"),
+    ("model.dtype=bf16", "must be float32, bfloat16 or float16, got 'bf16'. Did you mean bfloat16?"),
+    ("data.samples=3", "must be text or a list of texts or null, got 3. Write it in quotes if it is meant as text"),
+    ("data.detector.threshold=2", "must be from 0 to 1, got 2"),
+    ("evaluation.on_bad_sample=x", "must be error or skip, got 'x'"),
+    ("train=fusion", "must be a list of texts, got 'fusion'"),
+    ("data=null", "must hold keys and values"),
+    ("training.num_train_epochs=-3", "must be greater than 0, got -3"),
+    ("training.num_train_epochs=abc", "must be a number, got 'abc'"),
+    ("training.max_steps=0", "must be 1 or greater (-1: no limit), got 0"),
+    ("training.max_steps=2.5", "must be a whole number, got 2.5"),
+    ("training.learning_rate=nan", "must be a finite number, got nan"),
+    ("training.learning_rate=-inf", "must be a finite number, got -inf"),
+    ("training.learning_rate=0", "must be greater than 0, got 0"),
+    ("training.learning_rate=true", "must be a number, got true"),
+    ("training.bf16=2", "must be true or false, got 2"),
+    ("training.seed=null", "must be a whole number, got null"),
+    ("training.seed=", "has no value"),
+    ("training.run_name=None", "got the word None. Write null"),
+    ("training.save_strategy=nope", "must be no, steps, epoch or best, got 'nope'"),
+    ("training.lr_scheduler_type=cosin", "Did you mean cosine?"),
+    ("training.logging_steps=2.5", "must be a whole number of steps, or a share"),
+    ("training.gradient_checkpointing_kwargs={use_reentrant: no}", "has use_reentrant=no, which is a word here"),
+    ("lora.r=0", "must be 1 or greater, got 0"),
+    ("lora.lora_dropout=1", "must be at least 0 and below 1, got 1"),
+    ("lora.bias=lora_onl", "Did you mean lora_only?"),
+]
+
+
+@pytest.mark.parametrize(("change", "expected"), REFUSED, ids=[change for change, _ in REFUSED])
+def test_values_of_another_type_or_range_are_refused_by_name(change, expected):
+    with pytest.raises(TrainingError) as caught:
+        load_recipe("stage_2_vicuna_7b.yaml", change)
+    message = str(caught.value)
+    assert f"`{change.partition('=')[0]}" in message and expected in message and "\n" not in message
+
+
+READ = [
+    ("data.allow_other_boxes=no", False),
+    ("data.allow_other_boxes=Yes", True),
+    ("data.streaming=on", True),
+    ("training.bf16=off", False),
+    ("training.tf32=1", True),
+    ("training.learning_rate='1e-5'", 1e-5),
+    ("training.max_steps=1e3", 1000),
+    ("training.logging_steps=0.1", 0.1),
+    ("training.save_strategy=no", "no"),
+    ("training.include_num_input_tokens_seen=true", True),
+    ("training.report_to=[wandb, tensorboard]", ["wandb", "tensorboard"]),
+    ("training.fsdp=true", True),
+    ("training.deepspeed=zero.json", "zero.json"),
+    ("training.save_total_limit=null", None),
+    ("lora.init_lora_weights=pissa_niter_4", "pissa_niter_4"),
+    ("lora.init_lora_weights=false", False),
+    ("evaluation=null", None),
+]
+
+
+@pytest.mark.parametrize(("change", "expected"), READ, ids=[change for change, _ in READ])
+def test_words_are_read_by_the_type_of_their_key(change, expected):
+    value = load_recipe("stage_2_vicuna_7b.yaml", change)
+    for key in change.partition("=")[0].split("."):
+        value = value[key] if isinstance(value, dict) else getattr(value, key)
+    assert value == expected and type(value) is type(expected)
+
+
+def test_all_problems_are_said_a_line_each():
+    with pytest.raises(TrainingError) as caught:
+        load_recipe("stage_1.yaml", "lora.r=a", "training.seed=b", "data.streaming=c", "data.box=d")
+    lines = str(caught.value).splitlines()
+    assert sorted(line.partition(" ")[0] for line in lines) == [
+        "`data.box`",
+        "`data.streaming`",
+        "`lora.r`",
+        "`training.seed`",
+    ]
+
+
+def test_a_key_that_occurs_twice_is_refused(tmp_path):
+    (tmp_path / "twice.yaml").write_text("training: {seed: 1}\ntraining: {seed: 2}\n")
+    with pytest.raises(TrainingError, match="training occurs twice"):
+        load_recipe(tmp_path / "twice.yaml")
+
+
+def test_a_recipe_of_python_is_checked_too(tmp_path):
+    recipe = Recipe(training={"output_dir": tmp_path, "save_strategy": "no"}, global_batch_size=2)
+    assert checked_recipe(recipe).training["output_dir"] == str(tmp_path)
+    with pytest.raises(TrainingError, match="`global_batch_size` must be a whole number or null, got 'many'"):
+        train(Recipe(training={"output_dir": tmp_path}, global_batch_size="many"))

@@ -91,8 +91,6 @@ def _train(recipe: Recipe, args: TrainingArguments, output: Path, resume: bool) 
             f"`training.output_dir`: {output} has checkpoints, the last at {checkpoint.name}. Resume with --resume, "
             "or choose another folder."
         )
-    if checkpoint is None:
-        refuse_other_files(output)
     set_seed(args.seed)
     start = _starting_model(recipe.model, args, output)
     processor = MGLlavaProcessor.from_pretrained(start)
@@ -100,6 +98,8 @@ def _train(recipe: Recipe, args: TrainingArguments, output: Path, resume: bool) 
     processor.box_detector = None
     data = _open_data(recipe.data, processor, args, "data")
     evaluation = None if recipe.evaluation is None else _open_data(recipe.evaluation, processor, args, "evaluation")
+    if checkpoint is None:
+        refuse_other_files(output)
     samples = _samples_digest(recipe, data)
     changes: list[str] = []
     if checkpoint is not None:
@@ -116,21 +116,23 @@ def _train(recipe: Recipe, args: TrainingArguments, output: Path, resume: bool) 
             eval_data_collator=None if recipe.evaluation is None else _collator(recipe.evaluation, processor),
             processing_class=processor,
         )
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         # Of a logger that is not installed, for example.
         raise TrainingError(f"`training` cannot be used: {error}") from error
     if args.deepspeed and not trainer.is_deepspeed_enabled:
         raise TrainingError("`training.deepspeed` was left out by accelerate. Start with `accelerate launch`.")
     if args.should_log:
         Console(file=sys.stderr).print(describe_trained(model))
+    if isinstance(data, ConversationDataset) and len(trainer.get_train_dataloader()) == 0:
+        raise TrainingError(
+            f"Nothing would be trained: {len(data)} samples are less than a batch of {args.train_batch_size} for each "
+            "process, and `training.dataloader_drop_last` is true."
+        )
     if args.should_save:
         write_start(recipe, samples, output, None if checkpoint is None else checkpoint.name, changes)
     result = trainer.train(str(checkpoint) if checkpoint is not None else None)
     if trainer.state.global_step == 0:
-        raise TrainingError(
-            f"Nothing was trained: there was not one step. Are there fewer than {args.train_batch_size} samples, and "
-            "is `training.dataloader_drop_last` true?"
-        )
+        raise TrainingError("Nothing was trained: there was not one step, because no sample was read.")
     _save(trainer, recipe.model, output)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
@@ -231,8 +233,9 @@ def _check_optimizer(args: TrainingArguments) -> None:
         if args.optim_args is None and args.optim_target_modules is None and str(args.optim).startswith("adamw_torch"):
             kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
             optimizer = kind([torch.zeros(1)], **options)
-        kwargs = {"scheduler_specific_kwargs": dict(args.lr_scheduler_kwargs or {})}
-        get_scheduler(args.lr_scheduler_type, optimizer, num_warmup_steps=0, num_training_steps=10, **kwargs)
+        schedule: dict[str, Any] = {"num_warmup_steps": 0, "num_training_steps": 10}
+        schedule["scheduler_specific_kwargs"] = args.lr_scheduler_kwargs or {}
+        get_scheduler(args.lr_scheduler_type, optimizer, **schedule)
     except Exception as error:
         raise TrainingError(
             f"`training.optim` or `training.lr_scheduler_type` cannot be used with their options: {error}"

@@ -27,15 +27,34 @@ def _number_of_samples(inputs: dict[str, Any]) -> int:
     return len(inputs["attention_mask"]) if ids is None else len(ids)
 
 
-class _StopWhereAllIsSkipped(TrainerCallback):
-    """Looks at the end of each epoch whether there was anything to learn."""
+class _Learning(TrainerCallback):
+    """Looks whether anything was learned: from some sample, at some learning rate."""
 
     def __init__(self, trainer: "MGLlavaTrainer"):
         self._trainer = trainer
+        self._greatest_rate = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note where a resumed training begins."""
+        """Note where a resumed training begins, and when to log, evaluate and save by the present arguments."""
+        # A checkpoint brings those that it was written with.
+        state.compute_steps(args, state.max_steps)
         self._trainer._first_step = state.global_step
+        self._greatest_rate = 0.0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        """Note the learning rate of a step."""
+        rates = [float(group["lr"]) for group in getattr(optimizer, "param_groups", [{"lr": 1.0}])]
+        self._greatest_rate = max(self._greatest_rate, *rates)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say if all steps were too early in the warm-up to change a weight."""
+        steps = state.global_step - self._trainer._first_step
+        if steps and not self._greatest_rate:
+            logger.warning(
+                "The learning rate was 0 in all %d steps, so no weight has changed. Train for more steps, or set "
+                "`warmup_steps` to 0.",
+                steps,
+            )
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop if all samples were skipped."""
@@ -80,7 +99,7 @@ class MGLlavaTrainer(Trainer):
         self._evaluated: list[tuple[torch.Tensor, int]] | None = None
         self.skipped_samples = 0
         self.empty_steps = 0
-        self.add_callback(_StopWhereAllIsSkipped(self))
+        self.add_callback(_Learning(self))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -248,7 +267,8 @@ class MGLlavaTrainer(Trainer):
             if not learned:
                 raise TrainingError("All samples of the evaluation were skipped. The warnings above say why.")
             if empty:
-                output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = total / learned
+                name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
+                output = output._replace(metrics={**(output.metrics or {}), name: total / learned})
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
