@@ -13,7 +13,7 @@ ABLATION := --world $(ABLATION_WORLD) --alignment 0.5 --tuning 0.5 --bf16 --jobs
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all test-mixins hub-check lint format bench bench-pooling bench-convert bench-detector \
-	bench-quantization bench-generation bench-train bench-import small-model ablation clean
+	bench-quantization bench-generation bench-train bench-import refresh-code small-model ablation clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | column -t -s '	'
@@ -82,6 +82,9 @@ bench-train: setup  ## training at real size on a GPU (tiny without one), and wh
 
 bench-import: setup  ## import time beyond torch and transformers
 	$(BIN)/python benchmarks/import_time.py
+
+refresh-code: setup  ## copy the code in src into the shipped model, which carries it like every saved repository
+	HF_HUB_OFFLINE=1 $(BIN)/python -m small_world.refresh_code
 
 small-model: setup  ## make the small model from nothing, in small-world/ (hours; goes on where it was)
 	$(MAKE) -f small_world/Makefile

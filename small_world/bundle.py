@@ -3,7 +3,6 @@
 See `Makefile` in this folder for how it is called.
 """
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -27,9 +26,9 @@ LANGUAGE_MODEL = Path(__file__).parent / "language_model"
 
 
 def bundle(model: Path, tagger: Path, detector: Path, output: Path) -> None:
-    """Write one folder that loads by itself where `mgllava` is installed.
+    """Write one folder that loads by itself, with its code.
 
-    The code that transformers would put beside the weights is left out: it is in this repository already.
+    `python -m small_world.refresh_code` brings the code up to date later.
 
     Args:
         model (`Path`): Folder of the model with its processor.
@@ -51,10 +50,6 @@ def bundle(model: Path, tagger: Path, detector: Path, output: Path) -> None:
         complete.box_detector = BoxDetector(*halves, mode="clean")
         complete.box_detector.embed_vocabulary()
         complete.save_pretrained(written)
-        for code in written.rglob("*.py"):
-            code.unlink()
-        for settings in written.rglob("*.json"):
-            _drop_auto_map(settings)
         shutil.rmtree(output, ignore_errors=True)
         written.rename(output)
 
@@ -72,19 +67,6 @@ def write_language_model(source: Path, output: Path) -> None:
         AutoTokenizer.from_pretrained(source).save_pretrained(written)
         shutil.rmtree(output, ignore_errors=True)
         written.rename(output)
-
-
-def _drop_auto_map(path: Path) -> None:
-    """Leave out where remote code would be."""
-
-    def without(value: object) -> object:
-        if isinstance(value, dict):
-            return {key: without(item) for key, item in value.items() if key != "auto_map"}
-        return value
-
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    if "auto_map" in json.dumps(settings):
-        path.write_text(json.dumps(without(settings), indent=2) + "\n", encoding="utf-8")
 
 
 def main(

@@ -1,8 +1,12 @@
 """What `import mgllava` loads and says."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
 
 # What a vision-language model of transformers and its processor load: nobody who uses one comes by for less.
 LLAVA = """
@@ -38,3 +42,26 @@ def test_importing_loads_little_beyond_transformers():
         {"bitsandbytes", "open_clip", "deepspeed", "gradio", "peft", "datasets", "fastapi", "uvicorn", "openai"}
     )
     assert not {name for name in loaded if name.startswith(("mgllava.conversion", "mgllava.box_files", "mgllava.cli"))}
+
+
+def test_what_the_documentation_names_is_found_after_importing_the_package_alone():
+    """In a process of its own: in this one other tests have imported the modules."""
+    names = set()
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        names |= set(re.findall(r"\bmgllava\.[a-z_]+(?:\.\w+)*", path.read_text()))
+    names -= {name for name in names if name.endswith((".cli", ".git")) or ".atomic_files" in name}
+    assert {"mgllava.chat.ChatSession", "mgllava.visualization.draw_boxes"} <= names
+    code = f"""
+import mgllava
+from operator import attrgetter
+for name in {sorted(names)!r}:
+    attrgetter(name.removeprefix("mgllava."))(mgllava)
+assert len(mgllava.COCO_80) == 80 and "chat" in dir(mgllava)
+try:
+    mgllava.no_such_name
+except AttributeError as error:
+    assert "no_such_name" in str(error)
+else:
+    raise AssertionError
+"""
+    modules(code)

@@ -93,6 +93,7 @@ def test_what_is_saved_holds_its_code():
 def test_public_names():
     assert sorted(mgllava.__all__) == [
         "BoxDetector",
+        "COCO_80",
         "MGLlavaConfig",
         "MGLlavaForConditionalGeneration",
         "MGLlavaImageProcessor",

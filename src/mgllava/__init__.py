@@ -5,6 +5,9 @@ generate, as `AutoModelForImageTextToText` does. They know the image tagger RAM+
 holds their code, so it loads with `trust_remote_code=True` where this package is not installed.
 """
 
+from importlib import import_module
+from typing import Any
+
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -22,7 +25,7 @@ from mgllava.modeling import (
     MGLlavaPreTrainedModel,
     quantization_config,
 )
-from mgllava.processing import BoxDetector, MGLlavaImageProcessor, MGLlavaImageProcessorPil, MGLlavaProcessor
+from mgllava.processing import COCO_80, BoxDetector, MGLlavaImageProcessor, MGLlavaImageProcessorPil, MGLlavaProcessor
 from mgllava.ram_plus import RamPlusConfig, RamPlusForImageTagging, RamPlusImageProcessor, RamPlusImageProcessorPil
 
 __version__ = "0.1.0"
@@ -61,7 +64,33 @@ for _image_processor_class in (
 MGLlavaProcessor.register_for_auto_class()
 
 
+# Loaded at the first use: `mgllava.chat.ChatSession` works after `import mgllava`, which stays light.
+_LAZY_MODULES = (
+    "box_files",
+    "chat",
+    "conversion",
+    "folder_lock",
+    "hub",
+    "serving",
+    "training",
+    "visualization",
+)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a module of the package at its first use."""
+    if name in _LAZY_MODULES:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List the modules too that are imported at their first use."""
+    return sorted({*globals(), *_LAZY_MODULES})
+
+
 __all__ = [
+    "COCO_80",
     "BoxDetector",
     "MGLlavaConfig",
     "MGLlavaForConditionalGeneration",

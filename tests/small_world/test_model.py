@@ -1,12 +1,17 @@
 """The model that the repository ships answers questions about new pictures, with boxes that it finds itself."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
 
 from small_world import demo
 from small_world.bundle import LANGUAGE_MODEL
+from small_world.refresh_code import refresh_code
 from small_world.questions import KINDS
 
 PICTURES = 20
@@ -25,7 +30,46 @@ def folder(tmp_path_factory):
 def test_it_is_small():
     files = [path for folder in (demo.MODEL, LANGUAGE_MODEL) for path in folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 15e6
-    assert not [path for path in files if path.suffix == ".py"]
+
+
+def test_its_code_is_that_of_the_package(tmp_path):
+    fresh = shutil.copytree(demo.MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("__pycache__"))
+    refresh_code(fresh)
+    shipped, wanted = (
+        {
+            path.relative_to(folder): path.read_bytes()
+            for path in folder.rglob("*")
+            if path.suffix in (".py", ".json") and "__pycache__" not in path.parts
+        }
+        for folder in (demo.MODEL, fresh)
+    )
+    different = sorted(str(path) for path in shipped.keys() | wanted.keys() if shipped.get(path) != wanted.get(path))
+    assert not different, f"Run `python -m small_world.refresh_code` (make refresh-code): {different} are out of date."
+    assert len([path for path in shipped if path.suffix == ".py"]) > 20
+
+
+def test_it_loads_where_the_package_is_not_imported(tmp_path):
+    code = f"""
+import sys
+sys.modules["mgllava"] = None
+from transformers import AutoModel, AutoProcessor
+name = {str(demo.MODEL)!r}
+for auto_class in (AutoModel, AutoProcessor):
+    try:
+        auto_class.from_pretrained(name, trust_remote_code=False)
+    except ValueError as error:
+        assert "trust_remote_code=True" in str(error), error
+    else:
+        raise AssertionError("loaded without its code")
+processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
+print(type(AutoModel.from_pretrained(name, trust_remote_code=True)).__name__, type(processor).__name__)
+print(len(processor.detect("examples/shapes.jpg")[0]["boxes"]))
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    names, boxes = done.stdout.splitlines()[-2:]
+    assert names == "MGLlavaForConditionalGeneration MGLlavaProcessor" and int(boxes) > 2
 
 
 def test_it_answers(folder):

@@ -1,0 +1,510 @@
+"""Finding objects: image to tags to boxes (MG-LLaVA, arXiv 2406.17770, section 3.1)."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import PIL.Image
+import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForZeroShotObjectDetection, AutoProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES
+from transformers.utils import logging
+from transformers.utils.generic import maybe_autocast
+
+from .box_detector_files_mgllava import (
+    BUNDLE_FOLDER,
+    PARTS,
+    PROMPT_EMBEDS_FILE,
+    ProcessLock,
+    ProcessorRepository,
+    bundled_name,
+    known_commit,
+    locate,
+    locate_revision,
+    store_parts,
+)
+from .grounded_detection_mgllava import GroundedDetector
+from .image_inputs_mgllava import as_rgb, load_upright
+from .owlv2_detection_mgllava import Owlv2Detector
+from .tagging_mgllava import ImageTagger, tags_as_labels
+
+logger = logging.get_logger(__name__)
+
+# The detector of the paper (section 3.1).
+DEFAULT_DETECTOR = "google/owlv2-large-patch14-ensemble"
+
+DetectionMode = Literal["faithful", "clean"]
+_MODES = ("faithful", "clean")
+CONFIG_KEYS = ("tagger", "tagger_revision", "detector", "detector_revision", "mode", "prompt_embeds")
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
+
+
+class BoxDetector:
+    r"""Finds the objects of images: a tagger names what is there, a zero-shot detector finds where.
+
+    Two modes, saved with the processor:
+
+    - `"faithful"`, **what the published weights expect**: how the 2024 box files were made. Corners are whole numbers,
+      truncated towards zero and not clipped, so they may lie outside the image; tags are lower-cased; where no tag
+      fires, OWLv2 looks for the prompt `"a photo of "` and its boxes have the label `""`.
+    - `"clean"`: no tag, no boxes; corners are fractions, clipped to the image, and boxes without area are dropped.
+
+    In both, OWLv2 sees the pixels of 2024 (grey padding, see `detector_pixels_mgllava.py`; faithful mode also resizes
+    for the tagger as Pillow did, clean mode as the tagger's processor does), and boxes come in the
+    order of its patches, without non-maximum suppression, which the image processor does. Images are turned upright
+    by their EXIF orientation first, as everywhere in this package; the original ignored it, so its box files agree
+    for images without one.
+
+    Example:
+        ```python
+        detector = BoxDetector(tagger="./ram_plus", detector="google/owlv2-large-patch14-ensemble")
+        detector.detect(["photo.jpg"])  # [{"boxes": tensor of shape (n, 4), "labels": [...], "scores": tensor}]
+        ```
+
+    Args:
+        tagger (`str`, `os.PathLike`, [`PreTrainedModel`], `list[str]` or `None`): Repository id, folder or model of an
+            image tagger; or a fixed list of labels ([`COCO_80`] in the paper's ablation); or `None` if labels are
+            given at each call.
+        detector (`str`, `os.PathLike` or [`PreTrainedModel`]): Repository id, folder or model of a zero-shot object
+            detector.
+        mode (`str`, *optional*, defaults to `"faithful"`): `"faithful"` or `"clean"`.
+        tagger_revision (`str`, *optional*): With a tagger on the Hub: branch, tag or commit.
+        detector_revision (`str`, *optional*): With a detector on the Hub: branch, tag or commit.
+        tagger_processor ([`BaseImageProcessor`], *optional*): With a tagger given as a model: its image processor.
+        detector_processor ([`ProcessorMixin`], *optional*): With a detector given as a model: its processor.
+        device (`str` or `torch.device`, *optional*): By default that of a detector given as a model, else the
+            accelerator if there is one that this process can use (the CPU in a DataLoader worker, and in a process
+            forked from one that uses the accelerator). Models that are given are moved there.
+        dtype (`torch.dtype`, *optional*): Of the tagger and of OWLv2's image tower; all that decides about scores and
+            boxes is fp32 in any case. By default models that are given keep theirs, and others are bf16 on an
+            accelerator and fp32 on the CPU. Other detectors are fp32 unless it is given.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether code of the repositories may run.
+        **hub_options: How repositories are read: `cache_dir`, `force_download`, `local_files_only`, `token`.
+
+    [`~BoxDetector.detect`] may be called from several threads; they take turns, batch by batch.
+
+    Raises:
+        OSError: If there is no such repository or folder.
+        TypeError: If the tagger is not a tagger, the detector not a zero-shot detector, labels are not strings, or an
+            option is unknown.
+        ValueError: If the mode is unknown, the label list empty, a model is given without its processor, or a
+            revision is given with a part that is not on the Hub.
+    """
+
+    def __init__(
+        self,
+        tagger: Any = None,
+        detector: Any = DEFAULT_DETECTOR,
+        *,
+        mode: DetectionMode = "faithful",
+        tagger_revision: str | None = None,
+        detector_revision: str | None = None,
+        tagger_processor: Any = None,
+        detector_processor: Any = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+        **hub_options: Any,
+    ):
+        if mode not in _MODES:
+            raise ValueError(f"`mode` must be one of {', '.join(map(repr, _MODES))}, got {mode!r}.")
+        if unknown := sorted(set(hub_options) - set(_HUB_OPTIONS)):
+            raise TypeError(f"`BoxDetector` takes {', '.join(_HUB_OPTIONS)} as further options, got {unknown}.")
+        self.mode = mode
+        options = {"trust_remote_code": trust_remote_code, **hub_options}
+        self._loading_options = {"device": device, "dtype": dtype, **options}
+        self._revisions = {"tagger": tagger_revision, "detector": detector_revision}
+        for part, revision in self._revisions.items():
+            locate_revision(f"{part}_revision", revision)
+        self.device = _resolve_device(device, detector)
+        # Where CUDA was initialized; forked processes cannot use it.
+        self._process = os.getpid()
+        self._lock = ProcessLock()
+
+        self._config: dict[str, Any] = {"tagger": None, "detector": None, "mode": mode}
+        self._objects: dict[str, tuple[Any, Any]] = {}
+        self._labels: list[str] | None = None
+        self._tagger: ImageTagger | None = None
+        if tagger is None or isinstance(tagger, list | tuple):
+            self._refuse_revision("tagger", tagger)
+        if isinstance(tagger, list | tuple):
+            self._labels = self._config["tagger"] = check_labels(tagger, "tagger")
+        elif tagger is not None:
+            model, processor = self._part("tagger", tagger, tagger_processor, options)
+            tower_dtype = self._tower_dtype(tagger, dtype, model)
+            self._tagger = ImageTagger(model, processor, self.device, tower_dtype, mode == "faithful")
+
+        model, processor = self._part("detector", detector, detector_processor, options)
+        self._detector: Owlv2Detector | GroundedDetector
+        if model.config.model_type == "owlv2":
+            tower = self._tower_dtype(detector, dtype, model)
+            self._detector = Owlv2Detector(model, processor, self.device, tower)
+        else:
+            self._detector = GroundedDetector(model, processor, self.device, dtype or torch.float32)
+        self._is_vocabulary_embedded = False
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        repository: ProcessorRepository | None = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool | None = None,
+        **hub_options: Any,
+    ) -> "BoxDetector":
+        """Load a box detector from the plain values that a processor keeps.
+
+        Args:
+            config (`Mapping`): `tagger`, `tagger_revision`, `detector`, `detector_revision` and `mode` as in the
+                constructor; `prompt_embeds`, a file of text embeddings.
+            repository ([`ProcessorRepository`], *optional*): Where paths that start with `./` are, and how to read it.
+            device (`str` or `torch.device`, *optional*): See the constructor.
+            dtype (`torch.dtype`, *optional*): See the constructor.
+            trust_remote_code (`bool`, *optional*): By default as the processor was loaded.
+            **hub_options: See the constructor; by default as the processor was loaded.
+
+        Returns:
+            [`BoxDetector`]: The detector.
+
+        Raises:
+            ValueError: If the configuration has unknown keys, or what comes from the repository's file names something
+                outside it.
+        """
+        unknown = sorted(set(config) - set(CONFIG_KEYS))
+        if unknown:
+            raise ValueError(
+                f"`box_detector_config` may have {', '.join(CONFIG_KEYS)}, got also {', '.join(unknown)}."
+            )
+        parts = {name: value for name, value in config.items() if name != "prompt_embeds"}
+        for part in PARTS:
+            if isinstance(parts.get(part), str):
+                parts[part] = locate(part, parts[part], repository)
+        embeds = config.get("prompt_embeds")
+        embeds = locate("prompt_embeds", embeds, repository) if embeds else None
+        if trust_remote_code is None:
+            trust_remote_code = repository is not None and repository.trust_remote_code
+        hub_options = {**(repository.hub_options if repository is not None else {}), **hub_options}
+        detector = cls(**parts, device=device, dtype=dtype, trust_remote_code=trust_remote_code, **hub_options)
+        if embeds is not None and isinstance(detector._detector, Owlv2Detector):
+            detector._detector.prompt_embeds.load(embeds, detector.device)
+        return detector
+
+    def _part(self, part: str, source: Any, processor: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+        """Load a part, or take it as it is given."""
+        if not isinstance(source, str | os.PathLike):
+            model = source
+            _check_kind(part, getattr(model, "config", None), type(model).__name__)
+            if processor is None:
+                raise ValueError(f"`{part}_processor` must be given with a `{part}` that is a model, got None.")
+            self._refuse_revision(part, type(model).__name__)
+            self._objects[part] = (model, processor)
+            self._config[part] = bundled_name(part)
+            return model, processor
+        name = os.fspath(source)
+        options = {**options, "revision": self._revisions[part]}
+        if is_folder := os.path.isdir(name):
+            self._refuse_revision(part, name)
+            name = os.path.abspath(name)  # `./` means another place in a configuration
+        self._config[part] = name
+        try:
+            config = AutoConfig.from_pretrained(name, **options)
+            _check_kind(part, config, name)
+            if not is_folder:  # one commit for all that follows, and for those who load what is saved
+                commit = known_commit(name, options["revision"], options.get("cache_dir")) or options["revision"]
+                options["revision"] = commit
+                if commit is not None:
+                    self._config[f"{part}_revision"] = commit
+            # fp32 first: what stays in fp32 must not be rounded on the way.
+            auto_model = AutoModel if part == "tagger" else AutoModelForZeroShotObjectDetection
+            model = auto_model.from_pretrained(name, dtype=torch.float32, **options)
+            auto_processor = AutoImageProcessor if part == "tagger" else AutoProcessor
+            return model, auto_processor.from_pretrained(name, **options)
+        except OSError as error:
+            raise OSError(
+                f"`{part}` must be a folder or a repository on the Hub with a model, got {name!r}, which cannot be "
+                f"read: {error}"
+            ) from error
+
+    def _refuse_revision(self, part: str, source: Any) -> None:
+        if self._revisions[part] is not None:
+            raise ValueError(
+                f"`{part}_revision` must be None unless `{part}` is a repository on the Hub, got "
+                f"{self._revisions[part]!r} with {source!r}."
+            )
+
+    def _tower_dtype(self, source: Any, dtype: torch.dtype | None, model: Any) -> torch.dtype:
+        if dtype is not None or not isinstance(source, str | os.PathLike):
+            return dtype or model.dtype
+        return torch.float32 if self.device.type == "cpu" else torch.bfloat16
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The plain values that describe this detector; `./box_detector/...` stands for a model given as an object."""
+        return dict(self._config)
+
+    @property
+    def loading_options(self) -> dict[str, Any]:
+        """The other arguments with which this detector was made: device, dtype, and how repositories are read."""
+        return dict(self._loading_options)
+
+    @property
+    def is_named(self) -> bool:
+        """Whether `config` and `loading_options` are all that is needed to load this detector again."""
+        return not self._objects
+
+    @property
+    def is_usable_here(self) -> bool:
+        """Whether this process can use the detector's device: a forked one cannot use its parent's accelerator."""
+        return self.device.type == "cpu" or self._process == os.getpid()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Note the process that unpickles it."""
+        self.__dict__.update(state, _process=os.getpid())
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> dict[str, Any]:
+        """Store models that are no repository ids, and the text embeddings, in `save_directory/box_detector`.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): A processor's repository.
+
+        Returns:
+            `dict`: The configuration from which [`~BoxDetector.from_config`] loads them.
+        """
+        with self._lock:
+            cache_dir = self._loading_options.get("cache_dir")
+            config = store_parts(self._config, save_directory, None, self._objects, cache_dir)
+            if isinstance(self._detector, Owlv2Detector) and len(self._detector.prompt_embeds):
+                path = Path(save_directory) / BUNDLE_FOLDER / PROMPT_EMBEDS_FILE
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._detector.prompt_embeds.save(path)
+                config["prompt_embeds"] = bundled_name(PROMPT_EMBEDS_FILE)
+        return config
+
+    def embed_vocabulary(self) -> None:
+        """Embed the prompts of all labels that are known ahead, so that the text tower is not needed again.
+
+        On an accelerator the first detection does this by itself. On a CPU it takes minutes for thousands of tags, so
+        prompts are embedded as they come; call it before saving a processor, and others are spared.
+        """
+        with self._lock:
+            if isinstance(self._detector, Owlv2Detector):
+                tags = self._labels or (self._tagger.vocabulary if self._tagger else [])
+                labels = ["", *(label for tag in tags for label in self._as_labels([tag]))]
+                self._detector.prompt_embeds.add([self._detector.prompt(label) for label in labels])
+            self._is_vocabulary_embedded = True
+
+    def detect(
+        self,
+        images: Any,
+        labels: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        threshold: float = 0.2,
+        batch_size: int = 8,
+        input_data_format: str | None = None,
+    ) -> list[dict[str, Any]]:
+        """Find the objects of images.
+
+        Args:
+            images: A PIL image, array, tensor, path or URL, or a list of them. Read batch by batch.
+            labels (`list[str]` or `list[list[str]]`, *optional*): What to look for, instead of what the tagger says:
+                in all images, or one list per image (an empty one stands for an image without tags).
+            threshold (`float`, *optional*, defaults to 0.2): Scores must be greater.
+            batch_size (`int`, *optional*, defaults to 8): Images at a time. If the accelerator's memory does not hold
+                them, half as many, with a warning.
+            input_data_format (`str`, *optional*): `"channels_first"` or `"channels_last"`, of arrays and tensors; by
+                default found out.
+
+        Returns:
+            `list[dict]`: Per image `boxes` of shape `(n, 4)` (xyxy in pixels of the upright original image; int64 in
+            faithful mode, fp32 in clean mode), `labels` (n strings, as given, or lower-case tags) and `scores` (fp32
+            of shape `(n,)`), on the CPU. The processor takes it as `boxes`.
+
+        Raises:
+            TypeError: If labels are not strings.
+            ValueError: If there is nothing to look for, the numbers of images and lists of labels differ, or an image
+                cannot be read.
+            RuntimeError: If this process was forked from the one that put the detector on an accelerator.
+            torch.OutOfMemoryError: If memory does not hold a single image.
+        """
+        is_batch = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
+        images = list(images) if is_batch else [images]
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        given = self._given_labels(labels, len(images))
+        if not self.is_usable_here:
+            raise RuntimeError(
+                f"This detector was put on {self.device} before this process was forked, and forked processes cannot "
+                "use the accelerator of their parent. Start workers with `multiprocessing_context='spawn'`, or make "
+                "the detector in the worker (a processor that knows its detector by its configuration does, on the "
+                "CPU), or find the boxes before and pass them as `boxes`."
+            )
+        if not self._is_vocabulary_embedded and given is None and self.device.type != "cpu":
+            self.embed_vocabulary()
+
+        results: list[dict[str, Any]] = []
+        while len(results) < len(images):
+            batch = slice(len(results), len(results) + batch_size)
+            loaded = [
+                _load(image, batch.start + index, input_data_format) for index, image in enumerate(images[batch])
+            ]
+            # Models change places, tokenizers and embeddings change: one thread at a time.
+            with self._lock:
+                found = self._detect_if_it_fits(loaded, None if given is None else given[batch], threshold)
+            if found is None:
+                batch_size = len(loaded) // 2
+                torch.accelerator.empty_cache()
+                logger.warning(f"Out of memory with {len(loaded)} images at a time: going on with {batch_size}.")
+            else:
+                results += found
+        return results
+
+    def _detect_if_it_fits(
+        self, images: list[torch.Tensor], labels: list[list[str]] | None, threshold: float
+    ) -> list[dict[str, Any]] | None:
+        """Detect; return `None` for several images that are too many. By then their tensors have been released."""
+        try:
+            # Under a caller's autocast the heads would round boxes and scores; towers choose their own type.
+            with maybe_autocast(self.device.type, enabled=False):
+                return self._detect(images, labels, threshold)
+        except torch.OutOfMemoryError:
+            if len(images) == 1:
+                raise
+            return None
+
+    def _detect(
+        self, images: list[torch.Tensor], labels: list[list[str]] | None, threshold: float
+    ) -> list[dict[str, Any]]:
+        images = [image.to(self.device) for image in images]  # in 8 bits, once for tagger and detector
+        if labels is None:
+            labels = [self._as_labels(tags) for tags in self._tagger(images)]  # type: ignore[misc]
+        elif self.mode == "faithful":
+            labels = [of_image or [""] for of_image in labels]
+        busy = [index for index, of_image in enumerate(labels) if of_image]
+        results = self._detector.find([images[i] for i in busy], [labels[i] for i in busy], threshold) if busy else []
+        found = dict(zip(busy, results, strict=True))
+        nothing: tuple[torch.Tensor, list[str], torch.Tensor] = (torch.zeros(0, 4), [], torch.zeros(0))
+        return [self._finish(*found.get(index, nothing), image.shape[1:]) for index, image in enumerate(images)]
+
+    def _finish(
+        self, boxes: torch.Tensor, labels: list[str], scores: torch.Tensor, image_size: Sequence[int]
+    ) -> dict[str, Any]:
+        """Give boxes the form that the mode asks for."""
+        if self.mode == "faithful":
+            return {"boxes": boxes.to(torch.int64), "labels": labels, "scores": scores}  # truncates towards zero
+        height, width = image_size
+        boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor([width, height, width, height]))
+        kept = torch.where((boxes[:, 2:] > boxes[:, :2]).all(dim=1))[0]
+        return {"boxes": boxes[kept], "labels": [labels[index] for index in kept.tolist()], "scores": scores[kept]}
+
+    def _as_labels(self, tags: Sequence[str]) -> list[str]:
+        """Turn what the tagger says about an image into labels; fixed labels stay as they are."""
+        if self._labels is not None:
+            return list(tags)
+        return tags_as_labels(tags) if self.mode == "faithful" else [tag.strip().lower() for tag in tags]
+
+    def _given_labels(
+        self, labels: Sequence[str] | Sequence[Sequence[str]] | None, num_images: int
+    ) -> list[list[str]] | None:
+        """List the labels of each image, or return `None` where the tagger has to say them."""
+        if labels is None:
+            if self._labels is not None:
+                return [self._labels] * num_images
+            if self._tagger is None:
+                raise ValueError(
+                    "`labels` must be given, got None: this detector has no tagger. Pass what to look for, or make it "
+                    "with `tagger=`."
+                )
+            return None
+        nested = isinstance(labels, list | tuple) and any(isinstance(of_image, list | tuple) for of_image in labels)
+        if not nested:
+            return [check_labels(labels, "labels")] * num_images
+        if len(labels) != num_images:
+            raise ValueError(
+                f"`labels` must have one list per image, got {len(labels)} lists for {num_images} images."
+            )
+        return [check_labels(of_image, f"labels[{index}]", may_be_empty=True) for index, of_image in enumerate(labels)]
+
+
+def check_labels(labels: Any, name: str, may_be_empty: bool = False) -> list[str]:
+    """Check a list of labels.
+
+    Args:
+        labels (`Sequence[str]`): The labels.
+        name (`str`): How error messages call them.
+        may_be_empty (`bool`): Whether there may be none.
+
+    Returns:
+        `list[str]`: The labels.
+
+    Raises:
+        TypeError: If it is no list of strings.
+        ValueError: If it is empty.
+    """
+    if not isinstance(labels, list | tuple) or not all(isinstance(label, str) for label in labels):
+        got = (
+            repr(labels)
+            if not isinstance(labels, list | tuple)
+            else sorted({type(label).__name__ for label in labels})
+        )
+        raise TypeError(f"`{name}` must be a list of strings, got {got}.")
+    if not labels and not may_be_empty:
+        raise ValueError(f"`{name}` must have at least one label, got an empty list.")
+    return list(labels)
+
+
+def _check_kind(part: str, config: Any, name: str) -> None:
+    """Refuse a detector that is none, before its weights are read."""
+    model_type = getattr(config, "model_type", None)
+    known = MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES
+    has_own_code = AutoModelForZeroShotObjectDetection.__name__ in (getattr(config, "auto_map", None) or {})
+    if part == "detector" and model_type not in known and not has_own_code:
+        raise TypeError(
+            f"`detector` must be a zero-shot object detector ({', '.join(known)}), got {name!r}, "
+            f"{f'a model of type {model_type!r}' if model_type else 'which is no model'}."
+        )
+
+
+def _resolve_device(device: str | torch.device | None, detector: Any) -> torch.device:
+    if device is None and isinstance(detector, torch.nn.Module):
+        device = getattr(detector, "device", None)
+    if device is None:
+        # Workers that share an accelerator with the training would each load a copy, and forked ones cannot use it.
+        device = None if in_worker() else torch.accelerator.current_accelerator(check_available=True)
+        if device is not None and not _can_allocate(device):
+            logger.warning_once(
+                f"The box detector is loaded on the CPU, since this process cannot use {device}: processes that are "
+                "forked from one that uses it cannot. Start processes with 'spawn' to use it there."
+            )
+            device = None
+    return torch.device("cpu" if device is None else device)
+
+
+def in_worker() -> bool:
+    """Tell whether this process is a worker of a DataLoader."""
+    return torch.utils.data.get_worker_info() is not None
+
+
+def _can_allocate(device: torch.device) -> bool:
+    """Try to use a device."""
+    try:
+        torch.empty(1, device=device)
+    except torch.OutOfMemoryError:
+        return True  # which loading will say
+    except RuntimeError:
+        return False
+    return True
+
+
+def _load(image: Any, index: int, input_data_format: str | None) -> torch.Tensor:
+    """Read an image as upright 8-bit RGB."""
+    try:
+        return as_rgb(load_upright(image), input_data_format)
+    # PIL reports some broken PNG files as syntax errors.
+    except (OSError, ValueError, TypeError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        what = f" ({os.fspath(image)})" if isinstance(image, str | os.PathLike) else ""
+        raise ValueError(f"`images[{index}]`{what[:200]} cannot be read: {error}") from error
+
+
+__all__ = ["CONFIG_KEYS", "DEFAULT_DETECTOR", "BoxDetector", "DetectionMode", "in_worker"]

@@ -1,0 +1,309 @@
+"""Where the parts of a box detector are on disk and on the Hub, and how they are stored with the processor.
+
+`box_detector_config` of a processor holds plain values. A part is named by a repository id (with a revision), by a
+folder, or by `./box_detector/NAME`: a folder inside the repository that the processor itself is in. Folders elsewhere
+are for values that the user set: what a `processor_config.json` says never reaches outside its own repository.
+"""
+
+import copy
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+BUNDLE_FOLDER = "box_detector"
+PROMPT_EMBEDS_FILE = "prompt_embeds.safetensors"
+PARTS = ("tagger", "detector")
+
+
+@dataclass(frozen=True)
+class ProcessorRepository:
+    """The folder or the repository on the Hub that a processor was loaded from.
+
+    Args:
+        name (`str`): Folder or repository id.
+        revision (`str`, *optional*): Branch, tag or commit of the repository.
+        hub_options (`dict`, *optional*): How repositories are read: `cache_dir`, `token`, `local_files_only`,
+            `force_download`.
+        trust_remote_code (`bool`): Whether code of repositories may run.
+        subfolder (`str`): The processor's folder inside the repository; paths that start with `./` start there.
+        written_config (`Mapping`, *optional*): The `box_detector_config` that its file holds, as opposed to what the
+            user set later.
+    """
+
+    name: str
+    revision: str | None = None
+    hub_options: dict[str, Any] = field(default_factory=dict)
+    trust_remote_code: bool = False
+    subfolder: str = ""
+    written_config: Mapping[str, Any] | None = None
+
+    def wrote(self, key: str, value: Any) -> bool:
+        """Tell whether a value of the configuration comes from the repository's file."""
+        written = self.written_config or {}
+        return key in written and written[key] == value
+
+
+class ProcessLock:
+    """A reentrant lock that copies, pickles and forked processes do not share: each gets a lock that nobody holds."""
+
+    def __init__(self) -> None:
+        self._renew()
+
+    def _renew(self) -> None:
+        self._lock, self._process = threading.RLock(), os.getpid()
+
+    def __enter__(self) -> None:
+        if self._process != os.getpid():  # a thread that was not forked may have held it
+            self._renew()
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type["ProcessLock"], tuple[()]]:
+        return type(self), ()
+
+
+def bundled_name(part: str) -> str:
+    """Name a part as one that is stored with the processor."""
+    return f"./{BUNDLE_FOLDER}/{part}"
+
+
+def is_bundled(source: str) -> bool:
+    """Tell whether a part is stored with the processor."""
+    return source.startswith("./")
+
+
+def known_commit(
+    repo_id: str, revision: str | None, cache_dir: str | os.PathLike | None = None, file: str = "config.json"
+) -> str | None:
+    """Tell which commit a revision of a repository stands for, as far as the local cache knows.
+
+    Args:
+        repo_id (`str`): Repository id.
+        revision (`str`, *optional*): Branch, tag or commit; the main branch by default.
+        cache_dir (`str` or `os.PathLike`, *optional*): Where downloads are kept.
+        file (`str`): A file that was read from that revision.
+
+    Returns:
+        `str`, *optional*: The commit, or `None` if the cache does not have this file.
+    """
+    folder = None if cache_dir is None else os.fspath(cache_dir)
+    path = try_to_load_from_cache(repo_id, file, cache_dir=folder, revision=revision)
+    return Path(path).parents[len(PurePosixPath(file).parts) - 1].name if isinstance(path, str) else None
+
+
+def locate(key: str, source: str, repository: ProcessorRepository | None) -> str:
+    """Find what a value of a box detector's configuration names.
+
+    Args:
+        key (`str`): The value's key: `tagger`, `detector` or `prompt_embeds`.
+        source (`str`): A repository id, a path in the processor's repository that starts with `./`, or, if the user
+            set it, a folder.
+        repository ([`ProcessorRepository`], *optional*): Where the processor came from.
+
+    Returns:
+        `str`: A repository id or an existing path. Parts in a repository on the Hub are downloaded.
+
+    Raises:
+        ValueError: If a value from the repository's file leaves the repository, by its path or by a link, or there
+            is no repository to look in.
+        FileNotFoundError: If the repository has no such path.
+    """
+    if not is_bundled(source):
+        if repository is not None and repository.wrote(key, source):
+            _check_repository_id(key, source, repository)
+        return source
+    inside = PurePosixPath(source)
+    if ".." in inside.parts or not inside.parts or inside.is_absolute() or any(mark in source for mark in "\\:\0"):
+        raise ValueError(
+            f"`box_detector_config` must name paths inside the repository, got {key!r}: {source!r}. Name a folder "
+            f"like {bundled_name(key)!r}."
+        )
+    if repository is None:
+        raise ValueError(
+            f"`box_detector_config` names {source!r} in the processor's repository, but this processor was not loaded "
+            "from one. Save the processor and load it, or set `processor.box_detector`, or pass `boxes`."
+        )
+    inside = PurePosixPath(repository.subfolder) / inside
+    root = Path(repository.name)
+    if not root.is_dir():
+        # Remote code of a part is only found at the top of a folder, so its files are fetched as one.
+        patterns = [str(inside), f"{inside}/*"]
+        options = {name: value for name, value in repository.hub_options.items() if value is not None}
+        root = Path(
+            snapshot_download(repository.name, revision=repository.revision, allow_patterns=patterns, **options)
+        )
+    check_links(root / inside, root)
+    if not (root / inside).exists():
+        raise FileNotFoundError(
+            f"`box_detector_config` names {source!r}, but {repository.name!r} has no such file or folder. Copy it "
+            "there, or set `processor.box_detector_config` to None."
+        )
+    return str(root / inside)
+
+
+def locate_revision(key: str, revision: Any) -> str | None:
+    """Check a revision, which becomes a part of paths in the cache."""
+    if revision is None:
+        return None
+    if not isinstance(revision, str) or not revision or ".." in revision or revision[0] in "/~" or "\\" in revision:
+        raise ValueError(f"`{key}` must be a branch, a tag or a commit of a repository on the Hub, got {revision!r}.")
+    return revision
+
+
+def _check_repository_id(key: str, source: str, repository: ProcessorRepository) -> None:
+    """Refuse a path, or what would be taken for one, where a downloaded configuration must name a repository."""
+    advice = (
+        f"A configuration from {repository.name!r} may name a repository on the Hub or a path inside its own "
+        f"repository (like {bundled_name(key)!r}). To use a folder of yours, set `processor.box_detector_config` or "
+        "`processor.box_detector` in Python."
+    )
+    try:
+        if key not in PARTS:
+            raise HFValidationError("it must be a file of the repository")
+        validate_repo_id(source)
+    except HFValidationError as error:
+        raise ValueError(
+            f"`box_detector_config` has {key!r}: {source!r}, which is refused: {error}. {advice}"
+        ) from error
+    if os.path.lexists(source):
+        raise ValueError(
+            f"`box_detector_config` has {key!r}: {source!r}, which is refused: there is a local file or folder of "
+            f"this name, which would be read instead of the repository on the Hub. {advice}"
+        )
+
+
+def check_links(path: Path, root: Path) -> None:
+    """Refuse a file or folder with links that lead out of a repository.
+
+    Args:
+        path (`Path`): The file or folder.
+        root (`Path`): The repository. In the cache of the Hub, files are links to `blobs/` next to the snapshots.
+
+    Raises:
+        ValueError: If a link leads elsewhere.
+    """
+    allowed = [root.resolve()]
+    for parent in root.absolute().parents:
+        if parent.name == "snapshots" and not (blobs := parent.parent / "blobs").is_symlink():
+            allowed.append(blobs.resolve())
+    for entry in [path, *path.rglob("*")]:
+        try:
+            target = entry.resolve()
+            is_inside = any(target.is_relative_to(folder) for folder in allowed)
+        except (OSError, RuntimeError):  # a loop
+            is_inside = False
+        if not is_inside:
+            raise ValueError(
+                f"{os.fspath(entry)!r} leads out of {os.fspath(root)!r} by a symbolic link, and what a repository "
+                "holds must lie inside it. If you made the link, replace it by a copy of the file."
+            )
+
+
+def store_parts(
+    config: Mapping[str, Any],
+    save_directory: str | os.PathLike,
+    repository: ProcessorRepository | None,
+    objects: Mapping[str, tuple[Any, Any]],
+    cache_dir: str | os.PathLike | None = None,
+) -> dict[str, Any]:
+    """Store the parts that are not repository ids in `save_directory/box_detector`, and pin those that are.
+
+    Args:
+        config (`Mapping`): A box detector's configuration.
+        save_directory (`str` or `os.PathLike`): The processor's new repository.
+        repository ([`ProcessorRepository`], *optional*): Where paths that start with `./` are.
+        objects (`Mapping`): Model and processor of the parts that exist in memory only, by the part's name.
+        cache_dir (`str` or `os.PathLike`, *optional*): Where downloads of the parts are kept; by default where those
+            of the repository are.
+
+    Returns:
+        `dict`: The configuration, with the stored parts named `./box_detector/...`, and the others with the commit
+        that the local cache knows.
+
+    Raises:
+        ValueError: If a path or a link leads out of the repository that the configuration comes from.
+    """
+    stored = copy.deepcopy(dict(config))
+    bundle = Path(save_directory) / BUNDLE_FOLDER
+    if cache_dir is None and repository is not None:
+        cache_dir = repository.hub_options.get("cache_dir")
+    for part in PARTS:
+        source = config.get(part)
+        if part in objects:
+            with _Replacement(bundle / part) as folder:
+                for saved in objects[part]:
+                    saved.save_pretrained(folder)
+        elif not isinstance(source, str):
+            continue
+        else:
+            located = locate(part, source, repository)
+            if not (is_bundled(source) or os.path.isdir(located)):
+                _pin(stored, part, cache_dir)
+                continue
+            # Copied, not saved from memory, where its weights may have been rounded.
+            _copy(Path(located), bundle / part)
+        stored[part] = bundled_name(part)
+        stored.pop(f"{part}_revision", None)
+    if config.get("prompt_embeds"):
+        _copy(Path(locate("prompt_embeds", config["prompt_embeds"], repository)), bundle / PROMPT_EMBEDS_FILE)
+        stored["prompt_embeds"] = bundled_name(PROMPT_EMBEDS_FILE)
+    return stored
+
+
+def _pin(config: dict[str, Any], part: str, cache_dir: str | os.PathLike | None) -> None:
+    """Note the commit of a repository on the Hub, if the cache knows it."""
+    key = f"{part}_revision"
+    revision = locate_revision(key, config.get(key))
+    try:
+        commit = known_commit(config[part], revision, cache_dir)
+    except HFValidationError:  # a folder that does not exist, which loading will say
+        commit = None
+    if commit is not None:
+        config[key] = commit
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.resolve() == target.resolve():
+        return
+    check_links(source, source if source.is_dir() else source.parent)
+    with _Replacement(target) as temporary:
+        if source.is_dir():
+            shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(".git", ".cache"))
+        else:
+            shutil.copyfile(source, temporary)
+
+
+class _Replacement:
+    """A path to write to that takes its final name when everything is written."""
+
+    def __init__(self, target: Path):
+        self.target, self.temporary = target, target.with_name(f".{target.name}.incomplete")
+
+    def __enter__(self) -> Path:
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        _remove(self.temporary)
+        return self.temporary
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None:
+            _remove(self.target)
+            os.replace(self.temporary, self.target)
+        else:
+            _remove(self.temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,339 @@
+"""Boxes: from what a detector or a user gives to the model's `boxes` input (MG-LLaVA, arXiv 2406.17770, section 3.2).
+
+Two frames occur, both with boxes as xyxy in pixels: the *original image* (after its EXIF orientation is applied) and
+the *model input*, the square that the vision towers see (768 × 768 for the published models). The original code works
+in fp32 on the CPU; so does this module, whatever the model's dtype is. Boxes in the model's frame are whole numbers
+and leave as int64: trainers and serving engines cast every floating point input to the model's dtype, and in bfloat16
+259 becomes 260.
+"""
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torchvision.ops import nms
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+BoxLimitMode = Literal["per_category", "per_image"]
+Label = Hashable
+
+# How many boxes the original keeps when a limit applies.
+_PER_CATEGORY = 20
+_PER_CATEGORY_SMALL_LIMIT = 5  # ... when the limit is below _SMALL_LIMIT
+_SMALL_LIMIT = 50
+_PER_CATEGORY_LONG_TEXT = 1  # ... when the text leaves little room
+_PER_IMAGE_LONG_TEXT = 20
+
+
+def prepare_boxes(
+    entry: Any,
+    image_size: tuple[int, int],
+    *,
+    resize_to: int | None,
+    crop_to: tuple[int, int] | None,
+    pad_to_square: bool,
+    iou_threshold: float = 0.2,
+    limit_mode: BoxLimitMode = "per_category",
+    limit: int | None = 100,
+    close_to_max_length: bool = False,
+    name: str = "boxes",
+) -> tuple[torch.Tensor, list[Label]]:
+    """Turn the boxes of one image into rows of the model's `boxes` input.
+
+    Example:
+        A 200 × 100 image (width × height) is padded to 200 × 200 with 50 rows above and scaled by 768 / 200 = 3.84, so
+        `[[10, 20, 110, 70]]` becomes `[[38, 269, 422, 461]]`.
+
+    Args:
+        entry (`Mapping`, array of shape `(num_boxes, 4)` or `None`):
+            xyxy in pixels of the original image. A mapping with `boxes`, `scores` and (optional) `labels` is detector
+            output: it goes through NMS and the limit, and comes back best first (regrouped by label where the limit
+            per category applied). A bare array, or a mapping without `scores`, is the user's own choice of regions:
+            their order and number are kept. Regions outside the image are dropped in both forms. `None`: no boxes.
+        image_size (`tuple[int, int]`): `(height, width)` of the original image.
+        resize_to (`int`, *optional*): Length of the short side after resizing; `None` if images are not resized.
+        crop_to (`tuple[int, int]`, *optional*): `(height, width)` of the centre crop; `None` if nothing is cropped.
+        pad_to_square (`bool`): Whether the image is padded to a square before resizing.
+        iou_threshold (`float`): See [`nms_per_label`].
+        limit_mode (`str`): `"per_category"` or `"per_image"`, see [`limit_boxes`].
+        limit (`int`, *optional*): Number of boxes above which the limit applies; `None` for no limit.
+        close_to_max_length (`bool`): Whether the text leaves little room, see [`limit_boxes`].
+        name (`str`): How error messages call the entry.
+
+    Returns:
+        `tuple[torch.Tensor, list]`: int64 boxes of shape `(n, 4)`, n >= 1, xyxy in pixels of the model input; and
+        their labels (empty if none were given). If no box is left it is the single box `[0, 0, 0, 0]` without a
+        label, from which the model still pools a feature.
+
+    Raises:
+        TypeError: If the entry is neither a mapping nor an array.
+        ValueError: If shapes, values or lengths are wrong, or `limit_mode` is unknown.
+    """
+    boxes, given_labels, scores = read_boxes(entry, name)
+    labels = [None] * len(boxes) if given_labels is None else given_labels
+
+    if pad_to_square:
+        boxes = boxes + padding_offset(image_size)
+        image_size = (max(image_size), max(image_size))
+    if scores is not None:
+        keep = nms_per_label(boxes, scores, labels, iou_threshold)
+        keep = [keep[i] for i in limit_boxes([labels[i] for i in keep], limit_mode, limit, close_to_max_length)]
+        boxes, labels = boxes[keep], [labels[i] for i in keep]
+    boxes, inside = to_model_frame(boxes, image_size, resize_to=resize_to, crop_to=crop_to)
+    labels = [label for label, is_inside in zip(labels, inside.tolist(), strict=True) if is_inside]
+
+    if len(boxes) == 0:
+        return torch.zeros(1, 4, dtype=torch.int64), []
+    return boxes, [] if given_labels is None else labels
+
+
+def flatten_boxes(boxes: Any) -> list[Any]:
+    """List one entry per image, in the order of the images, whatever the nesting of `boxes` is.
+
+    Args:
+        boxes: One entry (see [`prepare_boxes`]), a list of one entry per image, an array of shape
+            `(num_images, num_boxes, 4)`, or such lists nested per prompt as the images may be.
+
+    Returns:
+        `list`: The entries. `None` stands for an image whose boxes are not given.
+    """
+    if boxes is None or isinstance(boxes, Mapping):
+        return [boxes]
+    depth = _depth(boxes)
+    is_matrix = depth == 2 and (hasattr(boxes, "ndim") or any(_depth(row) == 1 and len(row) > 0 for row in boxes))
+    if depth == 0 or is_matrix:
+        return [boxes]
+    if depth <= 3:
+        return list(boxes)
+    return [entry for of_prompt in boxes for entry in of_prompt]
+
+
+def _depth(value: Any) -> int:
+    """Number of nested sequence levels; an entry that is no plain list counts as a matrix."""
+    if value is None or isinstance(value, Mapping):
+        return 2
+    if hasattr(value, "ndim"):
+        return int(value.ndim)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return 1 + max((_depth(item) for item in value), default=0)
+    return 0
+
+
+def read_boxes(entry: Any, name: str = "boxes") -> tuple[torch.Tensor, list[Label] | None, torch.Tensor | None]:
+    """Read and check the boxes of one image.
+
+    Args:
+        entry: See [`prepare_boxes`].
+        name (`str`): How error messages call the entry.
+
+    Returns:
+        `tuple`: fp32 boxes of shape `(n, 4)`, a list of n labels and fp32 scores of shape `(n,)`, both
+        `None` if not given.
+
+    Raises:
+        TypeError: If the entry is neither a mapping nor an array.
+        ValueError: If shapes, values or lengths are wrong.
+    """
+    labels: list[Label] | None = None
+    scores = None
+    if isinstance(entry, Mapping):
+        if "boxes" not in entry:
+            raise ValueError(
+                f"`{name}` must have a key 'boxes' (and 'scores', 'labels' if a detector gave them), "
+                f"got the keys {sorted(map(str, entry))}."
+            )
+        boxes = _as_corners(entry["boxes"], f"{name}['boxes']")
+        if entry.get("scores") is not None:
+            scores = _as_float_tensor(entry["scores"], f"{name}['scores']")
+        if entry.get("labels") is not None:
+            given = entry["labels"]
+            labels = given.tolist() if hasattr(given, "tolist") else list(given)
+    else:
+        boxes = _as_corners([] if entry is None else entry, name)
+
+    if boxes.numel() == 0:
+        boxes = boxes.reshape(0, 4)
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise ValueError(
+            f"`{name}` must have shape (num_boxes, 4), got {tuple(boxes.shape)}. "
+            "Pass x1, y1, x2, y2 in pixels of the original image."
+        )
+    _check_corners(boxes, name)
+    for key, values in (("scores", scores), ("labels", labels)):
+        if values is not None and len(values) != len(boxes):
+            raise ValueError(
+                f"`{name}` must have as many {key} as boxes, got {len(values)} {key} for {len(boxes)} boxes."
+            )
+    if scores is not None and not bool(torch.isfinite(scores).all()):
+        index = int((~torch.isfinite(scores)).nonzero()[0])
+        raise ValueError(f"`{name}` must have finite scores, got {scores[index].item()} at index {index}.")
+    return boxes, labels, scores
+
+
+def _as_corners(values: Any, name: str) -> torch.Tensor:
+    """Read coordinates, and say if they come in a type that has rounded them."""
+    rows = values if isinstance(values, list | tuple) else [values]
+    dtypes = {str(row.dtype).removeprefix("torch.") for row in rows if hasattr(row, "dtype")}
+    for dtype in sorted(dtypes & {"bfloat16", "float16"}):
+        logger.warning_once(
+            f"`{name}` are {dtype}, which rounds whole numbers above {256 if dtype == 'bfloat16' else 2048}: corners "
+            "may be pixels off. Let the detector compute boxes in float32."
+        )
+    return _as_float_tensor(values, name)
+
+
+def _as_float_tensor(values: Any, name: str) -> torch.Tensor:
+    if isinstance(values, list | tuple):  # of arrays or tensors, which torch reads slowly or not at all
+        values = [row.tolist() if hasattr(row, "tolist") else row for row in values]
+    try:
+        return torch.as_tensor(values, dtype=torch.float32, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"`{name}` must be an array of numbers, got {type(values).__name__} ({error}). "
+            "Pass one row x1, y1, x2, y2 per box, and one score per box."
+        ) from error
+
+
+def _check_corners(boxes: torch.Tensor, name: str) -> None:
+    finite = torch.isfinite(boxes).all(dim=1)
+    if not bool(finite.all()):
+        index = int((~finite).nonzero()[0])
+        raise ValueError(
+            f"`{name}` must hold finite numbers, got {boxes[index].tolist()} at index {index}. "
+            "Remove boxes with NaN or infinite corners."
+        )
+    swapped = (boxes[:, :2] > boxes[:, 2:]).any(dim=1)
+    if bool(swapped.any()):
+        index = int(swapped.nonzero()[0])
+        raise ValueError(
+            f"`{name}` must hold x1, y1, x2, y2 with x1 <= x2 and y1 <= y2, got {boxes[index].tolist()} at index "
+            f"{index} ({int(swapped.sum())} such boxes). Swap the corners, or convert from x, y, width, height."
+        )
+
+
+def padding_offset(image_size: tuple[int, int]) -> torch.Tensor:
+    """Shift of boxes when the image is padded to a square around its middle.
+
+    Args:
+        image_size (`tuple[int, int]`): `(height, width)` of the original image.
+
+    Returns:
+        `torch.Tensor`: `(x, y, x, y)` in pixels.
+    """
+    height, width = image_size
+    side = max(height, width)
+    return torch.tensor([(side - width) // 2, (side - height) // 2] * 2, dtype=torch.float32)
+
+
+def nms_per_label(
+    boxes: torch.Tensor, scores: torch.Tensor, labels: Sequence[Label], iou_threshold: float
+) -> list[int]:
+    """Non-maximum suppression within each label.
+
+    Each label runs on its own: shifting labels apart to run once, as `batched_nms` does, lets the labels of fully
+    negative boxes collide, and the shift rounds IoUs. At the default threshold an IoU of exactly 0.2 is suppressed,
+    because its fp32 value is above the double 0.2 that it is compared with.
+
+    Args:
+        boxes (`torch.Tensor`): fp32 of shape `(n, 4)`, xyxy in any frame.
+        scores (`torch.Tensor`): fp32 of shape `(n,)`.
+        labels (`Sequence`): One hashable label per box.
+        iou_threshold (`float`): Boxes with a larger IoU with a better box of their label are suppressed.
+
+    Returns:
+        `list[int]`: Indices of the kept boxes by descending score, equal scores in input order.
+    """
+    order = scores.argsort(descending=True, stable=True)
+    ranked, ranked_scores = boxes[order], scores[order]
+    ranks_of: dict[Label, list[int]] = {}
+    for rank, index in enumerate(order.tolist()):
+        ranks_of.setdefault(labels[index], []).append(rank)
+
+    kept_ranks: list[int] = []
+    for ranks in ranks_of.values():
+        if len(ranks) == 1:
+            kept_ranks += ranks
+        else:
+            kept = nms(ranked[ranks], ranked_scores[ranks], iou_threshold)
+            kept_ranks += [ranks[i] for i in kept.tolist()]
+    return order[sorted(kept_ranks)].tolist()
+
+
+def limit_boxes(
+    labels: Sequence[Label], mode: BoxLimitMode, limit: int | None, close_to_max_length: bool = False
+) -> list[int]:
+    """Choose which boxes to keep, given that they come best first.
+
+    `"per_category"`: only when more than `limit` boxes are given, at most 20 per label (5 if `limit` < 50) are kept,
+    regrouped by label with the labels in the order of their first box; the total may still exceed `limit`.
+    `"per_image"`: the best `limit` boxes are kept.
+    When the text is close to its maximum length the limit always applies: 1 per label, or 20 per image. (The original
+    raises for a limit of exactly 50 and, close to the maximum length, for no limit; here 50 keeps 20 per label and
+    "no limit" means that only the length limits.)
+
+    Args:
+        labels (`Sequence`): One label per box.
+        mode (`str`): `"per_category"` or `"per_image"`.
+        limit (`int`, *optional*): Number of boxes above which the limit applies; `None` for no limit.
+        close_to_max_length (`bool`): Whether the text leaves little room (training: within 50 tokens of its limit).
+
+    Returns:
+        `list[int]`: Indices of the kept boxes.
+
+    Raises:
+        ValueError: If `mode` is unknown.
+    """
+    if mode not in ("per_category", "per_image"):
+        raise ValueError(f"`box_limit_mode` must be 'per_category' or 'per_image', got {mode!r}.")
+    everything = list(range(len(labels)))
+    if mode == "per_image":
+        return everything[: _PER_IMAGE_LONG_TEXT if close_to_max_length else limit]
+    if not close_to_max_length and (limit is None or len(labels) <= limit):
+        return everything
+
+    if close_to_max_length:
+        per_label = _PER_CATEGORY_LONG_TEXT
+    else:
+        per_label = _PER_CATEGORY_SMALL_LIMIT if limit is not None and limit < _SMALL_LIMIT else _PER_CATEGORY
+    groups: dict[Label, list[int]] = {}
+    for index, label in enumerate(labels):
+        groups.setdefault(label, []).append(index)
+    return [index for group in groups.values() for index in group[:per_label]]
+
+
+def to_model_frame(
+    boxes: torch.Tensor, image_size: tuple[int, int], *, resize_to: int | None, crop_to: tuple[int, int] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move boxes as resizing the short side and cropping the centre move the image.
+
+    The original computes the resized side as `int(side * (768 / side))` in double precision, which is 767 for 211 of
+    the sides below 5000 (47, 94, 147, 173, ...): its crop offset is then -1, and every box moves by +1 px although
+    no pixel does. The model was trained so, therefore it is reproduced.
+
+    Args:
+        boxes (`torch.Tensor`): fp32 of shape `(n, 4)`, xyxy in pixels of the (padded) image.
+        image_size (`tuple[int, int]`): `(height, width)` of that image.
+        resize_to (`int`, *optional*): Length of the short side after resizing; `None` if images are not resized.
+        crop_to (`tuple[int, int]`, *optional*): `(height, width)` of the centre crop; `None` if nothing is cropped.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: The boxes that are not strictly outside, int64 of shape `(m, 4)`, clamped
+        to the model input (those that only touch its border stay, with zero size); and a bool mask of shape `(n,)`
+        that tells which they are.
+    """
+    height, width = image_size
+    scale = 1.0 if resize_to is None else resize_to / min(height, width)
+    resized = int(height * scale), int(width * scale)
+    crop_height, crop_width = crop_to or resized
+
+    boxes = torch.round(boxes * scale)
+    shift = [(resized[1] - crop_width) // 2, (resized[0] - crop_height) // 2]
+    boxes = boxes - boxes.new_tensor(shift * 2)
+    x1, y1, x2, y2 = boxes.unbind(dim=1)
+    inside = (x2 >= 0) & (y2 >= 0) & (x1 <= crop_width) & (y1 <= crop_height)
+    low = boxes.new_zeros(4)
+    high = boxes.new_tensor([math.inf, math.inf, crop_width, crop_height])
+    return boxes[inside].clamp(min=low, max=high).long(), inside

@@ -1,0 +1,236 @@
+"""Configuration of MG-LLaVA (arXiv 2406.17770)."""
+
+import os
+import re
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, AutoConfig
+from transformers.configuration_utils import PreTrainedConfig
+
+# Where remote code finds the model, by the Auto classes that load it.
+_REMOTE_CLASSES = dict.fromkeys(
+    ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"),
+    "modeling_mgllava.MGLlavaForConditionalGeneration",
+)
+
+
+@strict
+class MGLlavaHighResVisionConfig(PreTrainedConfig):
+    r"""Configuration of the high-resolution tower, a timm ConvNeXt without its head.
+
+    The defaults are those of the trunk of `laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup`.
+
+    Args:
+        architecture (`str`, *optional*, defaults to `"convnext_large"`):
+            Name of the ConvNeXt in timm. It decides everything that `depths` and `hidden_sizes` do not.
+        depths (`list[int]`, *optional*, defaults to `[3, 3, 27, 3]`):
+            Number of blocks in each of the four stages.
+        hidden_sizes (`list[int]`, *optional*, defaults to `[192, 384, 768, 1536]`):
+            Number of channels of each of the four stages.
+        image_size (`int`, *optional*, defaults to 768):
+            Side of the square input, in pixels. A multiple of 32, the stride of the last stage.
+    """
+
+    model_type = "mgllava_high_res_vision"
+    base_config_key = "high_res_vision_config"
+
+    architecture: str = "convnext_large"
+    depths: list[int] | tuple[int, ...] = (3, 3, 27, 3)
+    hidden_sizes: list[int] | tuple[int, ...] = (192, 384, 768, 1536)
+    image_size: int = 768
+    initializer_range: float = 0.02
+
+    def validate_architecture(self):
+        """Check the name, and that there are four stages and the strides divide the image."""
+        # timm also takes `local-dir:...` and `hf-hub:...`, and a configuration must not reach outside its repository.
+        if not re.fullmatch(r"convnext[\w.-]*", self.architecture):
+            raise ValueError(
+                f"`architecture` must be the name of a ConvNeXt in timm, such as 'convnext_large', got "
+                f"{self.architecture!r}."
+            )
+        if len(self.depths) != 4 or len(self.hidden_sizes) != 4:
+            raise ValueError(
+                "`depths` and `hidden_sizes` must have one entry for each of the 4 ConvNeXt stages, "
+                f"got depths={self.depths} and hidden_sizes={self.hidden_sizes}."
+            )
+        if self.image_size % 32:
+            raise ValueError(
+                f"`image_size` must be a multiple of 32 (the last stage's stride), got {self.image_size}."
+            )
+
+
+def _read_sub_config(value: Any, name: str, model_type: str, **defaults: Any) -> PreTrainedConfig:
+    """Build the sub configuration `name` from nothing, a dictionary (left as it is) or a configuration."""
+    if value is None:
+        return CONFIG_MAPPING[model_type](**defaults)
+    if isinstance(value, dict):
+        model_type = value.get("model_type", model_type)
+        return CONFIG_MAPPING[model_type](**{**value, "model_type": model_type})
+    if isinstance(value, PreTrainedConfig):
+        return value
+    raise TypeError(f"`{name}` must be a configuration or a dictionary, got {type(value).__name__}.")
+
+
+@strict
+class MGLlavaConfig(PreTrainedConfig):
+    r"""Configuration of an MG-LLaVA model.
+
+    `MGLlavaConfig()` describes MG-LLaVA-Vicuna-7B. Sizes of the two image inputs, the token grid and the number of
+    channels all follow from the sub configurations.
+
+    Args:
+        text_config (`PreTrainedConfig` or `dict`, *optional*):
+            Configuration of the language model: any causal language model of transformers. Llama by default.
+        vision_config (`PreTrainedConfig` or `dict`, *optional*):
+            Configuration of the CLIP vision tower that reads the low-resolution image. The fused tokens are made from
+            the output of its *last* layer, so a published 24-layer tower whose layer -2 is used is stored with
+            23 layers (the default).
+        high_res_vision_config (`MGLlavaHighResVisionConfig` or `dict`, *optional*):
+            Configuration of the ConvNeXt that reads the high-resolution image.
+        image_token_id (`int`, *optional*, defaults to 32000):
+            Id of the `<image>` placeholder, which stands for fused tokens and box tokens alike.
+        unpadded_vocab_size (`int`, *optional*):
+            Number of rows of the embedding table that belong to the vocabulary of the language model. Rows above it
+            (the placeholder, padding) take no part in the loss and are never generated. `None`: all rows belong.
+        fusion_type (`str`, *optional*, defaults to `"conv_gate"`):
+            How the high-resolution features enter the low-resolution tokens (section 3.2; table 5 of the paper):
+            `"conv_gate"`, `"conv_gate_concat"`, `"channel_concat"` (convolved), `"plain_channel_concat"`,
+            `"patch_info_mining"`, `"resampler"` or `"none"`.
+        object_merging (`str`, *optional*, defaults to `"concat"`):
+            How the object features enter the language model (section 3.3; table 5): `"concat"` (one token per box
+            after the fused tokens), `"box_to_fused"` (the same, the boxes having attended to the fused tokens),
+            `"fused_to_box"` (no box tokens, the fused tokens attend to the boxes) or `"none"`.
+        box_feature_type (`str`, *optional*, defaults to `"pyramid"`):
+            What the boxes are pooled from: `"pyramid"` (all stages, concatenated at the resolution of the first),
+            `"multi_level"` (each stage projected, then summed) or `"last_stage"`.
+        box_multi_level_size (`int`, *optional*, defaults to 1024):
+            Width of the per-stage projections of `"multi_level"`.
+        projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation of the two projectors.
+        tie_word_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether `lm_head` shares the embedding table; taken from `text_config` when that says so.
+
+    Example:
+    ```python
+    >>> from mgllava import MGLlavaConfig, MGLlavaForConditionalGeneration
+
+    >>> configuration = MGLlavaConfig(text_config={"model_type": "llama", "num_hidden_layers": 2})
+    >>> configuration.image_seq_length
+    576
+    ```
+    """
+
+    model_type = "mgllava"
+    sub_configs = {
+        "text_config": AutoConfig,
+        "vision_config": AutoConfig,
+        "high_res_vision_config": MGLlavaHighResVisionConfig,
+    }
+
+    # Configurations once `__post_init__` is done, whatever they were given as.
+    text_config: Any = None
+    vision_config: Any = None
+    high_res_vision_config: Any = None
+    image_token_id: int = 32000
+    unpadded_vocab_size: int | None = None
+    fusion_type: Literal[
+        "conv_gate",
+        "conv_gate_concat",
+        "channel_concat",
+        "plain_channel_concat",
+        "patch_info_mining",
+        "resampler",
+        "none",
+    ] = "conv_gate"
+    object_merging: Literal["concat", "box_to_fused", "fused_to_box", "none"] = "concat"
+    box_feature_type: Literal["pyramid", "multi_level", "last_stage"] = "pyramid"
+    box_multi_level_size: int = 1024
+    projector_hidden_act: str = "gelu"
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        self.text_config = _read_sub_config(self.text_config, "text_config", "llama", vocab_size=32064)
+        self.vision_config = _read_sub_config(
+            self.vision_config,
+            "vision_config",
+            "clip_vision_model",
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=23,
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
+            projection_dim=768,
+        )
+        if self.high_res_vision_config is None:
+            self.high_res_vision_config = MGLlavaHighResVisionConfig()
+        elif isinstance(self.high_res_vision_config, dict):
+            self.high_res_vision_config = MGLlavaHighResVisionConfig(**self.high_res_vision_config)
+
+        # Only the text config says so in most repositories, while saving and loading read the top level.
+        self.tie_word_embeddings = self.tie_word_embeddings or getattr(self.text_config, "tie_word_embeddings", False)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Check what the sub configurations must have in common."""
+        if self.vision_config.model_type != "clip_vision_model":
+            raise ValueError(
+                "`vision_config` must be a CLIP vision configuration (model_type 'clip_vision_model'), "
+                f"got model_type {self.vision_config.model_type!r}."
+            )
+        rows = self.text_config.vocab_size
+        if not 0 <= self.image_token_id < rows:
+            raise ValueError(
+                f"`image_token_id` must be a row of the embedding table, 0 to {rows - 1} "
+                f"(`text_config.vocab_size` is {rows}), got {self.image_token_id}."
+            )
+        if self.unpadded_vocab_size is not None and not 0 < self.unpadded_vocab_size <= rows:
+            raise ValueError(
+                f"`unpadded_vocab_size` must be between 1 and `text_config.vocab_size` ({rows}), "
+                f"got {self.unpadded_vocab_size}."
+            )
+        grid, high_res_grid = self.token_grid_size, self.high_res_vision_config.image_size // 32
+        if self.fusion_type not in ("none", "resampler") and grid != high_res_grid:
+            raise ValueError(
+                f"Fusion {self.fusion_type!r} needs equal grids of both towers: `vision_config` gives {grid}x{grid} "
+                f"tokens, `high_res_vision_config` a last stage of {high_res_grid}x{high_res_grid}. "
+                "Choose image sizes with image_size / patch_size == high_res image_size / 32."
+            )
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save the configuration, with every Auto class in `auto_map`: transformers notes one for each object.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder.
+            push_to_hub (`bool`, *optional*, defaults to `False`): Whether to upload it.
+            **kwargs: See the base class.
+        """
+        if self._auto_class is not None:
+            self.auto_map = {**_REMOTE_CLASSES, **(getattr(self, "auto_map", None) or {})}
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @property
+    def token_grid_size(self) -> int:
+        """Side of the square grid of low-resolution tokens."""
+        return self.vision_config.image_size // self.vision_config.patch_size
+
+    @property
+    def image_seq_length(self) -> int:
+        """Number of fused tokens of an image, box tokens apart. Fusion never changes it."""
+        return self.token_grid_size**2
+
+    @property
+    def num_tokens_per_box(self) -> int:
+        """Number of tokens that each box adds to the prompt: 1 or 0."""
+        return 1 if self.object_merging in ("concat", "box_to_fused") else 0
+
+    @property
+    def unused_token_ids(self) -> list[int]:
+        """Ids that must never be generated: the placeholder and the padding of the embedding table."""
+        rows = self.text_config.vocab_size
+        first_padding = rows if self.unpadded_vocab_size is None else self.unpadded_vocab_size
+        return sorted({self.image_token_id, *range(first_padding, rows)})
+
+
+__all__ = ["MGLlavaConfig", "MGLlavaHighResVisionConfig"]

@@ -1,0 +1,78 @@
+"""Bring the code in the shipped model up to date with the package.
+
+    python -m small_world.refresh_code
+
+The model carries what every saved repository carries, so that it loads where `mgllava` is not imported. Run this after
+each change of `src/mgllava/modeling`, `src/mgllava/processing` or `src/mgllava/ram_plus`; a test compares the two.
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from transformers.dynamic_module_utils import custom_object_save
+
+from mgllava import (
+    MGLlavaConfig,
+    MGLlavaForConditionalGeneration,
+    MGLlavaProcessor,
+    RamPlusConfig,
+    RamPlusForImageTagging,
+    RamPlusImageProcessor,
+)
+
+MODEL = Path(__file__).parent / "model"
+
+
+def refresh_code(model: Path) -> None:
+    """Write the code of a model and of its tagger, and where each class is in it; nothing else changes.
+
+    Args:
+        model (`Path`): Folder of the model.
+    """
+    for folder, config_class, model_class, processor_class in (
+        (model, MGLlavaConfig, MGLlavaForConditionalGeneration, MGLlavaProcessor),
+        (model / "box_detector" / "tagger", RamPlusConfig, RamPlusForImageTagging, RamPlusImageProcessor),
+    ):
+        with tempfile.TemporaryDirectory() as name:
+            saved = Path(name)
+            config_class.from_pretrained(folder).save_pretrained(saved)
+            custom_object_save(model_class, saved)
+            processor_class.from_pretrained(folder).save_pretrained(saved)
+            for path in folder.glob("*.py"):
+                path.unlink()
+            for path in saved.glob("*.py"):
+                shutil.copyfile(path, folder / path.name)
+            for path in folder.glob("*.json"):
+                if (saved / path.name).is_file():
+                    _copy_auto_map(saved / path.name, path)
+
+
+def _copy_auto_map(source: Path, target: Path) -> None:
+    """Take over `auto_map` from a settings file, at the top and in its parts."""
+    new, old = (json.loads(path.read_text(encoding="utf-8")) for path in (source, target))
+    merged = _with_auto_map(old, new)
+    if merged != old:
+        text = json.dumps(merged, indent=2, sort_keys=True, ensure_ascii=False)
+        target.write_text(text + "\n", encoding="utf-8")
+
+
+def _with_auto_map(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    merged = {
+        key: _with_auto_map(value, new[key]) if isinstance(value, dict) and isinstance(new.get(key), dict) else value
+        for key, value in old.items()
+        if key != "auto_map"
+    }
+    return {**merged, "auto_map": new["auto_map"]} if "auto_map" in new else merged
+
+
+def main(model: Annotated[Path, typer.Argument(help="Folder of the model.")] = MODEL) -> None:
+    """Bring the code in the shipped model up to date."""
+    refresh_code(model)
+
+
+if __name__ == "__main__":
+    typer.run(main)
