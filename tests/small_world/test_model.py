@@ -11,8 +11,8 @@ from PIL import Image
 
 from small_world import demo
 from small_world.bundle import LANGUAGE_MODEL
-from small_world.refresh_code import refresh_code
 from small_world.questions import KINDS
+from small_world.refresh_code import refresh_code
 
 PICTURES = 20
 # What shows a broken model or a broken path to it, with room for the chance of twenty pictures. The accuracy itself is
