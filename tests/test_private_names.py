@@ -1,0 +1,69 @@
+"""Private names of other packages that this one relies on: their disappearance fails here, not silently for a user."""
+
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils import PushToHubMixin
+
+from mgllava import BoxDetector
+from tests.processing.detectors import OWLV2
+from tests.processing.test_processing import small
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    """Paths in the repository, by revision, that a fake Hub is sent."""
+    sent = {}
+
+    def create_commit(self, repo_id, operations, *, revision=None, create_pr=None, **options):
+        revision = "refs/pr/1" if create_pr else revision
+        sent.setdefault(revision, []).extend(operation.path_in_repo for operation in operations)
+        return SimpleNamespace(pr_revision=revision, oid="c0ffee")
+
+    def upload_folder(self, *, repo_id, folder_path, path_in_repo, revision=None, **options):
+        names = [path.relative_to(folder_path).as_posix() for path in folder_path.rglob("*") if path.is_file()]
+        sent.setdefault(revision, []).extend(f"{path_in_repo}/{name}" for name in names)
+
+    card = SimpleNamespace(save=lambda path: None)
+    for name, fake in {
+        "create_commit": create_commit,
+        "upload_folder": upload_folder,
+        "create_repo": lambda self, repo_id, **options: SimpleNamespace(repo_id=repo_id),
+        "create_branch": lambda self, **options: None,
+    }.items():
+        monkeypatch.setattr(huggingface_hub.HfApi, name, fake)
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *args, **options: card)
+    return sent
+
+
+@pytest.mark.parametrize("options", [{}, {"revision": "v1"}, {"create_pr": True}], ids=str)
+def test_upload_modified_files_is_what_pushing_calls(options, uploads):
+    processor = small()
+    processor.box_detector = BoxDetector(["cat"], OWLV2)
+    processor.push_to_hub("org/name", **options)
+    (names,) = uploads.values()
+    assert {"processor_config.json", "box_detector/detector/model.safetensors"} <= set(names)
+    assert len(set(names)) == len(names)
+    assert list(uploads) == [options.get("revision") or ("refs/pr/1" if options else None)]
+
+
+def test_upload_modified_files_is_what_saving_calls(uploads, tmp_path):
+    processor = small()
+    processor.box_detector = BoxDetector(["cat"], OWLV2)
+    processor.save_pretrained(str(tmp_path), push_to_hub=True, repo_id="org/name")
+    assert "box_detector/detector/model.safetensors" in uploads[None]
+
+
+def test_without_upload_modified_files_pushing_is_refused(uploads, tmp_path, monkeypatch):
+    monkeypatch.delattr(PushToHubMixin, "_upload_modified_files")
+    assert not hasattr(ProcessorMixin, "_upload_modified_files")
+    processor = small()
+    for push in (
+        lambda: processor.push_to_hub("org/name"),
+        lambda: processor.save_pretrained(str(tmp_path / "new"), push_to_hub=True, repo_id="org/name"),
+    ):
+        with pytest.raises(RuntimeError, match="_upload_modified_files"):
+            push()
+    assert not uploads and not (tmp_path / "new").exists()
