@@ -450,7 +450,7 @@ def test_output_is_not_overwritten_unasked(tmp_path, golden, sources):
         convert_checkpoint(checkpoint, **sources, output=output)
     assert (output / "note.txt").exists()
     convert_checkpoint(checkpoint, **sources, output=output, overwrite=True)
-    assert not (output / "note.txt").exists()
+    assert (output / "note.txt").read_text() == "mine"
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 

@@ -228,7 +228,7 @@ def test_output_is_replaced_only_if_it_is_a_tagger_and_on_request(tmp_path):
     convert(tmp_path, overwrite=True, thresholds=written(tmp_path, "0.5"))
     assert thresholds_of(output)[:2] == [0.5, 0.68]
     (output / "config.json").write_text('{"model_type": "mgllava"}')
-    assert "is no ram_plus repository" in failure(tmp_path, overwrite=True)
+    assert "is not a ram_plus repository" in failure(tmp_path, overwrite=True)
     (output / "config.json").unlink()
     assert "--overwrite does not replace it" in failure(tmp_path, overwrite=True)
 

@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 from mgllava.conversion import ConversionError
-from mgllava.conversion.shard_writer import StagingFolder, check_disk_space, plan_shards, write_shard
+from mgllava.conversion.shard_writer import check_disk_space, plan_shards, write_shard
+from mgllava.conversion.staging import StagingFolder
 from mgllava.conversion.tensor_files import LazyTensor, from_tensor
 
 TENSORS = {
@@ -102,7 +103,7 @@ def test_staging_keeps_only_finished_shards_of_the_same_plan(tmp_path):
     write_shard(shards[0], staging.path, lambda count: None)
     write_shard(shards[1], staging.path, lambda count: None)
     (staging.path / shards[1].filename).write_bytes(b"cut")
-    (staging.path / "model-00003-of-00003.safetensors.partial").write_bytes(b"half")
+    (staging.path / ".model-00003-of-00003.safetensors.0123abcd.partial").write_bytes(b"half")
     assert staging.keep_finished(digests, shards) == {shards[0].filename}
     assert {path.name for path in staging.path.iterdir()} == {shards[0].filename, "conversion_progress.json"}
     changed = {**digests, shards[0].filename: "another plan"}
@@ -117,7 +118,7 @@ def test_outputs_in_the_way(tmp_path):
     (output / "thesis.tex").write_text("years of work")
     with pytest.raises(ConversionError, match="--overwrite to replace it"):
         StagingFolder(output, overwrite=False, model_type="mgllava")
-    with pytest.raises(ConversionError, match="is no mgllava repository"):
+    with pytest.raises(ConversionError, match="is not a mgllava repository"):
         StagingFolder(output, overwrite=True, model_type="mgllava")
     (output / "config.json").write_text(json.dumps({"model_type": "mgllava"}))
     StagingFolder(output, overwrite=True, model_type="mgllava")

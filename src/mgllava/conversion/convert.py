@@ -1,5 +1,6 @@
 """From an XTuner checkpoint and the repositories it was trained from to one MG-LLaVA repository."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from .repository_writer import (
     match_tensors,
     write_weights,
 )
-from .shard_writer import StagingFolder, plan_shards, write_json
+from .shard_writer import plan_shards, write_json
 from .sources import (
     Source,
     clip_config,
@@ -35,6 +36,7 @@ from .sources import (
     language_model_weights,
     open_high_res_tower,
 )
+from .staging import StagingFolder
 from .tensor_files import LazyTensor
 from .vocabulary import Vocabulary, generation_config, grow_table, load_tokenizer, plan_vocabulary
 
@@ -97,7 +99,8 @@ def convert_checkpoint(
         trust_pickle (`bool`, *optional*, defaults to `False`): Read checkpoints that hold pickled objects beside the
             weights. The objects are skipped, and no code of theirs is run, even then.
         lora_alpha (`float`, *optional*): `lora_alpha` of a LoRA checkpoint whose config text does not say it.
-        overwrite (`bool`, *optional*, defaults to `False`): Replace an MG-LLaVA repository at `output`.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace an MG-LLaVA repository at `output`. Files there
+            that no conversion writes stay, and so does the processor's box detector.
         progress (`Callable[[str, int, int], None]`, *optional*): Told the stage, bytes just done, bytes in total.
 
     Returns:
@@ -109,62 +112,62 @@ def convert_checkpoint(
     if prompt_template not in CHAT_TEMPLATES:
         raise ConversionError(f"`prompt_template` must be one of {sorted(CHAT_TEMPLATES)}, got {prompt_template!r}.")
     output = Path(output).absolute()
-    staging = StagingFolder(output, overwrite, MGLlavaConfig.model_type)
     progress = progress or (lambda stage, done, total: None)
+    with StagingFolder(output, overwrite, MGLlavaConfig.model_type) as staging:
+        # Beside the output there has to be room anyway, while the system's temporary folder may lie in memory.
+        scratch = staging.output.parent
+        opened = read_checkpoint(checkpoint, trust_pickle, scratch)
+        text_config, llm_folder = language_model_config(llm)
+        vision_config, image_settings = clip_config(vision_tower)
+        tower = open_high_res_tower(high_res_tower)
 
-    # Beside the output there has to be room anyway, while the system's temporary folder may lie in memory.
-    scratch = next(parent for parent in output.parents if parent.is_dir())
-    opened = read_checkpoint(checkpoint, trust_pickle, scratch)
-    text_config, llm_folder = language_model_config(llm)
-    vision_config, image_settings = clip_config(vision_tower)
-    tower = open_high_res_tower(high_res_tower)
+        gathered = _Gathered()
+        _gather_language_model(gathered, opened, llm, lora_alpha)
+        _gather_tower(gathered, opened, "vision_tower", lambda: clip_weights(vision_tower))
+        _gather_tower(gathered, opened, "high_res_vision_tower", lambda: tower.source)
+        _gather_rest(gathered, opened)
+        _drop_unused(gathered, vision_config.num_hidden_layers - 1)
 
-    gathered = _Gathered()
-    _gather_language_model(gathered, opened, llm, lora_alpha)
-    _gather_tower(gathered, opened, "vision_tower", lambda: clip_weights(vision_tower))
-    _gather_tower(gathered, opened, "high_res_vision_tower", lambda: tower.source)
-    _gather_rest(gathered, opened)
-    _drop_unused(gathered, vision_config.num_hidden_layers - 1)
+        tokenizer = load_tokenizer(llm_folder)
+        vocabulary = plan_vocabulary(tokenizer, _table_rows(gathered, opened))
+        config = build_config(
+            opened.tensors, text_config, vision_config, tower, vocabulary, read_image_size(opened.config_text)
+        )
+        main_dtype = _main_dtype(dtype, gathered, text_config)
+        _set_dtype(config, main_dtype)
+        tensors = _account(gathered, config, vocabulary)
+        keep = gathered.kept if dtype == "auto" else set()
+        tensors = {name: tensor if name in keep else tensor.to(main_dtype) for name, tensor in tensors.items()}
 
-    tokenizer = load_tokenizer(llm_folder)
-    vocabulary = plan_vocabulary(tokenizer, _table_rows(gathered, opened))
-    config = build_config(
-        opened.tensors, text_config, vision_config, tower, vocabulary, read_image_size(opened.config_text)
-    )
-    main_dtype = _main_dtype(dtype, gathered, text_config)
-    _set_dtype(config, main_dtype)
-    tensors = _account(gathered, config, vocabulary)
-    keep = gathered.kept if dtype == "auto" else set()
-    tensors = {name: tensor if name in keep else tensor.to(main_dtype) for name, tensor in tensors.items()}
+        plan = plan_shards(tensors, max_shard_size)
+        names = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+        llm_files = [llm_folder / name for name in names if (llm_folder / name).is_file()]
+        sources = {"checkpoint": opened.files, **gathered.files, "llm": [*gathered.files.get("llm", []), *llm_files]}
+        digests = digest_sources(sources, staging, progress)
+        write_weights(staging, plan, digests, progress)
 
-    plan = plan_shards(tensors, max_shard_size)
-    names = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-    llm_files = [llm_folder / name for name in names if (llm_folder / name).is_file()]
-    sources = {"checkpoint": opened.files, **gathered.files, "llm": [*gathered.files.get("llm", []), *llm_files]}
-    digests = digest_sources(sources, output, progress)
-    write_weights(staging, plan, digests, progress)
-
-    config.save_pretrained(staging.path)
-    # Saving a model would copy its code; here is none, only its class.
-    custom_object_save(MGLlavaForConditionalGeneration, staging.path)
-    generation_config(llm_folder, text_config, tokenizer, prompt_template, config.unused_token_ids).save_pretrained(
-        staging.path
-    )
-    make_processor(config, tokenizer, image_settings, prompt_template).save_pretrained(staging.path)
-    given: dict[str, Any] = {
-        "checkpoint": checkpoint,
-        "llm": llm,
-        "vision_tower": vision_tower,
-        "high_res_tower": high_res_tower,
-        "prompt_template": prompt_template,
-        "dtype": dtype,
-        "max_shard_size": max_shard_size,
-        "trust_pickle": trust_pickle,
-        "lora_alpha": lora_alpha,
-    }
-    run = describe_run(given, ("mgllava", "torch", "transformers"), sources, digests, tensors, plan)
-    write_json(staging.path / REPORT_NAME, run | _report(opened, gathered, config, vocabulary))
-    staging.publish()
+        config.save_pretrained(staging.path)
+        # Saving a model would copy its code; here is none, only its class.
+        custom_object_save(MGLlavaForConditionalGeneration, staging.path)
+        generation_config(
+            llm_folder, text_config, tokenizer, prompt_template, config.unused_token_ids
+        ).save_pretrained(staging.path)
+        make_processor(config, tokenizer, image_settings, prompt_template).save_pretrained(staging.path)
+        _keep_box_detector(staging)
+        given: dict[str, Any] = {
+            "checkpoint": checkpoint,
+            "llm": llm,
+            "vision_tower": vision_tower,
+            "high_res_tower": high_res_tower,
+            "prompt_template": prompt_template,
+            "dtype": dtype,
+            "max_shard_size": max_shard_size,
+            "trust_pickle": trust_pickle,
+            "lora_alpha": lora_alpha,
+        }
+        run = describe_run(given, ("mgllava", "torch", "transformers"), sources, digests, tensors, plan)
+        write_json(staging.path / REPORT_NAME, run | _report(opened, gathered, config, vocabulary))
+        staging.publish()
     return output
 
 
@@ -304,6 +307,18 @@ def _account(gathered: _Gathered, config: MGLlavaConfig, vocabulary: Vocabulary)
         "The sources do not make up the model. Is the checkpoint whole, and are the language model and both towers "
         "the ones that it was trained with?",
     )
+
+
+def _keep_box_detector(staging: StagingFolder) -> None:
+    """Let the new processor have the box detector of the one that it replaces, as the files of its parts stay."""
+    name, key = "processor_config.json", "box_detector_config"
+    try:
+        old = json.loads((staging.output / name).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return
+    if isinstance(old, dict) and isinstance(old.get(key), dict):
+        new = json.loads((staging.path / name).read_bytes())
+        write_json(staging.path / name, {**new, key: old[key]})
 
 
 def make_processor(

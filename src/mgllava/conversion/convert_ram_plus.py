@@ -26,7 +26,8 @@ from .repository_writer import (
     match_tensors,
     write_weights,
 )
-from .shard_writer import StagingFolder, plan_shards, write_json
+from .shard_writer import plan_shards, write_json
+from .staging import StagingFolder
 from .tensor_files import LazyTensor, tensors_of
 from .torch_files import StoredTensor, open_torch_file
 
@@ -117,7 +118,8 @@ def convert_ram_plus(
         max_shard_size (`str` or `int`, *optional*, defaults to `"5GB"`): Size of the largest weight file.
         trust_pickle (`bool`, *optional*, defaults to `False`): Read a checkpoint that holds pickled objects beside the
             weights. The objects are skipped, and no code of theirs is run, even then.
-        overwrite (`bool`, *optional*, defaults to `False`): Replace a RAM++ repository at `output`.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace a RAM++ repository at `output`. Files there
+            that no conversion writes stay.
         progress (`Callable[[str, int, int], None]`, *optional*): Told the stage, bytes just done, bytes in total.
 
     Returns:
@@ -127,45 +129,44 @@ def convert_ram_plus(
         ConversionError: If anything is missing, damaged, left over, of the wrong shape, or in the way.
     """
     output = Path(output).absolute()
-    staging = StagingFolder(output, overwrite, RamPlusConfig.model_type)
     progress = progress or (lambda stage, done, total: None)
+    with StagingFolder(output, overwrite, RamPlusConfig.model_type) as staging:
+        tags = _read_tags(_existing(tag_list, "tag_list"))
+        limits = _read_thresholds(_existing(thresholds, "thresholds"), len(tags))
+        sizes = _read_swin_config(swin_config) | _read_decoder_config(decoder_config)
+        opened = _read_checkpoint(_existing(checkpoint, "checkpoint"), trust_pickle)
+        config = _build_config(sizes, tags, limits, opened)
+        tensors, dropped = _account(opened, config)
+        config.dtype = _main_dtype(dtype, tensors)
+        if dtype != "auto":
+            tensors = {name: tensor.to(config.dtype) for name, tensor in tensors.items()}
 
-    tags = _read_tags(_existing(tag_list, "tag_list"))
-    limits = _read_thresholds(_existing(thresholds, "thresholds"), len(tags))
-    sizes = _read_swin_config(swin_config) | _read_decoder_config(decoder_config)
-    opened = _read_checkpoint(_existing(checkpoint, "checkpoint"), trust_pickle)
-    config = _build_config(sizes, tags, limits, opened)
-    tensors, dropped = _account(opened, config)
-    config.dtype = _main_dtype(dtype, tensors)
-    if dtype != "auto":
-        tensors = {name: tensor.to(config.dtype) for name, tensor in tensors.items()}
+        plan = plan_shards(tensors, max_shard_size)
+        given_files = {
+            "checkpoint": checkpoint,
+            "tag_list": tag_list,
+            "thresholds": thresholds,
+            "swin_config": swin_config,
+            "decoder_config": decoder_config,
+        }
+        sources = {name: [Path(path)] for name, path in given_files.items() if path is not None}
+        digests = digest_sources(sources, staging, progress)
+        write_weights(staging, plan, digests, progress)
 
-    plan = plan_shards(tensors, max_shard_size)
-    given_files = {
-        "checkpoint": checkpoint,
-        "tag_list": tag_list,
-        "thresholds": thresholds,
-        "swin_config": swin_config,
-        "decoder_config": decoder_config,
-    }
-    sources = {name: [Path(path)] for name, path in given_files.items() if path is not None}
-    digests = digest_sources(sources, output, progress)
-    write_weights(staging, plan, digests, progress)
-
-    config.save_pretrained(staging.path)
-    # Saving a model would copy its code; here is none, only its class.
-    custom_object_save(RamPlusForImageTagging, staging.path)
-    size = {"height": config.image_size, "width": config.image_size}
-    RamPlusImageProcessor(size=size).save_pretrained(staging.path)
-    given: dict[str, Any] = {
-        **given_files,
-        "dtype": dtype,
-        "max_shard_size": max_shard_size,
-        "trust_pickle": trust_pickle,
-    }
-    run = describe_run(given, ("mgllava", "torch", "transformers", "timm"), sources, digests, tensors, plan)
-    write_json(staging.path / REPORT_NAME, run | _report(opened, config, len(limits), dropped))
-    staging.publish()
+        config.save_pretrained(staging.path)
+        # Saving a model would copy its code; here is none, only its class.
+        custom_object_save(RamPlusForImageTagging, staging.path)
+        size = {"height": config.image_size, "width": config.image_size}
+        RamPlusImageProcessor(size=size).save_pretrained(staging.path)
+        given: dict[str, Any] = {
+            **given_files,
+            "dtype": dtype,
+            "max_shard_size": max_shard_size,
+            "trust_pickle": trust_pickle,
+        }
+        run = describe_run(given, ("mgllava", "torch", "transformers", "timm"), sources, digests, tensors, plan)
+        write_json(staging.path / REPORT_NAME, run | _report(opened, config, len(limits), dropped))
+        staging.publish()
     return output
 
 

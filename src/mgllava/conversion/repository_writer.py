@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConversionError
-from .shard_writer import ShardPlan, StagingFolder, write_json, write_shard
+from .shard_writer import ShardPlan, write_json, write_shard
+from .staging import StagingFolder
 from .tensor_files import LazyTensor, sha256
 
 REPORT_NAME = "conversion_report.json"
@@ -62,24 +63,27 @@ def _listed(title: str, items: Sequence[str]) -> str:
     return f"\n{title}: {len(items)}" + "".join(f"\n  {item}" for item in items[:_SAMPLES]) + more
 
 
-def digest_sources(sources: Mapping[str, Sequence[Path]], output: Path, progress: Progress) -> dict[str, str]:
-    """Compute the SHA-256 of every source file.
+def digest_sources(
+    sources: Mapping[str, Sequence[Path]], staging: StagingFolder, progress: Progress
+) -> dict[str, str]:
+    """Compute the SHA-256 of every source file, and compare the checksums in it, if it has any.
 
     Args:
         sources (`Mapping[str, Sequence[Path]]`): Files of each source.
-        output (`Path`): Folder that is to be written.
+        staging (`StagingFolder`): What is to be written.
         progress (`Progress`): Told how far it is.
 
     Returns:
         `dict[str, str]`: Digests in hexadecimal, by path.
 
     Raises:
-        ConversionError: If a source lies in the output, which may be replaced.
+        ConversionError: If a source lies in the output, which may be replaced, or is damaged.
     """
     files = list(dict.fromkeys(path for paths in sources.values() for path in paths))
-    inside = [path for path in files if path.absolute().is_relative_to(output)]
-    if inside:
-        raise ConversionError(f"{inside[0]} lies in {output}, which would be replaced. Choose another --output.")
+    for path in files:
+        for folder in (staging.output, staging.path):
+            if path.resolve().is_relative_to(folder):
+                raise ConversionError(f"{path} lies in {folder}, which would be replaced. Choose another --output.")
     total = sum(path.stat().st_size for path in files)
     return {str(path): sha256(path, lambda done: progress("reading sources", done, total)) for path in files}
 

@@ -1,4 +1,4 @@
-"""Safetensors shards written one tensor at a time, in a folder that shows its name only when it is complete."""
+"""Safetensors shards, planned first and written one tensor at a time."""
 
 import hashlib
 import json
@@ -29,7 +29,6 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_PROGRESS_FILE = "conversion_progress.json"
 
 
 @dataclass(frozen=True)
@@ -159,86 +158,6 @@ def write_shard(shard: Shard, folder: Path, on_bytes: Callable[[int], None]) -> 
             del values, data
 
 
-class StagingFolder:
-    """A folder beside the output, where an interrupted run leaves its shards and the next one finds them.
-
-    Args:
-        output (`Path`): The folder that is to appear.
-        overwrite (`bool`): Whether a repository of the same kind that is there may be replaced.
-        model_type (`str`): That kind, as its config.json names it.
-
-    Raises:
-        ConversionError: If the output exists and may not be replaced.
-    """
-
-    def __init__(self, output: Path, overwrite: bool, model_type: str):
-        self.output = output
-        self.path = output.with_name(output.name + ".incomplete")
-        if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-            return
-        if not overwrite:
-            raise ConversionError(f"{output} exists. Choose another --output, or pass --overwrite to replace it.")
-        config = output / "config.json"
-        if not config.is_file() or json.loads(config.read_text(encoding="utf-8")).get("model_type") != model_type:
-            # A mistyped path must not cost somebody's home folder.
-            raise ConversionError(f"{output} is no {model_type} repository, so --overwrite does not replace it.")
-
-    def keep_finished(self, digests: Mapping[str, str], shards: list[Shard]) -> set[str]:
-        """Keep the shards of an earlier run that are exactly as planned now, and delete all else that it left.
-
-        Args:
-            digests (`Mapping[str, str]`): For each shard the digest of its plan.
-            shards (`list[Shard]`): The shards.
-
-        Returns:
-            `set[str]`: Names of the shards that are done.
-        """
-        done: set[str] = set()
-        progress = self.path / _PROGRESS_FILE
-        if progress.is_file():
-            earlier = json.loads(progress.read_text(encoding="utf-8"))
-            for shard in shards:
-                path = self.path / shard.filename
-                same_plan = earlier.get(shard.filename) == digests[shard.filename]
-                if same_plan and path.is_file() and path.stat().st_size == shard.size:
-                    done.add(shard.filename)
-        self.path.mkdir(parents=True, exist_ok=True)
-        for entry in self.path.iterdir():
-            if entry.name in done:
-                continue
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
-        # Names on disk are complete files, so the plan can be noted before they exist.
-        write_json(progress, dict(digests))
-        return done
-
-    def check_space(self, needed: int) -> None:
-        """Check that the disk has room.
-
-        Args:
-            needed (`int`): Bytes still to be written.
-
-        Raises:
-            ConversionError: If it has not.
-        """
-        check_disk_space(self.path, needed)
-
-    def publish(self) -> None:
-        """Give the folder its name; what it replaces goes."""
-        (self.path / _PROGRESS_FILE).unlink()
-        if not self.output.exists():
-            self.path.rename(self.output)
-            return
-        replaced = self.output.with_name(self.output.name + ".replaced")
-        if replaced.exists():
-            shutil.rmtree(replaced)
-        self.output.rename(replaced)
-        self.path.rename(self.output)
-        shutil.rmtree(replaced)
-
-
 def check_disk_space(folder: Path, needed: int) -> None:
     """Check that the disk under a folder has room.
 
@@ -264,14 +183,19 @@ def write_json(path: Path, content: object) -> None:
         path (`Path`): The file.
         content (`object`): What to write.
     """
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    try:
+        data = text.encode("utf-8")
+    except UnicodeEncodeError:
+        # Names of files need not be text; JSON has an escape for what UTF-8 has not.
+        data = (json.dumps(content, indent=2) + "\n").encode("utf-8")
     with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_bytes(data)
 
 
 __all__ = [
     "Shard",
     "ShardPlan",
-    "StagingFolder",
     "check_disk_space",
     "plan_shards",
     "write_json",

@@ -17,8 +17,9 @@ from transformers.utils import logging
 
 from mgllava.conversion.errors import ConversionError
 from mgllava.conversion.repository_writer import REPORT_NAME, Progress, match_tensors
-from mgllava.conversion.shard_writer import StagingFolder, write_json
+from mgllava.conversion.shard_writer import write_json
 from mgllava.conversion.sources import fetch
+from mgllava.conversion.staging import StagingFolder
 from mgllava.conversion.tensor_files import open_weights
 from mgllava.modeling import MGLlavaConfig, MGLlavaForConditionalGeneration
 from mgllava.processing import MGLlavaProcessor
@@ -84,7 +85,8 @@ def export_repository(
         repo_id (`str`, *optional*): What the repository will be called on the Hub, for the card.
         tag (`str`, *optional*): Revision that the card's examples name; by default `v` and the package's version.
         verify (`bool`, *optional*, defaults to `True`): Load the result in a process that cannot import this package.
-        overwrite (`bool`, *optional*, defaults to `False`): Replace a repository of the same kind at `output`.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace a repository of the same kind at `output`. Files
+            there that no export writes stay, and so does a card that a person wrote.
         progress (`Callable[[str, int, int], None]`, *optional*): Told the stage, bytes just done, bytes in total.
 
     Returns:
@@ -98,45 +100,45 @@ def export_repository(
     source = fetch(model, "model", [*_TEXT_FILES, "*.safetensors"], revision)
     _refuse_links(source)
     kind = _kind(source, model)
-    staging = StagingFolder(output, overwrite, kind.config.model_type)
-    config = _read_config(source, kind)
-    shapes = _shapes(config, kind)
-    weight_files = _check_weights(source, config, shapes)
-    processor = _read_processor(source, kind)
-    _check_box_detector(processor, source)
-    if tagger is not None or detector is not None or with_detector:
-        _set_box_detector(processor, tagger, detector, with_detector)
-    _pin_box_detector(processor)
+    with StagingFolder(output, overwrite, kind.config.model_type) as staging:
+        config = _read_config(source, kind)
+        shapes = _shapes(config, kind)
+        weight_files = _check_weights(source, config, shapes)
+        processor = _read_processor(source, kind)
+        _check_box_detector(processor, source)
+        if tagger is not None or detector is not None or with_detector:
+            _set_box_detector(processor, tagger, detector, with_detector)
+        _pin_box_detector(processor)
 
-    staging.keep_finished({}, [])
-    staging.check_space(sum(path.stat().st_size for path in weight_files))
-    _copy_weights(source, weight_files, staging.path, progress or (lambda stage, done, total: None))
-    if (source / "generation_config.json").is_file():
-        shutil.copyfile(source / "generation_config.json", staging.path / "generation_config.json")
-    config.save_pretrained(staging.path)
-    custom_object_save(kind.model, staging.path)
-    try:
-        processor.save_pretrained(staging.path)
-    except ValueError as error:  # a link that leads out of a folder of the box detector
-        raise ConversionError(f"The processor cannot be saved: {error}") from error
-    for part in sorted((staging.path / BUNDLE_FOLDER).glob("*/config.json")):
-        _write_code(part.parent)
-    report = _read_report(source)
-    if report:
-        write_json(staging.path / REPORT_NAME, report)
-    if verify:
-        verify_loading(staging.path)
-    contents = Contents(
-        config,
-        shapes,
-        report,
-        getattr(processor, "box_detector_config", None),
-        repo_id or output.name,
-        tag or default_tag(),
-        f"transformers {transformers.__version__}" if verify else None,
-    )
-    _write_card(source, staging.path, contents)
-    staging.publish()
+        staging.keep_finished({}, [])
+        staging.check_space(sum(path.stat().st_size for path in weight_files))
+        _copy_weights(source, weight_files, staging.path, progress or (lambda stage, done, total: None))
+        if (source / "generation_config.json").is_file():
+            shutil.copyfile(source / "generation_config.json", staging.path / "generation_config.json")
+        config.save_pretrained(staging.path)
+        custom_object_save(kind.model, staging.path)
+        try:
+            processor.save_pretrained(staging.path)
+        except ValueError as error:  # a link that leads out of a folder of the box detector
+            raise ConversionError(f"The processor cannot be saved: {error}") from error
+        for part in sorted((staging.path / BUNDLE_FOLDER).glob("*/config.json")):
+            _write_code(part.parent)
+        report = _read_report(source)
+        if report:
+            write_json(staging.path / REPORT_NAME, report)
+        if verify:
+            verify_loading(staging.path)
+        contents = Contents(
+            config,
+            shapes,
+            report,
+            getattr(processor, "box_detector_config", None),
+            repo_id or output.name,
+            tag or default_tag(),
+            f"transformers {transformers.__version__}" if verify else None,
+        )
+        _write_card(source, staging, contents)
+        staging.publish()
     return output
 
 
@@ -324,13 +326,13 @@ def _published(argument: Any) -> Any:
     return Path(argument).name if is_path else argument
 
 
-def _write_card(source: Path, target: Path, contents: Contents) -> None:
-    """Write the card, or keep the one that a person wrote."""
-    own = source / CARD_NAME
-    if own.is_file() and CARD_MARK not in own.read_text(encoding="utf-8"):
-        shutil.copyfile(own, target / CARD_NAME)
-    else:
-        model_card(contents).save(target / CARD_NAME)
+def _write_card(source: Path, staging: StagingFolder, contents: Contents) -> None:
+    """Write the card, or keep the one that a person wrote: in the source, or in the output that is replaced."""
+    for own in (source / CARD_NAME, staging.output / CARD_NAME):
+        if own.is_file() and CARD_MARK not in own.read_text(encoding="utf-8", errors="replace"):
+            shutil.copyfile(own, staging.path / CARD_NAME)
+            return
+    model_card(contents).save(staging.path / CARD_NAME)
 
 
 __all__ = ["default_tag", "export_repository"]

@@ -1,0 +1,342 @@
+"""A folder that shows its name only when it is complete, and what it may replace."""
+
+import json
+import logging
+import os
+import re
+import shutil
+import stat
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mgllava.atomic_files import is_partial
+from mgllava.folder_lock import FolderLock, FolderLockedError
+
+from .errors import ConversionError
+from .shard_writer import Shard, check_disk_space, write_json
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_NAME = "conversion_progress.json"
+_REPLACED_NAME = "conversion_replaced.json"
+_MARK = "mgllava conversion"
+
+# What a conversion or an export writes, so what the next one may remove. All other files are somebody else's.
+_OWN_NAMES = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|chat_template\.jinja"
+    r"|(config|generation_config|processor_config|preprocessor_config|image_processor_config)\.json"
+    r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|chat_template)\.json"
+    r"|(conversion_report|conversion_progress|conversion_replaced)\.json"
+    r"|\w+_(mgllava|ram_plus)\.py|__init__\.py"
+)
+# Only an export writes these, so only in an unfinished folder they are surely its own.
+_OWN_NAMES_IN_STAGING = re.compile(
+    rf"{_OWN_NAMES.pattern}|box_detector|additional_chat_templates|README\.md|\.gitattributes"
+)
+
+
+class StagingFolder:
+    """A folder `OUTPUT.incomplete` next to the output, for a `with` block.
+
+    An interrupted run leaves its shards there, and the next one finds them. The output is locked meanwhile. Where the
+    output is a link, the folder that it leads to is written.
+
+    Only what carries this package's mark is touched: a folder of that name that somebody else made is an error. An
+    output that is replaced keeps every file that no conversion writes, such as notes, or `box_detector/`.
+
+    Args:
+        output (`Path`): The folder that is to appear.
+        overwrite (`bool`): Whether a repository of the same kind at `output` may be replaced.
+        model_type (`str`): That kind, as its config.json names it.
+
+    Raises:
+        ConversionError: If the output exists and may not be replaced; on entry also if another run is writing it, or
+            a folder that is not ours is in the way.
+    """
+
+    def __init__(self, output: Path, overwrite: bool, model_type: str):
+        self.output = Path(os.path.realpath(output))
+        self.path = self.output.with_name(self.output.name + ".incomplete")
+        self._replaced = self.output.with_name(self.output.name + ".replaced")
+        self._lock = FolderLock(self.output, f"writing {self.output.name}")
+        self._overwrite = overwrite
+        self._model_type = model_type
+        self._kept: list[str] = []
+        self._check_output()
+
+    def __enter__(self) -> "StagingFolder":
+        try:
+            self._lock.__enter__()
+        except FolderLockedError as error:
+            raise ConversionError(str(error)) from error
+        try:
+            self._finish_replacement()
+            self._check_output()
+            self._check_leftovers()
+        except BaseException:
+            self._lock.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._lock.__exit__(kind, error, traceback)
+
+    def _check_output(self) -> None:
+        output = self.output
+        if output.is_symlink():
+            raise ConversionError(f"{output} is a link that leads nowhere. Choose another --output.")
+        if _is_empty(output):
+            return
+        if not output.is_dir():
+            raise ConversionError(f"{output} exists and is not a folder. Choose another --output.")
+        if not self._overwrite:
+            raise ConversionError(f"{output} exists. Choose another --output, or pass --overwrite to replace it.")
+        if read_model_type(output) != self._model_type:
+            # A mistyped path must not cost somebody's home folder.
+            raise ConversionError(
+                f"{output} is not a {self._model_type} repository, so --overwrite does not replace it."
+            )
+
+    def _check_leftovers(self) -> None:
+        """Refuse to touch what has the name of our folder and is not ours."""
+        if _is_empty(self.path):
+            return
+        mark = _read_mark(self.path / PROGRESS_NAME) if _is_real_folder(self.path) else None
+        if _is_real_folder(self.path) and all(is_partial(entry.name) for entry in self.path.iterdir()):
+            return  # killed while it wrote the mark
+        if mark is None:
+            raise ConversionError(
+                f"{self.path} is in the way: no interrupted run of this package left it. Move it, or choose another "
+                "--output."
+            )
+        kept = mark.get("kept")
+        self._kept = [name for name in kept if isinstance(name, str)] if isinstance(kept, list) else []
+        foreign = [entry.name for entry in self.path.iterdir() if not self._is_own(entry)]
+        if foreign:
+            raise ConversionError(
+                f"{self.path} is the rest of an interrupted run, but holds also {', '.join(sorted(foreign)[:5])}. "
+                "Move that, or choose another --output."
+            )
+
+    def _is_own(self, entry: Path) -> bool:
+        """Tell whether an entry of the unfinished folder may go."""
+        if entry.name in self._kept:
+            # A copy, made for the folder that was to replace the output.
+            return os.path.lexists(self.output / entry.name)
+        return is_partial(entry.name) or _OWN_NAMES_IN_STAGING.fullmatch(entry.name) is not None
+
+    def keep_finished(self, digests: Mapping[str, str], shards: Sequence[Shard]) -> set[str]:
+        """Keep the shards of an earlier run that are exactly as planned now, and delete all else that it left.
+
+        Args:
+            digests (`Mapping[str, str]`): For each shard the digest of its plan.
+            shards (`Sequence[Shard]`): The shards.
+
+        Returns:
+            `set[str]`: Names of the shards that are done.
+        """
+        done: set[str] = set()
+        progress = self.path / PROGRESS_NAME
+        earlier = (_read_mark(progress) or {}).get("shards")
+        if isinstance(earlier, dict):
+            for shard in shards:
+                path = self.path / shard.filename
+                same_plan = earlier.get(shard.filename) == digests[shard.filename]
+                if same_plan and path.is_file() and not path.is_symlink() and path.stat().st_size == shard.size:
+                    done.add(shard.filename)
+        self.path.mkdir(parents=True, exist_ok=True)
+        for entry in self.path.iterdir():
+            # The mark goes last: without it, the folder would not be ours.
+            if entry.name not in done and entry.name != PROGRESS_NAME:
+                _remove(entry)
+        # Names on disk are complete files, so the plan can be noted before they exist.
+        write_json(progress, {"mark": _MARK, "shards": dict(digests), "kept": []})
+        return done
+
+    def check_space(self, needed: int) -> None:
+        """Check that the disk has room.
+
+        Args:
+            needed (`int`): Bytes still to be written.
+
+        Raises:
+            ConversionError: If it has not.
+        """
+        check_disk_space(self.path, needed)
+
+    def publish(self) -> Path:
+        """Give the folder its name. Files of an earlier output that no conversion writes stay.
+
+        Returns:
+            `Path`: The output.
+
+        Raises:
+            ConversionError: If another run has taken over.
+        """
+        try:
+            self._lock.check()
+        except FolderLockedError as error:
+            raise ConversionError(str(error)) from error
+        if not _is_empty(self.output):
+            self._keep_other_files()
+            written = [entry.name for entry in self.path.iterdir() if entry.name not in self._kept]
+            write_json(self.output / _REPLACED_NAME, {"mark": _MARK, "written": written})
+            _sync(self.path)
+            self.output.rename(self._replaced)
+        elif self.output.exists():
+            self.output.rmdir()
+        self.path.rename(self.output)
+        _sync(self.output.parent)
+        self._finish_replacement()
+        return self.output
+
+    def _keep_other_files(self) -> None:
+        """Put what is not ours into the folder that replaces the output: as hard links, or as copies."""
+        if os.path.lexists(self._replaced):
+            raise ConversionError(
+                f"{self._replaced} is in the way: it is not what a run of this package left. Move it, or choose "
+                "another --output."
+            )
+        others = [
+            entry
+            for entry in self.output.iterdir()
+            if _OWN_NAMES.fullmatch(entry.name) is None and not os.path.lexists(self.path / entry.name)
+        ]
+        progress = _read_mark(self.path / PROGRESS_NAME) or {"mark": _MARK}
+        self._kept = [entry.name for entry in others]
+        write_json(self.path / PROGRESS_NAME, {**progress, "kept": self._kept})
+        for entry in others:
+            _duplicate(entry, self.path / entry.name)
+
+    def _finish_replacement(self) -> None:
+        """Finish what a run that was killed began when it replaced the output."""
+        mark = _read_mark(self._replaced / _REPLACED_NAME) if _is_real_folder(self._replaced) else None
+        if mark is not None and not os.path.lexists(self.output):
+            logger.warning("%s was being replaced when a run was interrupted. It is back.", self.output)
+            self._replaced.rename(self.output)
+            mark = None
+        elif mark is not None:
+            written = mark.get("written")
+            _remove_replaced(self._replaced, self.output, written if isinstance(written, list) else [])
+            (self._replaced / _REPLACED_NAME).unlink()
+            if any(self._replaced.iterdir()):
+                logger.warning(
+                    "%s holds what was added to %s while it was being replaced. Nothing of it was deleted.",
+                    self._replaced,
+                    self.output,
+                )
+            else:
+                self._replaced.rmdir()
+        for name in (_REPLACED_NAME, PROGRESS_NAME):
+            if _read_mark(self.output / name) is not None:
+                (self.output / name).unlink()
+
+
+def read_model_type(folder: Path) -> str | None:
+    """Read the model type of a repository.
+
+    Args:
+        folder (`Path`): The repository.
+
+    Returns:
+        `str`, *optional*: `model_type` of its config.json; `None` if it has none that can be read.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    return model_type if isinstance(model_type, str) else None
+
+
+def _read_mark(path: Path) -> dict[str, Any] | None:
+    try:
+        content = None if path.is_symlink() else json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) and content.get("mark") == _MARK else None
+
+
+def _is_real_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _is_empty(path: Path) -> bool:
+    """Tell whether there is nothing, or an empty folder."""
+    return not os.path.lexists(path) or (_is_real_folder(path) and not any(path.iterdir()))
+
+
+def _remove(path: Path) -> None:
+    if _is_real_folder(path):
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _duplicate(source: Path, target: Path) -> None:
+    """Put a file, a link or a folder at a second place."""
+    if _is_real_folder(source):
+        shutil.copytree(source, target, symlinks=True, copy_function=_link_or_copy)
+    else:
+        _link_or_copy(source, target)
+
+
+def _link_or_copy(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        if not stat.S_ISREG(os.lstat(source).st_mode) and not os.path.islink(source):
+            raise
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _remove_replaced(old: Path, new: Path, written: Sequence[Any]) -> None:
+    """Remove what was written again, what was ours, and what the new folder has, too; leave the rest."""
+    for entry in list(old.iterdir()):
+        if entry.name == _REPLACED_NAME:
+            continue
+        if entry.name in written or _OWN_NAMES.fullmatch(entry.name) is not None:
+            _remove(entry)
+        else:
+            _remove_duplicate(entry, new / entry.name)
+
+
+def _remove_duplicate(old: Path, new: Path) -> None:
+    if _is_real_folder(old) and _is_real_folder(new):
+        for entry in list(old.iterdir()):
+            _remove_duplicate(entry, new / entry.name)
+        with suppress(OSError):
+            old.rmdir()
+    elif os.path.lexists(new) and _same_file(old, new):
+        old.unlink()
+
+
+def _same_file(old: Path, new: Path) -> bool:
+    first, second = old.lstat(), new.lstat()
+    if (first.st_dev, first.st_ino) == (second.st_dev, second.st_ino):
+        return True
+    # Copied, with its times, where the file system has no links.
+    same = (first.st_mode, first.st_size, int(first.st_mtime)) == (
+        second.st_mode,
+        second.st_size,
+        int(second.st_mtime),
+    )
+    return same and not stat.S_ISDIR(first.st_mode)
+
+
+def _sync(folder: Path) -> None:
+    """Write the names in a folder to the disk, where the system can."""
+    with suppress(OSError, AttributeError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+__all__ = ["PROGRESS_NAME", "StagingFolder", "read_model_type"]
