@@ -16,6 +16,8 @@ from mgllava.cli import app
 from mgllava.training import (
     ConversationDataset,
     MGLlavaDataCollator,
+    MGLlavaTrainer,
+    SampleError,
     TrainingError,
     load_recipe,
     lora_config,
@@ -307,3 +309,50 @@ def test_the_collator_works_with_trl(collator_run, small_processor, samples_fold
     trainer.train()
     history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert history[-1] < history[0]
+
+
+@pytest.mark.parametrize("trainer_class", [Trainer, MGLlavaTrainer])
+def test_predictions_are_logits_in_every_batch(trainer_class, collator_run, small_processor):
+    """Batches with and without images in turn, whose outputs have other fields."""
+    model, dataset, collator, arguments = collator_run
+    seen, samples = [], [dataset[index] for index in (2, 3, 4)]
+
+    def metrics(predicted):
+        seen.append(predicted.predictions)
+        chosen = predicted.predictions[:, :-1].argmax(-1)
+        is_learned = predicted.label_ids[:, 1:] != -100
+        return {"accuracy": float((chosen == predicted.label_ids[:, 1:])[is_learned].mean())}
+
+    arguments |= {"per_device_eval_batch_size": 1}
+    trainer = trainer_class(
+        model,
+        TrainingArguments(**arguments),
+        eval_dataset=samples,
+        data_collator=collator,
+        processing_class=small_processor,
+        compute_metrics=metrics,
+        preprocess_logits_for_metrics=lambda logits, labels: logits.float(),
+    )
+    assert 0 <= trainer.evaluate()["eval_accuracy"] <= 1
+    has_images = ["pixel_values" in collator([sample]) for sample in samples]
+    assert has_images == [True, False, True]
+    batch = collator(samples)
+    assert seen[0].shape == (3, batch["input_ids"].shape[1], model.config.text_config.vocab_size)
+    with torch.no_grad():
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    is_text = batch["attention_mask"].bool()
+    torch.testing.assert_close(torch.from_numpy(seen[0])[is_text], logits[is_text], rtol=1e-3, atol=1e-3)
+
+
+def test_columns_that_the_trainer_removed_are_named(collator_run, small_processor):
+    model, dataset, collator, arguments = collator_run
+    arguments |= {"remove_unused_columns": True}
+    trainer = Trainer(
+        model,
+        TrainingArguments(**arguments),
+        train_dataset=[dataset[0]] * 4,
+        data_collator=collator,
+        processing_class=small_processor,
+    )
+    with pytest.raises(SampleError, match="remove_unused_columns=False"):
+        trainer.train()

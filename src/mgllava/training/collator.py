@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from mgllava.processing.boxes_mgllava import take_boxes_from_text
 from mgllava.processing.text_chunks_mgllava import ANSWER_BOUNDARY, CHUNK_BOUNDARY, encode_chunks, split_text
 
 from .errors import SampleError
@@ -91,6 +92,7 @@ class MGLlavaDataCollator:
         self.missing_boxes = missing_boxes
         self.pad_to_multiple_of = pad_to_multiple_of
         self.return_sample_ids = return_sample_ids
+        self._has_seen_boxes = self._has_warned = False
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Make a batch.
@@ -135,6 +137,14 @@ class MGLlavaDataCollator:
         return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
     def _encode(self, sample: Mapping[str, Any]) -> _Row:
+        if self.missing_boxes == "empty" and not self._has_seen_boxes and sample_images(sample):
+            self._has_seen_boxes = "boxes" in sample
+            if not self._has_seen_boxes and not self._has_warned:
+                self._has_warned = True
+                logger.warning(
+                    "No sample has had a key `boxes` yet, so its images count as images without objects. If the "
+                    "dataset has them, the trainer dropped them: pass it `remove_unused_columns=False`."
+                )
         conversation = to_conversation(sample, self.missing_boxes)
         encoded = self._process(conversation)
         ids, learnt = encoded["input_ids"][0], encoded["assistant_masks"][0]
@@ -236,6 +246,7 @@ def encode_text(processor: Any, conversation: list[dict[str, Any]]) -> tuple[lis
     marks = {"chunk_boundary": CHUNK_BOUNDARY, "answer_boundary": ANSWER_BOUNDARY} if has_boundaries else {}
     text = processor.apply_chat_template(conversation, tokenize=False, **marks)
     placeholder = re.compile(re.escape(processor.image_token))
+    text, _ = take_boxes_from_text(text, placeholder)
     runs = repeat((processor.image_token, 1))
     chunks = split_text(text, placeholder, runs, processor.tokenizer.bos_token, has_boundaries)
     encoded = encode_chunks(

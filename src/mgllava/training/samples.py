@@ -45,7 +45,8 @@ def to_conversation(sample: Mapping[str, Any], missing_boxes: MissingBoxes = "er
     Args:
         sample (`Mapping`): Either LLaVA's form, `conversations` with turns of `from` and `value`, or `messages` with
             `role` and `content`; images in `image` or `images` in the order of their `<image>`, or in the blocks;
-            `boxes` with the boxes of the image (or a list of one entry for each image), as the processor takes them.
+            `boxes` with the boxes of the image (or a list of one entry for each image), as the processor takes them,
+            or boxes in the blocks too.
         missing_boxes (`str`): What an image without an entry is: an `"error"`, or `"empty"`, one without objects.
 
     Returns:
@@ -65,7 +66,10 @@ def to_conversation(sample: Mapping[str, Any], missing_boxes: MissingBoxes = "er
     elif sample.get("conversations") is not None:
         turns = [_read_turn(turn, name) for turn in sample["conversations"]]
     else:
-        raise SampleError(f"Sample {name} must have `conversations` or `messages`, got {', '.join(map(str, sample))}.")
+        raise SampleError(
+            f"Sample {name} must have `conversations` or `messages`, got {', '.join(map(str, sample)) or 'nothing'}. "
+            "A trainer drops columns that the model does not take, unless `remove_unused_columns=False`."
+        )
 
     turns = _in_turn(turns)
     if not turns:
@@ -83,12 +87,15 @@ def to_conversation(sample: Mapping[str, Any], missing_boxes: MissingBoxes = "er
                         f"Sample {name} has more {IMAGE_TOKEN} than images: it has {len(images)}. Name the image in "
                         f"`image`, or take {IMAGE_TOKEN} out of the text."
                     )
-                block, used = {"type": "image", "image": image, "boxes": entry}, used + 1
+                if entry is not None and block.get("boxes") is not None:
+                    raise SampleError(f"Sample {name} must have boxes in `boxes` or in its image blocks, got both.")
+                block, used = {"boxes": entry, **block, "image": image}, used + 1
             if block["type"] == "image" and block.get("boxes") is None:
                 if missing_boxes == "error":
                     raise SampleError(
                         f"Sample {name} has an image without boxes. Run the detector on it (`mgllava detect`), or "
-                        'pass `missing_boxes="empty"` to train on it as on one without objects.'
+                        'pass `missing_boxes="empty"` to train on it as on one without objects. If the dataset has '
+                        "them, the trainer dropped them: pass it `remove_unused_columns=False`."
                     )
                 block = {**block, "boxes": []}
             content.append(block)
