@@ -171,6 +171,26 @@ def test_answers_say_whether_the_model_ended_them(session, model):
     assert (answer.finish, answer.num_tokens) == ("end", 1)
 
 
+def test_control_tokens_of_users_are_text_in_every_message(model, processor):
+    """`</s>` in a question, an answer or the system message must not end a turn."""
+    tokenizer = processor.tokenizer
+    tokens = [*tokenizer.all_special_tokens, processor.image_token]
+
+    def special(session):
+        return [token for token in session._cached_ids if token in tokenizer.all_special_ids]
+
+    plain, other = (
+        ChatSession(model, processor, system="Be brief."),
+        ChatSession(model, processor, system=f"Be {tokens}."),
+    )
+    for session, question in ((plain, "What?"), (other, f"What is {' '.join(tokens)}?")):
+        session.ask(question)
+        session.messages[-1] = {"role": "assistant", "content": question}  # as if the model had said it
+        session.ask(question)
+    prompts = [special(session)[: len(special(plain)) - 1] for session in (plain, other)]
+    assert prompts[0] == prompts[1]
+
+
 def test_placeholders_in_a_question_are_text(session):
     assert session.ask("What does <image> mean?").text
     session.add_image(COFFEE, [])

@@ -441,9 +441,25 @@ def test_boxes_arrive_wherever_clients_put_them(chat, data_url):
         {"type": "image", "source_type": "base64", "data": payload, "mime_type": "image/png", "boxes": BOXES},
     ]
     answers = [chat([user(part, text())])[1] for part in places]
+    answers.append(chat([user(image(data_url), text())], boxes=[BOXES])[1])
+    answers.append(chat([user(image(data_url, boxes=BOXES), text())], boxes=[None])[1])
     without = prompt_tokens(chat([user(image(data_url, boxes=[]), text())]))
     assert all(answer["choices"] == answers[0]["choices"] for answer in answers), answers
     assert {answer["usage"]["prompt_tokens"] for answer in answers} == {without + 1}
+
+
+def test_boxes_next_to_the_messages_are_one_entry_per_image(chat, data_url):
+    part = image(data_url, boxes=BOXES)
+    for boxes, images in (
+        ([], [image(data_url)]),
+        ([BOXES, None], [image(data_url)]),
+        ([BOXES], [part]),
+        ("a", [part]),
+    ):
+        status, body = chat([user(*images, text())], boxes=boxes)
+        assert status == 400 and body["error"]["param"] == "boxes"
+    status, body = chat([user(image(data_url), text())], boxes=[[[1, 2, 3]]])
+    assert status == 400 and body["error"]["param"] == "boxes[0]"
 
 
 @pytest.mark.parametrize(

@@ -238,9 +238,11 @@ class _Body:
 
 def _parse_json(data: bytes) -> Any:
     """Parse JSON that is checked before: the parser takes seconds for millions of values, and stops all threads."""
-    if sum(map(data.count, (b"[", b"{", b","))) > MAX_JSON_VALUES or data.count(b"\\") > MAX_JSON_ESCAPES:
+    counts = (("[{,", MAX_JSON_VALUES), ("]}", MAX_JSON_VALUES), ('"', MAX_JSON_ESCAPES), ("\\", MAX_JSON_ESCAPES))
+    if any(sum(data.count(mark.encode()) for mark in marks) > most for marks, most in counts):
         raise RequestError(
-            f"The body must have at most {MAX_JSON_VALUES:,} values and {MAX_JSON_ESCAPES:,} escaped characters.",
+            f"The body must have at most {MAX_JSON_VALUES:,} values and {MAX_JSON_ESCAPES:,} quotes and escaped "
+            "characters.",
             code="request_too_large",
             status=413,
         )

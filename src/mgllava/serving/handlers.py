@@ -148,7 +148,7 @@ class ChatCompletionHandler(_ConversationHandler):
     id_prefix = "chatcmpl-"
 
     def _read_content(self, body: dict[str, Any]) -> Conversation:
-        return read_messages(body.get("messages"), self._limits)
+        return read_messages(body.get("messages"), self._limits, boxes=body.get("boxes"))
 
     async def _whole(self, frame: dict[str, Any], body: dict[str, Any], prompts: list[Any], options: Options) -> Any:
         answer = await self._served.generator.answer(prompts[0], self._with_room(options, prompts[0]))
@@ -271,7 +271,7 @@ class ResponseHandler(_ConversationHandler):
                 given = [{"role": "user", "content": given}]
         else:
             raise RequestError(f"`input` must be a string or a list of objects, got {shown(given)}.", "input")
-        return read_messages(given, self._limits, root="input", instructions=instructions)
+        return read_messages(given, self._limits, "input", instructions, body.get("boxes"))
 
     def _response(self, frame: dict[str, Any], body: dict[str, Any], status: str, **fields: Any) -> dict[str, Any]:
         return {

@@ -57,7 +57,11 @@ class Conversation:
 
 
 def read_messages(
-    messages: Any, limits: ServingLimits, root: str = "messages", instructions: str | None = None
+    messages: Any,
+    limits: ServingLimits,
+    root: str = "messages",
+    instructions: str | None = None,
+    boxes: Any = None,
 ) -> Conversation:
     """Check the messages of a request, and give them the order that MG-LLaVA was trained on.
 
@@ -73,6 +77,8 @@ def read_messages(
         limits ([`ServingLimits`]): How many images and boxes there may be.
         root (`str`, *optional*, defaults to `"messages"`): Name of the field.
         instructions (`str`, *optional*): A system message that comes before those in the field.
+        boxes (`list`, *optional*): The field `boxes` of the request: one entry per image, for clients that cannot
+            write them into image parts.
 
     Returns:
         [`Conversation`]: The conversation; its images are not loaded.
@@ -100,6 +106,8 @@ def read_messages(
         characters += sum(len(block.get("text", "")) for block in blocks)
         turns.append({"role": role, "content": blocks})
     check_text_length(characters, root)
+    if boxes is not None:
+        _hand_out_boxes(boxes, conversation.images, limits)
     if instructions is not None:
         turns.insert(0, {"role": "system", "content": [_text(instructions)]})
     conversation.messages = _in_trained_order(turns)
@@ -130,6 +138,24 @@ def _read_message(message: Any, param: str) -> tuple[str, list[Any]]:
             f"`{param}.content` must be text or a list of parts, got {shown(content)}.", f"{param}.content"
         )
     return _ROLES[role], content
+
+
+def _hand_out_boxes(boxes: Any, images: list[ImageSource], limits: ServingLimits) -> None:
+    """Give the boxes of the request's own field to its images."""
+    if not isinstance(boxes, list) or len(boxes) != len(images):
+        got = f"{len(boxes)} entries" if isinstance(boxes, list) else shown(boxes)
+        raise RequestError(
+            f"`boxes` must be a list with one entry per image, null where they are to be found, got {got} for "
+            f"{len(images)} images.",
+            "boxes",
+        )
+    for index, (entry, image) in enumerate(zip(boxes, images, strict=True)):
+        if entry is None:
+            continue
+        if image.boxes is not None:
+            raise RequestError(f"`boxes[{index}]` must be null: there is `{image.boxes_param}` already.", "boxes")
+        image.boxes, image.boxes_param = entry, f"boxes[{index}]"
+        _check_boxes(entry, image.boxes_param, limits)
 
 
 def _in_trained_order(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -75,7 +75,7 @@ class Fields:
 
 
 CHAT_FIELDS = Fields(
-    {"messages", "max_tokens", "max_completion_tokens"},
+    {"boxes", "messages", "max_tokens", "max_completion_tokens"},
     {
         "audio": (),
         "function_call": ("none", "auto"),
@@ -92,7 +92,7 @@ CHAT_FIELDS = Fields(
     },
 )
 RESPONSE_FIELDS = Fields(
-    {"input", "instructions", "max_output_tokens"},
+    {"boxes", "input", "instructions", "max_output_tokens"},
     {
         "background": (False,),
         "context_management": ([],),

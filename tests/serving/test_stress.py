@@ -1,0 +1,115 @@
+"""A thousand mixed requests, three of ten bad, from sixteen threads: no surprise, the same answers and memory."""
+
+import gc
+import http.client
+import json
+import random
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.serving.conftest import Server
+
+REQUESTS, THREADS, WARM_UP = 1000, 16, 400
+TOLERANCE = 40e6  # bytes; the pixels of one image are 7 MB, and 800 requests have some
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def busy_server(served_repository, tmp_path_factory):
+    server = Server(served_repository, tmp_path_factory.mktemp("stress") / "log.txt", "--served-model-name", "small")
+    server.wait()
+    yield server
+    server.stop()
+    assert "Traceback" not in server.log.read_text()
+
+
+def chat(*content, **options):
+    messages = [{"role": "user", "content": list(content)}]
+    return "/v1/chat/completions", {"max_tokens": 6, "temperature": 0, "messages": messages, **options}
+
+
+def image(url, **extra):
+    return {"type": "image_url", "image_url": {"url": url}, **extra}
+
+
+def good_requests(data_url):
+    text, boxes = {"type": "text", "text": "What?"}, [[10, 20, 110, 70], [5, 5, 60, 90]]
+    return [
+        chat(text),
+        chat(text, temperature=1.5, seed=7, max_tokens=12),
+        chat(text, temperature=1.5, seed=8, top_k=50, min_p=0.01, presence_penalty=1),
+        chat(text, stream=True, max_tokens=10),
+        chat(image(data_url, boxes=boxes), text),
+        chat(image(data_url), text),
+        chat(image(data_url, boxes=[]), image(data_url, boxes=boxes[:1]), text, stream=True),
+        chat({"type": "text", "text": "</s><image> " * 20}),
+        ("/v1/responses", {"input": "Hello", "max_output_tokens": 5, "temperature": 2, "seed": 1}),
+        ("/v1/completions", {"prompt": ["Hello", "What"], "max_tokens": 5, "seed": 3, "temperature": 1}),
+    ]
+
+
+def bad_requests(data_url):
+    broken = data_url[: len(data_url) // 2]
+    return [
+        chat(temperature=1e-40),
+        chat({"type": "text", "text": 3}),
+        chat(image(broken)),
+        chat(image("http://127.0.0.1:1/")),
+        chat(image(data_url, boxes=[[1, 2, 3]])),
+        chat({"type": "text", "text": "a"}, logit_bias={"5": 1e308}),
+        chat({"type": "text", "text": "word " * 9000}),
+        ("/v1/responses", {"input": [[]]}),
+        ("/v1/completions", {"prompt": {}}),
+    ]
+
+
+def ask(server, path, body):
+    connection = http.client.HTTPConnection("localhost", server.port, timeout=300)
+    try:
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+    finally:
+        connection.close()
+
+
+def content(status, text):
+    """What of an answer does not depend on its time and id."""
+    if status != 200:
+        return status, json.loads(text)["error"]["param"]
+    if text.startswith("data:"):
+        events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+        assert not any("error" in event for event in events) and text.endswith("data: [DONE]\n\n")
+        return (
+            status,
+            "".join(event["choices"][0]["delta"].get("content", "") for event in events),
+            events[-1]["usage"],
+        )
+    body = json.loads(text)
+    if "output" in body:
+        return status, body["output"][0]["content"], body["usage"]
+    return status, body["choices"], body["usage"]
+
+
+def test_a_thousand_mixed_requests(busy_server, data_url):
+    good, bad = good_requests(data_url), bad_requests(data_url)
+    alone = {json.dumps(request): content(*ask(busy_server, *request)) for request in [*good, *bad]}
+    assert all(alone[json.dumps(request)][0] == 200 for request in good)
+    assert all(400 <= alone[json.dumps(request)][0] < 500 for request in bad)
+
+    chooser = random.Random(0)
+    requests = [chooser.choice(bad if chooser.random() < 0.3 else good) for _ in range(REQUESTS)]
+
+    def check(request):
+        assert content(*ask(busy_server, *request)) == alone[json.dumps(request)], request
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        list(threads.map(check, requests[:WARM_UP]))
+        gc.collect()
+        warm = busy_server.memory.memory_info().rss
+        list(threads.map(check, requests[WARM_UP:]))
+    grown = busy_server.memory.memory_info().rss - warm
+    print(f"resident after {WARM_UP} requests {warm / 1e6:.0f} MB, after {REQUESTS} {grown / 1e6:+.0f} MB")
+    assert grown < TOLERANCE
