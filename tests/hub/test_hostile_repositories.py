@@ -155,6 +155,34 @@ def test_what_the_user_sets_is_allowed(secret, clone, tmp_path):
         assert (tmp_path / name / "box_detector" / "detector" / "note.txt").read_text() == SECRET
 
 
+def test_links_of_settings_and_templates_are_said(secret, clone, monkeypatch):
+    said = []
+    monkeypatch.setattr("mgllava.processing.processing_mgllava.logger.warning", said.append)
+    MGLlavaProcessor.from_pretrained(clone)
+    assert not said
+    (clone / "chat_template.jinja").unlink()
+    (clone / "chat_template.jinja").symlink_to(secret / "note.txt")
+    MGLlavaProcessor.from_pretrained(clone)
+    assert len(said) == 1 and "chat_template.jinja" in said[0] and "links to files outside" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tagger": 5}, "must have a string as 'tagger', got 5"),
+        ({"detector": {"x": 1}}, "must have a string as 'detector'"),
+        ({"detector": ["cat"]}, "must have a string as 'detector'"),
+        ({"detector": "org/name", "detector_revision": "../.."}, "must be a branch, a tag or a commit"),
+        ({"detector_revision": "main"}, "must be None unless"),
+        ({"mode": "quick"}, "`mode` must be one of"),
+    ],
+)
+def test_other_wrong_values_are_named(values, message, clone):
+    write(clone, **values)
+    with pytest.raises(ValueError, match=message):
+        MGLlavaProcessor.from_pretrained(clone).load_box_detector()
+
+
 def test_links_in_a_folder_of_the_user_are_not_followed_into_what_is_saved(secret, tmp_path):
     tagger = shutil.copytree(OWLV2, tmp_path / "clone")
     (tagger / "config.txt").symlink_to(secret / "note.txt")

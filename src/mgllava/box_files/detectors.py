@@ -98,7 +98,7 @@ def open_detector(
         `LazyDetector`: The detector; no weights are read yet.
 
     Raises:
-        BoxFileError: If both are given, or the repository has no box detector.
+        BoxFileError: If both are given, or the repository has no box detector, or one that is outside it.
         OSError: If the repository cannot be read.
     """
     if processor is None:
@@ -111,7 +111,10 @@ def open_detector(
     if detector is not None or tagger is not None:
         raise BoxFileError("`processor` brings its own detector: pass it, or `detector` and `tagger`, not both.")
     loaded = MGLlavaProcessor.from_pretrained(processor, trust_remote_code=trust_remote_code)
-    located = loaded.locate_box_detector()
+    try:
+        located = loaded.locate_box_detector()
+    except ValueError as error:
+        raise BoxFileError(f"`processor`: {error}") from error
     if located is None:
         raise BoxFileError(f"`processor`: {processor} has no box detector. Pass `detector` and `tagger` instead.")
     if mode is not None:

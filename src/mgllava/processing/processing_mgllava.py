@@ -23,7 +23,9 @@ from .box_detector_files_mgllava import (
     ProcessLock,
     ProcessorRepository,
     known_commit,
+    links_out_of,
     locate,
+    locate_revision,
     store_parts,
 )
 from .boxes_mgllava import (
@@ -166,6 +168,11 @@ class MGLlavaProcessor(ProcessorMixin):
         name, subfolder = os.fspath(pretrained_model_name_or_path), kwargs.get("subfolder") or ""
         if os.path.isdir(name):
             name = os.path.abspath(name)
+            if linked := links_out_of(Path(name, subfolder), Path(name)):
+                logger.warning(
+                    f"In {name!r}, {', '.join(linked)} are links to files outside it. What those files hold is saved "
+                    "and uploaded with this processor: make sure that you want that, or replace the links by copies."
+                )
         elif os.path.isfile(name):
             name = os.path.abspath(os.path.dirname(name))
         else:
@@ -331,6 +338,8 @@ class MGLlavaProcessor(ProcessorMixin):
         """
         if self.box_detector_config is None:
             return None
+        for part in PARTS:
+            locate_revision(f"{part}_revision", self.box_detector_config.get(f"{part}_revision"))
         return {
             name: locate(name, value, self._repository)
             if isinstance(value, str) and name in (*PARTS, "prompt_embeds")
