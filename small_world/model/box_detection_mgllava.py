@@ -178,6 +178,12 @@ class BoxDetector:
             raise ValueError(
                 f"`box_detector_config` may have {', '.join(CONFIG_KEYS)}, got also {', '.join(unknown)}."
             )
+        for name, value in config.items():
+            if not (value is None or isinstance(value, str) or (name == "tagger" and isinstance(value, list | tuple))):
+                raise ValueError(
+                    f"`box_detector_config` must have a string as {name!r}, got {value!r}. Labels are a list of "
+                    "strings as 'tagger'."
+                )
         parts = {name: value for name, value in config.items() if name != "prompt_embeds"}
         for part in PARTS:
             if isinstance(parts.get(part), str):

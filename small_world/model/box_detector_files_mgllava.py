@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 BUNDLE_FOLDER = "box_detector"
@@ -137,11 +137,7 @@ def locate(key: str, source: str, repository: ProcessorRepository | None) -> str
     root = Path(repository.name)
     if not root.is_dir():
         # Remote code of a part is only found at the top of a folder, so its files are fetched as one.
-        patterns = [str(inside), f"{inside}/*"]
-        options = {name: value for name, value in repository.hub_options.items() if value is not None}
-        root = Path(
-            snapshot_download(repository.name, revision=repository.revision, allow_patterns=patterns, **options)
-        )
+        root = _download(repository, [str(inside), f"{inside}/*"])
     check_links(root / inside, root)
     if not (root / inside).exists():
         raise FileNotFoundError(
@@ -149,6 +145,24 @@ def locate(key: str, source: str, repository: ProcessorRepository | None) -> str
             "there, or set `processor.box_detector_config` to None."
         )
     return str(root / inside)
+
+
+def _download(repository: ProcessorRepository, patterns: list[str]) -> Path:
+    """Download some files; if that fails, take what the cache has."""
+    options = {name: value for name, value in repository.hub_options.items() if value is not None}
+    options.update(revision=repository.revision, allow_patterns=patterns)
+    try:
+        return Path(snapshot_download(repository.name, **options))
+    # Without a connection, some releases of huggingface_hub ask the Hub all the same where the revision is a commit,
+    # and fail with the errors of their HTTP library.
+    except Exception as error:
+        if options.get("local_files_only") or options.get("force_download"):
+            raise
+        options["local_files_only"] = True
+        try:
+            return Path(snapshot_download(repository.name, **options))
+        except LocalEntryNotFoundError:
+            raise error from None
 
 
 def locate_revision(key: str, revision: Any) -> str | None:
@@ -207,6 +221,18 @@ def check_links(path: Path, root: Path) -> None:
                 f"{os.fspath(entry)!r} leads out of {os.fspath(root)!r} by a symbolic link, and what a repository "
                 "holds must lie inside it. If you made the link, replace it by a copy of the file."
             )
+
+
+def links_out_of(folder: Path, root: Path) -> list[str]:
+    """Name the texts in a folder (settings, templates) that are links to somewhere outside its repository."""
+    outside = []
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".jinja", ".json", ".model", ".txt") or path.name == "chat_templates":
+            try:
+                check_links(path, root)
+            except ValueError:
+                outside.append(path.name)
+    return outside
 
 
 def store_parts(

@@ -7,7 +7,9 @@ and leave as int64: trainers and serving engines cast every floating point input
 259 becomes 260.
 """
 
+import json
 import math
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -19,6 +21,11 @@ logger = logging.get_logger(__name__)
 
 BoxLimitMode = Literal["per_category", "per_image"]
 Label = Hashable
+
+# Private-use characters around the boxes of an image that a rendered conversation holds after its placeholder.
+BOXES_START, BOXES_END = "\U000ff4e0", "\U000ff4e1"
+BOXES_IN_TEXT = re.compile(f"{BOXES_START}([^{BOXES_START}{BOXES_END}]*){BOXES_END}")
+BOX_MARKS = re.compile(f"[{BOXES_START}{BOXES_END}]")
 
 # How many boxes the original keeps when a limit applies.
 _PER_CATEGORY = 20
@@ -337,3 +344,74 @@ def to_model_frame(
     low = boxes.new_zeros(4)
     high = boxes.new_tensor([math.inf, math.inf, crop_width, crop_height])
     return boxes[inside].clamp(min=low, max=high).long(), inside
+
+
+def write_boxes_into_text(text: str, placeholder: re.Pattern[str], entries: Sequence[Any]) -> str:
+    """Put the boxes of each image after its placeholder, for whoever passes images and rendered text alone.
+
+    Args:
+        text (`str`): A rendered conversation.
+        placeholder (`re.Pattern`): What marks an image.
+        entries (`Sequence`): One entry (see [`prepare_boxes`]) per image; `None`: its boxes are not given.
+
+    Returns:
+        `str`: The text; [`take_boxes_from_text`] undoes it.
+
+    Raises:
+        ValueError: If there are more or fewer placeholders than entries.
+    """
+    ends = [match.end() for match in placeholder.finditer(text)]
+    if len(ends) != len(entries):
+        raise ValueError(
+            f"`boxes` in the image blocks need one block per image, got {len(entries)} image blocks and {len(ends)} "
+            "placeholders in the rendered text. Write image blocks instead of placeholders in the text."
+        )
+    pieces, start = [], 0
+    for end, entry in zip(ends, entries, strict=True):
+        pieces.append(text[start:end])
+        if entry is not None:
+            pieces.append(BOXES_START + json.dumps(plain_boxes(entry)) + BOXES_END)
+        start = end
+    return "".join([*pieces, text[start:]])
+
+
+def take_boxes_from_text(text: str, placeholder: re.Pattern[str]) -> tuple[str, list[Any]]:
+    """Read what [`write_boxes_into_text`] wrote.
+
+    Args:
+        text (`str`): A text, with or without boxes.
+        placeholder (`re.Pattern`): What marks an image.
+
+    Returns:
+        `tuple[str, list]`: The text without boxes, and one entry per placeholder, `None` where there are no boxes.
+
+    Raises:
+        ValueError: If what stands there is not boxes.
+    """
+    if BOXES_START not in text:
+        return text, [None] * len(placeholder.findall(text))
+    entries: list[Any] = []
+    pieces, start = [], 0
+    while match := placeholder.search(text, start):
+        pieces.append(text[start : match.end()])
+        start = match.end()
+        entries.append(None)
+        if written := BOXES_IN_TEXT.match(text, start):
+            try:
+                entries[-1] = json.loads(written.group(1))
+            except ValueError as error:
+                raise ValueError(
+                    f"`text` must hold boxes as `apply_chat_template` writes them after an image, got "
+                    f"{written.group(1)!r}. Do not change a rendered conversation there."
+                ) from error
+            start = written.end()
+    return "".join([*pieces, text[start:]]), entries
+
+
+def plain_boxes(value: Any) -> Any:
+    """Turn an entry (see [`prepare_boxes`]) into lists, dictionaries and numbers."""
+    if isinstance(value, Mapping):
+        return {str(key): plain_boxes(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return [plain_boxes(item) for item in value] if isinstance(value, list | tuple) else value

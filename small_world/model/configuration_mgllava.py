@@ -127,6 +127,8 @@ class MGLlavaConfig(PreTrainedConfig):
         "vision_config": AutoConfig,
         "high_res_vision_config": MGLlavaHighResVisionConfig,
     }
+    # `Trainer` takes all other outputs for predictions; these, some of which only batches with images have, are none.
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states", "image_outputs"]
 
     # Configurations once `__post_init__` is done, whatever they were given as.
     text_config: Any = None

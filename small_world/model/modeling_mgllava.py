@@ -23,7 +23,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     CausalLMOutputWithPast,
 )
-from transformers.utils import can_return_tuple, torch_compilable_check
+from transformers.utils import can_return_tuple, logging, torch_compilable_check
 
 from .attention_mgllava import MGLlavaCrossAttention
 from .cache_mgllava import CACHE_NAME, either_cache
@@ -33,6 +33,8 @@ from .high_res_vision_mgllava import MGLlavaHighResVisionModel
 from .projector_mgllava import MGLlavaProjector
 from .quantization_mgllava import leave_unpackable_layers, with_skipped_modules
 from .regions_mgllava import MGLlavaBoxProjector, check_box_dtype
+
+logger = logging.get_logger(__name__)
 
 # Arguments of `from_pretrained` that say where a repository is.
 _LOCATION_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -78,6 +80,22 @@ class MGLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
 
     image_hidden_states: torch.FloatTensor | None = None
+
+
+def _unpack_boxes(
+    boxes: torch.Tensor | None, num_boxes: torch.Tensor | None, packed: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Read `image_position_ids` as boxes and their numbers, and raise `ValueError` if these are given too."""
+    if packed is None:
+        return boxes, num_boxes
+    if boxes is not None or num_boxes is not None:
+        raise ValueError("Pass either `boxes` and `num_boxes` or `image_position_ids`, which holds both, not all.")
+    if packed.ndim != 3 or packed.shape[2] != 4:
+        raise ValueError(
+            f"`image_position_ids` must have shape (num_images, max_boxes, 4), got {tuple(packed.shape)}. Let the "
+            "processor make them: `processor.packs_boxes = True`."
+        )
+    return packed.clamp(min=0), (packed >= 0).all(-1).sum(-1)
 
 
 def _is_distributed() -> bool:
@@ -135,6 +153,12 @@ class MGLlavaPreTrainedModel(PreTrainedModel):
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         leave_unpackable_layers(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
+
+    def post_init(self):
+        """Initialize the weights, and note what this variant of the model consists of."""
+        super().post_init()
+        # FSDP refuses to start where one of these names is not that of a module.
+        self._no_split_modules = set(self._no_split_modules) & {type(module).__name__ for module in self.modules()}
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
@@ -376,6 +400,7 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         cache: Cache | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         box_labels: list[list] | None = None,
+        image_position_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> MGLlavaModelOutputWithPast:
         """Embed text and images and run the language model.
@@ -406,6 +431,9 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
                 Accepted and not used, so that all that the processor returns may be passed on.
             box_labels (`list[list]`, *optional*):
                 Accepted and not used, as above.
+            image_position_ids (`torch.LongTensor` of shape `(num_images, max_boxes, 4)`, *optional*):
+                `boxes` and `num_boxes` in one: boxes as x1, y1, x2, y2 in pixels of `pixel_values`, then rows of -1.
+                For trainers that hand on only names that they know; the processor makes it with `packs_boxes`.
             **kwargs: Arguments of the language model, such as `use_cache` and `output_hidden_states`.
 
         Returns:
@@ -418,7 +446,14 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         image_outputs = None if mm_encoder_outputs is None else mm_encoder_outputs.get("image")
+        boxes, num_boxes = _unpack_boxes(boxes, num_boxes, image_position_ids)
         if pixel_values is not None:
+            if boxes is None and self.box_projector is not None and self.training and torch.is_grad_enabled():
+                raise ValueError(
+                    "`boxes` must be given with `pixel_values` in training, got None: whoever made this batch lost "
+                    "them. TRL's GRPOTrainer and RLOOTrainer hand on only names that they know: set "
+                    "`processor.packs_boxes = True`. An image without objects has one box, [0, 0, 0, 0]."
+                )
             if image_outputs is not None:
                 raise ValueError("Pass either `pixel_values` or `mm_encoder_outputs` with an image, not both.")
             image_outputs = self.get_image_features(pixel_values, boxes, num_boxes, return_dict=True)
@@ -629,6 +664,7 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         box_labels: list[list] | None = None,
+        image_position_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> MGLlavaCausalLMOutputWithPast:
         """Score the next token, and compute the loss if `labels` are given.
@@ -663,6 +699,9 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
                 Accepted and not used, so that all that the processor returns may be passed on.
             box_labels (`list[list]`, *optional*):
                 Accepted and not used, as above.
+            image_position_ids (`torch.LongTensor` of shape `(num_images, max_boxes, 4)`, *optional*):
+                `boxes` and `num_boxes` in one: boxes as x1, y1, x2, y2 in pixels of `pixel_values`, then rows of -1.
+                For trainers that hand on only names that they know; the processor makes it with `packs_boxes`.
             **kwargs: Arguments of the language model, such as `use_cache` and `output_hidden_states`, and of the loss
                 (`num_items_in_batch`).
 
@@ -683,6 +722,7 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
             boxes=boxes,
             num_boxes=num_boxes,
             mm_encoder_outputs=mm_encoder_outputs,
+            image_position_ids=image_position_ids,
             return_dict=True,
             **kwargs,
         )
@@ -698,6 +738,9 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
             # What a trainer that splits sequences has shifted already stands in for `labels`.
             if (shifted := kwargs.get("shift_labels")) is not None:
                 kwargs["shift_labels"] = shifted.masked_fill(shifted == placeholder, -100)
+            # Where nothing is to be learned, the sum is 0 and so is the loss, not 0 / 0.
+            if (count := kwargs.get("num_items_in_batch")) is not None:
+                kwargs["num_items_in_batch"] = torch.as_tensor(count).clamp(min=1)
             # Padding rows of the table are no words: with them in the sum the loss would not be the reference's.
             vocab_size = self.config.unpadded_vocab_size or self.config.text_config.vocab_size
             loss = self.loss_function(logits=logits[..., :vocab_size], labels=labels, vocab_size=vocab_size, **kwargs)
@@ -709,6 +752,28 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
             image_hidden_states=outputs.image_hidden_states,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
+
+    def generate(self, *args, **kwargs):
+        """Generate ids, see the base class; `image_position_ids` may take the place of `boxes` and `num_boxes`.
+
+        Args:
+            *args: See the base class.
+            **kwargs: See the base class.
+
+        Returns:
+            As the base class.
+
+        Raises:
+            ValueError: If `boxes` and `image_position_ids` are given.
+        """
+        if (packed := kwargs.pop("image_position_ids", None)) is not None:
+            kwargs["boxes"], kwargs["num_boxes"] = _unpack_boxes(kwargs.get("boxes"), kwargs.get("num_boxes"), packed)
+        elif self.training and kwargs.get("boxes") is not None:
+            logger.warning_once(
+                "`generate` is called in training with `boxes`. TRL's GRPOTrainer and RLOOTrainer do not hand these "
+                "on to the loss: set `processor.packs_boxes = True` before you train with them."
+            )
+        return super().generate(*args, **kwargs)
 
     def _expand_inputs_for_generation(
         self,

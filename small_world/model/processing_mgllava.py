@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+import numpy as np
 import PIL.Image
 import torch
 from huggingface_hub import HfApi
@@ -22,10 +23,19 @@ from .box_detector_files_mgllava import (
     ProcessLock,
     ProcessorRepository,
     known_commit,
+    links_out_of,
     locate,
+    locate_revision,
     store_parts,
 )
-from .boxes_mgllava import flatten_boxes, read_boxes
+from .boxes_mgllava import (
+    BOX_MARKS,
+    flatten_boxes,
+    plain_boxes,
+    read_boxes,
+    take_boxes_from_text,
+    write_boxes_into_text,
+)
 from .image_inputs_mgllava import as_rgb, flat_images
 from .text_chunks_mgllava import ANSWER_BOUNDARY, BOUNDARIES, CHUNK_BOUNDARY, encode_chunks, split_text
 
@@ -88,6 +98,11 @@ class MGLlavaProcessor(ProcessorMixin):
             folders elsewhere are refused. Setting [`~MGLlavaProcessor.box_detector`] sets it; `None`: there is no
             detector that can be described.
 
+    Attributes:
+        packs_boxes (`bool`, defaults to `False`): Whether outputs have `image_position_ids` in place of `boxes` and
+            `num_boxes`: the boxes and, where there are more rows than boxes, rows of -1. TRL's GRPO and RLOO trainers
+            lose inputs whose names they do not know. Not saved.
+
     Raises:
         ValueError: If the tokenizer does not know `image_token`.
     """
@@ -116,6 +131,7 @@ class MGLlavaProcessor(ProcessorMixin):
         self._placeholder = re.compile(_NOT_MARKED_AS_TEXT + re.escape(self.image_token))
         self._lock, self._tokenizer_lock = ProcessLock(), ProcessLock()
         self._repository: ProcessorRepository | None = None
+        self.packs_boxes = False
         self.box_detector_config = box_detector_config
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
@@ -152,6 +168,11 @@ class MGLlavaProcessor(ProcessorMixin):
         name, subfolder = os.fspath(pretrained_model_name_or_path), kwargs.get("subfolder") or ""
         if os.path.isdir(name):
             name = os.path.abspath(name)
+            if linked := links_out_of(Path(name, subfolder), Path(name)):
+                logger.warning(
+                    f"In {name!r}, {', '.join(linked)} are links to files outside it. What those files hold is saved "
+                    "and uploaded with this processor: make sure that you want that, or replace the links by copies."
+                )
         elif os.path.isfile(name):
             name = os.path.abspath(os.path.dirname(name))
         else:
@@ -317,6 +338,8 @@ class MGLlavaProcessor(ProcessorMixin):
         """
         if self.box_detector_config is None:
             return None
+        for part in PARTS:
+            locate_revision(f"{part}_revision", self.box_detector_config.get(f"{part}_revision"))
         return {
             name: locate(name, value, self._repository)
             if isinstance(value, str) and name in (*PARTS, "prompt_embeds")
@@ -492,6 +515,7 @@ class MGLlavaProcessor(ProcessorMixin):
             ValueError: If the numbers of placeholders, images and boxes differ, or truncation would cut an image.
         """
         images, text, _, _ = self.prepare_inputs_layout(images=images, text=text, **kwargs)
+        text, kwargs = self._take_boxes_of_text(text, kwargs)
         self.validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
         merged = self._merge_kwargs(
             self.valid_processor_kwargs,  # type: ignore[arg-type]  # transformers means the class
@@ -507,8 +531,11 @@ class MGLlavaProcessor(ProcessorMixin):
 
         features: dict[str, Any] = {}
         runs: list[str] = []
+        targets = TrainingTargets(self)
         if flat_images(images):
-            processed, runs = self._process_images(images, **{**images_kwargs, "return_tensors": None})
+            processed, runs = self._process_images(
+                images, targets=targets, **{**images_kwargs, "return_tensors": None}
+            )
             features.update(processed)
         encoded: dict[str, Any] = {}
         if text is not None:
@@ -521,9 +548,12 @@ class MGLlavaProcessor(ProcessorMixin):
                     self.tokenizer,
                     chunks,
                     image_token_id=self.image_token_id,
-                    return_assistant_tokens_mask=return_assistant_tokens_mask,
+                    return_assistant_tokens_mask=True,
                     **text_kwargs,
                 )
+            targets.read(encoded, boundaries)
+            if not return_assistant_tokens_mask:
+                del encoded["assistant_masks"]
             if replacement_offsets:
                 plain = [BOUNDARIES.sub("", sample) if boundaries else sample for sample in text]
                 encoded["text_replacement_offsets"] = self.get_text_with_replacements(plain, runs)[1]
@@ -531,7 +561,30 @@ class MGLlavaProcessor(ProcessorMixin):
                 encoded["mm_token_type_ids"] = self.create_mm_token_type_ids(encoded["input_ids"])
 
         return_tensors = (text_kwargs if text is not None else images_kwargs).get("return_tensors")
-        return BatchFeature({**encoded, **features}, return_tensors, self.skip_tensor_conversion)
+        if self.packs_boxes and features:
+            counts = zip(features.pop("boxes"), features.pop("num_boxes"), strict=True)
+            features["image_position_ids"] = [
+                np.where(np.arange(len(rows))[:, None] < count, rows, -1) for rows, count in counts
+            ]
+        output = MGLlavaInputs({**encoded, **features}, return_tensors, self.skip_tensor_conversion)
+        output.targets = targets
+        return output
+
+    def _take_boxes_of_text(self, text: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Take the boxes out of rendered conversations, and put them among the arguments."""
+        if text is None or not any(isinstance(sample, str) and BOX_MARKS.search(sample) for sample in text):
+            return text, kwargs
+        taken = [take_boxes_from_text(sample, self._placeholder) for sample in text]
+        texts, entries = [sample for sample, _ in taken], [entry for _, of_text in taken for entry in of_text]
+        given = [options.get("boxes") for options in (kwargs, kwargs.get("images_kwargs") or {})]
+        if all(boxes is None for boxes in given):
+            return texts, {**kwargs, "boxes": entries}
+        if any(boxes is not None and plain_boxes(flatten_boxes(boxes)) != entries for boxes in given):
+            raise ValueError(
+                "`boxes` must be those of the image blocks that `text` was rendered from, or not given, got others. "
+                "Leave them out of the blocks, or do not pass `boxes`."
+            )
+        return texts, kwargs
 
     def validate_inputs(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
@@ -574,7 +627,9 @@ class MGLlavaProcessor(ProcessorMixin):
                         f"{placeholders} placeholders and {len(group)} images."
                     )
 
-    def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
+    def _process_images(
+        self, images: Any, targets: "TrainingTargets | None" = None, **kwargs: Any
+    ) -> tuple[BatchFeature, list[str]]:
         """Find the boxes that are not given, then process the images and make their runs of placeholders."""
         images = flat_images(images)
         boxes = kwargs.pop("boxes", None)
@@ -584,10 +639,15 @@ class MGLlavaProcessor(ProcessorMixin):
             found = _find_boxes(detector, [images[index] for index in missing], kwargs.get("input_data_format"))
             for index, entry in zip(missing, found, strict=True):
                 entries[index] = entry
-        elif boxes is None:
+            if targets is not None:
+                targets.detected = missing
+        elif missing:
+            if targets is not None:
+                targets.without_boxes = missing
             logger.warning_once(
                 "`boxes` is not given and the processor has no `box_detector`: the model gets the single box "
-                "[0, 0, 0, 0] per image, as in training for images without objects. Pass `boxes` for better answers."
+                "[0, 0, 0, 0] per image, as in training for images without objects. Pass `boxes` for better answers, "
+                "or [] for an image without objects."
             )
         return super()._process_images(images, boxes=entries, **kwargs)
 
@@ -634,10 +694,11 @@ class MGLlavaProcessor(ProcessorMixin):
         """Render conversations and, with `tokenize=True`, make the model's inputs from them.
 
         Beyond the base class, image blocks may carry `boxes`, as in
-        `{"type": "image", "url": ..., "boxes": [[10, 20, 110, 70]]}`. And with the templates of
-        `chat_templates_mgllava.py` every piece of the conversation is encoded alone, as in training (a rendered string
-        of several turns that is passed to the processor has lost these boundaries); the mask of the assistant's tokens
-        then marks exactly the ones that the original trains on.
+        `{"type": "image", "url": ..., "boxes": [[10, 20, 110, 70]]}`. In a rendered string they stand after the
+        placeholder, between two private-use characters, where the processor finds them again. And with the templates
+        of `chat_templates_mgllava.py` every piece of the conversation is encoded alone, as in training (a rendered
+        string of several turns that is passed to the processor has lost these boundaries); the mask of the assistant's
+        tokens then marks exactly the ones that the original trains on.
 
         Args:
             conversation: A list of messages, or a list of such lists.
@@ -653,13 +714,15 @@ class MGLlavaProcessor(ProcessorMixin):
             `str`, ids, or with `return_dict=True` a [`BatchFeature`].
 
         Raises:
-            ValueError: If `boxes` are given both in the conversation and in `processor_kwargs`.
+            ValueError: If `boxes` are given both in the conversation and in `processor_kwargs`, or a string is
+                rendered with boxes in image blocks and with images that have no block.
             NotImplementedError: If this transformers cannot sanitize.
         """
         processor_kwargs = dict(processor_kwargs or {})
         boxes: list[Any] = []
+        with_boxes = conversation
         conversation = _take_boxes(conversation, boxes)
-        if any(entry is not None for entry in boxes):
+        if has_boxes := any(entry is not None for entry in boxes):
             if processor_kwargs.get("boxes") is not None:
                 raise ValueError("`boxes` must be in the conversation or in `processor_kwargs`, got both.")
             if tokenize:
@@ -679,7 +742,7 @@ class MGLlavaProcessor(ProcessorMixin):
             # The boundaries tell the answers exactly; the base class would compare character offsets.
             processor_kwargs["return_assistant_tokens_mask"] = return_assistant_tokens_mask
             return_assistant_tokens_mask = False
-        return super().apply_chat_template(
+        output = super().apply_chat_template(
             conversation,
             chat_template,
             tokenize=tokenize,
@@ -687,6 +750,179 @@ class MGLlavaProcessor(ProcessorMixin):
             processor_kwargs=processor_kwargs,
             **kwargs,
         )
+        if tokenize or not has_boxes:
+            return output
+        # Who renders a string passes it and the images on, often by other people's code, which knows no boxes.
+        if isinstance(output, str):
+            return write_boxes_into_text(output, self._placeholder, boxes)
+        entries: list[list[Any]] = [[] for _ in output]
+        for of_text, messages in zip(entries, with_boxes, strict=True):
+            _take_boxes(messages, of_text)
+        return [
+            write_boxes_into_text(text, self._placeholder, of_text)
+            for text, of_text in zip(output, entries, strict=True)
+        ]
+
+    def answer_ending(self) -> tuple[list[int], list[int]]:
+        """Tell how the chat template ends an answer.
+
+        Returns:
+            `tuple[list[int], list[int]]`: The learned ids that end every answer (EOS, or a suffix), and the ids of the
+            separator that follows them; both empty where the chat template does not mark answers.
+        """
+        if "generation" not in str(self.chat_template or ""):
+            return [], []
+        question = {"role": "user", "content": [{"type": "text", "text": "1"}]}
+        answers = [{"role": "assistant", "content": [{"type": "text", "text": text}]} for text in ("2", "a b")]
+        encoded = self.apply_chat_template(
+            [[question, answer] for answer in answers],
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            processor_kwargs={"padding": False},
+        )
+        learned, separators = [], []
+        for ids, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
+            last = max((index for index, is_learned in enumerate(mask) if is_learned), default=len(ids) - 1)
+            learned.append([token for token, is_learned in zip(ids, mask, strict=True) if is_learned])
+            separators.append(list(ids[last + 1 :]))
+        shared = 0
+        while shared < min(map(len, learned)) and learned[0][-1 - shared] == learned[1][-1 - shared]:
+            shared += 1
+        return learned[0][len(learned[0]) - shared :], separators[0]
+
+
+class MGLlavaInputs(BatchFeature):
+    """A [`BatchFeature`] in which a collator may set labels; see [`TrainingTargets`].
+
+    Attributes:
+        targets ([`TrainingTargets`], *optional*): Checks what is set. Lost where the object is copied or pickled.
+    """
+
+    targets: "TrainingTargets | None" = None
+
+    def __setitem__(self, key: str, item: Any) -> None:
+        if self.targets is not None:
+            item = self.targets.check(key, item, self.data)
+        super().__setitem__(key, item)
+
+
+class TrainingTargets:
+    """Checks what a collator that knows nothing of MG-LLaVA makes of the processor's output.
+
+    TRL's collators render, tokenize and pad, and then set `labels` or `completion_mask` in the output; its trainers
+    take the loss from these alone. Here they are made right: images need boxes, placeholders and separators are never
+    learned, and labels that are a mere copy of the ids become those of the answers.
+
+    Args:
+        processor ([`MGLlavaProcessor`]): Whose output it is.
+    """
+
+    # What is checked, and the ids and mask that it belongs to.
+    _IDS = {
+        "labels": ("input_ids", "attention_mask", -100),
+        "completion_mask": ("input_ids", "attention_mask", 0),
+        "KL_completion_mask": ("KL_input_ids", "KL_attention_mask", 0),
+    }
+
+    def __init__(self, processor: MGLlavaProcessor):
+        self.processor = processor
+        # Indices of images whose boxes are not known, and of those whose boxes the detector found.
+        self.without_boxes: list[int] = []
+        self.detected: list[int] = []
+        # The ids of each text without padding and, where they are known, which of them answers are.
+        self.rows: list[list[int]] = []
+        self.answers: list[list[bool]] | None = None
+
+    def read(self, encoded: Mapping[str, Any], knows_answers: bool) -> None:
+        """Note ids and answers of encoded texts."""
+        masks = encoded.get("attention_mask") or [[1] * len(ids) for ids in encoded["input_ids"]]
+
+        def without_padding(rows: Any) -> list[list[Any]]:
+            return [
+                [value for value, kept in zip(row, mask, strict=True) if kept]
+                for row, mask in zip(rows, masks, strict=True)
+            ]
+
+        self.rows = without_padding(encoded["input_ids"])
+        self.answers = without_padding(encoded["assistant_masks"]) if knows_answers else None
+
+    def check(self, name: str, value: Any, features: Mapping[str, Any]) -> Any:
+        """Check a value before it is stored.
+
+        Args:
+            name (`str`): The key.
+            value: What is to be stored.
+            features (`Mapping`): What is stored already.
+
+        Returns:
+            What to store instead.
+
+        Raises:
+            ValueError: If an image has no boxes, or a completion has several turns.
+        """
+        if name not in self._IDS:
+            return value
+        if self.without_boxes:
+            raise ValueError(
+                f"`boxes` must be given for training, got none for the image(s) {self.without_boxes} of the batch. "
+                'Put them into the image blocks of the conversation, `{"type": "image", "boxes": [[x1, y1, x2, y2]]}` '
+                "([] for an image without objects): a column `boxes` is not read by TRL's collators. Or use "
+                "mgllava.training.MGLlavaDataCollator, or set `processor.box_detector`."
+            )
+        if self.detected:
+            logger.warning_once(
+                "The boxes of this training batch are those that the processor's detector finds now. To train on "
+                "yours, put them into the image blocks of the conversation; a column `boxes` is not read by TRL's "
+                "collators."
+            )
+        ids_name, mask_name, nothing = self._IDS[name]
+        ids, mask = features.get(ids_name), features.get(mask_name)
+        if not isinstance(value, torch.Tensor) or not isinstance(ids, torch.Tensor) or value.shape != ids.shape:
+            return value
+        is_text = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        is_learned = (value != nothing) & is_text
+        is_placeholder = ids == self.processor.image_token_id
+        # Who chose what is learned left out the images at least.
+        is_copy = bool((is_learned & is_placeholder).any()) or bool(is_learned[is_text].all())
+        ending = self.processor.answer_ending()
+        allowed = ~is_placeholder
+        for index, row in enumerate(ids):
+            places = is_text[index].nonzero().flatten()
+            may_learn = self._may_learn(index, row[places].tolist(), is_copy, ending)
+            allowed[index, places] &= torch.tensor(may_learn, dtype=torch.bool, device=ids.device)
+        if is_copy and bool((is_learned & ~allowed & ~is_placeholder).any()):
+            logger.warning_once(
+                "The labels of a conversation were a copy of its ids: now only its answers are learned, as MG-LLaVA "
+                "is trained. With TRL, pass `assistant_only_loss=True`, which says the same."
+            )
+        return value.masked_fill(~allowed, nothing)
+
+    def _may_learn(self, index: int, ids: list[int], is_copy: bool, ending: tuple[list[int], list[int]]) -> list[bool]:
+        """Tell which ids of a row may be learned: of the text that was encoded, and of a completion after it."""
+        known = self.rows[index] if index < len(self.rows) else []
+        if ids[: len(known)] != known[: len(ids)]:
+            return [True] * len(ids)
+        answers = self.answers[index] if self.answers is not None else []
+        # A conversation without an answer is learned whole, or not at all, as the collator says.
+        front = answers if is_copy and any(answers) else [True] * len(known)
+        completion = ids[len(known) :]
+        return [*front[: len(ids)], *self._of_completion(completion, *ending)]
+
+    @staticmethod
+    def _of_completion(ids: list[int], ending: list[int], separator: list[int]) -> list[bool]:
+        """Tell which ids of a completion may be learned: not the separator after the answer."""
+        width = len(ending)
+        ends = [end for end in range(width, len(ids) + 1) if ending and ids[end - width : end] == ending]
+        if len(ends) > 1:
+            raise ValueError(
+                f"`completion` must hold one answer, got {len(ends)}: a completion is learned whole, with the "
+                "questions between its answers. Put earlier turns into the prompt, or use `messages` with "
+                "`assistant_only_loss=True`."
+            )
+        is_separator = bool(ends) and bool(separator) and ids[ends[0] :] == separator[: len(ids) - ends[0]]
+        kept = ends[0] if is_separator else len(ids)
+        return [True] * kept + [False] * (len(ids) - kept)
 
 
 def _find_boxes(
@@ -740,9 +976,9 @@ def _check_upload_hook() -> None:
 
 
 def _take_boxes(value: Any, boxes: list[Any]) -> Any:
-    """Copy a conversation without the `boxes` of its images, which go to the list, and without boundary characters."""
+    """Copy a conversation without the `boxes` of its images, which go to the list, and without control characters."""
     if isinstance(value, str):
-        return BOUNDARIES.sub("", value)
+        return BOX_MARKS.sub("", BOUNDARIES.sub("", value))
     if isinstance(value, Mapping):
         if value.get("type") in ("image", "image_url"):
             boxes.append(value.get("boxes"))
