@@ -8,11 +8,9 @@ import jinja2
 import jinja2.ext
 import PIL.Image
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mgllava.processing import CHAT_TEMPLATES, MGLlavaImageProcessor, MGLlavaProcessor
+from mgllava.processing import CHAT_TEMPLATES
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PROMPTS = json.loads((GOLDEN / "prompts.json").read_text())
@@ -21,36 +19,6 @@ QUESTIONS, ANSWERS, SYSTEM = PROMPTS["questions"], PROMPTS["answers"], PROMPTS["
 FAMILIES = {"vicuna": "vicuna", "llama3": "llama3_chat", "phi3": "phi3_chat", "yi": "qwen_chat"}
 CASES = [f"{turns}_{system}" for turns in ("one_turn", "two_turns") for system in ("no_system", "with_system")]
 IMAGE = PIL.Image.new("RGB", (30, 20), "teal")
-SPECIALS = ["<|bos|>", "<|eos|>", "<|eot_id|>", "<|end|>", "<|im_end|>", "<|im_start|>", "<|start_header_id|>"]
-
-
-def processor_of(tokenizer, **kwargs):
-    tokenizer.add_tokens(["<image>"], special_tokens=True)
-    image_processor = MGLlavaImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    return MGLlavaProcessor(image_processor, tokenizer, image_seq_length=4, chat_template=CHAT_TEMPLATES, **kwargs)
-
-
-@pytest.fixture(scope="module")
-def sentencepiece_like():
-    return processor_of(AutoTokenizer.from_pretrained(GOLDEN / "llm"))
-
-
-@pytest.fixture(scope="module")
-def byte_level():
-    """A GPT-2-like tokenizer: no space in front, a leading space belongs to the word, BOS by a post-processor."""
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    corpus = [*QUESTIONS, *ANSWERS, SYSTEM, json.dumps(PROMPTS["templates"])]
-    trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=SPECIALS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    raw.train_from_iterator(corpus, trainer)
-    raw.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<|bos|>", eos_token="<|eos|>", pad_token="<|eos|>", padding_side="left"
-    )
-    return processor_of(tokenizer)
 
 
 def conversation_of(case, image=None, to_answer=True):

@@ -11,7 +11,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from mgllava.processing.boxes_mgllava import take_boxes_from_text
-from mgllava.processing.text_chunks_mgllava import ANSWER_BOUNDARY, CHUNK_BOUNDARY, encode_chunks, split_text
+from mgllava.processing.text_chunks_mgllava import BOUNDARY_NAMES, encode_chunks, split_text, writes_boundaries
 
 from .errors import SampleError
 from .samples import MissingBoxes, sample_id, sample_images, to_conversation
@@ -242,13 +242,12 @@ def encode_text(processor: Any, conversation: list[dict[str, Any]]) -> tuple[lis
         mask if the chat template does not mark boundaries.
     """
     template = processor.chat_template
-    has_boundaries = isinstance(template, str) and "chunk_boundary" in template
-    marks = {"chunk_boundary": CHUNK_BOUNDARY, "answer_boundary": ANSWER_BOUNDARY} if has_boundaries else {}
-    text = processor.apply_chat_template(conversation, tokenize=False, **marks)
+    has_boundaries = isinstance(template, str) and writes_boundaries(template)
+    text = processor.apply_chat_template(conversation, tokenize=False, **(BOUNDARY_NAMES if has_boundaries else {}))
     placeholder = re.compile(re.escape(processor.image_token))
     text, _ = take_boxes_from_text(text, placeholder)
     runs = repeat((processor.image_token, 1))
-    chunks = split_text(text, placeholder, runs, processor.tokenizer.bos_token, has_boundaries)
+    chunks = split_text(text, placeholder, runs, processor.tokenizer.bos_token)
     encoded = encode_chunks(
         processor.tokenizer,
         [chunks],
