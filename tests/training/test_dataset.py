@@ -133,3 +133,55 @@ def test_what_is_no_list_of_samples_is_refused(tmp_path, small_processor):
             ConversationDataset([open_source(tmp_path / "s.json", None, None)], small_processor)
     with pytest.raises(TrainingError, match="samples"):
         open_source(tmp_path / "none.json", None, None)
+
+
+def found_at(box):
+    return {"boxes": [box], "labels": ["square"], "scores": [0.9]}
+
+
+def two_pictures(folder, records, boxes=None):
+    """A sample with two pictures, and a box file with some records."""
+    write_samples(folder, count=2, text_every=0)
+    sample = {
+        "id": "pair",
+        "image": ["0.png", "1.png"],
+        "conversations": [{"from": "human", "value": "<image><image>\nSame?"}, {"from": "gpt", "value": "It is red."}],
+    }
+    (folder / "pair.json").write_text(json.dumps([sample | ({} if boxes is None else {"boxes": boxes})]))
+    write_boxes(folder / "pair-boxes.json", [{"id": key, **found_at(box)} for key, box in records.items()])
+    return open_source(folder / "pair.json", folder / "images", folder / "pair-boxes.json")
+
+
+FIRST, SECOND = [5, 10, 40, 30], [6, 10, 41, 30]
+
+
+def test_each_image_of_a_sample_has_its_own_boxes(small_processor, tmp_path):
+    """From the sample, or from a box file that names images by their paths, as a job over a folder does."""
+    named = two_pictures(tmp_path / "a", {"0.png": FIRST, "1.png": SECOND, "other": FIRST})
+    given = two_pictures(tmp_path / "b", {"other": FIRST}, boxes=[[FIRST], [SECOND]])
+    for source in (named, given):
+        batch = MGLlavaDataCollator(small_processor)([ConversationDataset([source], small_processor)[0]])
+        expected = small_processor.image_processor(
+            [str(tmp_path / "a" / "images" / name) for name in ("0.png", "1.png")], boxes=[[FIRST], [SECOND]]
+        )
+        assert batch["boxes"].tolist() == [boxes.tolist() for boxes in expected["boxes"]]
+
+
+@pytest.mark.parametrize("missing_boxes", ["error", "empty"])
+def test_one_record_for_several_images_is_refused(small_processor, tmp_path, missing_boxes):
+    source = two_pictures(tmp_path, {"pair": FIRST})
+    expected = r"Sample pair has 2 images, and .* one record for all of them"
+    with pytest.raises(TrainingError, match=expected):
+        ConversationDataset([source], small_processor, missing_boxes=missing_boxes)
+    with pytest.raises(TrainingError, match=expected):
+        next(iter(stream_samples([source])))
+
+
+def test_boxes_by_an_id_that_two_images_have_are_refused(small_processor, tmp_path):
+    write_samples(tmp_path, count=2, text_every=0)
+    samples = json.loads((tmp_path / "samples.json").read_text())
+    samples[1]["id"] = samples[0]["id"]
+    (tmp_path / "samples.json").write_text(json.dumps(samples))
+    source = open_source(tmp_path / "samples.json", tmp_path / "images", tmp_path / "boxes.json")
+    with pytest.raises(TrainingError, match="Sample sample-0 has another image than an earlier one of this id"):
+        ConversationDataset([source], small_processor)

@@ -199,14 +199,21 @@ def complete_row(row: Mapping[str, Any], source: SampleSource) -> dict[str, Any]
         source (`SampleSource`): Where it comes from.
 
     Returns:
-        `dict`: A sample with full paths and, if it has an image, boxes.
+        `dict`: A sample with full paths and, if it has images, the boxes of each.
+
+    Raises:
+        SampleError: If the box file has no record of its own for each of several images, or two for one.
     """
     sample: dict[str, Any] = {"id": row["id"], **json.loads(row["turns"])}
     if row["image"]:
         sample["images"] = [str(source.image_folder / image) for image in row["image"]]
-        keys = _box_keys(row["id"], row["image"])
-        if "boxes" not in sample and source.boxes is not None and all(key in source.boxes for key in keys):
-            sample["boxes"] = [source.boxes[key] for key in keys]
+        if "boxes" not in sample and source.boxes is not None:
+            # Of a stream, nobody has looked at the samples before.
+            if problem := _box_problem(row["id"], row["image"], source.boxes, "empty"):
+                raise SampleError(f"Sample {row['id']} {problem}.")
+            keys = _box_keys(row["id"], row["image"])
+            if all(key in source.boxes for key in keys):
+                sample["boxes"] = [source.boxes[key] for key in keys]
     return sample
 
 
