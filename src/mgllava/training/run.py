@@ -303,9 +303,7 @@ def _name_detector(processor: MGLlavaProcessor, given: DetectorOptions | None) -
         return  # the model's own, if it has one
     tagger, labels = given.tagger, given.labels
     named = open_detector(detector=given.detector, tagger=None if labels else tagger, mode=given.mode)
-    if labels:
-        named.config["tagger"] = list(labels)
-    processor.box_detector = named
+    processor.box_detector_config = {**named.config, **({"tagger": list(labels)} if labels else {})}
     # It is saved, but it does not run here.
     processor.box_detector = None
     if given.threshold != DetectorOptions.threshold:
