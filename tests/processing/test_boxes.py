@@ -1,6 +1,7 @@
 """Box maths against the original's numbers and against an NMS written out here."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from mgllava.processing import boxes_mgllava
 from mgllava.processing.boxes_mgllava import (
     flatten_boxes,
     limit_boxes,
@@ -123,9 +125,9 @@ def test_bare_boxes_keep_their_order_and_number():
 
 
 def test_mapping_without_scores_is_a_choice_of_regions_that_keeps_its_labels():
-    entry = {"boxes": [[0, 0, 9, 9], [0, 0, 9, 9], [50, 50, 60, 60]], "labels": ["a", "a", "outside"]}
+    entry = {"boxes": [[0, 0, 9, 9], [0, 0, 9, 9], [5, 5, 6, 6]], "labels": ["b", "b", "a"]}
     kept, labels = prepare_boxes(entry, (10, 10), **TO_768)
-    assert len(kept) == 2 and labels == ["a", "a"]
+    assert len(kept) == 3 and labels == ["b", "b", "a"]
 
 
 def test_mapping_without_labels_is_one_category():
@@ -143,7 +145,9 @@ def test_docstring_example():
     assert prepare_boxes([[10, 20, 110, 70]], (100, 200), **TO_768)[0].tolist() == [[38, 269, 422, 461]]
 
 
-@pytest.mark.parametrize("entry", [None, [], np.zeros((0, 4)), [[900, 0, 950, 10]], detected()])
+@pytest.mark.parametrize(
+    "entry", [None, [], np.zeros((0, 4)), [[0, 0, 0, 0]], detected([900, 0, 950, 10]), detected()]
+)
 def test_without_boxes_there_is_the_zero_box(entry):
     boxes, labels = prepare_boxes(entry, (100, 100), **TO_768)
     assert boxes.dtype == torch.int64 and boxes.tolist() == [[0, 0, 0, 0]] and labels == []
@@ -173,7 +177,10 @@ def test_sides_whose_resized_length_is_one_short_shift_the_boxes():
     ("entry", "message"),
     [
         ([[1, 2, 3]], r"`boxes\[7\]` must have shape \(num_boxes, 4\), got \(1, 3\)"),
-        ([1, 2, 3, 4], r"must have shape \(num_boxes, 4\), got \(4,\)"),
+        (
+            [1, 2, 3, 4],
+            r"must have shape \(num_boxes, 4\), got \(4,\). Wrap it: one box is \[\[1.0, 2.0, 3.0, 4.0\]\]",
+        ),
         ([[0, 0, 1, 1], [0, 0, float("nan"), 1]], "finite.*nan.*index 1"),
         ([[0, 0, float("inf"), 1]], "finite.*inf.*index 0"),
         ([[0, 0, 1, 1], [9, 0, 1, 1]], r"x1 <= x2.*\[9.0, 0.0, 1.0, 1.0\] at index 1"),
@@ -199,27 +206,177 @@ BOX = [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
-    ("boxes", "count"),
+    ("box", "message"),
     [
-        (None, 1),
-        (detected(BOX), 1),
-        ([BOX], 1),
-        (np.ones((2, 4)), 1),
-        (np.zeros((0, 4)), 1),
-        ([torch.tensor(BOX), torch.tensor(BOX)], 1),
-        ([], 0),
-        ([[]], 1),
-        ([[BOX, BOX]], 1),
-        ([[BOX], [], None], 3),
-        ([detected(BOX), None], 2),
-        ([np.ones((3, 4)), np.ones((2, 4))], 2),
-        (torch.ones(5, 2, 4), 5),
-        ([[[BOX]], [[BOX], [BOX]]], 3),
-        ([[], [detected(BOX)], [None, [BOX]]], 3),
+        ([0.1, 0.2, 0.9, 0.8], "looks relative to its size. Multiply x by the width and y by the height"),
+        ([0.0, 0.0, 1.0, 1.0], "looks relative"),
+        (np.array([0.0, 0.25, 1.0, 0.5]), "looks relative"),
+        (torch.tensor([-0.01, 0.25, 1.02, 0.5], dtype=torch.float64), "looks relative"),
+        ([640, 10, 700, 20], "which is outside of it"),
+        ([10, 480, 20, 500], "which is outside of it"),
+        ([-30, 10, -5, 20], "which is outside of it"),
+        ([10, -30, 20, 0], "which is outside of it"),
+        ([1000, 1000, 2000, 2000], r"the upright image \(640 x 480, width x height\)"),
     ],
 )
-def test_flatten_boxes_gives_one_entry_per_image(boxes, count):
-    assert len(flatten_boxes(boxes)) == count
+@pytest.mark.parametrize("as_mapping", [False, True])
+def test_regions_that_are_not_in_pixels_of_the_image_are_refused(box, message, as_mapping):
+    for boxes, index in (([box], 0), ([[5, 5, 50, 50], box], 1)):
+        if index and message == "looks relative" and isinstance(box, list):
+            continue  # next to a box in pixels, whole numbers are pixels
+        entry = {"boxes": boxes, "labels": ["a"] * len(boxes)} if as_mapping else boxes
+        with pytest.raises(ValueError, match=rf"(?s)`boxes\[3\]` .*at index {index}.*|{message}") as caught:
+            prepare_boxes(entry, (480, 640), **TO_768, name="boxes[3]")
+        assert re.search(message, str(caught.value)) and f"at index {index}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "image_size"),
+    [
+        ([[0, 0, 1, 1]], (480, 640)),  # the first pixel
+        (torch.tensor([[0, 0, 1, 1]]), (480, 640)),
+        ([[0.0, 0.0, 1.0, 1.0], [5.0, 5.0, 50.5, 50.0]], (480, 640)),
+        ([[0.5, 0.5, 3.25, 2.0]], (480, 640)),
+        ([[0.0, 0.0, 1.0, 1.0]], (1, 1)),
+        ([[0.0, 0.0, 0.0, 0.0]], (480, 640)),  # no object
+        ([[0, 0, 640, 480], [639, 479, 640, 480]], (480, 640)),
+    ],
+)
+def test_regions_in_the_image_are_taken_as_they_are(boxes, image_size, monkeypatch):
+    monkeypatch.setattr(boxes_mgllava.logger, "warning_once", pytest.fail)
+    assert len(prepare_boxes(boxes, image_size, **TO_768)[0]) == len(boxes)
+
+
+def test_regions_over_the_edge_are_clipped_with_a_warning(monkeypatch):
+    messages = []
+    monkeypatch.setattr(boxes_mgllava.logger, "warning_once", messages.append)
+    boxes = [[10, 10, 20, 20], [-30, 40, 50, 999], [600, 5, 640.5, 50]]
+    kept, _ = prepare_boxes(boxes, (480, 640), **TO_768, name="boxes[3]")
+    assert len(messages) == 1 and "`boxes[3]` reach over the edge" in messages[0]
+    assert "[-30.0, 40.0, 50.0, 999.0] at index 1 (1 such boxes)" in messages[0]
+    inside, _ = prepare_boxes([[10, 10, 20, 20], [0, 40, 50, 480], [600, 5, 640, 50]], (480, 640), **TO_768)
+    assert kept.tolist() == inside.tolist()
+    # What a detector found goes the original's way: into the padding, without a word.
+    found, _ = prepare_boxes(detected(*boxes, labels=["a", "b", "c"]), (480, 640), **TO_768)
+    assert len(messages) == 1 and found[1].tolist() == [0, 144, 60, 768]
+
+
+def test_regions_without_area_are_said(monkeypatch):
+    messages = []
+    monkeypatch.setattr(boxes_mgllava.logger, "warning_once", messages.append)
+    kept, _ = prepare_boxes([[5, 5, 50, 50], [7, 7, 7, 9], [0, 0, 0, 0]], (480, 640), **TO_768)
+    assert len(kept) == 3 and len(messages) == 1 and "[7.0, 7.0, 7.0, 9.0] at index 1 (1 such boxes)" in messages[0]
+
+
+def test_relative_boxes_of_a_detector_are_said(monkeypatch):
+    messages = []
+    monkeypatch.setattr(boxes_mgllava.logger, "warning_once", messages.append)
+    prepare_boxes(detected([0.1, 0.2, 0.5, 0.6], [0.0, 5.5, 9.0, 9.0], labels=["a", "b"]), (480, 640), **TO_768)
+    assert len(messages) == 0  # one of many may lie in the first pixel
+    prepare_boxes(detected([0.1, 0.2, 0.5, 0.6], [0.0, 0.5, 0.9, 1.0], labels=["a", "b"]), (480, 640), **TO_768)
+    assert len(messages) == 1 and "seem to be relative to its size" in messages[0]
+
+
+def test_regions_that_the_crop_cuts_off_are_refused():
+    options = {"resize_to": 50, "crop_to": (50, 50), "pad_to_square": False}
+    assert len(prepare_boxes([[100, 0, 120, 50]], (50, 200), **options)[0]) == 1
+    with pytest.raises(ValueError, match=r"got \[0.0, 0.0, 20.0, 50.0\] at index 1, which the crop"):
+        prepare_boxes([[100, 0, 120, 50], [0, 0, 20, 50]], (50, 200), **options)
+    assert len(prepare_boxes(detected([100, 0, 120, 50], [0, 0, 20, 50]), (50, 200), **options)[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("boxes", "groups", "expected"),
+    [
+        (None, None, [None]),
+        (detected(BOX), None, [detected(BOX)]),
+        ([BOX], None, [[BOX]]),
+        ((BOX,), None, [[BOX]]),
+        ([[BOX, BOX]], None, [[BOX, BOX]]),
+        ((box for box in [BOX, BOX]), None, [[BOX, BOX]]),
+        ([[BOX], [], None], None, [[BOX], [], None]),
+        ([None, [BOX]], None, [None, [BOX]]),
+        ([detected(BOX), None], None, [detected(BOX), None]),
+        ([[[BOX]], [[BOX], [BOX]]], None, [[BOX], [BOX], [BOX]]),
+        ([[], [detected(BOX)], [None, [BOX]]], None, [detected(BOX), None, [BOX]]),
+        ([[], [[BOX]]], [2, 1], [[], [], [BOX]]),
+        ([None, [[BOX]]], [2, 1], [None, None, [BOX]]),
+        ([[None, []], [[BOX]]], [2, 1], [None, [], [BOX]]),
+        # Nothing but empty lists, at every level.
+        ([], [1], [[]]),
+        ([], None, [[], []]),
+        ([], [2, 1], [[], [], []]),
+        ([[]], None, [[]]),
+        ([[[]]], None, [[]]),
+        ([[], []], None, [[], []]),
+        ([[[]], [[], []]], [1, 2], [[], [], []]),
+        ([[[]], [[], []]], None, [[], [], []]),
+        ([[], []], [2, 1], [[], [], []]),
+        ([[], [], []], [2, 1], [[], [], []]),
+        ([[None], [[], None]], [1, 2], [None, [], None]),
+        ([[None], [None]], None, [None, None]),
+        ([None, []], [2, 1], [None, None, []]),
+        ([[[]], [None]], [1, 1], [[], None]),
+    ],
+)
+def test_flatten_boxes_gives_one_entry_per_image(boxes, groups, expected):
+    assert flatten_boxes(boxes, len(expected), groups) == expected
+
+
+@pytest.mark.parametrize(
+    ("boxes", "count"),
+    [
+        (np.ones((2, 4)), 1),
+        (np.zeros((0, 4)), 1),
+        (np.zeros(0), 1),
+        ([torch.tensor(BOX), torch.tensor(BOX)], 1),
+        ([np.ones((3, 4)), np.ones((2, 4))], 2),
+        ([np.zeros((0, 4)), np.zeros((0, 4))], 2),
+        (torch.ones(5, 2, 4), 5),
+        (torch.ones(5, 0, 4), 5),
+        ([np.ones((3, 4)), [BOX], None, detected(BOX)], 4),
+        (np.array([[BOX, BOX], [BOX]], dtype=object), 2),
+        ([torch.ones(2, 1, 4), torch.ones(1, 3, 4)], 3),
+    ],
+)
+def test_flatten_boxes_takes_arrays(boxes, count):
+    entries = flatten_boxes(boxes, count)
+    assert len(entries) == count
+    assert all(entry is None or read_boxes(entry)[0].shape[1] == 4 for entry in entries)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "count", "error", "message"),
+    [
+        (BOX, 1, ValueError, r"got the numbers \[1, 2, 3, 4\]. Wrap them"),
+        (np.array(BOX), 1, ValueError, "Wrap them"),
+        ([BOX, BOX], 2, ValueError, "got 1 entries for 2 images. Put the boxes of each image into a list"),
+        ([BOX, [BOX]], 2, ValueError, r"got \[1, 2, 3, 4\] at index 0, which has fewer levels than others. Wrap it"),
+        ([[BOX], BOX], 2, ValueError, "at index 1"),
+        ([[[[BOX]]]], 1, ValueError, "more levels"),
+        ([[BOX], [BOX]], 1, ValueError, "got 2 entries for 1 images"),
+        ([[], []], 1, ValueError, "got 2 entries for 1 images"),
+        ("[[1, 2, 3, 4]]", 1, TypeError, "got str '\\[\\[1, 2"),
+        ([[["1", "2", "3", "4"]]], 1, TypeError, "must hold numbers, got str '1'"),
+        (object(), 1, TypeError, "must hold numbers, got object"),
+        ([[BOX], [object()]], 2, TypeError, "got object"),
+    ],
+)
+def test_wrong_nesting_is_named(boxes, count, error, message):
+    with pytest.raises(error, match=message):
+        flatten_boxes(boxes, count)
+
+
+def test_a_group_with_a_wrong_number_of_entries_is_named():
+    with pytest.raises(
+        ValueError, match=r"`boxes\[0\]` must have one entry per image of `images\[0\]`, got 1 entries for 2"
+    ):
+        flatten_boxes([[[BOX]], [[BOX], [BOX]]], 3, [2, 1])
+
+
+def test_labels_that_are_one_string_are_refused():
+    with pytest.raises(TypeError, match=r"`boxes` must have a list of labels, .* got the string 'cat'"):
+        read_boxes({"boxes": [BOX] * 3, "labels": "cat"})
 
 
 def test_many_boxes_are_fast():

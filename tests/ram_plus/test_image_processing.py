@@ -1,5 +1,7 @@
 """Both image processor backends against the original's pixels and against PIL by hand."""
 
+import base64
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -94,7 +96,8 @@ def test_exif_orientation_is_ignored_unless_wanted(backend, tmp_path):
     upright = torch.from_numpy(np.array(stored.transpose(PIL.Image.Transpose.ROTATE_270))).permute(2, 0, 1)
     as_stored = torch.from_numpy(np.array(stored)).permute(2, 0, 1)
     image_processor = backend(size={"height": 8, "width": 8})
-    for image in (tmp_path / "turned.png", PIL.Image.open(tmp_path / "turned.png")):
+    path = tmp_path / "turned.png"
+    for image in (path, PIL.Image.open(path), path.read_bytes(), base64.b64encode(path.read_bytes()).decode()):
         assert torch.equal(raw(image_processor, image)[0], as_stored)
         assert torch.equal(raw(image_processor, image, do_exif_transpose=True)[0], upright)
 
@@ -104,15 +107,10 @@ def test_exif_orientation_is_ignored_unless_wanted(backend, tmp_path):
     ("image", "error", "said"),
     [
         (3.0, TypeError, "got float"),
-        (
-            noise(8, 8).astype(np.int64),
-            ValueError,
-            "8-bit arrays, or floating point arrays from 0 to 1, got torch.int64",
-        ),
-        (noise(8, 8) * 1.0, ValueError, "from 0.0 to 2"),
+        (noise(8, 8).astype(np.int64) * 2, ValueError, "values from 0 to 255, .* got 0 to"),
         (np.full((8, 8, 3), np.nan), ValueError, "to nan"),
         (noise(8, 8, 5), ValueError, "channel"),
-        (noise(1, 8)[0, 0], ValueError, r"2 or 3 dimensions, or 4 for a batch, got shape \(3,\)"),
+        (noise(1, 8)[0, 0], TypeError, r"2 dimensions .*, 3, or 4 for a batch, got an array of shape \(3,\)"),
         ("no/such/file.png", ValueError, "no/such/file.png"),
     ],
 )

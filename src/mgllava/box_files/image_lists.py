@@ -1,7 +1,6 @@
 """What there is to detect: folders, image files, JSON lists of questions or conversations, datasets."""
 
 import hashlib
-import io
 import json
 import logging
 import os
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from PIL import Image
 
-from mgllava.processing.image_inputs_mgllava import as_rgb, load_upright
+from mgllava.processing.image_inputs_mgllava import load_upright
 
 from .errors import BoxFileError
 
@@ -50,7 +49,7 @@ class ImageList:
 
     Args:
         entries (`list[ImageEntry]`): The images.
-        open (`Callable[[int], Any]`): Gives a path or a binary file for the number of an image.
+        open (`Callable[[int], Any]`): Gives an image for its number: a path, or what a dataset stores.
         source (`str`): Where they come from, part of the digest.
         samples_without_image (`int`): Samples of a JSON list that were left out: text only, or with a video.
     """
@@ -81,14 +80,10 @@ class ImageList:
             `PIL.Image.Image`: RGB, upright (its EXIF orientation is applied).
 
         Raises:
-            Exception: Whatever the decoder raises when the image is damaged.
+            OSError: If it cannot be opened.
         """
-        with Image.open(self.open(number)) as file:
-            image: Image.Image = load_upright(file)
-        if image.mode == "RGB":
-            return image
-        # As the processor does it: PIL alone would clip images of 16 bits.
-        return Image.fromarray(as_rgb(image).permute(1, 2, 0).numpy())
+        image: Image.Image = load_upright(self.open(number))
+        return image
 
 
 def list_images(
@@ -327,7 +322,7 @@ def _from_dataset(dataset: Any, source: str) -> ImageList:
         stored = dataset[number][column]
         if stored is None:
             raise OSError("the row holds no image")
-        return stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
+        return stored
 
     return ImageList(entries, open_image, source)
 

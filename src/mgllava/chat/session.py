@@ -72,9 +72,6 @@ def read_picture(image: Any) -> Image.Image:
     """
     name = os.fspath(image) if isinstance(image, str | os.PathLike) else "The image"
     try:
-        # Opened here where it is a path: one that does not exist would be read as base64.
-        if isinstance(image, str | os.PathLike) and not name.startswith(("http://", "https://", "data:image/")):
-            image = Image.open(image)
         return to_pil_image(as_rgb(load_upright(image)))
     # Decoders and connections fail in more ways than can be listed, and none of them may end a chat.
     except Exception as error:

@@ -37,7 +37,7 @@ from .boxes_mgllava import (
     take_boxes_from_text,
     write_boxes_into_text,
 )
-from .image_inputs_mgllava import as_rgb, flat_images
+from .image_inputs_mgllava import as_rgb, flat_images, group_sizes, image_block
 from .text_chunks_mgllava import (
     BOUNDARY_NAMES,
     PRIVATE_CHARACTERS,
@@ -659,10 +659,10 @@ class MGLlavaProcessor(ProcessorMixin):
         self, images: Any, targets: "TrainingTargets | None" = None, **kwargs: Any
     ) -> tuple[BatchFeature, list[str]]:
         """Find the boxes that are not given, then process the images and make their runs of placeholders."""
-        images = flat_images(images)
+        groups, images = group_sizes(images), flat_images(images)
         boxes = kwargs.pop("boxes", None)
-        entries = [None] * len(images) if boxes is None else flatten_boxes(boxes)
-        missing = [index for index, entry in enumerate(entries) if entry is None and index < len(images)]
+        entries = flatten_boxes(boxes, len(images), groups)
+        missing = [index for index, entry in enumerate(entries) if entry is None]
         if missing and (detector := self.box_detector) is not None:
             found = _find_boxes(detector, [images[index] for index in missing], kwargs.get("input_data_format"))
             for index, entry in zip(missing, found, strict=True):
@@ -1054,7 +1054,7 @@ def _take_boxes(value: Any, boxes: list[Any]) -> Any:
     if isinstance(value, Mapping):
         if value.get("type") in ("image", "image_url"):
             boxes.append(value.get("boxes"))
-            value = {key: item for key, item in value.items() if key != "boxes"}
+            value = image_block({key: item for key, item in value.items() if key != "boxes"})
         return {key: _take_boxes(item, boxes) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_take_boxes(item, boxes) for item in value]

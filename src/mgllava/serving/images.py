@@ -5,8 +5,8 @@ import binascii
 import io
 
 import PIL.Image
-import PIL.ImageOps
 
+from mgllava.processing.image_inputs_mgllava import load_upright
 from mgllava.serving.errors import RequestError
 from mgllava.serving.limits import ServingLimits
 
@@ -58,7 +58,7 @@ def decode_image(data: bytes, param: str, limits: ServingLimits) -> PIL.Image.Im
         limits ([`ServingLimits`]): How many pixels it may have.
 
     Returns:
-        `PIL.Image.Image`: The image, decoded.
+        `PIL.Image.Image`: The image, decoded, RGB.
 
     Raises:
         RequestError: If it is no image of a known format, broken, or too large.
@@ -67,8 +67,7 @@ def decode_image(data: bytes, param: str, limits: ServingLimits) -> PIL.Image.Im
         image = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
         side = max(image.size)
         if side <= limits.image_side:
-            upright = PIL.ImageOps.exif_transpose(image)  # decodes
-            upright.load()
+            upright: PIL.Image.Image = load_upright(image)
             return upright
     except PIL.Image.DecompressionBombError:
         side = None
@@ -77,7 +76,8 @@ def decode_image(data: bytes, param: str, limits: ServingLimits) -> PIL.Image.Im
     except Exception as error:  # broken files make decoders raise whatever comes, struct.error and IndexError included
         known = ", ".join(_FORMATS)
         raise RequestError(
-            f"`{param}` must be an image ({known}), got {len(data):,} bytes that cannot be read: {error}",
+            f"`{param}` must be an image ({known}), got {len(data):,} bytes that cannot be read: "
+            f"{error.__cause__ or error}",
             param,
             "invalid_image",
         ) from None
