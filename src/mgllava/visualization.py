@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
+from mgllava.processing.boxes_mgllava import read_boxes_of_image
 from mgllava.processing.image_inputs_mgllava import as_rgb, load_upright
 
 Color = tuple[int, int, int]
@@ -42,10 +43,11 @@ def draw_boxes(
     Where labels would cover each other, that of the best box has its place first.
 
     Args:
-        image: The original image: PIL, array, tensor, path or URL, as the processor takes it.
+        image: The original image, in any form that the processor takes.
         detections (`Mapping` or array of shape `(num_boxes, 4)`): `{"boxes", "labels", "scores"}`, what a detector
-            returns and box files hold (labels and scores may be absent), or boxes alone: xyxy in pixels of the
-            original image (upright: its EXIF orientation is applied). Parts outside the image are not drawn.
+            returns and box files hold (labels and scores may be absent), also in a list of one, or boxes alone: xyxy
+            in pixels of the original image (upright: its EXIF orientation is applied). Parts outside the image are
+            not drawn; without scores, a box that lies outside is an error, as in the processor.
         scores (`bool`): Whether to write the scores behind the labels.
         line_width (`int`, *optional*): In pixels; fits the image by default.
         font_size (`int`, *optional*): In pixels; fits the image by default.
@@ -56,10 +58,12 @@ def draw_boxes(
         the image is too small for letters.
 
     Raises:
-        ValueError: If the boxes are not of shape `(num_boxes, 4)` or not xyxy, or labels or scores are not as many.
+        TypeError: If the image or the boxes are none.
+        ValueError: If the boxes are not of shape `(num_boxes, 4)`, not xyxy or not in pixels of the image, or labels
+            or scores are not as many.
     """
     picture = to_pil_image(as_rgb(load_upright(image)))
-    boxes, labels, values = _unpack(detections)
+    boxes, labels, values = _unpack(detections, (picture.height, picture.width))
     enlarged = math.ceil(_LEAST_SIDE / math.sqrt(picture.width * picture.height))
     if enlarged > 1:
         picture = picture.resize((picture.width * enlarged, picture.height * enlarged), Image.Resampling.BICUBIC)
@@ -107,25 +111,12 @@ def draw_boxes(
     return picture
 
 
-def _unpack(detections: Any) -> tuple[torch.Tensor, list[str] | None, list[float] | None]:
-    labels: Sequence[Any] | None = None
-    scores: Any = None
-    boxes = detections
-    if isinstance(detections, Mapping):
-        boxes, labels, scores = detections["boxes"], detections.get("labels"), detections.get("scores")
-    boxes = torch.as_tensor(boxes, dtype=torch.float64).cpu()
-    if boxes.numel() == 0:
-        boxes = boxes.reshape(0, 4)
-    if boxes.ndim != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"`boxes` must have shape (num_boxes, 4), got {tuple(boxes.shape)}. Pass those of one image.")
-    reversed_corners = (boxes[:, :2] > boxes[:, 2:]).any(dim=1)
-    if reversed_corners.any():
-        raise ValueError(
-            f"`boxes` must be xyxy with x1 <= x2 and y1 <= y2, got {boxes[reversed_corners][0].tolist()}."
-        )
-    for name, values in (("labels", labels), ("scores", scores)):
-        if values is not None and len(values) != len(boxes):
-            raise ValueError(f"`{name}` must be as many as the boxes, {len(boxes)}, got {len(values)}.")
+def _unpack(detections: Any, image_size: tuple[int, int]) -> tuple[torch.Tensor, list[str] | None, list[float] | None]:
+    if isinstance(detections, list | tuple) and any(isinstance(entry, Mapping) for entry in detections):
+        if len(detections) != 1:
+            raise ValueError(f"`detections` must be those of one image, got {len(detections)}. Draw them one by one.")
+        detections = detections[0]
+    boxes, labels, scores = read_boxes_of_image(detections, image_size, "detections")
     return (
         boxes,
         None if labels is None else [str(label) for label in labels],

@@ -71,8 +71,8 @@ def test_unreadable_images_are_counted_logged_and_listed(many_images, tmp_path, 
     assert summary.unreadable == 3 and summary.records == NUMBER - 3
     listed = [json.loads(line) for line in summary.unreadable_list.read_text().splitlines()]
     assert [entry["image"] for entry in listed] == UNREADABLE
-    assert "UnidentifiedImageError" in listed[1]["reason"]
-    assert "Skipped 0250.png (UnidentifiedImageError" in caplog.text
+    assert "UnreadableImageError" in listed[1]["reason"]
+    assert "Skipped 0250.png (UnreadableImageError" in caplog.text
     assert "Unreadable images: 3, see" in str(summary)
 
 

@@ -345,9 +345,9 @@ def test_unreadable_images_are_named(detector, tmp_path):
     (tmp_path / "broken.png").write_bytes((GOLDEN_RAM / CASES[0]["image"]).read_bytes()[:900])
     (tmp_path / "text.jpg").write_text("no image")
     for path in ("broken.png", "text.jpg", "missing.png"):
-        with pytest.raises(ValueError, match=rf"`images\[1\]` \(.*{path}\) cannot be read"):
+        with pytest.raises(ValueError, match=rf"`images\[1\]` must be .*{path}"):
             detector.detect([IMAGES[0], tmp_path / path], ["a"])
-    with pytest.raises(ValueError, match=r"`images\[0\]` cannot be read.*got int"):
+    with pytest.raises(TypeError, match=r"`images\[0\]` must hold .*got int"):
         detector.detect([3], ["a"])
     with pytest.raises(ValueError, match="`batch_size` must be at least 1"):
         detector.detect(IMAGES, ["a"], batch_size=0)

@@ -12,7 +12,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from transformers import DynamicCache, GenerationConfig, TextStreamer
 
 from mgllava.modeling import CACHE_NAME
-from mgllava.processing.boxes_mgllava import limit_boxes, nms_per_label, read_boxes
+from mgllava.processing.boxes_mgllava import limit_boxes, nms_per_label, read_boxes_of_image
 from mgllava.processing.image_inputs_mgllava import as_rgb, load_upright
 from mgllava.user_text import encode_conversation
 
@@ -158,17 +158,17 @@ class ChatSession:
             if boxes is None and self.processor.box_detector is not None:
                 options = {} if self.detection_threshold is None else {"threshold": self.detection_threshold}
                 (boxes,) = self.processor.detect([picture], **options)
-            detections = boxes if isinstance(boxes, Mapping) else {"boxes": read_boxes(boxes)[0]}
-            objects = self._objects(detections)
+            detections = boxes if isinstance(boxes, Mapping) else {"boxes": [] if boxes is None else boxes}
+            objects = self._objects(detections, (picture.height, picture.width))
         except (OSError, TypeError, ValueError) as error:
             raise ChatError(f"The objects in {name[:200]} cannot be found: {error}") from error
         shown = ChatImage(name, picture, detections, objects)
         self._waiting.append(shown)
         return shown
 
-    def _objects(self, detections: Mapping[str, Any]) -> dict[str, Any]:
+    def _objects(self, detections: Mapping[str, Any], image_size: tuple[int, int]) -> dict[str, Any]:
         """Choose the boxes that the processor keeps."""
-        boxes, labels, scores = read_boxes(detections)
+        boxes, labels, scores = read_boxes_of_image(detections, image_size)
         kept = list(range(len(boxes)))
         if scores is not None:
             settings = self.processor.image_processor

@@ -327,7 +327,7 @@ class BoxDetector:
             of shape `(n,)`), on the CPU. The processor takes it as `boxes`.
 
         Raises:
-            TypeError: If labels are not strings.
+            TypeError: If labels are not strings, or something is not an image.
             ValueError: If there is nothing to look for, the numbers of images and lists of labels differ, or an image
                 cannot be read.
             RuntimeError: If this process was forked from the one that put the detector on an accelerator.

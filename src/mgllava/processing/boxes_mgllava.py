@@ -61,7 +61,7 @@ def prepare_boxes(
             output: it goes through NMS and the limit, and comes back best first (regrouped by label where the limit
             per category applied); boxes outside the image are dropped, as in the original. A bare array, or a mapping
             without `scores`, is the user's own choice of regions: their order and number are kept; see
-            [`check_regions`] for what is refused. `None`: no boxes.
+            [`read_boxes_of_image`] for what is refused. `None`: no boxes.
         image_size (`tuple[int, int]`): `(height, width)` of the original image.
         resize_to (`int`, *optional*): Length of the short side after resizing; `None` if images are not resized.
         crop_to (`tuple[int, int]`, *optional*): `(height, width)` of the centre crop; `None` if nothing is cropped.
@@ -82,17 +82,8 @@ def prepare_boxes(
         ValueError: If shapes, values or lengths are wrong, a region does not lie in the image, or `limit_mode` is
             unknown.
     """
-    boxes, given_labels, scores = read_boxes(entry, name)
-    labels = [None] * len(boxes) if given_labels is None else given_labels
-    given = boxes
-    if scores is None:
-        rows = entry["boxes"] if isinstance(entry, Mapping) else entry
-        boxes = check_regions(boxes, image_size, name, are_integers=_are_integers(rows))
-    elif len(boxes) and max(image_size) > 2 and _look_relative(boxes, are_integers=True).all():
-        logger.warning_once(
-            f"All boxes of `{name}` lie within the first pixel of an image of {_size(image_size)} pixels, so they "
-            "seem to be relative to its size: multiply x by the width and y by the height."
-        )
+    given, given_labels, scores = read_boxes_of_image(entry, image_size, name)
+    boxes, labels = given, [None] * len(given) if given_labels is None else given_labels
 
     if pad_to_square:
         boxes = boxes + padding_offset(image_size)
@@ -115,26 +106,43 @@ def prepare_boxes(
     return boxes, [] if given_labels is None else labels
 
 
-def check_regions(
-    boxes: torch.Tensor, image_size: tuple[int, int], name: str = "boxes", *, are_integers: bool
-) -> torch.Tensor:
-    """Check that the regions that a user chose are in pixels of the image, and clip them to it.
+def read_boxes_of_image(
+    entry: Any, image_size: tuple[int, int], name: str = "boxes"
+) -> tuple[torch.Tensor, list[Label] | None, torch.Tensor | None]:
+    """Read the boxes of one image and check that they are in pixels of that image.
 
-    What reaches over the edge by a pixel or more is clipped with a warning. Whole numbers may lie in the first pixel;
-    fractions between 0 and 1 mean relative coordinates. The box [0, 0, 0, 0] stands for "no object" and is kept.
+    What a detector found (with scores) is taken as it is, as in the original. Regions that a user chose must lie in
+    the image: what reaches over its edge by a pixel or more is clipped with a warning. Whole numbers may lie in the
+    first pixel, but fractions between 0 and 1 there mean relative coordinates. The box [0, 0, 0, 0] stands for "no
+    object" and is kept.
 
     Args:
-        boxes (`torch.Tensor`): fp32 of shape `(n, 4)`, xyxy in pixels of the upright original image.
-        image_size (`tuple[int, int]`): `(height, width)` of that image.
-        name (`str`): How error messages call them.
-        are_integers (`bool`): Whether they were given as integers.
+        entry: See [`prepare_boxes`].
+        image_size (`tuple[int, int]`): `(height, width)` of the upright original image.
+        name (`str`): How error messages call the entry.
 
     Returns:
-        `torch.Tensor`: As many boxes, within the image.
+        `tuple`: As of [`read_boxes`]; the regions of a user lie in the image.
 
     Raises:
-        ValueError: If a box has relative coordinates, or lies outside of the image.
+        TypeError: If the entry is neither a mapping nor an array.
+        ValueError: If shapes, values or lengths are wrong, or a region of a user has relative coordinates or lies
+            outside of the image.
     """
+    boxes, labels, scores = read_boxes(entry, name)
+    if scores is None:
+        rows = entry["boxes"] if isinstance(entry, Mapping) else entry
+        boxes = _check_regions(boxes, image_size, name, _are_integers(rows))
+    elif len(boxes) and max(image_size) > 2 and _look_relative(boxes, are_integers=True).all():
+        logger.warning_once(
+            f"All boxes of `{name}` lie within the first pixel of an image of {_size(image_size)} pixels, so they "
+            "seem to be relative to its size: multiply x by the width and y by the height."
+        )
+    return boxes, labels, scores
+
+
+def _check_regions(boxes: torch.Tensor, image_size: tuple[int, int], name: str, are_integers: bool) -> torch.Tensor:
+    """Check regions that a user chose, and clip them to the image."""
     if len(boxes) == 0:
         return boxes
     height, width = image_size

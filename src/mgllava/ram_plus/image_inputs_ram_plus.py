@@ -238,7 +238,8 @@ def _undecodable(error: Exception, name: str, shown: str) -> UnreadableImageErro
     advice = "The file may be incomplete or damaged: replace it, or leave it out."
     if isinstance(error, PIL.Image.DecompressionBombError):
         advice = "If you trust it, raise PIL.Image.MAX_IMAGE_PIXELS."
-    return UnreadableImageError(f"`{name}` must be an image that can be decoded, got {shown}: {error} {advice}")
+    problem = str(error).rstrip(".") or type(error).__name__
+    return UnreadableImageError(f"`{name}` must be an image that can be decoded, got {shown}: {problem}. {advice}")
 
 
 def _open_array(array: np.ndarray | torch.Tensor, name: str) -> Any:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from mgllava.processing.boxes_mgllava import flatten_boxes
+
 from .errors import SampleError
 
 IMAGE_TOKEN = "<image>"
@@ -58,9 +60,10 @@ def to_conversation(sample: Mapping[str, Any], missing_boxes: MissingBoxes = "er
     """
     name = sample_id(sample)
     images, boxes = sample_images(sample), sample.get("boxes")
-    entries = [] if boxes is None or not images else [boxes] if _is_one_entry(boxes, len(images)) else list(boxes)
-    if entries and len(entries) != len(images):
-        raise SampleError(f"Sample {name} must have boxes for each image, got {len(entries)} for {len(images)}.")
+    try:
+        entries = flatten_boxes(boxes, len(images)) if images else []
+    except (TypeError, ValueError) as error:
+        raise SampleError(f"Sample {name} must have boxes for each image: {error}") from error
     if sample.get("messages") is not None:
         turns = [_read_message(message, name) for message in sample["messages"]]
     elif sample.get("conversations") is not None:
@@ -75,7 +78,7 @@ def to_conversation(sample: Mapping[str, Any], missing_boxes: MissingBoxes = "er
     if not turns:
         raise SampleError(f"Sample {name} has no answer to learn.")
     conversation: list[dict[str, Any]] = []
-    pending = iter(zip(images, entries or [None] * len(images), strict=True))
+    pending = iter(zip(images, entries, strict=True))
     used = 0
     for role, blocks in turns:
         content = []
@@ -103,16 +106,6 @@ def to_conversation(sample: Mapping[str, Any], missing_boxes: MissingBoxes = "er
     if used != len(images):
         raise SampleError(f"Sample {name} has {len(images)} images, but {used} {IMAGE_TOKEN} in its questions.")
     return conversation
-
-
-def _is_one_entry(boxes: Any, num_images: int) -> bool:
-    """Whether `boxes` are those of the only image, not a list of entries."""
-    if isinstance(boxes, Mapping) or hasattr(boxes, "ndim") or len(boxes) == 0:
-        return True
-    first = boxes[0]
-    return (
-        num_images == 1 and not isinstance(first, Mapping) and len(first) == 4 and not isinstance(first[0], Sequence)
-    )
 
 
 def _read_turn(turn: Mapping[str, Any], name: str) -> tuple[str, list[dict[str, Any]]]:
