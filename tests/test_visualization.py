@@ -110,7 +110,9 @@ def test_boxes_of_all_kinds():
     expected = draw_boxes(grey(600, 400), [box])
     for boxes in (np.array([box]), torch.tensor([box]), {"boxes": torch.tensor([box], dtype=torch.bfloat16)}):
         assert draw_boxes(grey(600, 400), boxes) == expected
-    for boxes in ([], torch.zeros(0, 4), {"boxes": [], "labels": [], "scores": []}, [[-20, -20, -5, -5]]):
+    assert draw_boxes(grey(600, 400), [{"boxes": [box]}]) == expected  # what a detector returns for one image
+    outside = {"boxes": [[-20, -20, -5, -5]], "scores": [0.5]}  # of a detector
+    for boxes in ([], torch.zeros(0, 4), {"boxes": [], "labels": [], "scores": []}, outside):
         assert not drawn(draw_boxes(grey(600, 400), boxes)).any()
 
 
@@ -126,11 +128,14 @@ def test_the_image_is_turned_upright_and_left_as_it_is():
 @pytest.mark.parametrize(
     ("found", "said"),
     [
-        ([[1, 2, 3]], r"`boxes` must have shape \(num_boxes, 4\), got \(1, 3\)"),
+        ([[1, 2, 3]], r"`detections` must have shape \(num_boxes, 4\), got \(1, 3\)"),
         ([[[1, 2, 3, 4]]], r"got \(1, 1, 4\)"),
-        ({"boxes": [[1, 2, 3, 4]], "labels": []}, "`labels` must be as many as the boxes, 1, got 0"),
-        ({"boxes": [[1, 2, 3, 4]], "scores": [1, 2]}, "`scores` must be as many as the boxes, 1, got 2"),
-        ([[30, 2, 3, 4]], r"xyxy .* got \[30\.0, 2\.0, 3\.0, 4\.0\]"),
+        ({"boxes": [[1, 2, 3, 4]], "labels": []}, "must have as many labels as boxes, got 0 labels for 1 boxes"),
+        ({"boxes": [[1, 2, 3, 4]], "scores": [1, 2]}, "must have as many scores as boxes, got 2 scores for 1 boxes"),
+        ([[30, 2, 3, 4]], r"x1 <= x2 .* got \[30\.0, 2\.0, 3\.0, 4\.0\]"),
+        ([[-20, -20, -5, -5]], r"must lie in the upright image .* at index 0"),
+        ([[0.1, 0.1, 0.5, 0.5]], "looks relative to its size"),
+        ([{"boxes": []}, {"boxes": []}], "must be those of one image, got 2"),
     ],
 )
 def test_wrong_boxes_are_refused(found, said):
