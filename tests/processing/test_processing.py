@@ -228,6 +228,55 @@ def test_boxes_in_content_blocks_equal_boxes_given_aside(processor, tmp_path):
         processor.apply_chat_template(blocks, **options, processor_kwargs={"boxes": [TWO, ONE]})
 
 
+@pytest.mark.parametrize("empty", [[], [[], [], []], [[[]], [[], []]], [[], [[], []]], [[], []], [[[]], []]])
+def test_no_boxes_are_said_at_any_level(processor, empty):
+    expected = processor([[RED], [BLUE, RED]], ["<image>", "<image><image>"], boxes=[[[]], [[], []]], padding=True)
+    features = processor([[RED], [BLUE, RED]], ["<image>", "<image><image>"], boxes=empty, padding=True)
+    assert features["input_ids"] == expected["input_ids"]
+    assert features["num_boxes"] == [1, 1, 1] and not np.any(features["boxes"])
+    for alone in ([], [[]], [[[]]], np.zeros((0, 4)), [np.zeros((0, 4))]):
+        assert processor(RED, "<image>", boxes=alone)["num_boxes"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        ([[[0.1, 0.2, 0.5, 0.6]]], r"`boxes\[0\]` .*\(30 x 20, width x height\).*at index 0, which looks relative"),
+        ([[[0, 0, 9, 9], [31, 0, 40, 9]]], r"`boxes\[0\]` must lie in .*at index 1, which is outside"),
+        ([0, 0, 9, 9], "Wrap them"),
+    ],
+)
+def test_boxes_that_mean_something_else_are_refused(processor, boxes, message):
+    with pytest.raises(ValueError, match=message):
+        processor(RED, "<image>", boxes=boxes)
+    in_block = boxes if boxes[0] == 0 else boxes[0]
+    conversation = [{"role": "user", "content": [{"type": "image", "image": RED, "boxes": in_block}]}]
+    with pytest.raises(ValueError, match=message.replace("Wrap them", "Wrap it")):
+        processor.apply_chat_template(conversation, tokenize=True, return_dict=True)
+
+
+def test_image_blocks_of_datasets_have_keys_without_values(processor, tmp_path):
+    RED.save(tmp_path / "red.png")
+    data = (tmp_path / "red.png").read_bytes()
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    expected = None
+    for block in (
+        {"image": RED},
+        {"image": None, "url": None, "path": str(tmp_path / "red.png")},
+        {"bytes": data, "path": "elsewhere.png"},
+        {"image": {"bytes": data, "path": None}},
+        {"image": None, "bytes": bytearray(data)},
+    ):
+        conversation = [{"role": "user", "content": [{"type": "image", "boxes": ONE, **block}]}]
+        features = processor.apply_chat_template(conversation, **options)
+        expected = expected or features
+        torch.testing.assert_close(dict(features), dict(expected))
+    with pytest.raises(ValueError, match="An image block must have one image, got 'image', 'path'"):
+        processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image", "image": RED, "path": "red.png"}]}], **options
+        )
+
+
 class Detector:
     """Finds one box per image: its whole area."""
 

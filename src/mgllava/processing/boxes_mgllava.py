@@ -258,6 +258,29 @@ def flatten_boxes(boxes: Any, num_images: int, group_sizes: Sequence[int] | None
     return [[] if isinstance(entry, list | tuple) and not _entry_levels(entry) else entry for entry in entries]
 
 
+def boxes_of_block(boxes: Any) -> Any:
+    """Check that what an image block of a conversation has as `boxes` is those of one image.
+
+    Args:
+        boxes: One entry, see [`prepare_boxes`].
+
+    Returns:
+        The entry.
+
+    Raises:
+        TypeError: If there is text in place of numbers.
+        ValueError: If it is one box, or boxes of several images.
+    """
+    boxes = _as_lists(boxes)
+    if levels := _entry_levels(boxes) - {0}:
+        advice = "Wrap it: [[x1, y1, x2, y2]]." if min(levels) < 0 else "Take lists away, or give each image a block."
+        raise ValueError(
+            f"`boxes` of an image block must be a list of boxes x1, y1, x2, y2, or a mapping, got {_cut(boxes)}. "
+            + advice
+        )
+    return boxes
+
+
 def _as_lists(boxes: Any) -> Any:
     """Turn what holds boxes, such as generators and arrays of objects, into lists; arrays of numbers stay."""
     if str(getattr(boxes, "dtype", None)) == "object":

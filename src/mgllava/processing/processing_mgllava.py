@@ -31,6 +31,7 @@ from .box_detector_files_mgllava import (
 )
 from .boxes_mgllava import (
     BOX_MARKS,
+    boxes_of_block,
     flatten_boxes,
     plain_boxes,
     read_boxes,
@@ -609,7 +610,7 @@ class MGLlavaProcessor(ProcessorMixin):
         given = [options.get("boxes") for options in (kwargs, kwargs.get("images_kwargs") or {})]
         if all(boxes is None for boxes in given):
             return texts, {**kwargs, "boxes": entries}
-        if any(boxes is not None and plain_boxes(flatten_boxes(boxes)) != entries for boxes in given):
+        if any(boxes is not None and plain_boxes(flatten_boxes(boxes, len(entries))) != entries for boxes in given):
             raise ValueError(
                 "`boxes` must be those of the image blocks that `text` was rendered from, or not given, got others. "
                 "Leave them out of the blocks, or do not pass `boxes`."
@@ -1053,7 +1054,7 @@ def _take_boxes(value: Any, boxes: list[Any]) -> Any:
         return BOX_MARKS.sub("", PRIVATE_CHARACTERS.sub("", value))
     if isinstance(value, Mapping):
         if value.get("type") in ("image", "image_url"):
-            boxes.append(value.get("boxes"))
+            boxes.append(boxes_of_block(value.get("boxes")))
             value = image_block({key: item for key, item in value.items() if key != "boxes"})
         return {key: _take_boxes(item, boxes) for key, item in value.items()}
     if isinstance(value, list | tuple):
