@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mgllava import MGLlavaProcessor
-from mgllava.box_files import BoxFileError, detection_settings, open_detector, read_boxes
+from mgllava.box_files import BoxFileError, detect_images, detection_settings, open_detector, read_boxes
 from mgllava.box_files.arguments import parse_array_task, parse_labels
 from mgllava.cli import app
 from mgllava.processing import COCO_80, BoxDetector
@@ -96,6 +96,20 @@ def test_detectors_are_named_without_reading_weights():
         "mode": "faithful",
     }
     assert detection_settings(open_detector(detector=str(OWLV2)))["detector"]["detector"].startswith("sha256:")
+
+
+def test_detector_that_a_job_cannot_use_is_refused(tmp_path):
+    class Simple:
+        def detect(self, images):
+            return []
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    detector = Simple()
+    with pytest.raises(BoxFileError, match=r"must have `config`, a mapping of plain values.*got Simple without one"):
+        detect_images([tmp_path / "a.png"], tmp_path / "boxes.json", detector)
+    detector.config = {"detector": "simple 1.0"}
+    with pytest.raises(BoxFileError, match="that of Simple does not take labels, threshold, batch_size"):
+        detect_images([tmp_path / "a.png"], tmp_path / "boxes.json", detector)
 
 
 def test_detector_without_a_name_is_refused():

@@ -1,6 +1,7 @@
 """The detector of a job: named, so that its settings can be told, and loaded only when there is an image for it."""
 
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -127,6 +128,31 @@ def _absolute(name: str | None) -> str | None:
     return os.path.abspath(name) if name is not None and os.path.isdir(name) else name
 
 
+def check_detector(detector: Any) -> None:
+    """Check that a job can use a detector, and say what made its boxes.
+
+    Args:
+        detector: The detector.
+
+    Raises:
+        BoxFileError: If it has no `config` with plain values, or its `detect` takes no options.
+    """
+    kind = type(detector).__name__
+    if not isinstance(getattr(detector, "config", None), Mapping):
+        raise BoxFileError(
+            f"`detector` must have `config`, a mapping of plain values that tell what made the boxes, got {kind} "
+            "without one. Give it what decides about its boxes, such as the name and version of its model."
+        )
+    options = ("labels", "threshold", "batch_size")
+    parameters = inspect.signature(detector.detect).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if not takes_all and (absent := [name for name in options if name not in parameters]):
+        raise BoxFileError(
+            f"`detector` must have `detect(images, labels, threshold, batch_size)`, but that of {kind} does not take "
+            f"{', '.join(absent)}. Let it take them, or `**kwargs`."
+        )
+
+
 def detection_settings(
     detector: Detector | Mapping[str, Any],
     labels: Sequence[str] | None = None,
@@ -148,8 +174,10 @@ def detection_settings(
         `dict`: Plain values.
 
     Raises:
-        BoxFileError: If the detector was made of models in memory, which have no name.
+        BoxFileError: If the detector was made of models in memory, which have no name, or lacks what a job needs.
     """
+    if not isinstance(detector, Mapping):
+        check_detector(detector)
     config = dict(detector if isinstance(detector, Mapping) else detector.config)
     # Stored results of the text tower: they save time and change nothing.
     config.pop("prompt_embeds", None)
