@@ -75,3 +75,20 @@ def test_boxes_of_unknown_settings_are_refused_unless_told():
     with pytest.raises(BoxFileError, match="Nothing says with which settings"):
         file.check_settings(SETTINGS)
     file.check_settings(SETTINGS, allow_other=True)
+
+
+@pytest.mark.parametrize(
+    ("made", "expected", "fits"),
+    [("a", "a", True), ("a", "b", False), (None, "b", True), ("a", None, True)],
+)
+def test_revisions_of_the_detector_are_compared_where_both_know_them(made, expected, fits):
+    made, expected = (
+        {"detector": {"detector": "org/name", **({"detector_revision": revision} if revision else {})}}
+        for revision in (made, expected)
+    )
+    boxes = BoxFile([1], [record(1)], settings=made)
+    if fits:
+        boxes.check_settings(expected)
+    else:
+        with pytest.raises(BoxFileError, match=r"detector_revision is .a., expected .b."):
+            boxes.check_settings(expected)

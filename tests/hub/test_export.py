@@ -155,6 +155,32 @@ def test_detector_in_folders_or_by_id(families, tagger_repository, tmp_path, mon
         export_repository(model, tmp_path / "none", with_detector=True)
 
 
+def test_parts_that_stay_on_the_hub_are_pinned(families, tmp_path, monkeypatch):
+    commits = {("org/tagger", None): "a" * 40, ("org/detector", None): "b" * 40}
+
+    class Api:
+        def model_info(self, name, revision=None):
+            if (name, revision) not in commits:
+                response = SimpleNamespace(headers={}, request=None, status_code=404)
+                raise RepositoryNotFoundError("404", response=response)
+            return SimpleNamespace(sha=commits[name, revision])
+
+    monkeypatch.setattr(export, "HfApi", Api)
+    options = {"tagger": "org/tagger", "detector": "org/detector", "verify": False}
+    export_repository(families["vicuna"], tmp_path / "out", **options)
+    config = json.loads((tmp_path / "out" / "processor_config.json").read_text())["box_detector_config"]
+    assert config == {
+        "tagger": "org/tagger",
+        "tagger_revision": "a" * 40,
+        "detector": "org/detector",
+        "detector_revision": "b" * 40,
+        "mode": "faithful",
+    }
+    assert f"at `{'a' * 40}`" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(ConversionError, match="`tagger` must be a folder or a repository on the Hub"):
+        export_repository(families["vicuna"], tmp_path / "none", **{**options, "tagger": "org/typo"})
+
+
 def test_ram_plus_is_exported_too(tagger_repository, tmp_path):
     output = export_repository(tagger_repository, tmp_path / "ram-plus", verify=False)
     assert {"README.md", "preprocessor_config.json", "modeling_ram_plus.py"} <= {p.name for p in output.iterdir()}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from huggingface_hub.errors import RepositoryNotFoundError, StrictDataclassError
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
@@ -235,7 +235,9 @@ def _pin_box_detector(processor: Any) -> None:
             continue
         try:
             config[key] = HfApi().model_info(name, revision=config.get(key)).sha
-        except (HfHubHTTPError, OSError):  # offline: saving looks in the cache
+        except RepositoryNotFoundError as error:
+            raise ConversionError(f"`{part}` must be a folder or a repository on the Hub: {error}") from error
+        except Exception:  # offline, with the errors of several HTTP libraries; saving looks in the cache
             logger.warning(
                 f"The Hub cannot be asked for the commit of {name}, the {part} of the box detector: it is taken from "
                 "the local cache, or not noted at all if the cache has none."
