@@ -4,7 +4,8 @@ import copy
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -37,12 +38,23 @@ from .boxes_mgllava import (
     write_boxes_into_text,
 )
 from .image_inputs_mgllava import as_rgb, flat_images
-from .text_chunks_mgllava import ANSWER_BOUNDARY, BOUNDARIES, CHUNK_BOUNDARY, encode_chunks, split_text
+from .text_chunks_mgllava import (
+    BOUNDARY_NAMES,
+    PRIVATE_CHARACTERS,
+    chat_formats,
+    encode_chunks,
+    protect_text,
+    read_format,
+    split_text,
+    writes_boundaries,
+)
 
 logger = logging.get_logger(__name__)
 
-# Newer transformers mark control tokens in user text, which are then no placeholders (`sanitize_control_tokens`).
-_NOT_MARKED_AS_TEXT = getattr(processing_utils, "_UNMARKED", "")
+# Newer transformers can mark control tokens in user text, which are then not placeholders.
+_CAN_SANITIZE = "sanitize_control_tokens" in signature(ProcessorMixin.apply_chat_template).parameters
+# Private: matches where no mark stands before a placeholder. Without it, sanitizing is refused.
+_UNMARKED: str | None = getattr(processing_utils, "_UNMARKED", None)
 
 
 # What uploads files in transformers. It is private, so it is checked before something relies on it.
@@ -75,7 +87,8 @@ class MGLlavaProcessor(ProcessorMixin):
     r"""Prepares images, boxes and text for MG-LLaVA.
 
     Each `<image>` in the text becomes `image_seq_length + num_tokens_per_box * num_boxes` placeholders in one run, and
-    text is encoded in chunks around the images, as in training (see `text_chunks_mgllava.py`).
+    text is encoded in chunks around the images and between the pieces of a conversation, as in training (see
+    `text_chunks_mgllava.py`).
 
     Example:
         ```python
@@ -89,7 +102,7 @@ class MGLlavaProcessor(ProcessorMixin):
         tokenizer ([`PreTrainedTokenizerBase`]): Has `image_token` in its vocabulary.
         image_seq_length (`int`, *optional*, defaults to 576): Fused tokens per image, from the model's config.
         num_tokens_per_box (`int`, *optional*, defaults to 1): 0 for model variants that give no box tokens.
-        chat_template (`str`, *optional*): Jinja template; see `chat_templates_mgllava.py`.
+        chat_template (`str`, *optional*): Jinja template; see `text_chunks_mgllava.py`.
         image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder, if the tokenizer does not name one.
         box_detector_config (`dict`, *optional*): What a [`BoxDetector`] is built from when boxes are first needed;
             plain values, saved with the processor: `tagger` and `detector` (repository ids, folders, or paths in the
@@ -128,7 +141,7 @@ class MGLlavaProcessor(ProcessorMixin):
                 f"`tokenizer` must have {self.image_token!r} in its vocabulary, got one of {len(tokenizer)} tokens "
                 f"without it. Use tokenizer.add_tokens([{self.image_token!r}], special_tokens=True)."
             )
-        self._placeholder = re.compile(_NOT_MARKED_AS_TEXT + re.escape(self.image_token))
+        self._placeholder = re.compile((_UNMARKED or "") + re.escape(self.image_token))
         self._lock, self._tokenizer_lock = ProcessLock(), ProcessLock()
         self._repository: ProcessorRepository | None = None
         self.packs_boxes = False
@@ -486,21 +499,25 @@ class MGLlavaProcessor(ProcessorMixin):
         videos: None = None,
         audio: None = None,
         *,
-        boundaries: bool = False,
         return_assistant_tokens_mask: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
         """Make the model's inputs.
 
+        A string that the chat template rendered, by [`~MGLlavaProcessor.apply_chat_template`] or elsewhere, gives the
+        ids that [`~MGLlavaProcessor.apply_chat_template`] gives with `tokenize=True`; so does each part of it, such as
+        an answer alone. A hand-written one is taken apart in the same way: what follows the words that open an answer
+        is encoded alone.
+
         Args:
             images: An image, a list of images in the order of their placeholders, or one list of images per text; in
                 any form that the image processor takes.
-            text (`str` or `list[str]`): One prompt or several, with one `<image>` per image.
-            videos: Not supported.
-            audio: Not supported.
-            boundaries (`bool`): Whether `text` comes from a chat template that wrote the boundary characters of
-                `text_chunks_mgllava.py`. [`apply_chat_template`] sets it.
-            return_assistant_tokens_mask (`bool`): With `boundaries`: whether to return `assistant_masks`.
+            text (`str` or `list[str]`): One prompt or several, with one `<image>` per image. A leading BOS is taken
+                once, whether it stands in the text or not; with `add_special_tokens=False` it must stand there.
+            videos: Not supported; `None` or empty.
+            audio: Not supported; `None` or empty.
+            return_assistant_tokens_mask (`bool`): Whether to return `assistant_masks`, 1 for each token of an answer;
+                needs a chat template of this package, or one that writes boundaries as they do.
             **kwargs: `boxes` (one entry per image, xyxy in pixels of the original image) and the other options of the
                 image processor ([`MGLlavaImageProcessorKwargs`]); options of the tokenizer such as `padding`,
                 `padding_side`, `truncation`, `max_length`, `return_offsets_mapping`; `return_tensors`,
@@ -512,8 +529,11 @@ class MGLlavaProcessor(ProcessorMixin):
             pixels of `pixel_values`) and `num_boxes` `(num_images,)` where images are given.
 
         Raises:
-            ValueError: If the numbers of placeholders, images and boxes differ, or truncation would cut an image.
+            ValueError: If the numbers of placeholders, images and boxes differ, `text` is not text, truncation would
+                cut an image, or answers cannot be told from the rest.
+            NotImplementedError: If this transformers cannot sanitize, where `sanitize_control_tokens` is set.
         """
+        text = _as_texts(images, text)
         images, text, _, _ = self.prepare_inputs_layout(images=images, text=text, **kwargs)
         text, kwargs = self._take_boxes_of_text(text, kwargs)
         self.validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
@@ -529,6 +549,9 @@ class MGLlavaProcessor(ProcessorMixin):
             for name in ("return_mm_token_type_ids", "return_text_replacement_offsets")
         )
 
+        if text_kwargs.get("sanitize_control_tokens"):
+            _check_sanitizing()
+
         features: dict[str, Any] = {}
         runs: list[str] = []
         targets = TrainingTargets(self)
@@ -540,8 +563,15 @@ class MGLlavaProcessor(ProcessorMixin):
         encoded: dict[str, Any] = {}
         if text is not None:
             lengths = iter([(run, run.count(self.image_token)) for run in runs])
+            chats = chat_formats(self.chat_template, self.tokenizer.special_tokens_map)
+            knows_answers = bool(chats) or all(map(PRIVATE_CHARACTERS.search, text))
+            if return_assistant_tokens_mask and not knows_answers:
+                raise ValueError(
+                    "`return_assistant_tokens_mask` needs a chat template that marks the answers for this processor. "
+                    "Use one of mgllava.processing.CHAT_TEMPLATES, or leave it out."
+                )
             chunks = [
-                split_text(sample, self._placeholder, lengths, self.tokenizer.bos_token, boundaries) for sample in text
+                split_text(sample, self._placeholder, lengths, self.tokenizer.bos_token, chats) for sample in text
             ]
             with self._tokenizer_lock:  # fast tokenizers keep options of a call in an object that all threads share
                 encoded = encode_chunks(
@@ -551,11 +581,11 @@ class MGLlavaProcessor(ProcessorMixin):
                     return_assistant_tokens_mask=True,
                     **text_kwargs,
                 )
-            targets.read(encoded, boundaries)
+            targets.read(encoded, knows_answers)
             if not return_assistant_tokens_mask:
                 del encoded["assistant_masks"]
             if replacement_offsets:
-                plain = [BOUNDARIES.sub("", sample) if boundaries else sample for sample in text]
+                plain = [PRIVATE_CHARACTERS.sub("", sample) for sample in text]
                 encoded["text_replacement_offsets"] = self.get_text_with_replacements(plain, runs)[1]
             if mm_token_type_ids:
                 encoded["mm_token_type_ids"] = self.create_mm_token_type_ids(encoded["input_ids"])
@@ -594,15 +624,15 @@ class MGLlavaProcessor(ProcessorMixin):
         Args:
             images: Loaded images, flat or one list per text.
             text: List of texts.
-            videos: Must be `None`.
-            audio: Must be `None`.
+            videos: Must be `None` or empty.
+            audio: Must be `None` or empty.
             **kwargs: The other arguments of the call.
 
         Raises:
             ValueError: If nothing is given, or the numbers of placeholders and images differ.
         """
-        if videos is not None or audio is not None:
-            raise ValueError("`videos` and `audio` must be None: MG-LLaVA takes images and text.")
+        if not (_is_empty(videos) and _is_empty(audio)):
+            raise ValueError("`videos` and `audio` must be None or empty: MG-LLaVA takes images and text.")
         if images is None and text is None:
             raise ValueError("`images` or `text` must be given, got neither.")
         given = flat_images(images)
@@ -610,8 +640,6 @@ class MGLlavaProcessor(ProcessorMixin):
             raise ValueError("`boxes` must come with images, got boxes without an image. Pass `images` too.")
         if text is None:
             return
-        if not all(isinstance(sample, str) for sample in text):
-            raise ValueError(f"`text` must be a string or a list of strings, got {[type(s).__name__ for s in text]}.")
         expected = [len(self._placeholder.findall(sample)) for sample in text]
         if sum(expected) != len(given):
             raise ValueError(
@@ -696,9 +724,10 @@ class MGLlavaProcessor(ProcessorMixin):
         Beyond the base class, image blocks may carry `boxes`, as in
         `{"type": "image", "url": ..., "boxes": [[10, 20, 110, 70]]}`. In a rendered string they stand after the
         placeholder, between two private-use characters, where the processor finds them again. And with the templates
-        of `chat_templates_mgllava.py` every piece of the conversation is encoded alone, as in training (a rendered
-        string of several turns that is passed to the processor has lost these boundaries); the mask of the assistant's
-        tokens then marks exactly the ones that the original trains on.
+        of this package every piece of the conversation is encoded alone, as in training; the mask of the assistant's
+        tokens marks exactly the ones that the original trains on. A string that is passed to the processor later gives
+        the same ids. Where a message holds what the template writes between messages, the string has an invisible
+        character within it, which the processor takes out again, and a warning says so.
 
         Args:
             conversation: A list of messages, or a list of such lists.
@@ -728,17 +757,18 @@ class MGLlavaProcessor(ProcessorMixin):
             if tokenize:
                 processor_kwargs["boxes"] = boxes
         if sanitize_control_tokens:
-            if not hasattr(self.tokenizer, "_mark_chat_inputs"):
-                raise NotImplementedError("`sanitize_control_tokens` needs a newer transformers. Upgrade it.")
+            _check_sanitizing()
             kwargs["sanitize_control_tokens"] = True
 
         named = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
         template = named.get(chat_template or "default", chat_template) or ""
-        if tokenize and "chunk_boundary" in template:
-            kwargs.update(chunk_boundary=CHUNK_BOUNDARY, answer_boundary=ANSWER_BOUNDARY)
+        # A caller that passes the boundaries itself gets them.
+        has_boundaries = writes_boundaries(template) and not kwargs.keys() & BOUNDARY_NAMES.keys()
+        if has_boundaries:
+            kwargs.update(BOUNDARY_NAMES)
+        if has_boundaries and tokenize:
             if sanitize_control_tokens:
                 kwargs["literal_image_token"] = False
-            processor_kwargs["boundaries"] = True
             # The boundaries tell the answers exactly; the base class would compare character offsets.
             processor_kwargs["return_assistant_tokens_mask"] = return_assistant_tokens_mask
             return_assistant_tokens_mask = False
@@ -750,18 +780,25 @@ class MGLlavaProcessor(ProcessorMixin):
             processor_kwargs=processor_kwargs,
             **kwargs,
         )
-        if tokenize or not has_boxes:
+        if tokenize:
             return output
-        # Who renders a string passes it and the images on, often by other people's code, which knows no boxes.
-        if isinstance(output, str):
-            return write_boxes_into_text(output, self._placeholder, boxes)
-        entries: list[list[Any]] = [[] for _ in output]
-        for of_text, messages in zip(entries, with_boxes, strict=True):
-            _take_boxes(messages, of_text)
-        return [
-            write_boxes_into_text(text, self._placeholder, of_text)
-            for text, of_text in zip(output, entries, strict=True)
-        ]
+        texts: list[str] = [output] if isinstance(output, str) else output
+        if has_boundaries:
+            bos_token, special_tokens = self.tokenizer.bos_token, self.tokenizer.special_tokens_map
+            chats, chat = chat_formats(self.chat_template, special_tokens), read_format(template, special_tokens)
+            texts = [protect_text(text, bos_token, chat, chats) for text in texts]
+        if has_boxes:
+            # Who renders a string passes it and the images on, often by other people's code, which knows no boxes.
+            entries: list[list[Any]] = [[] for _ in texts]
+            for of_text, messages in zip(
+                entries, [with_boxes] if isinstance(output, str) else with_boxes, strict=True
+            ):
+                _take_boxes(messages, of_text)
+            texts = [
+                write_boxes_into_text(text, self._placeholder, of_text)
+                for text, of_text in zip(texts, entries, strict=True)
+            ]
+        return texts[0] if isinstance(output, str) else texts
 
     def answer_ending(self) -> tuple[list[int], list[int]]:
         """Tell how the chat template ends an answer.
@@ -925,6 +962,41 @@ class TrainingTargets:
         return [True] * kept + [False] * (len(ids) - kept)
 
 
+def _check_sanitizing() -> None:
+    """Refuse to sanitize where what marks user text is not known: its placeholders would stand for images."""
+    if not _CAN_SANITIZE:
+        raise NotImplementedError("`sanitize_control_tokens` needs a newer transformers. Upgrade it.")
+    if _UNMARKED is None:
+        raise NotImplementedError(
+            "`sanitize_control_tokens` is not supported with this release of transformers: its mark of user text is "
+            "not known. Upgrade mgllava, or leave it out and break control tokens in user text yourself."
+        )
+
+
+def _as_texts(images: Any, text: Any) -> list[str] | None:
+    """Make a list of strings, or say what was given instead."""
+    if text is None or isinstance(text, str):
+        return text if text is None else [text]
+    is_list = isinstance(text, Iterable) and not isinstance(text, bytes | Mapping)
+    texts = list(text) if is_list else [text]
+    if is_list and all(isinstance(sample, str) for sample in texts):
+        return texts
+    kinds = sorted({type(sample).__name__ for sample in texts})
+    given = f"a {type(text).__name__} of {', '.join(kinds)}" if is_list else kinds[0]
+    first = images[0] if isinstance(images, list | tuple) and images else images
+    advice = ""
+    if isinstance(first, str):
+        advice = " `images` and `text` seem to be swapped: the order is `processor(images, text)`."
+    elif "dict" in kinds:
+        advice = " Use `apply_chat_template` for conversations."
+    raise ValueError(f"`text` must be a string or a list of strings, got {given}.{advice}")
+
+
+def _is_empty(value: Any) -> bool:
+    """Tell whether nothing is given: `None`, or a list of nothing."""
+    return value is None or (isinstance(value, list | tuple) and all(map(_is_empty, value)))
+
+
 def _find_boxes(
     detector: Any, images: list[Any], input_data_format: str | None, options: Mapping[str, Any] | None = None
 ) -> list[Mapping[str, Any]]:
@@ -976,9 +1048,9 @@ def _check_upload_hook() -> None:
 
 
 def _take_boxes(value: Any, boxes: list[Any]) -> Any:
-    """Copy a conversation without the `boxes` of its images, which go to the list, and without control characters."""
+    """Copy a conversation without the `boxes` of its images, which go to the list, and without private characters."""
     if isinstance(value, str):
-        return BOX_MARKS.sub("", BOUNDARIES.sub("", value))
+        return BOX_MARKS.sub("", PRIVATE_CHARACTERS.sub("", value))
     if isinstance(value, Mapping):
         if value.get("type") in ("image", "image_url"):
             boxes.append(value.get("boxes"))

@@ -1,19 +1,451 @@
-"""Tokenization in chunks, as MG-LLaVA (arXiv 2406.17770) was trained.
+"""Chat templates of the language models that MG-LLaVA was trained with, and the chunks that texts are encoded in.
 
-The original encodes the text before and after an image each on its own, without special tokens, and puts the BOS id in
-front by hand; in conversations also the answers, EOS and the separators. Tokenizers of the SentencePiece kind start
-every chunk with a space piece and merges never cross chunks, so the ids differ from those of the whole string.
+**Templates** (arXiv 2406.17770, section 4.1). The conversation starts with BOS, so that a rendered prompt is the
+beginning of every longer conversation. Answers are closed by EOS or a suffix, then comes the separator, and after EOS
+comes BOS again. Images of a user turn go to its front, one `<image>` line each, and the rest of that turn is
+stripped; they may be content blocks or a literal `<image>` in the text. With `literal_image_token=False` an `<image>`
+within the text is left where it is.
+
+**Chunks.** The original encodes every piece of a text alone, without special tokens: what stands before and after an
+image, the answer with its suffix, EOS, the separator; the BOS id is put in front by hand. Tokenizers of the
+SentencePiece kind start every chunk with a space piece and merges never cross chunks, so the ids differ from those of
+the whole string. The cuts are found in two ways, which agree:
+
+- A template writes `chunk_boundary` before every piece that is given and `answer_boundary` before every piece that is
+  learned, where the caller passes these two characters. By default it writes nothing.
+- In a rendered string without them, the pieces are told by what the template writes between the texts of a
+  conversation ([`ChatFormat`]), which is read off its rendering of a probe conversation.
+
+Where the text of a conversation itself holds what the template writes, `protect_text` puts an invisible character into
+it, which is taken out again before the text is encoded.
 """
 
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-# Private-use characters that a chat template writes between chunks; see `chat_templates_mgllava.py`.
+from transformers.utils import logging
+from transformers.utils.chat_template_utils import render_jinja_template
+
+logger = logging.get_logger(__name__)
+
+# Private-use characters: the boundaries that a template writes, and what breaks role words within a text.
 CHUNK_BOUNDARY = "\U000ff4d0"
 ANSWER_BOUNDARY = "\U000ff4d1"
-BOUNDARIES = re.compile(f"[{CHUNK_BOUNDARY}{ANSWER_BOUNDARY}]")
+GUARD = "\U000ff4d2"
+BOUNDARY_NAMES = {"chunk_boundary": CHUNK_BOUNDARY, "answer_boundary": ANSWER_BOUNDARY}
+PRIVATE_CHARACTERS = re.compile(f"[{CHUNK_BOUNDARY}{ANSWER_BOUNDARY}{GUARD}]")
+_BOUNDARIES = re.compile(f"[{CHUNK_BOUNDARY}{ANSWER_BOUNDARY}]")
+# The texts of a probe conversation, question, answer, question, answer, and its system message.
+_PROBE, _SYSTEM = "\U000ff4d4\U000ff4d5\U000ff4d6\U000ff4d7", "\U000ff4d8"
+
+_TEMPLATE = """
+{%- set system_start, system_end = SYSTEM_START, SYSTEM_END -%}
+{%- set user_start, user_end = USER_START, USER_END -%}
+{%- set generation_prompt, suffix, separator = GENERATION_PROMPT, SUFFIX, SEPARATOR -%}
+{%- set closed_by_eos = CLOSED_BY_EOS -%}
+{%- set given = chunk_boundary | default('') -%}
+{%- set learnt = answer_boundary | default('') -%}
+{%- set state = namespace(system='', text='', images=0, expected='user') -%}
+{%- if tools -%}
+  {{- raise_exception('This model was not trained with tools: `tools` must be empty.') -}}
+{%- endif -%}
+{%- for message in messages -%}
+  {%- set state.text = '' -%}
+  {%- set state.images = 0 -%}
+  {%- if message['content'] is string -%}
+    {%- set state.text = message['content'] -%}
+  {%- elif message['content'] is undefined or message['content'] is none -%}
+    {{- raise_exception('`content` must be a string or a list of blocks, message ' ~ loop.index ~ ' has none.') -}}
+  {%- else -%}
+    {%- for block in message['content'] -%}
+      {%- if block['type'] == 'text' -%}
+        {%- set state.text = state.text + block['text'] -%}
+      {%- elif block['type'] in ['image', 'image_url'] and message['role'] == 'user' -%}
+        {%- set state.images = state.images + 1 -%}
+      {%- elif block['type'] in ['image', 'image_url'] -%}
+        {{- raise_exception('Images must be in user turns, got one in a message of role ' ~ message['role'] ~ '.') -}}
+      {%- else -%}
+        {{- raise_exception("Content blocks must be 'text' or 'image', got '" ~ block['type'] ~ "'.") -}}
+      {%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+  {%- if message['role'] == 'system' and loop.first -%}
+    {%- set state.system = system_start + state.text + system_end -%}
+  {%- elif message['role'] != state.expected -%}
+    {{- raise_exception('Turns must alternate user, assistant, user, ... after an optional system message, got ' ~
+                        message['role'] ~ ' as message ' ~ loop.index ~ '.') -}}
+  {%- elif message['role'] == 'user' -%}
+    {%- if literal_image_token | default(true) -%}
+      {%- set state.images = state.images + state.text.count('<image>') -%}
+      {%- set state.text = state.text.replace('<image>', '') -%}
+    {%- endif -%}
+    {%- if state.images -%}
+      {%- set state.text = ('<image>\\n' * state.images + state.text.strip()).strip() -%}
+    {%- endif -%}
+    {%- set is_first_turn = loop.index0 == (1 if state.system else 0) -%}
+    {%- if is_first_turn or closed_by_eos -%}
+      {{- bos_token or "" -}}
+    {%- endif -%}
+    {{- given + (state.system if is_first_turn else '') + user_start + state.text + user_end -}}
+    {%- if not loop.last or add_generation_prompt -%}
+      {{- generation_prompt -}}
+    {%- endif -%}
+    {%- set state.expected = 'assistant' -%}
+  {%- else -%}
+    {%- generation -%}
+      {{- learnt + state.text + suffix -}}
+      {%- if closed_by_eos -%}
+        {{- learnt ~ eos_token -}}
+      {%- endif -%}
+    {%- endgeneration -%}
+    {{- given + separator + given -}}
+    {%- set state.expected = 'user' -%}
+  {%- endif -%}
+{%- endfor -%}
+"""
+
+
+def _template(
+    *,
+    system: tuple[str, str],
+    user: tuple[str, str],
+    generation_prompt: str,
+    suffix: str = "",
+    separator: str = "",
+    closed_by_eos: bool = False,
+) -> str:
+    """Fill in the fields of one family; a JSON string is a Jinja string too."""
+    fields = {
+        "SYSTEM_START": json.dumps(system[0]),
+        "SYSTEM_END": json.dumps(system[1]),
+        "USER_START": json.dumps(user[0]),
+        "USER_END": json.dumps(user[1]),
+        "GENERATION_PROMPT": json.dumps(generation_prompt),
+        "SUFFIX": json.dumps(suffix),
+        "SEPARATOR": json.dumps(separator),
+        "CLOSED_BY_EOS": json.dumps(closed_by_eos),
+    }
+    template = _TEMPLATE
+    for name, value in fields.items():
+        template = template.replace(name, value)
+    return template.strip()
+
+
+CHAT_TEMPLATES: dict[str, str] = {
+    # Vicuna-1.5
+    "vicuna": _template(
+        system=(
+            "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+            "detailed, and polite answers to the user's questions. ",
+            "\n ",
+        ),
+        user=("USER: ", ""),
+        generation_prompt=" ASSISTANT:",
+        separator="\n",
+        closed_by_eos=True,
+    ),
+    # Llama-3-Instruct
+    "llama3": _template(
+        system=("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
+        user=("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+        generation_prompt="<|start_header_id|>assistant<|end_header_id|>\n\n",
+        suffix="<|eot_id|>",
+    ),
+    # Phi-3-mini
+    "phi3": _template(
+        system=("<|system|>", "<|end|>\n"),
+        user=("<|user|>", "<|end|>\n"),
+        generation_prompt="<|assistant|>\n",
+        suffix="<|end|>",
+        separator="\n",
+    ),
+    # Yi-1.5-Chat (ChatML; the original calls it `qwen_chat`)
+    "yi": _template(
+        system=("<|im_start|>system\n", "<|im_end|>\n"),
+        user=("<|im_start|>user\n", "<|im_end|>\n"),
+        generation_prompt="<|im_start|>assistant\n",
+        suffix="<|im_end|>",
+        separator="\n",
+    ),
+}
+
+
+# A position in a text, and whether what follows is learned.
+Cut = tuple[int, bool]
+
+
+@dataclass(frozen=True)
+class Delimiter:
+    """What a template writes between two texts of a conversation.
+
+    Attributes:
+        text: The string.
+        cuts: Where it is cut, relative to its start.
+    """
+
+    text: str
+    cuts: tuple[Cut, ...]
+
+    def cuts_at(self, position: int) -> list[Cut]:
+        """Return the cuts of this delimiter where it stands at a position."""
+        return [(position + offset, is_answer) for offset, is_answer in self.cuts]
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How the strings of a chat template come apart.
+
+    Attributes:
+        starts: What a conversation may start with after BOS.
+        opening: From a question to its answer.
+        between: From an answer to the next question.
+        closing: From the last answer to the end.
+    """
+
+    starts: tuple[str, ...]
+    opening: Delimiter
+    between: Delimiter
+    closing: Delimiter
+
+
+def read_format(template: str, special_tokens: Mapping[str, Any]) -> ChatFormat | None:
+    """Read off a template how its strings come apart.
+
+    Args:
+        template (`str`): A chat template.
+        special_tokens (`Mapping`): The tokenizer's `special_tokens_map`, which the template may write.
+
+    Returns:
+        [`ChatFormat`], *optional*: `None` for a template that does not write boundaries as those of this file do.
+    """
+    tokens = tuple(sorted((name, value) for name, value in special_tokens.items() if isinstance(value, str)))
+    return _read_format(template, tokens)
+
+
+@lru_cache(maxsize=64)
+def _read_format(template: str, special_tokens: tuple[tuple[str, str], ...]) -> ChatFormat | None:
+    def render(*messages: tuple[str, str]) -> str:
+        conversation = [{"role": role, "content": text} for role, text in messages]
+        rendered: Any = render_jinja_template([conversation], chat_template=template, **variables)
+        return str(rendered[0][0])
+
+    variables: dict[str, Any] = {**dict(special_tokens), **BOUNDARY_NAMES}
+    turns = list(zip(("user", "assistant") * 2, list(_PROBE), strict=True))
+    try:
+        head, opening, between, second, closing = re.split(f"[{_PROBE}]", render(*turns))
+    except Exception:  # a template may refuse anything, in any way
+        return None
+    starts = [_BOUNDARIES.split(head)[-1]]
+    with suppress(Exception):  # there are templates without a system message
+        starts.append(_BOUNDARIES.split(render(("system", _SYSTEM), turns[0]).split(_SYSTEM)[0])[-1])
+    chat = ChatFormat(tuple(filter(None, starts)), *map(_delimiter, (opening, between, closing)))
+    is_cut_at_answer = chat.opening.cuts == ((len(chat.opening.text), True),)
+    is_usable = second == opening and is_cut_at_answer and chat.between.cuts and not chat.between.cuts[-1][1]
+    return chat if chat.starts and chat.opening.text and chat.between.text and is_usable else None
+
+
+def _delimiter(marked: str) -> Delimiter:
+    text, cuts = _take_boundaries(marked)
+    return Delimiter(text, tuple(cuts))
+
+
+def chat_formats(chat_template: Any, special_tokens: Mapping[str, Any]) -> tuple[ChatFormat, ...]:
+    """Tell which strings a processor can take apart.
+
+    Args:
+        chat_template (`str` or `dict[str, str]`, *optional*): The processor's own template or templates. Those of this
+            package come after them, unless one of the own is of another kind: its strings may look like ours.
+        special_tokens (`Mapping`): The tokenizer's `special_tokens_map`.
+
+    Returns:
+        `tuple[ChatFormat, ...]`: The formats, in the order in which they are tried.
+    """
+    own = list(chat_template.values()) if isinstance(chat_template, Mapping) else [chat_template or ""]
+    writing = [template for template in own if writes_boundaries(template)]
+    known = list(CHAT_TEMPLATES.values()) if len(writing) == len([template for template in own if template]) else []
+    formats = [read_format(template, special_tokens) for template in [*writing, *known]]
+    return tuple(dict.fromkeys(chat for chat in formats if chat is not None))
+
+
+def writes_boundaries(template: str) -> bool:
+    """Tell whether a chat template writes boundaries where it is asked to."""
+    return "chunk_boundary" in template
+
+
+def _take_boundaries(text: str) -> tuple[str, list[Cut]]:
+    """Take the boundary characters out of a text, and note where they were."""
+    cuts = [
+        (match.start() - number, match.group() == ANSWER_BOUNDARY)
+        for number, match in enumerate(_BOUNDARIES.finditer(text))
+    ]
+    return _BOUNDARIES.sub("", text), cuts
+
+
+@dataclass
+class _Pieces:
+    """A text with its cuts.
+
+    Attributes:
+        text: The text, without boundary characters.
+        cuts: Where it is cut.
+        bos: Length of the BOS that it starts with; `None`: it has none, and must not go without.
+        repeated: A delimiter that stands where none can be, as if it were part of a text.
+    """
+
+    text: str
+    cuts: list[Cut]
+    bos: int | None
+    repeated: str | None = None
+
+    def split(self) -> list[tuple[str, bool]]:
+        """Return the pieces after BOS that are not empty, without guards, and whether they are learned."""
+        pieces, start, is_answer = [], self.bos or 0, False
+        for end, is_next_answer in [*self.cuts, (len(self.text), False)]:
+            pieces.append((self.text[start:end].replace(GUARD, ""), is_answer))
+            start, is_answer = max(start, end), is_next_answer
+        return [piece for piece in pieces if piece[0]]
+
+
+def _cut(text: str, bos_token: str | None, chats: Iterable[ChatFormat]) -> _Pieces:
+    """Find the cuts of a text, by its boundary characters if it has some."""
+    bos = bos_token or ""
+    if _BOUNDARIES.search(text):
+        text, cuts = _take_boundaries(text)
+        # The BOS of some language models is also the first token of a template.
+        is_template = cuts[0][0] == 0 and any(text.startswith(chat.starts) for chat in chats)
+        return _Pieces(text, cuts, len(bos) if text.startswith(bos) and not is_template else None if bos else 0)
+    for chat in chats:
+        if text.startswith(chat.starts):
+            return _cut_by_format(text, 0, chat, is_answer=False)
+        if bos and text.startswith(bos) and text.startswith(chat.starts, len(bos)):
+            return _cut_by_format(text, len(bos), chat, is_answer=False)
+    # A part of a conversation, such as an answer alone: its first delimiter tells what it starts with.
+    start = len(bos) if text.startswith(bos) else 0
+    attempts = [_cut_by_format(text, start, chat, is_answer=None) for chat in chats]
+    attempts = [pieces for pieces in attempts if pieces.cuts]
+    ended = [pieces for pieces in attempts if pieces.cuts[-1][0] == len(text)]
+    return next(iter(ended or attempts), _Pieces(text, [], start))
+
+
+def _cut_by_format(text: str, start: int, chat: ChatFormat, is_answer: bool | None) -> _Pieces:
+    """Find the cuts of a text that a template rendered; `is_answer`: what it starts with, if that is known."""
+    cuts: list[Cut] = []
+    position, repeated = start, None
+    while True:
+        found = []
+        if is_answer is not True:
+            found.append((_find(text, chat.opening.text, position), chat.opening))
+        if is_answer is not False:
+            found.append((_find(text, chat.between.text, position), chat.between))
+            found.append((_find_last(text, chat.closing.text, position), chat.closing))
+        found = [(place, delimiter) for place, delimiter in found if place >= 0]
+        place, delimiter = min(found, key=lambda item: item[0], default=(len(text), None))
+        if is_answer and 0 <= _find(text, chat.opening.text, position) < place:
+            repeated = chat.opening.text
+        if delimiter is None:
+            return _Pieces(text, cuts, start, repeated)
+        if is_answer is None and delimiter is not chat.opening:
+            cuts.append((start, True))
+        cuts += delimiter.cuts_at(place)
+        position = place + len(delimiter.text)
+        is_answer = cuts[-1][1] if cuts else is_answer
+        if delimiter is chat.closing:
+            return _Pieces(text, cuts, start, repeated)
+
+
+def _find(text: str, literal: str, start: int) -> int:
+    """Find a delimiter that no guard breaks."""
+    place = text.find(literal, start)
+    # Longer ones have the guard inside.
+    while len(literal) == 1 and place > 0 and text[place - 1] == GUARD:
+        place = text.find(literal, place + 1)
+    return place
+
+
+def _find_last(text: str, literal: str, start: int) -> int:
+    place = len(text) - len(literal)
+    return place if literal and place >= start and _find(text, literal, place) == place else -1
+
+
+def protect_text(marked: str, bos_token: str | None, chat: ChatFormat | None, chats: Sequence[ChatFormat]) -> str:
+    """Take the boundary characters out of a rendered text so that its cuts are found without them.
+
+    A guard is put before the last character of whatever looks like a delimiter and is text: there it does not change
+    what a shorter conversation is rendered to.
+
+    Args:
+        marked (`str`): What a template rendered, with boundary characters.
+        bos_token (`str`, *optional*): The BOS token as text.
+        chat ([`ChatFormat`], *optional*): The format of that template.
+        chats (`Sequence[ChatFormat]`): The formats that the text will be cut by.
+
+    Returns:
+        `str`: The text; with its boundary characters if its cuts would not be found.
+    """
+    truth = _cut(marked, bos_token, chats)
+    if chat in chats and chat is not None:
+        ends = _false_delimiters(truth, bos_token, chat, chats)
+        text = truth.text
+        for end in sorted(ends, reverse=True):
+            text = text[: end - 1] + GUARD + text[end - 1 :]
+        if _cut(text, bos_token, chats).split() == truth.split():
+            if ends:
+                logger.warning_once(
+                    "A message of the conversation holds what the chat template writes between messages, such as "
+                    f"{chat.opening.text!r}. The string has the invisible character U+{ord(GUARD):X} within it, which "
+                    "this processor takes out again; other tokenizers would encode it."
+                )
+            return text
+    logger.warning_once(
+        "The chat template of this conversation is not one of the processor's: the string keeps the private-use "
+        f"characters U+{ord(CHUNK_BOUNDARY):X} and U+{ord(ANSWER_BOUNDARY):X}, by which this processor cuts it; other "
+        "tokenizers would encode them. Set `processor.chat_template` to that template."
+    )
+    return marked
+
+
+def _false_delimiters(
+    truth: _Pieces, bos_token: str | None, chat: ChatFormat, chats: Iterable[ChatFormat]
+) -> set[int]:
+    """Find the ends of what would be taken for a delimiter, or for the start of a conversation, and is not."""
+    text, cuts = truth.text, truth.cuts
+    ends = set()
+    answers = []
+    for index, (position, is_answer) in enumerate(cuts):
+        if is_answer and not (index and cuts[index - 1][1]):
+            end = next((place for place, is_learned in cuts[index:] if not is_learned), len(text))
+            answers.append((position, end))
+    is_open = bool(answers) and answers[-1][1] == len(text)
+    for place in _occurrences(text, chat.opening.text):
+        end = place + len(chat.opening.text)
+        is_prompt = end == len(text) and not is_open
+        if not (is_prompt or any(start == end for start, _ in answers)):
+            ends.add(end)
+    for start, stop in answers:
+        for place in _occurrences(text, chat.between.text, start, stop):
+            if not set(chat.between.cuts_at(place)) <= set(cuts):
+                ends.add(place + len(chat.between.text))
+        # An answer may be processed alone.
+        for first in {bos_token or "", *(word for other in chats for word in other.starts)} - {""}:
+            if text.startswith(first, start):
+                ends.add(start + len(first))
+    last = len(text) - len(chat.closing.text)
+    if is_open and text.endswith(chat.closing.text) and not set(chat.closing.cuts_at(last)) <= set(cuts):
+        ends.add(len(text))
+    return ends
+
+
+def _occurrences(text: str, literal: str, start: int = 0, stop: int | None = None) -> Iterator[int]:
+    """Yield where a string starts, also where it overlaps itself."""
+    place = text.find(literal, start)
+    while place >= 0 and (stop is None or place < stop):
+        yield place
+        place = text.find(literal, place + 1)
 
 
 @dataclass
@@ -23,45 +455,54 @@ class TextChunk:
     Attributes:
         text: The text; for an image its run of placeholders.
         num_image_tokens: Length of that run, 0 for text.
-        is_answer: Whether the chunk is learnt in training.
+        is_answer: Whether the chunk is learned in training.
+        is_bos: Whether this is the leading BOS; its text is empty where the text does not have it.
     """
 
     text: str
     num_image_tokens: int = 0
     is_answer: bool = False
+    is_bos: bool = False
 
 
 def split_text(
-    text: str, placeholder: re.Pattern[str], runs: Iterator[tuple[str, int]], bos_token: str | None, boundaries: bool
+    text: str,
+    placeholder: re.Pattern[str],
+    runs: Iterator[tuple[str, int]],
+    bos_token: str | None,
+    chats: Sequence[ChatFormat] = (),
 ) -> list[TextChunk]:
-    """Cut a text at its images, after a leading BOS, and at the boundary characters.
+    """Cut a text at its images, after a leading BOS, and between the pieces of a conversation.
 
     Args:
         text (`str`): The text with one placeholder per image.
-        placeholder (`re.Pattern`): What marks an image; without groups.
+        placeholder (`re.Pattern`): What marks an image.
         runs (`Iterator`): Gives, image by image, the run of placeholders and its length in tokens.
         bos_token (`str`, *optional*): The BOS token as text.
-        boundaries (`bool`): Whether `CHUNK_BOUNDARY` and `ANSWER_BOUNDARY` are cuts; otherwise they are text.
+        chats (`Sequence[ChatFormat]`): How texts without boundary characters come apart, see [`chat_formats`].
 
     Returns:
-        `list[TextChunk]`: The chunks that are not empty; boundary characters are gone.
+        `list[TextChunk]`: The chunks that are not empty, without private characters.
     """
+    pieces = _cut(text, bos_token, chats)
+    if pieces.repeated:
+        logger.warning_once(
+            f"`text` holds {pieces.repeated!r} again before the answer is closed. The answer is taken to start after "
+            "the first one, and is encoded from there on. If that one is part of a message, render the conversation "
+            "with the processor's `apply_chat_template`, which keeps them apart."
+        )
     chunks = []
-    if bos_token and text.startswith(bos_token):
-        chunks.append(TextChunk(bos_token))
-        text = text[len(bos_token) :]
-    cuts = f"{placeholder.pattern}|{BOUNDARIES.pattern}" if boundaries else placeholder.pattern
-    is_answer, start = False, 0
-    for cut in re.finditer(cuts, text):
-        chunks.append(TextChunk(text[start : cut.start()], is_answer=is_answer))
-        start = cut.end()
-        if cut.group() in (CHUNK_BOUNDARY, ANSWER_BOUNDARY):
-            is_answer = cut.group() == ANSWER_BOUNDARY
-        else:
+    if bos_token and pieces.bos != 0:
+        chunks.append(TextChunk(bos_token if pieces.bos else "", is_bos=True))
+    for piece, is_answer in pieces.split():
+        start = 0
+        for cut in placeholder.finditer(piece):
+            chunks.append(TextChunk(piece[start : cut.start()], is_answer=is_answer))
             run, length = next(runs)
             chunks.append(TextChunk(run, num_image_tokens=length))
-    chunks.append(TextChunk(text[start:], is_answer=is_answer))
-    return [chunk for chunk in chunks if chunk.text]
+            start = cut.end()
+        chunks.append(TextChunk(piece[start:], is_answer=is_answer))
+    return [chunk for chunk in chunks if chunk.text or chunk.is_bos]
 
 
 def encode_chunks(
@@ -90,6 +531,7 @@ def encode_chunks(
         texts (`Sequence`): The chunks of each text.
         image_token_id (`int`): Id of the placeholder.
         add_special_tokens (`bool`): Whether to start with BOS where the tokenizer has one and the text does not.
+            Conversations start with BOS in any case.
         padding (`bool` or `str`): As in the tokenizer's `pad`, like the next two and `return_attention_mask`.
         padding_side (`str`, *optional*): `"left"` or `"right"`; by default the tokenizer's.
         pad_to_multiple_of (`int`, *optional*): Pad to a multiple of this length.
@@ -114,7 +556,7 @@ def encode_chunks(
     if wanted := sorted(name for name, value in unsupported.items() if value):
         raise ValueError(f"{wanted} must not be set: text is encoded in chunks around the images. Leave them out.")
 
-    to_encode = [chunk.text for chunks in texts for chunk in chunks if not chunk.num_image_tokens]
+    to_encode = [chunk.text for chunks in texts for chunk in chunks if not (chunk.num_image_tokens or chunk.is_bos)]
     options = {"sanitize_control_tokens": True} if sanitize_control_tokens else {}
     encoded = (
         tokenizer(
@@ -137,7 +579,7 @@ def encode_chunks(
     offsets: list[list[tuple[int, int]]] = []
     masks: list[list[int]] = []
     for chunks in texts:
-        has_bos = bool(chunks) and chunks[0].text == tokenizer.bos_token
+        has_bos = bool(chunks) and chunks[0].is_bos
         front = [tokenizer.bos_token_id] if starts_with_bos and not has_bos else []
         ids, spans, mask = list(front), [(0, 0)] * len(front), [0] * len(front)
         position = 0
@@ -146,6 +588,8 @@ def encode_chunks(
                 width = len(chunk.text) // chunk.num_image_tokens
                 chunk_ids = [image_token_id] * chunk.num_image_tokens
                 chunk_spans = [(i * width, (i + 1) * width) for i in range(chunk.num_image_tokens)]
+            elif chunk.is_bos:
+                chunk_ids, chunk_spans = [tokenizer.bos_token_id], [(0, len(chunk.text))]
             else:
                 chunk_ids = next(ids_of_chunks)
                 chunk_spans = next(offsets_of_chunks, [])
