@@ -1,5 +1,6 @@
 """Private names of other packages that this one relies on: their disappearance fails here, not silently for a user."""
 
+import inspect
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -8,6 +9,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import PushToHubMixin
 
 from mgllava import BoxDetector
+from mgllava.processing import CHAT_TEMPLATES, processing_mgllava
 from tests.processing.detectors import OWLV2
 from tests.processing.test_processing import small
 
@@ -67,3 +69,23 @@ def test_without_upload_modified_files_pushing_is_refused(uploads, tmp_path, mon
         with pytest.raises(RuntimeError, match="_upload_modified_files"):
             push()
     assert not uploads and not (tmp_path / "new").exists()
+
+
+def test_the_mark_of_user_text_keeps_it_from_being_a_placeholder():
+    """`_UNMARKED`: without it, an `<image>` that a user writes would stand for an image where text is sanitized."""
+    if "sanitize_control_tokens" not in inspect.signature(ProcessorMixin.apply_chat_template).parameters:
+        pytest.skip("this release of transformers cannot sanitize")
+    processor = small()
+    messages = [{"role": "user", "content": "<image>"}]
+    options = {"tokenize": True, "sanitize_control_tokens": True, "chat_template": CHAT_TEMPLATES["vicuna"]}
+    (ids,) = processor.apply_chat_template(messages, **options)
+    assert processor.image_token_id not in ids and "<image>" in processor.decode(ids)
+
+
+def test_without_the_mark_sanitizing_is_refused(monkeypatch):
+    monkeypatch.setattr(processing_mgllava, "_UNMARKED", None)
+    options = {"tokenize": True, "sanitize_control_tokens": True, "chat_template": CHAT_TEMPLATES["vicuna"]}
+    with pytest.raises(NotImplementedError, match="`sanitize_control_tokens`"):
+        small().apply_chat_template([{"role": "user", "content": "<image>"}], **options)
+    with pytest.raises(NotImplementedError, match="`sanitize_control_tokens`"):
+        small()(text="a", sanitize_control_tokens=True)

@@ -154,7 +154,12 @@ class GenerationTag(jinja2.ext.Extension):
         ({"role": "user"}, {}, "`content` must be a string or a list of blocks, message 2 has none"),
         ({"role": "user", "content": None}, {}, "message 2 has none"),
         ({"role": "user", "content": ["x"]}, {}, "must be 'text' or 'image', got ''"),
+        ({"role": "user", "content": 3}, {}, "message 2 has something else"),
+        ({"role": "user", "content": {"type": "text", "text": "x"}}, {}, "message 2 has something else"),
+        ({"role": "user", "content": [{"type": "text"}]}, {}, "`text` of a content block must be a string"),
         ({"role": "user", "content": "x"}, {"tools": [{"type": "function"}]}, "not trained with tools"),
+        ({"role": "user", "content": "x"}, {"documents": [{"text": "y"}]}, "not trained with tools or documents"),
+        ({"role": "user", "content": "x", "tool_calls": [{"type": "function"}]}, {}, "message 2 has `tool_calls`"),
         ({"role": "assistant", "content": [{"type": "image"}]}, {}, "Images must be in user turns.*assistant"),
     ],
 )
@@ -162,6 +167,16 @@ def test_templates_drop_nothing_silently(message, options, error):
     messages = [{"role": "system", "content": "s"}, message]
     with pytest.raises(jinja2.TemplateError, match=error):
         render_alone(messages, "vicuna", "<s>", "</s>", **options)
+    with pytest.raises(jinja2.TemplateError, match="must have a user turn"):
+        render_alone(messages[:1], "vicuna", "<s>", "</s>")
+
+
+def test_arguments_that_would_be_ignored_are_refused(sentencepiece_like):
+    messages = [{"role": "user", "content": "x"}]
+    with pytest.raises(ValueError, match=r"`chat_template` must be .*\(llama3, phi3, vicuna, yi\), got 'vicunna'"):
+        sentencepiece_like.apply_chat_template(messages, "vicunna")
+    with pytest.raises(ValueError, match="needs `return_dict=True`"):
+        sentencepiece_like.apply_chat_template(messages, "yi", tokenize=True, return_assistant_tokens_mask=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,13 +5,14 @@ import logging
 import random
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaTokenizer
 from transformers.utils import logging as transformers_logging
 
-from mgllava.processing import CHAT_TEMPLATES, MGLlavaProcessor, processing_mgllava
+from mgllava.processing import CHAT_TEMPLATES, MGLlavaProcessor
 from mgllava.training.collator import encode_text
 
 FAMILIES = list(CHAT_TEMPLATES)
@@ -339,22 +340,12 @@ def test_what_is_not_text_is_named(byte_level, images, text, error):
         byte_level(images, text)
 
 
-@pytest.mark.parametrize("nothing", [None, [], (), [[]], [[], []]])
+@pytest.mark.parametrize("nothing", [None, [], (), [[]], [[], []], np.array([])], ids=str)
 def test_empty_videos_and_audio_are_not_given(byte_level, nothing):
     plain = byte_level(text="a")["input_ids"]
     assert byte_level(text=("a",), videos=nothing, audio=nothing)["input_ids"] == plain
     with pytest.raises(ValueError, match="`videos` and `audio` must be None or empty"):
         byte_level(text="a", videos=[[IMAGE]])
-
-
-def test_sanitizing_is_refused_where_its_mark_is_not_known(byte_level, monkeypatch):
-    """Without the mark of user text, a placeholder that a user writes would stand for an image."""
-    monkeypatch.setattr(processing_mgllava, "_UNMARKED", None)
-    messages = [{"role": "user", "content": "<image>"}]
-    with pytest.raises(NotImplementedError, match="`sanitize_control_tokens`"):
-        byte_level.apply_chat_template(messages, "yi", tokenize=True, sanitize_control_tokens=True)
-    with pytest.raises(NotImplementedError, match="`sanitize_control_tokens`"):
-        byte_level(text="a", sanitize_control_tokens=True)
 
 
 @pytest.mark.slow

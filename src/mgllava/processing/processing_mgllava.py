@@ -745,9 +745,19 @@ class MGLlavaProcessor(ProcessorMixin):
 
         Raises:
             ValueError: If `boxes` are given both in the conversation and in `processor_kwargs`, or a string is
-                rendered with boxes in image blocks and with images that have no block.
+                rendered with boxes in image blocks and with images that have no block, `chat_template` is neither a
+                template nor a name, or a mask is asked for without `return_dict=True`.
             NotImplementedError: If this transformers cannot sanitize.
         """
+        named = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        template = named.get(chat_template or "default", chat_template) or ""
+        if chat_template is not None and template == chat_template and "{" not in template:
+            raise ValueError(
+                f"`chat_template` must be a Jinja template, or the name of one of the processor's "
+                f"({', '.join(sorted(named))}), got {chat_template!r}."
+            )
+        if return_assistant_tokens_mask and tokenize and not kwargs.get("return_dict"):
+            raise ValueError("`return_assistant_tokens_mask` needs `return_dict=True`, which returns the mask.")
         processor_kwargs = dict(processor_kwargs or {})
         boxes: list[Any] = []
         with_boxes = conversation
@@ -761,8 +771,6 @@ class MGLlavaProcessor(ProcessorMixin):
             _check_sanitizing()
             kwargs["sanitize_control_tokens"] = True
 
-        named = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
-        template = named.get(chat_template or "default", chat_template) or ""
         # A caller that passes the boundaries itself gets them.
         has_boundaries = writes_boundaries(template) and not kwargs.keys() & BOUNDARY_NAMES.keys()
         if has_boundaries:
@@ -995,7 +1003,9 @@ def _as_texts(images: Any, text: Any) -> list[str] | None:
 
 def _is_empty(value: Any) -> bool:
     """Tell whether nothing is given: `None`, or a list of nothing."""
-    return value is None or (isinstance(value, list | tuple) and all(map(_is_empty, value)))
+    if isinstance(value, list | tuple):
+        return all(map(_is_empty, value))
+    return value is None or (hasattr(value, "shape") and 0 in value.shape)
 
 
 def _find_boxes(
