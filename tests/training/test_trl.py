@@ -19,7 +19,6 @@ SAMPLES = range(len(ANSWERS))
 
 @pytest.fixture(scope="module")
 def repositories(tmp_path_factory):
-    """The first template closes answers by EOS and a separator, the second by a suffix."""
     folder = tmp_path_factory.mktemp("trl")
     for template in ("vicuna", "llama3"):
         words_model().save_pretrained(folder / template)
@@ -39,15 +38,15 @@ def expected(processor, answers):
     return learned, boxes
 
 
-@pytest.mark.parametrize(
-    ("form", "template"), [*((form, "vicuna") for form in [*FORMS, "kto"]), ("prompt_completion", "llama3")]
-)
-def test_answers_are_learned_and_boxes_arrive(form, template, repositories):
-    repository = repositories / template
+@pytest.mark.parametrize("with_remote_code", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_answers_are_learned_and_boxes_arrive(form, with_remote_code, repositories):
+    # Another template for each code: one closes answers by EOS and a separator, the other by a suffix.
+    repository = repositories / ("llama3" if with_remote_code else "vicuna")
     _, processor = trl_session.load(repository)
     learned, boxes = expected(processor, ANSWERS)
     assert all(processor.decode(row, skip_special_tokens=True).strip() for row in learned)
-    seen = trl_session.run(form, repository, **FORMS.get(form, {}))
+    seen = trl_session.run(form, repository, with_remote_code, **FORMS[form])
     if form == "grpo":
         # Each prompt was answered twice, and the rows came in two shuffled batches.
         answers = [completion[: ends_at(completion)] for completion in seen["completions"]]
@@ -70,7 +69,8 @@ def boxes_of(sample, boxes):
     return boxes[first : first + len(BOXES[sample])]
 
 
-def test_remote_code_learns_the_same(repositories, tmp_path):
+@pytest.mark.slow
+def test_the_same_is_learned_where_the_package_is_missing(repositories, tmp_path):
     repository = repositories / "vicuna"
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, trl_session.__file__, str(repository), str(tmp_path / "seen.json")]
@@ -79,7 +79,7 @@ def test_remote_code_learns_the_same(repositories, tmp_path):
         assert seen == trl_session.run(form, repository, **FORMS[form]), form
 
 
-@pytest.mark.parametrize("form", ["messages", "prompt_completion", "dpo", "kto"])
+@pytest.mark.parametrize("form", ["messages", "dpo"])
 def test_boxes_in_a_column_that_trl_does_not_read_are_missed(form, small_repository, tmp_path):
     model, processor = trl_session.load(small_repository)
     options = {"with_boxes": False, "samples": (0, 1), "remove_unused_columns": False}
@@ -108,7 +108,7 @@ def test_a_completion_of_several_turns_is_refused(small_repository, tmp_path):
         trainer.train()
 
 
-@pytest.mark.parametrize("form", ["messages", "prompt_completion", "dpo"])
+@pytest.mark.parametrize("form", ["messages", "prompt_completion"])
 def test_a_length_that_cuts_an_image_is_refused(form, small_repository, tmp_path):
     model, processor = trl_session.load(small_repository)
     trainer = trl_session.trainer(form, model, processor, tmp_path, samples=(0, 1), max_length=8)

@@ -18,6 +18,7 @@ import trl
 from datasets import Dataset
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 QUESTION, ANSWERS = "What is in the image?", ["A red circle.", "There are two dogs.", "Red.", "It is on the wall."]
 REJECTED = ["A blue square.", "There is one cat in the image.", "Yellow.", "Red."]
@@ -38,8 +39,12 @@ def answer(text):
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
-def load(folder):
-    """Load without the package where it cannot be imported."""
+def load(folder, with_remote_code=False):
+    """Load model and processor; by the code in the folder where the package cannot be imported, or when told so."""
+    if with_remote_code:
+        names = ("modeling_mgllava.MGLlavaForConditionalGeneration", "processing_mgllava.MGLlavaProcessor")
+        model, processor = (get_class_from_dynamic_module(name, folder) for name in names)
+        return model.from_pretrained(folder, dtype=torch.float32), processor.from_pretrained(folder)
     remote = {"trust_remote_code": sys.modules.get("mgllava") is None}
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, **remote)
     return model, AutoProcessor.from_pretrained(folder, **remote)
@@ -122,10 +127,12 @@ def watch(model):
     return seen
 
 
-def run(form, folder, **options):
+def run(form, folder, with_remote_code=False, **options):
     """Train one step, and return what was learned."""
     torch.manual_seed(0)
-    model, processor = load(folder)
+    model, processor = load(folder, with_remote_code)
+    if with_remote_code:
+        assert type(model).__module__.startswith("transformers_modules"), type(model)
     processor.packs_boxes = form in ("grpo", "rloo")
     with tempfile.TemporaryDirectory() as output:
         running = trainer(form, model, processor, output, **options)
@@ -139,6 +146,7 @@ FORMS = {
     "assistant_only": {},
     "prompt_completion": {},
     "dpo": {},
+    "kto": {},
     "grpo": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 2},
 }
 
