@@ -333,7 +333,9 @@ def test_predictions_are_logits_in_every_batch(trainer_class, collator_run, smal
         compute_metrics=metrics,
         preprocess_logits_for_metrics=lambda logits, labels: logits.float(),
     )
-    assert 0 <= trainer.evaluate()["eval_accuracy"] <= 1
+    result = trainer.evaluate()
+    assert trainer.label_names == ["labels"]
+    assert 0 <= result["eval_accuracy"] <= 1 and result["eval_loss"] > 0
     has_images = ["pixel_values" in collator([sample]) for sample in samples]
     assert has_images == [True, False, True]
     batch = collator(samples)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+import transformers
+from packaging.version import Version
 
 pytest.importorskip("trl")
 
@@ -41,6 +43,8 @@ def expected(processor, answers):
 @pytest.mark.parametrize("with_remote_code", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_answers_are_learned_and_boxes_arrive(form, with_remote_code, repositories):
+    if form == "assistant_only" and Version(transformers.__version__) < Version("5.18"):
+        pytest.skip("TRL refuses `assistant_only_loss` with images there")
     # Another template for each code: one closes answers by EOS and a separator, the other by a suffix.
     repository = repositories / ("llama3" if with_remote_code else "vicuna")
     _, processor = trl_session.load(repository)

@@ -399,7 +399,6 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cache: Cache | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
-        box_labels: list[list] | None = None,
         image_position_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> MGLlavaModelOutputWithPast:
@@ -428,9 +427,8 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
             cache (`Cache`, *optional*):
                 The same as `past_key_values`, by its name since transformers 5.24.
             mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Accepted and not used, so that all that the processor returns may be passed on.
-            box_labels (`list[list]`, *optional*):
-                Accepted and not used, as above.
+                Accepted and not used, so that all that the processor returns may be passed on; so is `box_labels`,
+                among `kwargs`, since `Trainer` takes every argument with "label" in its name for labels.
             image_position_ids (`torch.LongTensor` of shape `(num_images, max_boxes, 4)`, *optional*):
                 `boxes` and `num_boxes` in one: boxes as x1, y1, x2, y2 in pixels of `pixel_values`, then rows of -1.
                 For trainers that hand on only names that they know; the processor makes it with `packs_boxes`.
@@ -443,6 +441,7 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
             ValueError: If inputs are missing, double, or do not fit each other.
         """
         cache = either_cache(past_key_values, cache)
+        kwargs.pop("box_labels", None)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         image_outputs = None if mm_encoder_outputs is None else mm_encoder_outputs.get("image")
@@ -663,7 +662,6 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cache: Cache | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
-        box_labels: list[list] | None = None,
         image_position_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> MGLlavaCausalLMOutputWithPast:
@@ -696,9 +694,8 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
             cache (`Cache`, *optional*):
                 The same as `past_key_values`, by its name since transformers 5.24.
             mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Accepted and not used, so that all that the processor returns may be passed on.
-            box_labels (`list[list]`, *optional*):
-                Accepted and not used, as above.
+                Accepted and not used, so that all that the processor returns may be passed on; so is `box_labels`,
+                among `kwargs`, since `Trainer` takes every argument with "label" in its name for labels.
             image_position_ids (`torch.LongTensor` of shape `(num_images, max_boxes, 4)`, *optional*):
                 `boxes` and `num_boxes` in one: boxes as x1, y1, x2, y2 in pixels of `pixel_values`, then rows of -1.
                 For trainers that hand on only names that they know; the processor makes it with `packs_boxes`.
@@ -711,6 +708,7 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: If inputs are missing, double, or do not fit each other.
         """
+        kwargs.pop("box_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -766,6 +764,7 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: If `boxes` and `image_position_ids` are given.
         """
+        kwargs.pop("box_labels", None)
         if (packed := kwargs.pop("image_position_ids", None)) is not None:
             kwargs["boxes"], kwargs["num_boxes"] = _unpack_boxes(kwargs.get("boxes"), kwargs.get("num_boxes"), packed)
         elif self.training and kwargs.get("boxes") is not None:
