@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Since transformers 5.17 or so; the release decides, not the tokenizer.
+# Releases after 5.16 can; the release decides, not the tokenizer.
 _CAN_SANITIZE = "sanitize_control_tokens" in inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
 
 

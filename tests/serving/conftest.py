@@ -48,7 +48,7 @@ class Site:
     """What a host that clients name may answer; `seen` holds the paths that were asked for."""
 
     def __init__(self, picture):
-        self.seen = []
+        self.seen, self.picture = [], picture
         site = self
 
         class Handler(BaseHTTPRequestHandler):

@@ -162,15 +162,15 @@ CONFIG = [
     *("suppress_tokens", "no_repeat_ngram_size", "max_new_tokens", "stop_strings", "transformers_version"),
 ]
 MESSAGES = [
-    *([{**HELLO[0], "role": value}] for value in WILD),
-    *([{**HELLO[0], "content": value}] for value in WILD),
-    *([{**HELLO[0], "name": value, "tool_calls": value}] for value in WILD),
-    *([user({"type": value, "text": "a"}, text())] for value in WILD),
-    *([user({"type": "text", "text": value}, text())] for value in WILD),
-    *([user({"type": "image_url", "image_url": value}, text())] for value in WILD),
-    *([user({"type": "image_url", "image_url": {"url": value, "detail": value}}, text())] for value in WILD),
-    *([user({"type": "image", "url": value, "extras": value, "mime_type": value}, text())] for value in WILD),
-    *([user({"type": "image", "base64": "AAAA", "mime_type": value}, text())] for value in WILD),
+    *([{**HELLO[0], "role": value}] for value in WILD[::2]),
+    *([{**HELLO[0], "content": value}] for value in WILD[::2]),
+    *([{**HELLO[0], "name": value, "tool_calls": value}] for value in WILD[::2]),
+    *([user({"type": value, "text": "a"}, text())] for value in WILD[::2]),
+    *([user({"type": "text", "text": value}, text())] for value in WILD[::2]),
+    *([user({"type": "image_url", "image_url": value}, text())] for value in WILD[::2]),
+    *([user({"type": "image_url", "image_url": {"url": value, "detail": value}}, text())] for value in WILD[::2]),
+    *([user({"type": "image", "url": value, "extras": value, "mime_type": value}, text())] for value in WILD[::2]),
+    *([user({"type": "image", "base64": "AAAA", "mime_type": value}, text())] for value in WILD[::2]),
 ]
 
 
@@ -186,7 +186,7 @@ def check_no_surprise(post, path, body):
 
 def test_wild_values_are_answered_or_refused(post):
     bodies = [(path, {**VALID[path], name: value}) for path in FIELDS for name in FIELDS[path] for value in WILD]
-    bodies += [(CHAT, {**VALID[CHAT], **in_config(name, value)}) for name in CONFIG for value in WILD]
+    bodies += [(CHAT, {**VALID[CHAT], **in_config(name, value)}) for name in CONFIG for value in WILD[1::2]]
     bodies += [(CHAT, {**VALID[CHAT], "messages": messages}) for messages in MESSAGES]
     # What is answered at length takes long, and is tested elsewhere.
     bodies = [

@@ -19,6 +19,12 @@ ROOT = Path(__file__).parents[2]
         (["--max-images", "0"], "images"),
         (["--log-level", "loud"], "log_level"),
         (["--chat-template-kwargs", "[]"], "chat_template_kwargs"),
+        (["--chat-template-kwargs", '{"tokenize": false}'], "tokenize"),
+        (["--allowed-hosts", "http://a"], "allowed_hosts"),
+        (["--api-key", ""], "api_key"),
+        (["--max-pixels", "-1"], "pixels"),
+        (["--dtype", "floof"], "floof"),
+        (["--image-timeout", "nan"], "image_timeout"),
         (["--quantization", "bnb-3bit"], "bnb-3bit"),
     ],
 )

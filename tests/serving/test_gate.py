@@ -91,7 +91,7 @@ def test_health_tells_of_a_failed_device():
         ),
         ("10.0.0.1", (), ["10.0.0.1", "localhost"], ["10.0.0.2", "a.test"]),
         ("0.0.0.0", (), ["10.0.0.1:80", "[fe80::1]", "localhost"], ["a.test", "10.0.0.1.a.test"]),
-        ("localhost", ("A.test", "b.test."), ["a.test:80", "B.TEST"], ["c.test", "x.a.test"]),
+        ("localhost", ("A.test, d.test", "b.test."), ["a.test:80", "B.TEST", "d.test"], ["c.test", "x.a.test"]),
         ("localhost", ("*",), ["a.test", "anything at all"], []),
     ],
 )

@@ -172,3 +172,16 @@ def test_names_that_nobody_answers_hold_up_nothing_else(monkeypatch):
         answered.set()
 
     asyncio.run(run())
+
+
+def test_images_of_a_request_share_their_bytes(site):
+    host, size = site.url.removeprefix("http://"), 3 * len(site.picture) // 2
+
+    async def run():
+        room = image_urls.DownloadRoom(size)
+        url, hosts = f"{site.url}/picture.png", ImageHosts.parse(host)
+        assert await download_image(url, "url", hosts, ServingLimits(), room) == site.picture
+        with pytest.raises(RequestError, match="together"):
+            await download_image(url, "url", hosts, ServingLimits(), room)
+
+    asyncio.run(run())

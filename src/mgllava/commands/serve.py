@@ -10,7 +10,7 @@ from .console import errors_as_messages
 def serve(
     model: Annotated[str, typer.Argument(help="MG-LLaVA repository: folder or Hub id, also id@revision.")],
     host: Annotated[str, typer.Option(help="Server listen address.")] = "localhost",
-    port: Annotated[int, typer.Option(help="Server listen port.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Server listen port.")] = 8000,
     device: Annotated[str, typer.Option(help="Device for inference (e.g. 'auto', 'cuda:0', 'cpu').")] = "auto",
     dtype: Annotated[str, typer.Option(help="Override model dtype. 'auto' derives from weights.")] = "auto",
     quantization: Annotated[str | None, typer.Option(help="'bnb-4bit' or 'bnb-8bit'.")] = None,

@@ -317,14 +317,14 @@ class AllowedHosts:
 
     Args:
         bound (`str`): Address that the server listens at.
-        more (`Sequence[str]`): Further names; `"*"`: all.
+        more (`Sequence[str]`): Further names, also several separated by commas; `"*"`: all.
 
     Raises:
         ValueError: If one of them is not a name.
     """
 
     def __init__(self, bound: str, more: Sequence[str] = ()):
-        names = [name.strip().lower().rstrip(".") for name in more]
+        names = [name.strip().lower().rstrip(".") for entry in more for name in entry.split(",")]
         for name in names:
             if name != "*" and (_host_name(name) != name.strip("[]") or not name):
                 raise ValueError(f"`allowed_hosts` must hold host names without ports, or '*', got {name!r}.")

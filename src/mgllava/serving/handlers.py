@@ -284,7 +284,7 @@ class ResponseHandler(_ConversationHandler):
             "incomplete_details": None,
             "instructions": body.get("instructions"),
             "max_output_tokens": body.get("max_output_tokens"),
-            "metadata": body.get("metadata") or {},
+            "metadata": body["metadata"] if isinstance(body.get("metadata"), dict) else {},
             "output": [],
             "parallel_tool_calls": False,
             "previous_response_id": None,

@@ -187,13 +187,13 @@ class _CheckedTransport(httpx.AsyncBaseTransport):
     async def _addresses(self, url: httpx.URL) -> Iterable[str]:
         listed = self._hosts.lists(url)
         if not (listed or self._hosts.public):
-            raise _RefusedError(f"must be at a host that this server asks, got {url.host!r}.")
+            raise _RefusedError(f"must be at a host that this server asks, got {url.host[:200]!r}.")
         try:
             addresses = await _lookups.resolve(url.raw_host.decode("ascii"), url.port or _STANDARD_PORTS[url.scheme])
         except (OSError, UnicodeError):
-            raise _RefusedError(f"must be at a known host, got {url.host!r}.") from None
+            raise _RefusedError(f"must be at a known host, got {url.host[:200]!r}.") from None
         if not (listed or all(is_public(address) for address in addresses)):
-            raise _RefusedError(f"must be at a public address, which {url.host!r} is not.")
+            raise _RefusedError(f"must be at a public address, which {url.host[:200]!r} is not.")
         return addresses
 
     async def aclose(self) -> None:
@@ -205,7 +205,36 @@ def _ssl_context() -> ssl.SSLContext:
     return httpx.create_ssl_context()
 
 
-async def download_image(url: str, param: str, hosts: ImageHosts, limits: ServingLimits) -> bytes:
+@dataclass
+class DownloadRoom:
+    """How many bytes the images of a request may still have together.
+
+    Attributes:
+        size (`int`): The number.
+    """
+
+    size: int
+
+    def take(self, size: int) -> None:
+        """Count bytes.
+
+        Args:
+            size (`int`): How many there are.
+
+        Raises:
+            RequestError: If there is no room for them.
+        """
+        self.size -= size
+        if self.size < 0:
+            raise RequestError(
+                "The images of a request must have at most --max-request-bytes together, got more.",
+                code="image_too_large",
+            )
+
+
+async def download_image(
+    url: str, param: str, hosts: ImageHosts, limits: ServingLimits, room: DownloadRoom | None = None
+) -> bytes:
     """Download an image.
 
     Args:
@@ -213,6 +242,7 @@ async def download_image(url: str, param: str, hosts: ImageHosts, limits: Servin
         param (`str`): The field of the request that held it.
         hosts ([`ImageHosts`]): Where it may come from.
         limits ([`ServingLimits`]): How large it may be and how long it may take.
+        room ([`DownloadRoom`], *optional*): What all images of the request share; by default that of one request.
 
     Returns:
         `bytes`: What the host sent; not yet known to be an image.
@@ -220,8 +250,9 @@ async def download_image(url: str, param: str, hosts: ImageHosts, limits: Servin
     Raises:
         RequestError: If the URL is refused, or the download fails.
     """
+    room = room or DownloadRoom(limits.request_bytes)
     try:
-        return await asyncio.wait_for(_download(url, hosts, limits), limits.image_timeout)
+        return await asyncio.wait_for(_download(url, hosts, limits, room), limits.image_timeout)
     except _RefusedError as error:
         message = f"`{param}` {error} Send the image itself as a data URL."
     except (asyncio.TimeoutError, httpx.TimeoutException):
@@ -231,7 +262,7 @@ async def download_image(url: str, param: str, hosts: ImageHosts, limits: Servin
     raise RequestError(message, param, "invalid_image_url")
 
 
-async def _download(url: str, hosts: ImageHosts, limits: ServingLimits) -> bytes:
+async def _download(url: str, hosts: ImageHosts, limits: ServingLimits, room: DownloadRoom) -> bytes:
     # A client of its own for each image: cookies must not travel from one request to another. `trust_env=False`: a
     # proxy of the environment would resolve names itself.
     client = httpx.AsyncClient(
@@ -252,6 +283,7 @@ async def _download(url: str, hosts: ImageHosts, limits: ServingLimits) -> bytes
         too_large = announced.isdecimal() and int(announced) > limits.image_bytes
         if not too_large:
             async for chunk in response.aiter_raw():
+                room.take(len(chunk))
                 data += chunk
                 if too_large := len(data) > limits.image_bytes:
                     break

@@ -126,6 +126,9 @@ def _read_message(message: Any, param: str) -> tuple[str, list[Any]]:
         if key not in _MESSAGE_KEYS and value not in (None, "", [], {}):
             reason = "MG-LLaVA calls no tools" if key == "tool_calls" else "this server does not know it"
             raise RequestError(f"`{param}.{key[:50]}` must be absent: {reason}.", f"{param}.{key[:50]}")
+    for key in ("name", "id", "status"):
+        if not isinstance(message.get(key), str | None):
+            raise RequestError(f"`{param}.{key}` must be a string, got {shown(message[key])}.", f"{param}.{key}")
     if message.get("type") not in (None, "message"):
         raise RequestError(f"`{param}.type` must be 'message', got {shown(message['type'])}.", f"{param}.type")
     content = message.get("content")

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 
 from mgllava.serving.errors import RequestError
 from mgllava.serving.generation import DeviceHealth, Worker
-from mgllava.serving.image_urls import ImageHosts, download_image
+from mgllava.serving.image_urls import DownloadRoom, ImageHosts, download_image
 from mgllava.serving.images import decode_image, read_data_url
 from mgllava.serving.limits import MAX_REQUESTS_WITH_PIXELS, ServingLimits
 from mgllava.serving.messages import Conversation, ImageSource
@@ -64,24 +64,17 @@ class PromptMaker:
             RequestError: If one of them cannot be had.
         """
         images = [image for image in conversation.images if image.url[:5].lower() != "data:"]
+        room = DownloadRoom(self._limits.request_bytes)
         downloads = [
-            asyncio.ensure_future(download_image(image.url, image.param, self._hosts, self._limits))
+            asyncio.ensure_future(download_image(image.url, image.param, self._hosts, self._limits, room))
             for image in images
         ]
-        room = self._limits.request_bytes
         try:
             for image, data in zip(images, await asyncio.gather(*downloads), strict=True):
                 image.data = data
-                room -= len(data)
         finally:
             for download in downloads:
                 download.cancel()
-        if room < 0:
-            raise RequestError(
-                f"The images of a request must have at most {self._limits.request_bytes:,} bytes together.",
-                images[-1].param,
-                "image_too_large",
-            )
 
     async def from_conversation(self, conversation: Conversation) -> Any:
         """Make the inputs of a conversation whose images are downloaded.

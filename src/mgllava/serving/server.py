@@ -24,6 +24,22 @@ from mgllava.serving.prompts import PromptMaker
 
 # Seconds that answers may still take after the server was told to stop.
 _SHUTDOWN_TIMEOUT = 30
+# Arguments of `apply_chat_template` that are no variables of the template.
+_TEMPLATE_ARGUMENTS = {
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "messages",
+    "processor",
+    "processor_kwargs",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "sanitize_control_tokens",
+    "tokenize",
+    "tools",
+}
 _BITS = {"bnb-4bit": 4, "bnb-8bit": 8}
 
 
@@ -186,6 +202,8 @@ def _read_template_kwargs(text: str | None) -> dict[str, Any]:
         values = None
     if not isinstance(values, dict):
         raise ValueError(f"`chat_template_kwargs` must be a JSON object, got {text!r}.")
+    if taken := sorted(_TEMPLATE_ARGUMENTS & set(values)):
+        raise ValueError(f"`chat_template_kwargs` must hold variables of the template, got {', '.join(taken)}.")
     return values
 
 
