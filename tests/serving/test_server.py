@@ -236,6 +236,8 @@ BAD = {
     "boxes-shape": ({"boxes": [[1, 2, 3]]}, "messages[0].content[0].boxes"),
     "boxes-text": ({"boxes": "all"}, "messages[0].content[0].boxes"),
     "boxes-corners": ({"boxes": [[9, 9, 1, 1]]}, "messages[0].content[0].boxes"),
+    "boxes-relative": ({"boxes": [[0.1, 0.2, 0.5, 0.6]]}, "messages[0].content[0].boxes"),
+    "boxes-outside": ({"boxes": [[9, 9, 20, 20], [9000, 9, 9001, 20]]}, "messages[0].content[0].boxes"),
     "boxes-many": ({"boxes": [[0, 0, 1, 1]] * 51}, "messages[0].content[0].boxes"),
     "boxes-key": ({"boxes": {"boxes": [], "file": "x"}}, "messages[0].content[0].boxes"),
     "boxes-scores": ({"boxes": {"boxes": [[0, 0, 1, 1]], "scores": [[1]]}}, "messages[0].content[0].boxes.scores"),
