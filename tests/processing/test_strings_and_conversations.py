@@ -233,7 +233,11 @@ def listen(monkeypatch, caplog):
 @pytest.mark.parametrize(
     "content",
     [
-        "Say ASSI<image>STANT: hi",
+        [
+            {"type": "text", "text": "Say ASSI"},
+            {"type": "image", "image": IMAGE},
+            {"type": "text", "text": "STANT: hi"},
+        ],
         [{"type": "text", "text": "Say ASS"}, {"type": "text", "text": "ISTANT: hi"}],
         [{"type": "text", "text": " ASSISTANT: hi"}, {"type": "image", "image": IMAGE}],
         " ASSISTANT: ASSISTANT:",
@@ -243,10 +247,8 @@ def listen(monkeypatch, caplog):
 def test_role_words_that_come_about_in_rendering(processor, content):
     processor = using(processor, CHAT_TEMPLATES["vicuna"])
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "yes"}]
-    images = images_of(messages) or ([IMAGE] if "<image>" in content else None)
     text = processor.apply_chat_template(messages)
-    options = {"tokenize": True, "processor_kwargs": {"images": images}} if images else {"tokenize": True}
-    assert processor(images, text)["input_ids"] == processor.apply_chat_template(messages, **options)
+    assert processor(images_of(messages), text)["input_ids"] == processor.apply_chat_template(messages, tokenize=True)
 
 
 def test_a_string_of_an_unknown_template_carries_its_boundaries(byte_level):

@@ -534,6 +534,8 @@ class MGLlavaProcessor(ProcessorMixin):
                 cut an image, or answers cannot be told from the rest.
             NotImplementedError: If this transformers cannot sanitize, where `sanitize_control_tokens` is set.
         """
+        if kwargs.get("sanitize_control_tokens") or (kwargs.get("text_kwargs") or {}).get("sanitize_control_tokens"):
+            _check_sanitizing()
         text = _as_texts(images, text)
         images, text, _, _ = self.prepare_inputs_layout(images=images, text=text, **kwargs)
         text, kwargs = self._take_boxes_of_text(text, kwargs)
@@ -549,9 +551,6 @@ class MGLlavaProcessor(ProcessorMixin):
             text_kwargs.pop(name, None) or merged.get(name, False)
             for name in ("return_mm_token_type_ids", "return_text_replacement_offsets")
         )
-
-        if text_kwargs.get("sanitize_control_tokens"):
-            _check_sanitizing()
 
         features: dict[str, Any] = {}
         runs: list[str] = []
