@@ -74,6 +74,22 @@ def test_copied_labels_become_those_of_the_answers(processor):
     assert torch.equal(batch["labels"][batch["labels"] != -100], batch["input_ids"][batch["labels"] != -100])
 
 
+def test_a_copy_learns_the_completion_without_the_prompt(processor):
+    """As TRL's collator joins them with `completion_only_loss=False`."""
+    whole = processor.apply_chat_template(conversation(BOXES), tokenize=False)
+    prompt = processor.apply_chat_template(
+        conversation(BOXES, answer=None), tokenize=False, add_generation_prompt=True
+    )
+    batch = processor([PICTURE], [prompt], add_special_tokens=False, **TENSORS)
+    completion = processor(text=[whole[len(prompt) :]], add_special_tokens=False, **TENSORS)
+    for name in ("input_ids", "attention_mask"):
+        batch[name] = torch.cat([batch[name], completion[name]], dim=1)
+    batch["labels"] = batch["input_ids"].clone()
+    wanted = tokenized(processor, [conversation(BOXES)], return_assistant_tokens_mask=True)
+    assert torch.equal(batch["input_ids"], wanted["input_ids"])
+    assert torch.equal(batch["labels"] != -100, wanted["assistant_masks"].bool())
+
+
 def test_chosen_labels_stay(processor):
     batch = tokenized(processor, [conversation(BOXES)])
     chosen = batch["input_ids"].masked_fill(batch["input_ids"] == processor.image_token_id, -100)

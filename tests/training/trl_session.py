@@ -55,6 +55,8 @@ def column(form, sample, processor, with_boxes=True):
     asked, answered = question(sample, with_boxes), answer(ANSWERS[sample])
     if form in ("messages", "assistant_only"):
         return {"messages": [asked, answered]}
+    if form == "text":
+        return {"text": processor.apply_chat_template([asked, answered], tokenize=False)}
     if form in ("prompt_completion", "kto"):
         label = {"label": bool(sample % 2)} if form == "kto" else {}
         return {"prompt": [asked], "completion": [answered], **label}
@@ -82,7 +84,7 @@ def trainer(form, model, processor, output, rows=None, with_boxes=True, samples=
     }
     common = {"train_dataset": Dataset.from_list(rows), "processing_class": processor}
     remote = {"trust_remote_code": sys.modules.get("mgllava") is None}
-    if form in ("messages", "assistant_only", "prompt_completion"):
+    if form in ("messages", "assistant_only", "text", "prompt_completion"):
         config = trl.SFTConfig(**arguments, assistant_only_loss=form == "assistant_only")
         return trl.SFTTrainer(model, config, **common)
     if form == "dpo":
@@ -144,6 +146,8 @@ def run(form, folder, with_remote_code=False, **options):
 FORMS = {
     "messages": {},
     "assistant_only": {},
+    # TRL drops the column, unless it is told not to.
+    "text": {"remove_unused_columns": False},
     "prompt_completion": {},
     "dpo": {},
     "kto": {},

@@ -949,9 +949,9 @@ class TrainingTargets:
         if ids[: len(known)] != known[: len(ids)]:
             return [True] * len(ids)
         answers = self.answers[index] if self.answers is not None else []
-        # A conversation without an answer is learned whole, or not at all, as the collator says.
-        front = answers if is_copy and any(answers) else [True] * len(known)
         completion = ids[len(known) :]
+        # A text without an answer, in itself or after it, is learned as the collator says.
+        front = answers if is_copy and (any(answers) or (answers and completion)) else [True] * len(known)
         return [*front[: len(ids)], *self._of_completion(completion, *ending)]
 
     @staticmethod
