@@ -49,7 +49,7 @@ def test_convert_to_xtuner(tmp_path, converted, golden_state):
     [
         (["--checkpoint", "x.pth", "--output", "out"], "A conversion needs --llm, --vision-tower"),
         (["--checkpoint", "x", "--output", "y", "--to-xtuner", "--llm", "z"], "takes --checkpoint and --output only"),
-        (["--checkpoint", "x", "--output", "y", "--to-xtuner"], "no MG-LLaVA repository"),
+        (["--checkpoint", "x", "--output", "y", "--to-xtuner"], "must be the folder of an MG-LLaVA repository"),
     ],
 )
 def test_wrong_use_is_one_message(arguments, said):

@@ -149,7 +149,7 @@ def test_long_threshold_file_is_another_models(tmp_path):
         ("tag_list", "cat\n \ndog", "line 2 is blank"),
         ("swin_config", "{", "must be JSON"),
         ("swin_config", '{"image_res": 128}', "lacks window_size, embed_dim, depths, num_heads"),
-        ("decoder_config", "[]", "lacks hidden_size"),
+        ("decoder_config", "[]", "must hold a JSON object"),
         (
             "decoder_config",
             '{"hidden_size": 32, "num_attention_heads": 5, "num_hidden_layers": 2, "intermediate_size": 64}',
@@ -181,7 +181,7 @@ def test_files_that_do_not_exist(tmp_path, argument):
 
 
 def test_checkpoint_of_another_kind(tmp_path):
-    assert "no RAM++ checkpoint" in failure(tmp_path, checkpoint=saved(tmp_path, {"model": {"w": torch.zeros(1)}}))
+    assert "not a RAM++ checkpoint" in failure(tmp_path, checkpoint=saved(tmp_path, {"model": {"w": torch.zeros(1)}}))
 
 
 def test_truncated_checkpoint(tmp_path):

@@ -1,5 +1,9 @@
+import json
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mgllava import MGLlavaForConditionalGeneration
 from mgllava.conversion import ConversionError, convert_checkpoint, export_xtuner, read_checkpoint
@@ -101,3 +105,65 @@ def test_variant_that_xtuner_does_not_know_is_refused(tmp_path, converted):
     with pytest.raises(ConversionError, match="no place for"):
         export_xtuner(tmp_path / "saved", tmp_path / "back.pth")
     assert not (tmp_path / "back.pth").exists()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_repository_is_refused(tmp_path, converted, bits):
+    import mgllava
+
+    options = {"quantization_config": mgllava.quantization_config(bits), "dtype": torch.bfloat16}
+    MGLlavaForConditionalGeneration.from_pretrained(converted, **options).save_pretrained(tmp_path / "packed")
+    with pytest.raises(ConversionError, match=r"is quantized \(bitsandbytes\)"):
+        export_xtuner(tmp_path / "packed", tmp_path / "back.pth")
+    # Also where the config does not say it.
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConversionError):
+        export_xtuner(tmp_path / "packed", tmp_path / "back.pth")
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_packed_weights_are_refused_on_both_ways(tmp_path, converted, sources, golden_state, dtype):
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    repository = shutil.copytree(converted, tmp_path / "repository")
+    weights = load_file(repository / "model.safetensors")
+    weights[name] = weights[name].to(dtype)
+    save_file(weights, repository / "model.safetensors")
+    with pytest.raises(ConversionError, match=rf"wrong dtype: 1\n  {name}"):
+        export_xtuner(repository, tmp_path / "back.pth")
+    state = golden_state("iter_10.pth")
+    for key in ("llm.model.layers.0.mlp.up_proj.weight", "llm.model.embed_tokens.weight"):
+        torch.save({"state_dict": {**state, key: state[key].to(dtype)}}, tmp_path / "packed.pth")
+        with pytest.raises(ConversionError, match="wrong dtype: 1\n"):
+            convert_checkpoint(tmp_path / "packed.pth", **sources, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "back.pth").exists()
+
+
+def test_weights_of_another_shape_are_refused(tmp_path, converted):
+    repository = shutil.copytree(converted, tmp_path / "repository")
+    weights = load_file(repository / "model.safetensors")
+    weights["lm_head.weight"] = weights["lm_head.weight"][:, :32].contiguous()
+    save_file(weights, repository / "model.safetensors")
+    with pytest.raises(ConversionError, match="wrong shape: 1"):
+        export_xtuner(repository, tmp_path / "back.pth")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"checkpoint": {"keys": [1], "kind": "sft", "meta": {}}}'])
+def test_damaged_report_is_one_message(tmp_path, converted, content):
+    repository = shutil.copytree(converted, tmp_path / "repository")
+    (repository / "conversion_report.json").write_text(content)
+    with pytest.raises(ConversionError, match=r"conversion_report\.json"):
+        export_xtuner(repository, tmp_path / "back.pth")
+
+
+def test_output_that_is_a_link_and_partial_files_of_the_user(tmp_path, converted):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "back.pth").symlink_to(tmp_path / "disk" / "weights.pth")
+    (tmp_path / "back.pth.partial").write_text("mine")
+    (tmp_path / "disk" / ".weights.pth.0123abcd.partial").write_text("left by a run that was killed")
+    export_xtuner(converted, tmp_path / "back.pth")
+    assert (tmp_path / "back.pth").is_symlink() and _load(tmp_path / "disk" / "weights.pth")
+    assert (tmp_path / "back.pth.partial").read_text() == "mine"
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["weights.pth"]

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mgllava.conversion import ConversionError
-from mgllava.conversion.lora import lora_scaling, merge_lora, read_lora_alpha, split_lora
+from mgllava.conversion.lora import lora_scaling, merge_lora, read_lora_settings, split_lora
 from mgllava.conversion.tensor_files import from_tensor
 
 
@@ -55,12 +55,25 @@ def test_names_of_peft_are_taken_apart():
         ("model = dict(\n    llm_lora=dict(\n        lora_alpha=256,\n        r=512))", 256),
         ("llm_lora = dict(lora_alpha=16)\nvisual_encoder_lora = dict(lora_alpha=64)", 16),
         ("a = dict(lora_alpha=16)\nb = dict(lora_alpha=64)", None),
+        ("visual_encoder_lora = dict(r=64, lora_alpha=64)", None),
+        ("model = dict(llm=dict(type='x'), visual_encoder_lora=dict(lora_alpha=64))", None),
+        ("model = dict(visual_encoder_lora=dict(lora_alpha=64), llm_lora=dict(r=8))", None),
+        ("model = dict(llm_lora=dict(\n  lora_alpha=1e2))", 100),
+        ("model = {'llm_lora': {'target': dict(a=')'), 'lora_alpha': 12.5}}", 12.5),
+        ("alpha = 24\nllm_lora = dict(lora_alpha=alpha)", 24),
+        ("llm_lora = dict(lora_alpha=float('nan'))", None),
+        ("llm_lora = dict(lora_alpha=-32)", None),
+        ("llm_lora = dict(lora_alpha=True)", None),
+        ("llm_lora = dict(lora_alpha=16)\nother = dict(llm_lora=dict(lora_alpha=64))", None),
+        ("# lora_alpha=8\nnote = 'lora_alpha=9'", None),
+        ("llm_lora = dict(lora_alpha=", None),
+        ("(" * 10_000, None),
         ("image_size_aux = 768", None),
         ("__import__('os').abort()", None),
     ],
 )
 def test_alpha_is_searched_in_the_config_text(text, alpha):
-    assert read_lora_alpha(text) == alpha
+    assert read_lora_settings(text).alpha == alpha
 
 
 def test_scaling():
@@ -72,3 +85,24 @@ def test_scaling():
         lora_scaling(None, 8, "")
     with pytest.raises(ConversionError, match="alpha_pattern"):
         lora_scaling(None, 8, "lora_alpha=32, alpha_pattern=dict(q_proj=3)")
+    assert lora_scaling(None, 16, "llm_lora = dict(lora_alpha=32)\nvisual_encoder_lora = dict(use_rslora=True)") == 2
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 0, -1.0, True])
+def test_alpha_that_is_not_a_positive_number_is_refused(alpha):
+    with pytest.raises(ConversionError, match="`lora_alpha` must be a positive number"):
+        lora_scaling(alpha, 8, "llm_lora = dict(lora_alpha=32)")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("llm.model.norm.weight", "llm.base_model.model.model.norm.weight"),
+        ("llm.base_model.model.q_proj.weight", "llm.base_model.model.q_proj.base_layer.weight"),
+        ("llm.base_model.model.lm_head.weight", "llm.base_model.model.lm_head.modules_to_save.default.weight"),
+    ],
+)
+def test_two_names_for_one_tensor_are_refused(first, second):
+    for names in ((first, second), (second, first)):
+        with pytest.raises(ConversionError, match=f"{names[0]} and {names[1]}"):
+            split_lora({name: _lazy(2, 2) for name in names})

@@ -27,8 +27,17 @@ def errors_as_messages(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except expected as error:
-        Console(stderr=True).print(f"error: {error}", style="red", soft_wrap=True, markup=False, highlight=False)
+        message = printable(f"error: {error}")
+        Console(stderr=True).print(message, style="red", soft_wrap=True, markup=False, highlight=False)
         raise typer.Exit(1) from None
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal would obey or could not show: names in files of strangers may hold anything."""
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape").decode("ascii")
+        for letter in text
+    )
 
 
 @contextmanager
@@ -60,4 +69,4 @@ def image_bar() -> Iterator[Callable[[int, int], None]]:
         yield progress
 
 
-__all__ = ["errors_as_messages", "image_bar", "progress_bars"]
+__all__ = ["errors_as_messages", "image_bar", "printable", "progress_bars"]

@@ -5,8 +5,10 @@ from .convert import convert_checkpoint
 from .convert_ram_plus import convert_ram_plus
 from .errors import ConversionError
 from .export_xtuner import export_xtuner
+from .presets import PRESETS
 
 __all__ = [
+    "PRESETS",
     "ConversionError",
     "XTunerCheckpoint",
     "convert_checkpoint",

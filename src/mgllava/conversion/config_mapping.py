@@ -4,7 +4,6 @@ import copy
 import re
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from mgllava.modeling import MGLlavaConfig
@@ -16,6 +15,8 @@ from .vocabulary import Vocabulary
 
 # Side of the high-resolution input of every published checkpoint, for files whose config text does not say it.
 _PUBLISHED_IMAGE_SIZE = 768
+
+_MAX_DIGITS = 5
 
 _FUSION = "fuse_module."
 _PROJECTOR = "projector.model.0.weight"
@@ -101,9 +102,16 @@ def read_image_size(config_text: str) -> int:
 
     Returns:
         `int`: The side in pixels; 768, as in every published checkpoint, if the text does not say it.
+
+    Raises:
+        ConversionError: If the side is impossible.
     """
-    match = re.search(r"image_size_aux\s*=\s*(\d+)", config_text)
-    return int(match[1]) if match else _PUBLISHED_IMAGE_SIZE
+    match = re.search(r"\bimage_size_aux\s*=\s*(\d+)", config_text)
+    if match is None:
+        return _PUBLISHED_IMAGE_SIZE
+    if len(match[1]) > _MAX_DIGITS or not int(match[1]):
+        raise ConversionError(f"The checkpoint's config text has an impossible `image_size_aux`: {match[1][:30]}.")
+    return int(match[1])
 
 
 def stored_vision_config(published: PreTrainedConfig) -> PreTrainedConfig:
@@ -171,7 +179,7 @@ def build_config(
             architectures=["MGLlavaForConditionalGeneration"],
             **variant,
         )
-    except (ValueError, StrictDataclassError) as error:
+    except Exception as error:  # a config may be wrong in many ways
         # huggingface_hub wraps what a config's own validation says.
         reason = error.__cause__ or error
         raise ConversionError(f"Checkpoint and towers do not fit together: {reason}") from error

@@ -17,11 +17,14 @@ from .checkpoint_reader import XTunerCheckpoint, read_checkpoint
 from .config_mapping import build_config, read_image_size
 from .errors import ConversionError
 from .key_mapping import XTUNER_TO_MODEL, XTUNER_TOWERS_TO_MODEL, model_drop_reason, rename, to_xtuner
-from .lora import lora_scaling, merge_lora, split_lora
+from .lora import check_lora_alpha, lora_scaling, merge_lora, split_lora
+from .presets import PRESETS
 from .repository_writer import (
     DEFAULT_SHARD_SIZE,
+    FLOAT_DTYPES,
     REPORT_NAME,
     Progress,
+    check_dtype,
     describe_run,
     digest_sources,
     match_tensors,
@@ -32,8 +35,10 @@ from .sources import (
     Source,
     clip_config,
     clip_weights,
+    fetch_checkpoint,
     language_model_config,
     language_model_weights,
+    one_line,
     open_high_res_tower,
 )
 from .staging import StagingFolder
@@ -86,9 +91,10 @@ def convert_checkpoint(
 
     Args:
         checkpoint (`str` or `Path`): An mmengine `.pth` file or a DeepSpeed ZeRO folder; fine-tuned, pretrain-stage
-            or LoRA. Towers in it (saved with frozen parameters) are used in place of the repositories'.
-        llm (`str` or `Path`): Folder or Hub id of the language model: tokenizer, config, and for pretrain-stage and
-            LoRA checkpoints the weights.
+            or LoRA. Towers in it (saved with frozen parameters) are used instead of the repositories'. A Hub id will
+            do as well: `owner/name`, or `owner/name/path` if the repository has several.
+        llm (`str` or `Path`): Folder or Hub id of the language model. [`PRESETS`] has this and the next three for the
+            published models. It gives tokenizer, config, and for pretrain-stage and LoRA checkpoints the weights.
         vision_tower (`str` or `Path`): Folder or Hub id of the CLIP model.
         high_res_tower (`str` or `Path`): Folder, Hub id or open_clip name of the ConvNeXt CLIP.
         prompt_template (`str`): `"vicuna"`, `"llama3"`, `"phi3"` or `"yi"`.
@@ -111,12 +117,15 @@ def convert_checkpoint(
     """
     if prompt_template not in CHAT_TEMPLATES:
         raise ConversionError(f"`prompt_template` must be one of {sorted(CHAT_TEMPLATES)}, got {prompt_template!r}.")
+    check_lora_alpha(lora_alpha)
+    check_dtype(dtype)
     output = Path(output).absolute()
     progress = progress or (lambda stage, done, total: None)
     with StagingFolder(output, overwrite, MGLlavaConfig.model_type) as staging:
         # Beside the output there has to be room anyway, while the system's temporary folder may lie in memory.
         scratch = staging.output.parent
-        opened = read_checkpoint(checkpoint, trust_pickle, scratch)
+        found = fetch_checkpoint(checkpoint, _preset_of(llm))
+        opened = read_checkpoint(found, trust_pickle, scratch)
         text_config, llm_folder = language_model_config(llm)
         vision_config, image_settings = clip_config(vision_tower)
         tower = open_high_res_tower(high_res_tower)
@@ -139,6 +148,9 @@ def convert_checkpoint(
         keep = gathered.kept if dtype == "auto" else set()
         tensors = {name: tensor if name in keep else tensor.to(main_dtype) for name, tensor in tensors.items()}
 
+        # All that may be wrong with the small files is found before the large ones are written.
+        generation = generation_config(llm_folder, text_config, tokenizer, prompt_template, config.unused_token_ids)
+        processor = make_processor(config, tokenizer, image_settings, prompt_template)
         plan = plan_shards(tensors, max_shard_size)
         names = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
         llm_files = [llm_folder / name for name in names if (llm_folder / name).is_file()]
@@ -149,10 +161,8 @@ def convert_checkpoint(
         config.save_pretrained(staging.path)
         # Saving a model would copy its code; here is none, only its class.
         custom_object_save(MGLlavaForConditionalGeneration, staging.path)
-        generation_config(
-            llm_folder, text_config, tokenizer, prompt_template, config.unused_token_ids
-        ).save_pretrained(staging.path)
-        make_processor(config, tokenizer, image_settings, prompt_template).save_pretrained(staging.path)
+        generation.save_pretrained(staging.path)
+        processor.save_pretrained(staging.path)
         _keep_box_detector(staging)
         given: dict[str, Any] = {
             "checkpoint": checkpoint,
@@ -171,6 +181,11 @@ def convert_checkpoint(
     return output
 
 
+def _preset_of(llm: str | Path) -> str:
+    """Name the published model that has a language model, to find it among others in one repository."""
+    return next((name for name, preset in PRESETS.items() if preset["llm"] == str(llm)), "")
+
+
 def _gather_language_model(
     gathered: _Gathered, checkpoint: XTunerCheckpoint, llm: str | Path, lora_alpha: float | None
 ) -> None:
@@ -178,6 +193,10 @@ def _gather_language_model(
     for name, reason in lora.dropped.items():
         gathered.drop("checkpoint", name, reason)
     state: dict[str, LazyTensor] = {}
+    if lora_alpha is not None and not lora.factors:
+        raise ConversionError(
+            f"`lora_alpha` is for LoRA checkpoints, and {checkpoint.path} holds no LoRA weights. Leave it out."
+        )
     if lora.factors:
         gathered.kind = "lora"
     elif not lora.plain:
@@ -194,7 +213,7 @@ def _gather_language_model(
                 f"checkpoint: {factor.origin} (its {lost} is missing)" for factor in factors.values()
             ]
             continue
-        scaling = lora_scaling(lora_alpha, factors["A"].shape[0], checkpoint.config_text)
+        scaling = lora_scaling(lora_alpha, next(iter(factors["A"].shape), 0), checkpoint.config_text)
         gathered.scaling = scaling
         state[name] = merge_lora(state[name], factors["A"], factors["B"], scaling)
     for name, tensor in state.items():
@@ -257,18 +276,21 @@ def _table_rows(gathered: _Gathered, checkpoint: XTunerCheckpoint) -> int:
             f"{sum(name.startswith('llm.') for name in checkpoint.tensors)} tensors of the language model: "
             "is the checkpoint whole?"
         )
-    return gathered.tensors[_EMBEDDING].shape[0]
+    shape = gathered.tensors[_EMBEDDING].shape
+    if len(shape) != 2 or not shape[0]:
+        raise ConversionError(f"The embedding table {to_xtuner(_EMBEDDING)} must be a matrix, got shape {shape}.")
+    return shape[0]
 
 
 def _main_dtype(dtype: str | torch.dtype, gathered: _Gathered, text_config: PreTrainedConfig) -> torch.dtype:
     if dtype == "auto":
         configured = getattr(text_config, "dtype", None)
         if gathered.kind == "sft" or configured is None:
-            return gathered.tensors[_EMBEDDING].dtype
+            dtype = gathered.tensors[_EMBEDDING].dtype
+            return dtype if dtype in FLOAT_DTYPES else torch.float32  # others are refused with their names
         dtype = configured
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if found not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ConversionError(f"`dtype` must be auto, float32, float16 or bfloat16, got {dtype}.")
+    found = check_dtype(dtype)
+    assert found is not None  # not "auto"
     return found
 
 
@@ -282,8 +304,8 @@ def _account(gathered: _Gathered, config: MGLlavaConfig, vocabulary: Vocabulary)
     try:
         with torch.device("meta"):
             model: Any = MGLlavaForConditionalGeneration(config)
-    except (ValueError, RuntimeError, TypeError) as error:
-        raise ConversionError(f"No model can be built from these parts: {error}") from error
+    except Exception as error:  # a config may be wrong in many ways
+        raise ConversionError(f"No model can be built from these parts: {one_line(error)}") from error
     tensors = dict(gathered.tensors)
     for name in _TABLES:
         if name in tensors and tensors[name].shape[:1] == (vocabulary.original_rows,):

@@ -1,39 +1,50 @@
 """From the original checkpoint of RAM++, with its tag list and thresholds, to a repository for `from_pretrained`."""
 
-import json
 import math
 import re
+import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
+from http.client import HTTPException
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers.dynamic_module_utils import custom_object_save
 
 from mgllava.ram_plus import RamPlusConfig, RamPlusForImageTagging, RamPlusImageProcessor
 from mgllava.ram_plus.configuration_ram_plus import DEFAULT_TAG_THRESHOLD
 
 from .errors import ConversionError
+from .json_files import read_json
 from .key_mapping import drop_reason, rename
 from .repository_writer import (
     DEFAULT_SHARD_SIZE,
     REPORT_NAME,
     Progress,
+    check_dtype,
     describe_run,
     digest_sources,
     match_tensors,
     write_weights,
 )
 from .shard_writer import plan_shards, write_json
+from .sources import fetch_checkpoint, one_line
 from .staging import StagingFolder
 from .tensor_files import LazyTensor, tensors_of
 from .torch_files import StoredTensor, open_torch_file
 
+_ORIGINAL = "https://raw.githubusercontent.com/xinyu1205/recognize-anything/main/ram/data/"
+TAG_LIST_URL = _ORIGINAL + "ram_tag_list.txt"
+THRESHOLDS_URL = _ORIGINAL + "ram_tag_list_threshold.txt"
+_MAX_TEXT_BYTES = 1 << 24
+_URL_SECONDS = 30
+
 _LABEL_EMBED = "label_embed"
 _MODEL = "model"
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 _TO_MODEL: tuple[tuple[str, str], ...] = (
     # The original merges patches at the end of a stage, timm at the start of the next.
@@ -77,7 +88,7 @@ _OPTIONAL_DECODER_KEYS = (
 
 @dataclass
 class _Checkpoint:
-    """Tensors of an original checkpoint, by their own names, and what lies beside them in the file."""
+    """Tensors of an original checkpoint, by their own names, and what lies next to them in the file."""
 
     path: Path
     tensors: dict[str, LazyTensor]
@@ -105,10 +116,12 @@ def convert_ram_plus(
     same command continues.
 
     Args:
-        checkpoint (`str` or `Path`): The `.pth` file: the state dict, under `model` or bare.
-        tag_list (`str` or `Path`): UTF-8 text with one tag per line, in the order of their indices.
+        checkpoint (`str` or `Path`): The `.pth` file: the state dict, under `model` or bare. A Hub id will do as well:
+            `owner/name`, or `owner/name/path` if the repository has several.
+        tag_list (`str` or `Path`): UTF-8 text with one tag per line, in the order of their indices, or its URL. That
+            of the released model is `ram/data/ram_tag_list.txt` of github.com/xinyu1205/recognize-anything.
         thresholds (`str` or `Path`): Text with one number per line, which belongs to the tag in the same line of
-            `tag_list`. Tags behind the last line have 0.68.
+            `tag_list`, or its URL (`ram/data/ram_tag_list_threshold.txt`). Tags after the last line have 0.68.
         output (`str` or `Path`): Folder to write.
         swin_config (`str` or `Path`, *optional*): JSON file with the sizes of the backbone, as the original has it.
             By default those of the released model, Swin-L at 384 pixels.
@@ -116,8 +129,8 @@ def convert_ram_plus(
             it. By default those of the released model.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): Dtype of all weights. `"auto"`: as they are.
         max_shard_size (`str` or `int`, *optional*, defaults to `"5GB"`): Size of the largest weight file.
-        trust_pickle (`bool`, *optional*, defaults to `False`): Read a checkpoint that holds pickled objects beside the
-            weights. The objects are skipped, and no code of theirs is run, even then.
+        trust_pickle (`bool`, *optional*, defaults to `False`): Read a checkpoint that holds pickled objects next to
+            the weights. The objects are skipped, and no code of theirs is run, even then.
         overwrite (`bool`, *optional*, defaults to `False`): Replace a RAM++ repository at `output`. Files there
             that no conversion writes stay.
         progress (`Callable[[str, int, int], None]`, *optional*): Told the stage, bytes just done, bytes in total.
@@ -128,13 +141,18 @@ def convert_ram_plus(
     Raises:
         ConversionError: If anything is missing, damaged, left over, of the wrong shape, or in the way.
     """
+    check_dtype(dtype)
     output = Path(output).absolute()
     progress = progress or (lambda stage, done, total: None)
-    with StagingFolder(output, overwrite, RamPlusConfig.model_type) as staging:
-        tags = _read_tags(_existing(tag_list, "tag_list"))
-        limits = _read_thresholds(_existing(thresholds, "thresholds"), len(tags))
+    with StagingFolder(output, overwrite, RamPlusConfig.model_type) as staging, ExitStack() as downloads:
+        texts = downloads.enter_context(tempfile.TemporaryDirectory())
+        tag_file = _text_file(tag_list, "tag_list", Path(texts))
+        threshold_file = _text_file(thresholds, "thresholds", Path(texts))
+        tags = _read_tags(tag_file)
+        limits = _read_thresholds(threshold_file, len(tags))
         sizes = _read_swin_config(swin_config) | _read_decoder_config(decoder_config)
-        opened = _read_checkpoint(_existing(checkpoint, "checkpoint"), trust_pickle)
+        found = fetch_checkpoint(checkpoint)
+        opened = _read_checkpoint(_existing(found, "checkpoint"), trust_pickle)
         config = _build_config(sizes, tags, limits, opened)
         tensors, dropped = _account(opened, config)
         config.dtype = _main_dtype(dtype, tensors)
@@ -149,7 +167,13 @@ def convert_ram_plus(
             "swin_config": swin_config,
             "decoder_config": decoder_config,
         }
-        sources = {name: [Path(path)] for name, path in given_files.items() if path is not None}
+        used: dict[str, Any] = {
+            **given_files,
+            "checkpoint": opened.path,
+            "tag_list": tag_file,
+            "thresholds": threshold_file,
+        }
+        sources = {name: [Path(path)] for name, path in used.items() if path is not None}
         digests = digest_sources(sources, staging, progress)
         write_weights(staging, plan, digests, progress)
 
@@ -168,6 +192,23 @@ def convert_ram_plus(
         write_json(staging.path / REPORT_NAME, run | _report(opened, config, len(limits), dropped))
         staging.publish()
     return output
+
+
+def _text_file(source: str | Path, argument: str, folder: Path) -> Path:
+    """Give a text file, downloaded into a folder if it is named by a URL."""
+    if not str(source).startswith(("https://", "http://")):
+        return _existing(source, argument)
+    path = folder / argument / (PurePosixPath(urlsplit(str(source)).path).name or "file")
+    path.parent.mkdir()
+    try:
+        with urlopen(str(source), timeout=_URL_SECONDS) as reply:
+            content = reply.read(_MAX_TEXT_BYTES + 1)
+    except (OSError, ValueError, HTTPException) as error:
+        raise ConversionError(f"`{argument}`: {source} cannot be downloaded ({one_line(error)}).") from error
+    if len(content) > _MAX_TEXT_BYTES:
+        raise ConversionError(f"`{argument}`: {source} is too large for a text of one line per tag.")
+    path.write_bytes(content)
+    return path
 
 
 def _existing(path: str | Path, argument: str) -> Path:
@@ -216,14 +257,11 @@ def _read_thresholds(path: Path, num_tags: int) -> list[float]:
 
 def _read_json(path: str | Path, argument: str, required: tuple[str, ...]) -> dict[str, Any]:
     path = _existing(path, argument)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"`{argument}` must be JSON, but {path} is not ({error}).") from error
-    missing = [key for key in required if not isinstance(content, dict) or key not in content]
+    content = read_json(path, argument)
+    missing = [key for key in required if key not in content]
     if missing:
         raise ConversionError(f"`{argument}` must hold {', '.join(required)}, but {path} lacks {', '.join(missing)}.")
-    return dict(content)
+    return content
 
 
 def _read_swin_config(path: str | Path | None) -> dict[str, Any]:
@@ -250,8 +288,8 @@ def _read_checkpoint(path: Path, trust_pickle: bool) -> _Checkpoint:
     tensors = tensors_of(content, path)
     if _LABEL_EMBED not in tensors or len(tensors[_LABEL_EMBED].shape) != 2:
         raise ConversionError(
-            f"{path} is no RAM++ checkpoint: it has no matrix {_LABEL_EMBED}. It has {len(tensors)} tensors, such as "
-            f"{', '.join(list(tensors)[:5])}."
+            f"{path} is not a RAM++ checkpoint: it has no matrix {_LABEL_EMBED}. It has {len(tensors)} tensors, such "
+            f"as {', '.join(list(tensors)[:5])}."
         )
     return _Checkpoint(path, tensors, beside)
 
@@ -280,7 +318,7 @@ def _build_config(sizes: dict[str, Any], tags: list[str], limits: list[float], o
     if not rows or rows % len(tags):
         raise ConversionError(
             f"The tag list and the checkpoint do not belong together: the list has {len(tags)} tags, and "
-            f"{_LABEL_EMBED} of {opened.path} has {rows} rows, which is no multiple of it. Pass the list that the "
+            f"{_LABEL_EMBED} of {opened.path} has {rows} rows, which is not a multiple of it. Pass the list that the "
             "model was trained with."
         )
     try:
@@ -292,9 +330,9 @@ def _build_config(sizes: dict[str, Any], tags: list[str], limits: list[float], o
             thresholds=limits + [DEFAULT_TAG_THRESHOLD] * (len(tags) - len(limits)),
             architectures=["RamPlusForImageTagging"],
         )
-    except (ValueError, StrictDataclassError) as error:
+    except Exception as error:  # a config may be wrong in many ways
         # huggingface_hub wraps what a config's own validation says.
-        raise ConversionError(f"No model has these sizes: {error.__cause__ or error}") from error
+        raise ConversionError(f"No model has these sizes: {one_line(error.__cause__ or error)}") from error
 
 
 def _account(opened: _Checkpoint, config: RamPlusConfig) -> tuple[dict[str, LazyTensor], dict[str, list[str]]]:
@@ -313,8 +351,11 @@ def _account(opened: _Checkpoint, config: RamPlusConfig) -> tuple[dict[str, Lazy
             unexpected.append(f"{own_name} {tensor.shape}" + (" (there twice)" if new_name in tensors else ""))
         else:
             tensors[new_name] = tensor
-    with torch.device("meta"):
-        model = RamPlusForImageTagging(config)
+    try:
+        with torch.device("meta"):
+            model = RamPlusForImageTagging(config)
+    except Exception as error:  # a config may be wrong in many ways
+        raise ConversionError(f"No model has these sizes: {one_line(error)}") from error
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     label_embed = tensors["decoder.label_embed"]
     tensors["decoder.label_embed"] = _reshaped(label_embed, expected["decoder.label_embed"])
@@ -344,12 +385,7 @@ def _reshaped(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
 
 
 def _main_dtype(dtype: str | torch.dtype, tensors: Mapping[str, LazyTensor]) -> torch.dtype:
-    if dtype == "auto":
-        return tensors["image_projection.weight"].dtype
-    found = _DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if found is None or found not in _DTYPES.values():
-        raise ConversionError(f"`dtype` must be auto, {', '.join(_DTYPES)}, got {dtype}.")
-    return found
+    return check_dtype(dtype) or tensors["image_projection.weight"].dtype
 
 
 def _report(

@@ -1,18 +1,21 @@
 """The way back: from an MG-LLaVA repository to a checkpoint as XTuner writes it."""
 
-import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import mgllava
-from mgllava.atomic_files import replacing
-from mgllava.modeling import MGLlavaConfig
+from mgllava.atomic_files import remove_partial, replacing
+from mgllava.folder_lock import FolderLock, FolderLockedError
+from mgllava.modeling import MGLlavaConfig, MGLlavaForConditionalGeneration
 
 from .errors import ConversionError
+from .json_files import read_json
 from .key_mapping import XTUNER_TO_MODEL, rename, to_xtuner
-from .repository_writer import REPORT_NAME
+from .repository_writer import REPORT_NAME, match_tensors
 from .shard_writer import check_disk_space
 from .tensor_files import LazyTensor, open_weights
 
@@ -38,38 +41,102 @@ def export_xtuner(repository: str | Path, output: str | Path, *, overwrite: bool
         `Path`: The output.
 
     Raises:
-        ConversionError: If the repository is none, or has parts that XTuner's MG-LLaVA does not know, or the output
-            exists.
+        ConversionError: If the repository is not one, is quantized, is not whole, or has parts that XTuner's MG-LLaVA
+            does not know, or the output exists.
     """
     repository, output = Path(repository), Path(output).absolute()
-    if not (repository / "config.json").is_file():
-        raise ConversionError(f"{repository} is no MG-LLaVA repository: it has no config.json.")
-    model_type = json.loads((repository / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if model_type != MGLlavaConfig.model_type:
+    if not repository.is_dir():
         raise ConversionError(
-            f"{repository} is no MG-LLaVA repository: its config.json has model type {model_type!r}."
+            f"`checkpoint` must be the folder of an MG-LLaVA repository, but {repository} is not one."
         )
-    if output.is_dir() or (output.exists() and not overwrite):
+    if not (repository / "config.json").is_file():
+        raise ConversionError(f"{repository} is not an MG-LLaVA repository: it has no config.json.")
+    content = read_json(repository / "config.json")
+    if content.get("model_type") != MGLlavaConfig.model_type:
+        raise ConversionError(
+            f"{repository} is not an MG-LLaVA repository: its config.json has model type "
+            f"{content.get('model_type')!r}."
+        )
+    _refuse_quantized(content, repository)
+    # Of a link, the file that it leads to is written.
+    target = Path(os.path.realpath(output))
+    try:
+        with FolderLock(target, f"writing {target.name}") as lock:
+            _export(repository, target, overwrite, lock)
+    except FolderLockedError as error:
+        raise ConversionError(str(error)) from error
+    return output
+
+
+def _export(repository: Path, output: Path, overwrite: bool, lock: FolderLock) -> None:
+    if output.is_symlink():
+        raise ConversionError(f"{output} is a link that leads nowhere. Choose another --output.")
+    if output.is_dir() or (os.path.lexists(output) and not overwrite):
         raise ConversionError(f"{output} exists. Choose another --output, or pass --overwrite to replace a file.")
-    config = MGLlavaConfig.from_pretrained(repository)
+    try:
+        config = MGLlavaConfig.from_pretrained(repository)
+    except Exception as error:  # a config may be wrong in many ways
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ConversionError(f"config.json of {repository} cannot be read ({reason}).") from error
     report = _read_report(repository)
-    tensors, _ = open_weights(repository)
+    tensors, files = open_weights(repository)
+    if any(path.resolve() == output.resolve() for path in files):
+        raise ConversionError(f"{output} holds weights of the repository. Choose another --output.")
     renamed = _rename(tensors, config)
+    _check(tensors, config, repository)
     keys = _keys(renamed, report)
 
     state = {key: _rows(renamed[key], config) for key in keys}
-    output.parent.mkdir(parents=True, exist_ok=True)
     check_disk_space(output.parent, sum(tensor.nbytes for tensor in state.values()))
+    remove_partial(output)
     with replacing(output) as partial:
         torch.save({"meta": _meta(config, report), "state_dict": state}, partial)
-    return output
+        lock.check()
+
+
+def _refuse_quantized(content: Mapping[str, Any], repository: Path) -> None:
+    parts = [content, *(part for part in content.values() if isinstance(part, dict))]
+    for part in parts:
+        for name in ("quantization_config", "compression_config"):
+            if part.get(name) is not None:
+                method = part[name].get("quant_method") if isinstance(part[name], dict) else None
+                raise ConversionError(
+                    f"{repository} is quantized ({method or name}): its weights are packed numbers, which XTuner "
+                    "cannot read. Export the repository that it was quantized from."
+                )
+
+
+def _check(tensors: Mapping[str, LazyTensor], config: MGLlavaConfig, repository: Path) -> None:
+    """Check that the weights are those of the model, and numbers by themselves."""
+    try:
+        with torch.device("meta"):
+            model: Any = MGLlavaForConditionalGeneration(config)
+    except Exception as error:  # a config may be wrong in many ways
+        raise ConversionError(f"No model can be built from config.json of {repository}: {error}") from error
+    tied = model.all_tied_weights_keys or {}
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
+    untied = {name: tensor for name, tensor in tensors.items() if name not in tied}
+    match_tensors(untied, expected, [], f"The weights in {repository} are not those of its config.json.")
 
 
 def _read_report(repository: Path) -> dict[str, Any]:
     path = repository / REPORT_NAME
     if not path.is_file():
         return {}
-    checkpoint: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["checkpoint"]
+    checkpoint = read_json(path).get("checkpoint")
+    is_whole = (
+        isinstance(checkpoint, dict)
+        and isinstance(checkpoint.get("keys"), list)
+        and all(isinstance(key, str) for key in checkpoint["keys"])
+        and isinstance(checkpoint.get("kind"), str)
+        and isinstance(checkpoint.get("meta"), dict)
+    )
+    if not is_whole:
+        raise ConversionError(
+            f"{path} is not the report of a conversion, or is damaged. Remove it to export all tensors of the "
+            "language model."
+        )
+    assert isinstance(checkpoint, dict)
     return checkpoint
 
 

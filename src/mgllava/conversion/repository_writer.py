@@ -7,6 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .errors import ConversionError
 from .shard_writer import ShardPlan, write_json, write_shard
 from .staging import StagingFolder
@@ -20,6 +22,30 @@ DEFAULT_SHARD_SIZE = "5GB"
 Progress = Callable[[str, int, int], None]
 
 _SAMPLES = 10
+
+# Weights of a model. Whole numbers and 8-bit floats are packed weights of a quantizer, and no values by themselves.
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def check_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """Check the dtype that a user asks for.
+
+    Args:
+        dtype (`str` or `torch.dtype`): The dtype, or `"auto"`.
+
+    Returns:
+        `torch.dtype`, *optional*: The dtype; `None` for `"auto"`.
+
+    Raises:
+        ConversionError: If it is not one of float32, float16 and bfloat16.
+    """
+    if isinstance(dtype, str) and dtype == "auto":
+        return None
+    found = _DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if found not in _DTYPES.values():
+        raise ConversionError(f"`dtype` must be auto, {', '.join(_DTYPES)}, got {dtype}.")
+    return found
 
 
 def match_tensors(
@@ -40,7 +66,8 @@ def match_tensors(
         `dict[str, LazyTensor]`: The tensors in the model's order.
 
     Raises:
-        ConversionError: If anything is missing, left over, or of another shape; with counts and samples.
+        ConversionError: If anything is missing, left over, of another shape, or not of a dtype of weights; with
+            counts and samples.
     """
     missing = [f"{name} {shape}" for name, shape in expected.items() if name not in tensors]
     unexpected = [
@@ -52,14 +79,22 @@ def match_tensors(
         for name, shape in expected.items()
         if name in tensors and tensors[name].shape != shape
     ]
-    if missing or unexpected or wrong:
-        lists = {"missing": missing, "unexpected": unexpected, "wrong shape": wrong}
+    packed = [
+        f"{name}: expected {', '.join(str(dtype).removeprefix('torch.') for dtype in FLOAT_DTYPES)}, got "
+        f"{str(tensor.dtype).removeprefix('torch.')} from {tensor.origin}"
+        for name, tensor in tensors.items()
+        if name in expected and tensor.dtype not in FLOAT_DTYPES
+    ]
+    if missing or unexpected or wrong or packed:
+        lists = {"missing": missing, "unexpected": unexpected, "wrong shape": wrong, "wrong dtype": packed}
         raise ConversionError(problem + "".join(_listed(title, items) for title, items in lists.items()))
     return {name: tensors[name] for name in expected}
 
 
 def _listed(title: str, items: Sequence[str]) -> str:
     more = f"\n  and {len(items) - _SAMPLES} more" if len(items) > _SAMPLES else ""
+    if not items and title == "wrong dtype":
+        return ""
     return f"\n{title}: {len(items)}" + "".join(f"\n  {item}" for item in items[:_SAMPLES]) + more
 
 
@@ -162,8 +197,10 @@ def _version(package: str) -> str:
 
 __all__ = [
     "DEFAULT_SHARD_SIZE",
+    "FLOAT_DTYPES",
     "REPORT_NAME",
     "Progress",
+    "check_dtype",
     "describe_run",
     "digest_sources",
     "match_tensors",

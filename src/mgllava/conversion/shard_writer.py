@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import struct
 from collections.abc import Callable, Mapping
@@ -29,6 +30,9 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+_UNITS = {"K": 3, "M": 6, "G": 9, "T": 12}
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,10 @@ def plan_shards(tensors: Mapping[str, LazyTensor], max_shard_size: str | int) ->
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPE_NAMES:
             raise ConversionError(f"{name} has dtype {tensor.dtype}, expected one of {list(_DTYPE_NAMES)}.")
+    size = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?) ?([KMGT])B", str(max_shard_size).strip(), re.IGNORECASE)
+    is_number = isinstance(max_shard_size, int) and not isinstance(max_shard_size, bool) and max_shard_size > 0
+    if not is_number and (size is None or float(size[1]) * 10 ** _UNITS[size[2].upper()] < 1):
+        raise ConversionError(f"`max_shard_size` must be like 5GB or 500MB, got {max_shard_size}.")
     try:
         split = split_state_dict_into_shards_factory(
             dict(tensors),

@@ -1,18 +1,17 @@
 """The repositories that a checkpoint is completed from: language model, CLIP and open_clip, folders or Hub ids."""
 
-import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub import HfApi, snapshot_download
 from transformers import AutoConfig, PreTrainedConfig
 
 from mgllava.modeling.high_res_vision_mgllava import trunk_sizes
 
 from .errors import ConversionError
+from .json_files import read_json
 from .key_mapping import CLIP_DROPS, CLIP_TO_MODEL, OPEN_CLIP_DROPS, OPEN_CLIP_TO_MODEL, drop_reason, rename
 from .tensor_files import LazyTensor, open_safetensors, open_weights, tensors_of
 from .torch_files import open_torch_file
@@ -64,10 +63,109 @@ def fetch(name: str | Path, argument: str, patterns: list[str], revision: str | 
         raise ConversionError(f"`{argument}` must be a folder or a Hub id (owner/name), but {name} is neither.")
     try:
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # those of the HTTP library have other names in each version of huggingface_hub
         raise ConversionError(
-            f"`{argument}`: {name} is no folder here, and it cannot be fetched from the Hub ({error})."
+            f"`{argument}`: {name} is not a folder here, and it cannot be fetched from the Hub ({one_line(error)})."
         ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """Put the message of an error into one line.
+
+    Args:
+        error (`BaseException`): The error.
+
+    Returns:
+        `str`: Its message; its type if it has none.
+    """
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# What checkpoints of XTuner and of RAM++ are called, and the files of DeepSpeed, which lie in a folder.
+_CHECKPOINT_ENDINGS = (".pth", ".pt")
+_ZERO_ENDINGS = ("_model_states.pt", "_optim_states.pt")
+_HUB_PATH = re.compile(
+    r"(?:hf://|hf-hub:)?(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+?))?(?:/(?P<path>[^@]+))?"
+)
+
+
+def fetch_checkpoint(name: str | Path, hint: str = "") -> Path:
+    """Find a checkpoint on disk, or download it from the Hub.
+
+    Args:
+        name (`str` or `Path`): A file, a folder of DeepSpeed, or a Hub id: `owner/name`, or `owner/name/path` with
+            the path of the checkpoint in the repository. A revision may follow the name: `owner/name@revision`.
+        hint (`str`, *optional*, defaults to `""`): Words that are expected in the path of the checkpoint if there are
+            several, separated by `-`: the name of a preset.
+
+    Returns:
+        `Path`: The file, or the folder.
+
+    Raises:
+        ConversionError: If there is neither such a path nor such a repository, or the repository has several
+            checkpoints and it is not clear which is meant.
+    """
+    if str(name) and Path(name).exists():
+        return Path(name)
+    match = _HUB_PATH.fullmatch(str(name))
+    inside = PurePosixPath(match["path"] or "") if match else PurePosixPath()
+    if match is None or str(name).startswith(".") or ".." in inside.parts or inside.is_absolute():
+        raise ConversionError(
+            f"`checkpoint` must be a file, a folder or a Hub id (owner/name or owner/name/path), but {name} does not "
+            "exist here and is not such an id."
+        )
+    repository, revision = match["repository"], match["revision"]
+    files = _list_repository(repository, revision)
+    if files is None and not inside.parts:
+        # Not reachable: what was downloaded before is looked through.
+        folder = fetch(repository, "checkpoint", [f"*{ending}" for ending in _CHECKPOINT_ENDINGS], revision)
+        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+    if files is None:
+        chosen = inside
+    else:
+        chosen = _choose_checkpoint(files, inside, f"{repository}{f'@{revision}' if revision else ''}", hint)
+    if not chosen.parts:
+        return fetch(repository, "checkpoint", ["*"], revision)
+    patterns = [re.sub(r"([*?\[])", r"[\1]", text) for text in (str(chosen), f"{chosen}/")]
+    found = fetch(repository, "checkpoint", [patterns[0], patterns[1] + "*"], revision) / chosen
+    if not found.exists():
+        raise ConversionError(f"`checkpoint`: {repository} has no {chosen}.")
+    return found
+
+
+def _list_repository(repository: str, revision: str | None) -> list[str] | None:
+    """List the files of a repository; `None` if the Hub cannot be reached, or does not know it."""
+    try:
+        siblings = HfApi().model_info(repository, revision=revision).siblings
+    except Exception:  # the download that follows gives the reason, or finds the files in the cache
+        return None
+    return [entry.rfilename for entry in siblings or []]
+
+
+def _choose_checkpoint(files: list[str], inside: PurePosixPath, repository: str, hint: str) -> PurePosixPath:
+    paths = [PurePosixPath(file) for file in files]
+    folders = {path.parent for path in paths if path.name.endswith(_ZERO_ENDINGS)}
+    found = sorted(
+        folders | {path for path in paths if path.suffix in _CHECKPOINT_ENDINGS and path.parent not in folders}
+    )
+    if inside in found or inside in paths:
+        return inside
+    under = [path for path in found if path.is_relative_to(inside)]
+    words = hint.lower().split("-") if hint else []
+    fitting = [path for path in under if words and all(word in str(path).lower() for word in words)]
+    for candidates in (under, fitting):
+        if len(candidates) == 1:
+            return candidates[0]
+    shown = fitting or under or found
+    listed = "".join(f"\n  {repository}/{path}" for path in shown[:_LISTED])
+    listed += f"\n  and {len(shown) - _LISTED} more" if len(shown) > _LISTED else ""
+    if under:
+        raise ConversionError(f"`checkpoint`: {repository} has several, so say which one is meant:{listed}")
+    problem = f"has no checkpoint {inside}" if inside.parts else "has no checkpoint (.pth, .pt)"
+    raise ConversionError(f"`checkpoint`: {repository} {problem}.{' It has:' if found else ''}{listed}")
+
+
+_LISTED = 40
 
 
 def _fetch_weights(name: str | Path, argument: str) -> Path:
@@ -79,12 +177,32 @@ def _fetch_weights(name: str | Path, argument: str) -> Path:
 
 def _read_config(folder: Path, name: str | Path, argument: str) -> PreTrainedConfig:
     if not (folder / "config.json").is_file():
-        raise ConversionError(f"`{argument}`: {name} has no config.json, so it is no transformers repository.")
+        raise ConversionError(f"`{argument}`: {name} has no config.json, so it is not a transformers repository.")
+    read_json(folder / "config.json", argument)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
-        raise ConversionError(f"`{argument}`: config.json of {name} cannot be read ({error}).") from error
+        # Without a value for it, transformers asks on the terminal.
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a config may be wrong in many ways
+        reason = one_line(error.__cause__ or error)
+        raise ConversionError(f"`{argument}`: config.json of {name} cannot be read ({reason}).") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConversionError(f"`{argument}`: {name} is quantized. Give the repository that it was quantized from.")
     return config
+
+
+def _check_sizes(config: PreTrainedConfig, names: tuple[str, ...], name: str | Path, argument: str) -> None:
+    """Check the sizes that a model is built from: with others, building it may take forever."""
+    for size in names:
+        value = getattr(config, size, None)
+        most = _MAX_LAYERS if size == "num_hidden_layers" else _MAX_SIZE
+        if type(value) is not int or not 1 <= value <= most:
+            raise ConversionError(
+                f"`{argument}`: `{size}` in config.json of {name} must be a number from 1 to {most}, got {value!r}."
+            )
+
+
+_MAX_LAYERS = 10_000
+_MAX_SIZE = 1 << 30
 
 
 def language_model_config(name: str | Path) -> tuple[PreTrainedConfig, Path]:
@@ -102,7 +220,8 @@ def language_model_config(name: str | Path) -> tuple[PreTrainedConfig, Path]:
     folder = fetch(name, "llm", _CONFIG_FILES)
     config = _read_config(folder, name, "llm")
     if not hasattr(config, "vocab_size") or not hasattr(config, "hidden_size"):
-        raise ConversionError(f"`llm`: {name} has model type {config.model_type!r}, which is no language model.")
+        raise ConversionError(f"`llm`: {name} has model type {config.model_type!r}, which is not a language model.")
+    _check_sizes(config, ("vocab_size", "hidden_size", "num_hidden_layers"), name, "llm")
     return config, folder
 
 
@@ -137,8 +256,15 @@ def clip_config(name: str | Path) -> tuple[PreTrainedConfig, dict[str, Any]]:
         config = config.vision_config
     if config.model_type != "clip_vision_model":
         raise ConversionError(f"`vision_tower` must be a CLIP, but {name} has model type {config.model_type!r}.")
-    preprocessor = folder / "preprocessor_config.json"
-    return config, json.loads(preprocessor.read_text(encoding="utf-8")) if preprocessor.is_file() else {}
+    _check_sizes(config, ("hidden_size", "num_hidden_layers", "image_size", "patch_size"), name, "vision_tower")
+    path = folder / "preprocessor_config.json"
+    settings = read_json(path, "vision_tower") if path.is_file() else {}
+    for statistic in ("image_mean", "image_std"):
+        value = settings.get(statistic, [0.5] * 3)
+        is_right = isinstance(value, list) and len(value) == 3
+        if not is_right or not all(isinstance(one, int | float) and -10 < one < 10 for one in value):
+            raise ConversionError(f"`vision_tower`: `{statistic}` in {path} must be three numbers, got {value!r}.")
+    return config, settings
 
 
 def clip_weights(name: str | Path) -> Source:
@@ -188,11 +314,12 @@ def open_high_res_tower(name: str | Path) -> HighResTower:
     config_path = folder / _OPEN_CLIP_CONFIG
     if not config_path.is_file():
         raise ConversionError(
-            f"`high_res_tower`: {name} has no {_OPEN_CLIP_CONFIG}, so it is no open_clip repository."
+            f"`high_res_tower`: {name} has no {_OPEN_CLIP_CONFIG}, so it is not an open_clip repository."
         )
-    config = json.loads(config_path.read_text(encoding="utf-8"))
-    architecture = config.get("model_cfg", {}).get("vision_cfg", {}).get("timm_model_name", "")
-    if not architecture.startswith("convnext"):
+    architecture: Any = read_json(config_path, "high_res_tower")
+    for key in ("model_cfg", "vision_cfg", "timm_model_name"):
+        architecture = architecture.get(key, "") if isinstance(architecture, dict) else ""
+    if not isinstance(architecture, str) or not architecture.startswith("convnext"):
         raise ConversionError(
             f"`high_res_tower` must have a ConvNeXt of timm as its trunk, but {config_path} names {architecture!r}."
         )
@@ -205,10 +332,13 @@ def open_high_res_tower(name: str | Path) -> HighResTower:
         content = open_torch_file(path)
         tensors = tensors_of(content.get("state_dict", content) if isinstance(content, dict) else content, path)
     source = _sort_out(tensors, OPEN_CLIP_TO_MODEL, OPEN_CLIP_DROPS, [path])
-    shapes = {key.removeprefix(_TOWER): tensor.shape for key, tensor in source.tensors.items()}
+    # With a vector in the place of a kernel, or a block of a number beyond all others, no sizes can be read.
+    shapes = {key.removeprefix(_TOWER): tensor.shape for key, tensor in source.tensors.items() if tensor.shape}
     depths, hidden_sizes = trunk_sizes(shapes)
     if stages := [stage for stage, depth in enumerate(depths) if depth == 0]:
         raise ConversionError(f"`high_res_tower`: {path} has no blocks of visual.trunk.stages.{stages[0]}.")
+    if sum(depths) > len(shapes):
+        raise ConversionError(f"`high_res_tower`: {path} names {sum(depths)} blocks, and has {len(shapes)} tensors.")
     return HighResTower(architecture, depths, hidden_sizes, source)
 
 
@@ -249,8 +379,15 @@ def _sort_out(
     files: list[Path],
 ) -> Source:
     source = Source({}, {}, [], files)
+    names: dict[str, str] = {}
     for name, tensor in tensors.items():
         if (new_name := rename(name, rules)) is not None:
+            if new_name in names:
+                raise ConversionError(
+                    f"{files[0].parent} has two tensors for one parameter: {names[new_name]} and {name}. Remove the "
+                    "one that is not meant."
+                )
+            names[new_name] = name
             source.tensors[new_name] = tensor
         elif (reason := drop_reason(name, drops)) is not None:
             source.dropped[name] = reason
@@ -265,7 +402,9 @@ __all__ = [
     "clip_config",
     "clip_weights",
     "fetch",
+    "fetch_checkpoint",
     "language_model_config",
     "language_model_weights",
+    "one_line",
     "open_high_res_tower",
 ]

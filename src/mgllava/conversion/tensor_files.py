@@ -1,7 +1,6 @@
 """Weight files: opening them with their tensors left on disk, and their digests."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from .errors import ConversionError
+from .json_files import read_json
 from .lazy_tensor import LazyTensor, from_tensor
 from .torch_files import StoredTensor, open_torch_file, range_check
 
@@ -29,7 +29,7 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
         file: Any = safe_open(path, framework="pt")
         # `safe_open` maps the file; its tensors cost address space, not memory.
         return {name: from_tensor(file.get_tensor(name), f"{path.name}:{name}") for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise ConversionError(
             f"{path} cannot be read as a safetensors file ({error}). Is it truncated? Fetch it again."
         ) from error
@@ -72,11 +72,12 @@ def open_weights(folder: Path) -> tuple[dict[str, LazyTensor], list[Path]]:
         ConversionError: If there are no weights, or a shard or a tensor that the index names is missing.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
+        # In this order, as transformers does it.
+        if (folder / name).is_file():
+            return _open_weight_file(folder / name), [folder / name]
         index_path = folder / f"{name}.index.json"
         if index_path.is_file():
             return _open_shards(index_path)
-        if (folder / name).is_file():
-            return _open_weight_file(folder / name), [folder / name]
     raise ConversionError(
         f"{folder} has no weights: expected model.safetensors or pytorch_model.bin, or their shards with an index; "
         f"it holds {_some(sorted(path.name for path in folder.iterdir()))}."
@@ -84,17 +85,25 @@ def open_weights(folder: Path) -> tuple[dict[str, LazyTensor], list[Path]]:
 
 
 def _open_shards(index_path: Path) -> tuple[dict[str, LazyTensor], list[Path]]:
-    weight_map: dict[str, str] = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-    if outside := sorted({name for name in weight_map.values() if Path(name).name != name or name == ".."}):
-        raise ConversionError(f"{index_path} must name files next to itself, got {_some(outside)}.")
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConversionError(f"{index_path} must have a `weight_map` from names of tensors to files.")
+    # A file that came from elsewhere does not lead out of its folder.
+    strange = [name for name in weight_map.values() if not isinstance(name, str) or Path(name).name != name]
+    if strange:
+        raise ConversionError(f"{index_path} must name files next to it, got {_some(map(repr, strange))}.")
     files = [index_path.parent / name for name in sorted(set(weight_map.values()))]
     absent = [path.name for path in files if not path.is_file()]
     if absent:
         raise ConversionError(f"{index_path} names shards that are not there: {_some(absent)}. Fetch them again.")
     tensors: dict[str, LazyTensor] = {}
     for path in files:
-        tensors.update(_open_weight_file(path))
-    lost = sorted(weight_map.keys() - tensors.keys())
+        opened = _open_weight_file(path)
+        twice = sorted(opened.keys() & tensors.keys())
+        if twice:
+            raise ConversionError(f"{path} holds tensors that another shard has, too: {_some(twice)}.")
+        tensors.update(opened)
+    lost = sorted(name for name in weight_map if name not in tensors)
     if lost:
         raise ConversionError(f"{index_path} names {len(lost)} tensors that its shards lack: {_some(lost)}.")
     return tensors, files

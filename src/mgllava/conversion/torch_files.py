@@ -7,6 +7,7 @@ code. So the container is read here: a zip file with a pickle and one entry for 
 """
 
 import math
+import mmap
 import os
 import struct
 import sys
@@ -121,8 +122,10 @@ class _Archive:
 
     def _map(self) -> Any:
         if self._mapped is None:
-            size = self.path.stat().st_size
-            self._mapped = torch.UntypedStorage.from_file(os.fspath(self.path), shared=False, nbytes=size)
+            # By Python, since torch opens only files whose names are UTF-8. Private, so that nothing changes the file.
+            with self.path.open("rb") as file:
+                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._mapped = torch.frombuffer(content, dtype=torch.uint8).untyped_storage()
         return self._mapped
 
     def _decompressed(self, entry: _Entry) -> torch.UntypedStorage:

@@ -1,6 +1,5 @@
 """Tokenizer and embedding table with a place for the `<image>` placeholder."""
 
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from tokenizers import normalizers
 from transformers import AddedToken, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from .errors import ConversionError
+from .json_files import read_json
 from .tensor_files import LazyTensor
 
 IMAGE_TOKEN = "<image>"
@@ -63,8 +63,9 @@ def load_tokenizer(folder: Path) -> Any:
             with tempfile.TemporaryDirectory() as built:
                 _build_tokenizer_json(folder, Path(built))
                 tokenizer = _read_as_it_is(Path(built))
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        raise ConversionError(f"`llm`: the tokenizer in {folder} cannot be read ({error}).") from error
+    except Exception as error:  # the tokenizers library raises `Exception` itself
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConversionError(f"`llm`: the tokenizer in {folder} cannot be read ({reason}).") from error
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -84,10 +85,11 @@ def _read_as_it_is(folder: Path) -> Any:
 
 def _build_tokenizer_json(folder: Path, output: Path) -> None:
     """Turn a SentencePiece model (Vicuna has nothing else) into a `tokenizer.json`, as transformers 4 did."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    # Without a value for `trust_remote_code`, transformers asks on the terminal.
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     config_path = folder / "tokenizer_config.json"
-    config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
-    if config.get("tokenizer_class", "").startswith("Llama") and config.get("legacy") is not False:
+    config = read_json(config_path, "llm") if config_path.is_file() else {}
+    if str(config.get("tokenizer_class", "")).startswith("Llama") and config.get("legacy") is not False:
         # Then a space was put in front of every piece of text, also of one that starts with a space.
         backend = tokenizer.backend_tokenizer
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -155,10 +157,17 @@ def generation_config(
     """
     # Only the ids: sampling settings of the bare language model are no part of MG-LLaVA.
     has_own = (folder / "generation_config.json").is_file()
-    own = GenerationConfig.from_pretrained(folder) if has_own else config
+    try:
+        own = GenerationConfig.from_pretrained(folder) if has_own else config
+    except Exception as error:  # a config may be wrong in many ways
+        reason = " ".join(str(error).split())
+        raise ConversionError(f"`llm`: generation_config.json in {folder} cannot be read ({reason}).") from error
     stop_ids: list[int] = []
     for ids in (own.eos_token_id, tokenizer.eos_token_id):
-        stop_ids += ids if isinstance(ids, list) else [] if ids is None else [ids]
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if not all(type(number) is int and number >= 0 for number in ids):
+            raise ConversionError(f"`llm`: `eos_token_id` of {folder} must be whole numbers, got {ids}.")
+        stop_ids += ids
     vocabulary = tokenizer.get_vocab()
     stop_ids += [vocabulary[word] for word in STOP_WORDS[prompt_template] if word in vocabulary]
     stop_ids = list(dict.fromkeys(stop_ids))

@@ -7,6 +7,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 import mgllava
 from mgllava.conversion.errors import ConversionError
+from mgllava.conversion.sources import one_line
 from mgllava.processing.box_detector_files_mgllava import BUNDLE_FOLDER, PARTS
 
 _HUB_FOLDERS = ("modeling", "processing", "ram_plus")
@@ -40,7 +41,7 @@ def check_destination(repo_id: str, tag: str, private: bool) -> None:
         private (`bool`): Whether the repository is to be private.
 
     Raises:
-        ConversionError: If the repository has this tag, or is public and should not be.
+        ConversionError: If the repository has this tag, is public and should not be, or the Hub cannot be reached.
     """
     api = HfApi()
     try:
@@ -48,6 +49,11 @@ def check_destination(repo_id: str, tag: str, private: bool) -> None:
         tags = {ref.name for ref in api.list_repo_refs(repo_id).tags}
     except RepositoryNotFoundError:
         return
+    except Exception as error:  # those of the HTTP library have other names in each version of huggingface_hub
+        raise ConversionError(
+            f"`push`: the Hub cannot be asked about {repo_id} ({one_line(error)}). Check the name, the connection and "
+            "the login, or leave --push out and upload the folder later."
+        ) from error
     if tag in tags:
         raise ConversionError(
             f"`tag`: {repo_id} has a tag {tag}, which users may have pinned. Pass another one, such as {tag}-2."
@@ -73,15 +79,20 @@ def upload_repository(folder: str | Path, repo_id: str, tag: str, *, private: bo
         `str`: Where to see it.
 
     Raises:
-        ConversionError: If the repository has this tag, or is public and should not be.
+        ConversionError: If the repository has this tag, is public and should not be, or the upload fails.
     """
     check_destination(repo_id, tag, private)
     api = HfApi()
-    url = api.create_repo(repo_id, private=private or None, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=url.repo_id, folder_path=folder, commit_message=f"Export {tag}", delete_patterns=_own_names()
-    )
-    api.create_tag(url.repo_id, tag=tag, revision=commit.oid)
+    try:
+        url = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=url.repo_id, folder_path=folder, commit_message=f"Export {tag}", delete_patterns=_own_names()
+        )
+        api.create_tag(url.repo_id, tag=tag, revision=commit.oid)
+    except Exception as error:  # those of the HTTP library have other names in each version of huggingface_hub
+        raise ConversionError(
+            f"`push`: {folder} is complete, but could not be uploaded to {repo_id} ({one_line(error)})."
+        ) from error
     return str(url)
 
 

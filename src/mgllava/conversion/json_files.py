@@ -1,0 +1,40 @@
+"""JSON files from other people, of which nothing is taken for granted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .errors import ConversionError
+
+_MAX_BYTES = 1 << 28
+
+
+def read_json(path: Path, argument: str | None = None) -> dict[str, Any]:
+    """Read a JSON file that must hold an object.
+
+    Args:
+        path (`Path`): The file.
+        argument (`str`, *optional*): The user's argument, for the error.
+
+    Returns:
+        `dict[str, Any]`: Its content.
+
+    Raises:
+        ConversionError: If it is not JSON, or holds something else.
+    """
+    start = f"`{argument}`: " if argument else ""
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ConversionError(f"{start}{path} is too large to be what it should be.")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ConversionError):
+            raise
+        reason = "it lies too deep" if isinstance(error, RecursionError) else str(error)
+        raise ConversionError(f"{start}{path} must be JSON, but cannot be read ({reason}).") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{start}{path} must hold a JSON object, got {type(content).__name__}.")
+    return content
+
+
+__all__ = ["read_json"]

@@ -1,0 +1,255 @@
+"""Checkpoints by their Hub ids, with a fake Hub, and the published models in one line each."""
+
+import fnmatch
+import http.server
+import shutil
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from mgllava.cli import app
+from mgllava.commands.convert import Preset
+from mgllava.conversion import PRESETS, ConversionError, sources
+from mgllava.conversion.convert_ram_plus import TAG_LIST_URL, THRESHOLDS_URL
+from mgllava.conversion.sources import fetch_checkpoint
+from mgllava.hub.known_models import LICENCES
+from tests.ram_plus.golden import SOURCES
+
+
+class FakeHub:
+    """Repositories in folders: lists them, and downloads what is asked for, and nothing else."""
+
+    def __init__(self, root, cache):
+        self.root, self.cache = root, cache
+        self.online = True
+        self.downloaded = []
+        self.revisions = []
+
+    def add(self, repository, files):
+        for name, source in files.items():
+            path = self.root / repository / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(source, Path):
+                shutil.copy(source, path)
+            else:
+                path.write_bytes(source)
+
+    def _files(self, repository):
+        folder = self.root / repository
+        if not folder.is_dir():
+            raise RepositoryNotFoundError(
+                "404 Client Error.\n\nRepository Not Found", response=SimpleNamespace(headers={}, request=None)
+            )
+        return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+    def model_info(self, repository, revision=None):
+        if not self.online:
+            raise OfflineModeIsEnabled("no network")
+        self.revisions.append(revision)
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in self._files(repository)])
+
+    def snapshot_download(self, repository, revision, allow_patterns):
+        folder = self.cache / repository
+        if not self.online:
+            if not folder.is_dir():
+                raise OfflineModeIsEnabled("no network")
+            return str(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in self._files(repository):
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(self.root / repository / name, folder / name)
+                self.downloaded.append(f"{repository}/{name}")
+        return str(folder)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    hub = FakeHub(tmp_path / "hub", tmp_path / "cache")
+    monkeypatch.setattr(sources, "snapshot_download", hub.snapshot_download)
+    monkeypatch.setattr(sources, "HfApi", lambda: hub)
+    return hub
+
+
+def _run(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert "Traceback" not in result.output and (result.exception is None or isinstance(result.exception, SystemExit))
+    return result
+
+
+def test_only_checkpoint_of_a_repository_is_found(hub):
+    hub.add("acme/model", {"README.md": b"", "sub/iter_10.pth": b"weights", "config.json": b"{}"})
+    found = fetch_checkpoint("acme/model")
+    assert found.read_bytes() == b"weights" and hub.downloaded == ["acme/model/sub/iter_10.pth"]
+    for name in (
+        "acme/model/sub",
+        "hf://acme/model/sub/iter_10.pth",
+        "acme/model@v1/sub/iter_10.pth",
+        "acme/model@v1",
+    ):
+        assert fetch_checkpoint(name) == found
+    assert hub.revisions == [None, None, None, "v1", "v1"]
+
+
+def test_several_checkpoints_are_listed_and_nothing_is_downloaded(hub):
+    files = {f"{model}/{file}": b"" for model in ("Vicuna-7B", "Vicuna_13B", "Phi3-mini") for file in ("iter_5.pth",)}
+    hub.add("PhoenixZ/MG-LLaVA", {**files, "Vicuna_13B/pretrain.pth": b"", "logs/a.txt": b""})
+    with pytest.raises(ConversionError) as error:
+        fetch_checkpoint("PhoenixZ/MG-LLaVA")
+    assert str(error.value).splitlines()[1:] == [
+        "  PhoenixZ/MG-LLaVA/Phi3-mini/iter_5.pth",
+        "  PhoenixZ/MG-LLaVA/Vicuna-7B/iter_5.pth",
+        "  PhoenixZ/MG-LLaVA/Vicuna_13B/iter_5.pth",
+        "  PhoenixZ/MG-LLaVA/Vicuna_13B/pretrain.pth",
+    ]
+    assert hub.downloaded == []
+    # The name of a preset is enough where it fits one of them.
+    assert fetch_checkpoint("PhoenixZ/MG-LLaVA", "vicuna-7b").parent.name == "Vicuna-7B"
+    with pytest.raises(ConversionError, match=r"several[^\n]*\n.*Vicuna_13B/iter_5\.pth\n.*/pretrain\.pth$"):
+        fetch_checkpoint("PhoenixZ/MG-LLaVA", "vicuna-13b")
+    with pytest.raises(ConversionError, match=r"has no checkpoint other\.pth. It has:"):
+        fetch_checkpoint("PhoenixZ/MG-LLaVA/other.pth")
+
+
+def test_deepspeed_folder_is_one_checkpoint(hub):
+    names = ("mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    hub.add("acme/zero", {f"iter_10.pth/{name}": b"" for name in names} | {"iter_10.pth/zero_to_fp32.py": b""})
+    found = fetch_checkpoint("acme/zero")
+    assert found.is_dir() and {path.name for path in found.iterdir()} >= set(names)
+
+
+def test_names_with_wildcards_and_paths_that_lead_out(hub, tmp_path):
+    hub.add("acme/odd", {"a[1]/iter*.pth": b"star", "a[1]/iter_2.pth": b"two", "a1/iter_3.pth": b""})
+    assert fetch_checkpoint("acme/odd/a[1]/iter*.pth").read_bytes() == b"star"
+    assert hub.downloaded == ["acme/odd/a[1]/iter*.pth"]
+    for name in ("acme/odd/../../secret.pth", "../odd", "./acme/odd", "/acme/odd", "acme", "a b/c", "acme/odd//", ""):
+        with pytest.raises(ConversionError, match="`checkpoint`"):
+            fetch_checkpoint(name)
+
+
+def test_hub_that_cannot_be_reached(hub):
+    hub.add("acme/model", {"iter_10.pth": b"weights"})
+    hub.online = False
+    for name in ("acme/model", "acme/model/iter_10.pth"):
+        with pytest.raises(ConversionError, match=r"cannot be fetched from the Hub \(no network\)"):
+            fetch_checkpoint(name)
+    hub.online = True
+    with pytest.raises(ConversionError, match=r"acme/absent is not a folder here.*Repository Not Found"):
+        fetch_checkpoint("acme/absent")
+    fetch_checkpoint("acme/model")
+    hub.online = False
+    # What was downloaded before is found.
+    assert fetch_checkpoint("acme/model").read_bytes() == fetch_checkpoint("acme/model/iter_10.pth").read_bytes()
+
+
+def test_presets_are_the_published_models():
+    assert {preset.value for preset in Preset} == PRESETS.keys()
+    named = {(values["llm"], values["prompt_template"]) for values in PRESETS.values()}
+    assert named == {
+        ("microsoft/Phi-3-mini-4k-instruct", "phi3"),
+        ("lmsys/vicuna-7b-v1.5", "vicuna"),
+        ("lmsys/vicuna-13b-v1.5", "vicuna"),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", "llama3"),
+        ("01-ai/Yi-1.5-34B-Chat", "yi"),
+    }
+    for values in PRESETS.values():
+        assert {values["llm"], values["vision_tower"], values["high_res_tower"]} <= LICENCES.keys()
+
+
+def _add_preset(hub, golden, preset):
+    for argument, folder in (("llm", "llm"), ("vision_tower", "clip"), ("high_res_tower", "convnext")):
+        hub.add(PRESETS[preset][argument], {path.name: path for path in (golden / folder).iterdir()})
+    hub.add("PhoenixZ/MG-LLaVA", {f"{preset}/iter_10.pth": golden / "xtuner" / "iter_10.pth", "other/a.pth": b""})
+
+
+def test_published_model_in_one_line(tmp_path, hub, golden, converted):
+    _add_preset(hub, golden, "vicuna-7b")
+    result = _run(
+        "convert", "--checkpoint", "PhoenixZ/MG-LLaVA", "--preset", "vicuna-7b", "--output", tmp_path / "out"
+    )
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (converted / "model.safetensors").read_bytes()
+    assert "PhoenixZ/MG-LLaVA/other/a.pth" not in hub.downloaded
+    # The checkpoint has the language model, so only its config and tokenizer are fetched.
+    assert f"{PRESETS['vicuna-7b']['llm']}/model.safetensors" not in hub.downloaded
+
+
+def test_what_is_given_wins_over_the_preset(tmp_path, hub, golden):
+    _add_preset(hub, golden, "llama3-8b")
+    arguments = [
+        "--checkpoint",
+        golden / "xtuner" / "iter_10.pth",
+        "--preset",
+        "llama3-8b",
+        "--output",
+        tmp_path / "out",
+    ]
+    result = _run("convert", *arguments, "--llm", golden / "llm", "--prompt-template", "vicuna")
+    assert result.exit_code == 0, result.output
+    assert not [name for name in hub.downloaded if name.startswith("meta-llama")]
+    assert "USER:" in (tmp_path / "out" / "chat_template.jinja").read_text()
+
+
+def test_unknown_preset_and_options_of_the_other_way():
+    result = _run("convert", "--checkpoint", "x", "--preset", "vicuna", "--output", "y")
+    assert result.exit_code == 2 and "vicuna-7b" in result.output
+    for option in (
+        ["--preset", "yi-34b"],
+        ["--dtype", "float16"],
+        ["--lora-alpha", "3"],
+        ["--trust-pickle"],
+        ["--max-shard-size", "1GB"],
+    ):
+        result = _run("convert", "--checkpoint", "x", "--output", "y", "--to-xtuner", *option)
+        assert result.exit_code == 1 and option[0] in result.output
+
+
+def test_tagger_in_one_line(tmp_path, hub):
+    hub.add("xinyu1205/recognize-anything-plus-model", {"ram_plus_swin_large_14m.pth": SOURCES["checkpoint"]})
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=SOURCES["tag_list"].parent)
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    sizes = ["--swin-config", SOURCES["swin_config"], "--decoder-config", SOURCES["decoder_config"]]
+    start = ["convert-ram-plus", "--checkpoint", "xinyu1205/recognize-anything-plus-model", *sizes]
+    texts = ["--tag-list", f"{url}/{SOURCES['tag_list'].name}", "--thresholds", f"{url}/{SOURCES['thresholds'].name}"]
+    try:
+        result = _run(*start, *texts, "--output", tmp_path / "out")
+        assert result.exit_code == 0, result.output
+        plain = _run(
+            "convert-ram-plus",
+            "--checkpoint",
+            SOURCES["checkpoint"],
+            *sizes,
+            "--output",
+            tmp_path / "plain",
+            "--tag-list",
+            SOURCES["tag_list"],
+            "--thresholds",
+            SOURCES["thresholds"],
+        )
+        assert plain.exit_code == 0, plain.output
+        first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "plain"))
+        assert all(first[name].equal(second[name]) for name in second)
+        assert (tmp_path / "out" / "config.json").read_text() == (tmp_path / "plain" / "config.json").read_text()
+        result = _run(*start, "--tag-list", f"{url}/absent.txt", *texts[2:], "--output", tmp_path / "other")
+        assert result.exit_code == 1 and "cannot be downloaded (HTTP Error 404" in result.output
+    finally:
+        server.shutdown()
+    result = _run(*start, *texts, "--output", tmp_path / "other")
+    assert result.exit_code == 1 and "cannot be downloaded" in result.output
+    result = _run(*start, "--output", tmp_path / "other")
+    assert result.exit_code == 1 and TAG_LIST_URL in result.output and THRESHOLDS_URL in result.output
+    assert not (tmp_path / "other").exists()
