@@ -381,10 +381,10 @@ def test_clip_of_another_size(tmp_path, sources, golden, edit_folder, changes, s
         ("vision_tower", "llm", "`vision_tower` must be a CLIP"),
         ("vision_tower", "xtuner", "has no config.json"),
         ("vision_tower", "no/such/folder", "neither"),
-        ("high_res_tower", "clip", "no open_clip repository"),
+        ("high_res_tower", "clip", "not an open_clip repository"),
         ("high_res_tower", "no_such_model", "none of these"),
         ("high_res_tower", "convnext_large_d_320", "say which weights"),
-        ("llm", "clip", "no language model"),
+        ("llm", "clip", "not a language model"),
         ("llm", "./nowhere", "neither"),
     ],
 )

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -342,7 +342,7 @@ def test_uploads_that_cannot_be_are_refused_before_anything_is_written(
 
 def test_names_that_are_nothing_are_named(tmp_path):
     result = run("--model", "no/such-model", "--output", tmp_path / "out")
-    assert result.exit_code == 1 and "`model`: no/such-model is no folder here" in result.output
+    assert result.exit_code == 1 and "`model`: no/such-model is not a folder here" in result.output
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     with pytest.raises(ConversionError, match="It is an adapter: merge it"):
@@ -353,3 +353,40 @@ def test_the_check_leaves_this_process_alone():
     import mgllava.hub.loading_check
 
     assert sys.modules["mgllava"] is mgllava
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("no network"), ConnectionError("refused\nby the host"), HFValidationError("Repo id must be a/b")]
+)
+def test_hub_that_cannot_be_asked_is_one_message(saved, tmp_path, monkeypatch, error):
+    class Api:
+        def repo_info(self, repo_id):
+            raise error
+
+    monkeypatch.setattr(upload, "HfApi", Api)
+    result = run("--model", saved, "--output", tmp_path / "out", "--push", "org/name")
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    assert "`push`: the Hub cannot be asked about org/name" in result.output and result.output.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"model_type": ["mgllava"]}', '{"model_type": "mgllava", "text_config": 3}']
+)
+def test_broken_config_is_one_message(copied, tmp_path, content):
+    (copied / "config.json").write_text(content)
+    result = run("--model", copied, "--output", tmp_path / "out")
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), repr(result.exception)
+    assert "error: " in result.output and not (tmp_path / "out").exists()
+
+
+def test_a_card_that_a_person_wrote_into_the_output_stays(saved, tmp_path):
+    for options in ([], ["--overwrite"]):
+        result = run("--model", saved, "--output", tmp_path / "out", "--no-verify", *options)
+        assert result.exit_code == 0, result.output
+        (tmp_path / "out" / "README.md").write_text("my card")
+        (tmp_path / "out" / "notes.txt").write_text("mine")
+    result = run("--model", saved, "--output", tmp_path / "out", "--no-verify", "--overwrite")
+    assert (tmp_path / "out" / "README.md").read_text() == "my card"
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

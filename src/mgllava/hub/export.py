@@ -11,14 +11,15 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import HfApi
-from huggingface_hub.errors import RepositoryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import RepositoryNotFoundError
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
 from mgllava.conversion.errors import ConversionError
+from mgllava.conversion.json_files import read_json
 from mgllava.conversion.repository_writer import REPORT_NAME, Progress, match_tensors
 from mgllava.conversion.shard_writer import write_json
-from mgllava.conversion.sources import fetch
+from mgllava.conversion.sources import fetch, one_line
 from mgllava.conversion.staging import StagingFolder
 from mgllava.conversion.tensor_files import open_weights
 from mgllava.modeling import MGLlavaConfig, MGLlavaForConditionalGeneration
@@ -153,9 +154,9 @@ def _kind(folder: Path, name: str | Path) -> _Kind:
     path = folder / "config.json"
     if not path.is_file():
         hint = " It is an adapter: merge it into its model and save that." * (folder / "adapter_config.json").is_file()
-        raise ConversionError(f"`model`: {name} has no config.json, so it is no transformers repository.{hint}")
-    model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    if model_type not in _KINDS:
+        raise ConversionError(f"`model`: {name} has no config.json, so it is not a transformers repository.{hint}")
+    model_type = read_json(path, "model").get("model_type")
+    if not isinstance(model_type, str) or model_type not in _KINDS:
         raise ConversionError(f"`model` must be a repository of {' or '.join(_KINDS)}, got {name} of {model_type!r}.")
     return _KINDS[model_type]
 
@@ -178,8 +179,9 @@ def _inside(path: Path, folder: Path) -> Path:
 def _read_config(folder: Path, kind: _Kind) -> Any:
     try:
         config = kind.config.from_pretrained(folder)
-    except (ValueError, StrictDataclassError) as error:
-        raise ConversionError(f"config.json of {folder} cannot be read ({error}).") from error
+    except Exception as error:  # a config may be wrong in many ways
+        reason = one_line(error.__cause__ or error)
+        raise ConversionError(f"config.json of {folder} cannot be read ({reason}).") from error
     # Repositories that somebody saved may lack it, and the Auto classes' code must be that of what is here.
     config.architectures, config.auto_map = [kind.model.__name__], None
     return config
@@ -312,11 +314,14 @@ def _read_report(folder: Path) -> dict[str, Any]:
     path = folder / REPORT_NAME
     if not path.is_file():
         return {}
-    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    report["arguments"] = {name: _published(value) for name, value in report.get("arguments", {}).items()}
-    for files in report.get("sources", {}).values():
-        for file in files:
-            file["file"] = Path(file["file"]).name
+    report = read_json(path)
+    try:
+        report["arguments"] = {name: _published(value) for name, value in report.get("arguments", {}).items()}
+        for files in report.get("sources", {}).values():
+            for file in files:
+                file["file"] = Path(file["file"]).name
+    except (AttributeError, TypeError, KeyError) as error:
+        raise ConversionError(f"{path} is not the report of a conversion, or is damaged. Remove it.") from error
     return report
 
 
