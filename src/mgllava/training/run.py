@@ -217,7 +217,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
 def _check_sharding(args: TrainingArguments) -> None:
     """Refuse FSDP where accelerate would leave it out without a word."""
     state = PartialState()
-    if args.fsdp and state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+    # `accelerate launch` asks for it by a variable.
+    wanted = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if wanted and state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
         processes = f"{state.num_processes} process{'es' if state.num_processes > 1 else ''} on {state.device.type}"
         raise TrainingError(
             f"`training.fsdp` shards among several processes with a GPU each, got {processes}, which would each hold "
