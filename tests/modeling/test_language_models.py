@@ -1,0 +1,250 @@
+"""Any causal language model: its own scores, or a refusal by name."""
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from mgllava import MGLlavaConfig, MGLlavaForConditionalGeneration
+from mgllava.modeling import CACHE_NAME
+from mgllava.modeling.language_model_mgllava import UnsupportedLanguageModelError, load_language_model
+from tests.tiny import IMAGE_SIZE, tiny_config
+
+from .causal_types import ROWS, TYPES, small_config
+
+PAGE = Path(__file__).parents[2] / "docs" / "language_models.md"
+PLACEHOLDER = ROWS - 1
+# Of each kind: scales and caps of logits, a bias, embeddings by other names and positions that are learned, experts, a
+# head of its own class, states instead of keys and values.
+SAMPLE = [
+    "bloom",
+    "cohere",
+    "dory",
+    "falcon",
+    "falcon_h1",
+    "gemma2",
+    "gpt2",
+    "gpt_neox",
+    "granite",
+    "mamba",
+    "mixtral",
+    "opt",
+    "phi",
+    "qwen3_next",
+]
+
+# Refused before transformers 5.24, where their states had arguments of their own.
+NEWER_TYPES = ("falcon_mamba", "mamba", "mamba2")
+
+
+def listed(heading: str) -> list[str]:
+    """Types that the page lists under a heading."""
+    section = PAGE.read_text(encoding="utf-8").split(f"## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(r"`([\w.-]+)`", section)
+
+
+NEWER = set(NEWER_TYPES) if CACHE_NAME == "past_key_values" else set()
+ACCEPTED = [name for name in listed("Accepted") if name in TYPES and name not in NEWER]
+
+
+def around(text_config, **kwargs):
+    """Build a model with random weights around a language model, none of them at its initial zero or one."""
+    torch.manual_seed(0)
+    vision = tiny_config()
+    config = MGLlavaConfig(
+        text_config=text_config,
+        vision_config=vision.vision_config,
+        high_res_vision_config=vision.high_res_vision_config,
+        image_token_id=PLACEHOLDER,
+        **kwargs,
+    )
+    model = MGLlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(("model.language_model.", "lm_head.")):
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def bare_of(model):
+    """The same language model as a class of transformers, with weights of the same names."""
+    bare = AutoModelForCausalLM.from_config(copy.deepcopy(model.config.text_config)).eval()
+    inside = {id(module): name for name, module in bare.named_modules()}
+    body = next(name for name, child in bare.named_children() if isinstance(child, type(model.model.language_model)))
+    head = inside[id(bare.get_output_embeddings())]
+    names = {"model.language_model": body, "lm_head": head}
+    state = {
+        new + name.removeprefix(old): value
+        for name, value in model.state_dict().items()
+        for old, new in names.items()
+        if name.startswith(f"{old}.")
+    }
+    bare.load_state_dict(state)
+    return bare
+
+
+def padded_prompts():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, PLACEHOLDER, (2, 9), generator=generator)
+    mask = torch.ones_like(ids)
+    ids[0, :3], mask[0, :3] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def with_image(model):
+    ids = torch.randint(3, PLACEHOLDER, (1, 14), generator=torch.Generator().manual_seed(0))
+    ids[0, 2:12] = PLACEHOLDER
+    boxes = torch.tensor([[[1, 2, 30, 40]]])
+    return {"input_ids": ids, "pixel_values": torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE), "boxes": boxes}
+
+
+def check_type(model_type, folder):
+    model = around(small_config(model_type))
+    bare, inputs = bare_of(model), padded_prompts()
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        assert torch.equal(logits, bare(**inputs).logits)
+
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = bare.generate(**inputs, suppress_tokens=[PLACEHOLDER], **options)
+    assert torch.equal(model.generate(**inputs, **options), expected)
+
+    images = with_image(model)
+    model(**images, labels=images["input_ids"]).loss.backward()
+    gradient = model.model.multi_modal_projector.linear_2.weight.grad
+    assert torch.isfinite(gradient).all() and gradient.any()
+
+    model.save_pretrained(folder)
+    loaded, info = MGLlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, logits)
+        images["pixel_values"] = torch.zeros_like(images["pixel_values"])
+        torch.testing.assert_close(loaded(**images).logits, model(**images).logits)
+
+
+@pytest.mark.parametrize("model_type", [name for name in SAMPLE if name in ACCEPTED])
+def test_scores_answers_and_files_are_those_of_the_language_model(model_type, tmp_path):
+    check_type(model_type, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", [name for name in ACCEPTED if name not in SAMPLE])
+def test_every_accepted_type(model_type, tmp_path):
+    check_type(model_type, tmp_path)
+
+
+def test_page_lists_every_type_of_this_release_once():
+    names = listed("Accepted") + listed("Refused")
+    assert len(names) == len(set(names))
+    assert sorted(set(TYPES) - set(names)) == []
+
+
+@pytest.mark.parametrize("model_type", ["bart", "bert", "gemma3", "xlnet"])
+def test_refused_types_are_named(model_type):
+    with pytest.raises(UnsupportedLanguageModelError, match=f"'{model_type}' cannot be used, since"):
+        load_language_model(small_config(model_type))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", [name for name in listed("Refused") if name in TYPES])
+def test_every_refused_type(model_type):
+    try:
+        config = small_config(model_type)
+    except Exception:
+        pytest.skip("no small configuration")
+    with torch.device("meta"), pytest.raises(UnsupportedLanguageModelError, match=re.escape(repr(model_type))):
+        load_language_model(config)
+
+
+def test_bias_of_the_head_is_saved(tmp_path):
+    model = around(small_config("phi"))
+    model.save_pretrained(tmp_path)
+    loaded = MGLlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert model.lm_head.bias.any() and torch.equal(loaded.lm_head.bias, model.lm_head.bias)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "jetmoe"])
+def test_loss_of_the_experts_is_added(model_type):
+    model, inputs = around(small_config(model_type)), padded_prompts()
+    bare = bare_of(model)
+    with torch.no_grad():
+        expected = bare(**inputs, labels=inputs["input_ids"], output_router_logits=True)
+        output = model(**inputs, labels=inputs["input_ids"], output_router_logits=True)
+        plain = model(**inputs, labels=inputs["input_ids"])
+    torch.testing.assert_close(output.aux_loss, expected.aux_loss)
+    torch.testing.assert_close(output.loss, expected.loss)
+    assert output.loss != plain.loss and plain.aux_loss is None
+    assert len(output.router_logits) == len(expected.router_logits)
+
+
+def test_positions_are_refused_where_a_model_has_none():
+    model = around(small_config("bloom"))
+    ids = torch.randint(3, PLACEHOLDER, (1, 5))
+    with pytest.raises(ValueError, match="'bloom' takes no `position_ids`"):
+        model(input_ids=ids, position_ids=torch.arange(5)[None])
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "mixtral"])
+def test_replaced_heads_count(model_type):
+    """PEFT, quantization and resizing put another module in the place of `lm_head`."""
+    model, inputs = around(small_config(model_type)), padded_prompts()
+    with torch.no_grad():
+        before = model(**inputs).logits
+        model.resize_token_embeddings(ROWS + 5)
+        torch.testing.assert_close(model(**inputs).logits[..., :ROWS], before)
+        head = torch.nn.Linear(32, ROWS + 5)
+        model.set_output_embeddings(head)
+        hidden = model.model(**inputs).last_hidden_state
+        torch.testing.assert_close(model(**inputs).logits, head(hidden))
+        again = copy.deepcopy(model)
+        again.lm_head.weight.zero_()
+        assert not torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+def test_phi3_starts_again_with_its_images_where_its_positions_change():
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10000.0}
+    text_config = small_config("phi3", original_max_position_embeddings=16, rope_parameters=rope, sliding_window=None)
+    model = around(text_config)
+    inputs = with_image(model)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(model.generate(**inputs, **options), model.generate(**inputs, **options, use_cache=False))
+
+
+class StrangeConfig(LlamaConfig):
+    model_type = "strange_llm"
+
+
+class StrangeForCausalLM(LlamaForCausalLM):
+    config_class = StrangeConfig
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = 3 * output.logits
+        return output
+
+
+def test_a_language_model_of_others_is_used_once_it_is_registered(tmp_path):
+    sizes = small_config("llama").to_dict()
+    sizes.pop("model_type")
+    with pytest.raises(ValueError, match=r"'strange_llm'.*AutoConfig.register"):
+        MGLlavaConfig(text_config={"model_type": "strange_llm"})
+    with pytest.raises(UnsupportedLanguageModelError, match=r"'strange_llm'.*AutoModelForCausalLM.register"):
+        around(StrangeConfig(**sizes))
+    AutoConfig.register("strange_llm", StrangeConfig)
+    AutoModelForCausalLM.register(StrangeConfig, StrangeForCausalLM)
+    check_strange(StrangeConfig(**sizes), tmp_path)
+
+
+def check_strange(text_config, folder):
+    model, inputs = around(text_config), padded_prompts()
+    bare = bare_of(model)
+    model.save_pretrained(folder)
+    loaded = MGLlavaForConditionalGeneration.from_pretrained(folder)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, bare(**inputs).logits)
+        assert torch.equal(loaded(**inputs).logits, bare(**inputs).logits)
