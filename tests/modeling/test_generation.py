@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationMixin, TextIteratorStreamer
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, TextIteratorStreamer
 
 from mgllava.modeling import CACHE_NAME
 from tests.tiny import VOCAB_SIZE, one_prompt, random_boxes, tiny_config, tiny_inputs, tiny_model
@@ -75,6 +75,14 @@ def test_beams_of_a_mixed_batch_equal_those_of_each_prompt(model, kwargs):
         assert batch[index * per_prompt : (index + 1) * per_prompt].tolist() == single.tolist()
 
 
+def test_beams_without_numbers_of_boxes(model):
+    """All rows of `boxes` are real then."""
+    inputs = tiny_inputs([[2, 2], [2]])
+    expected = new_tokens(model, inputs, num_beams=3)
+    del inputs["num_boxes"]
+    assert torch.equal(new_tokens(model, inputs, num_beams=3), expected)
+
+
 def test_several_samples_per_prompt_see_their_own_images(model):
     inputs = tiny_inputs(MIXED)
     # Sampling from the single best candidate is greedy, whatever the seed.
@@ -113,6 +121,17 @@ def test_placeholder_and_padding_are_never_generated():
         assert new_tokens(model, inputs, max_new_tokens=10, **kwargs).max() < 100
 
 
+@pytest.mark.parametrize(
+    "kwargs", [{"generation_config": GenerationConfig(max_new_tokens=10)}, {"suppress_tokens": [5]}], ids=str
+)
+def test_what_users_pass_does_not_bring_placeholders_back(kwargs):
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[model.config.unused_token_ids] *= 50.0
+    output = model.generate(**tiny_inputs(MIXED), **{"max_new_tokens": 10, **kwargs}, do_sample=False)
+    assert output[:, tiny_inputs(MIXED)["input_ids"].shape[1] :].max() < 100
+
+
 def test_repetition_penalty_changes_the_answer(model):
     inputs = tiny_inputs([[3]])
     plain = new_tokens(model, inputs, max_new_tokens=20)
@@ -146,6 +165,15 @@ def test_prompt_lookup_decoding_equals_greedy(model):
 
 def test_assisted_decoding_with_a_smaller_model_equals_greedy(model):
     assistant = tiny_model(text_config={"num_hidden_layers": 1}, seed=1)
+    inputs = tiny_inputs([[3]])
+    assert torch.equal(
+        new_tokens(model, inputs, assistant_model=assistant, max_new_tokens=12),
+        new_tokens(model, inputs, max_new_tokens=12),
+    )
+
+
+def test_an_assistant_of_another_width_drafts_without_images(model):
+    assistant = tiny_model(text_config={"hidden_size": 16, "num_key_value_heads": 4}, seed=1)
     inputs = tiny_inputs([[3]])
     assert torch.equal(
         new_tokens(model, inputs, assistant_model=assistant, max_new_tokens=12),

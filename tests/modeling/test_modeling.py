@@ -70,19 +70,31 @@ def test_box_tokens_follow_the_fused_tokens_of_their_image(model):
         assert torch.equal(features[index], torch.cat([fused[index], boxes[index, :count]]))
 
 
-def test_missing_boxes_are_the_single_zero_box(model):
+def test_missing_boxes_are_an_error_for_a_model_that_uses_them(model):
+    """One box has one placeholder, as the zero box of an image without objects: counting would not find this."""
     inputs = tiny_inputs([[1], [1]])
-    inputs["boxes"].zero_()
-    expected = model(**inputs).logits
-    del inputs["boxes"], inputs["num_boxes"]
-    assert torch.equal(model(**inputs).logits, expected)
+    images = {"pixel_values": inputs.pop("pixel_values")}
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="`boxes` must be given with `pixel_values`, got None for 2 image"):
+            call(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **images)
+    without = tiny_model(object_merging="none")
+    prompts = tiny_inputs([[1], [1]], tokens_per_box=0)
+    del prompts["boxes"], prompts["num_boxes"]
+    assert torch.isfinite(without(**prompts).logits).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.float64])
-def test_boxes_of_every_type_that_does_not_round_give_the_same(model, dtype):
-    inputs = tiny_inputs([[3], [1]])
-    expected = model(**inputs).logits
-    assert torch.equal(model(**{**inputs, "boxes": inputs["boxes"].to(dtype)}).logits, expected)
+def test_placeholders_without_images_are_an_error(model):
+    inputs = tiny_inputs([[3], []])
+    ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    message = "The prompt holds 12 image placeholders, but no image"
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=message):
+            call(**ids)
+    with pytest.raises(ValueError, match=message):
+        model(inputs_embeds=model.get_input_embeddings()(ids["input_ids"]), attention_mask=ids["attention_mask"])
+    # Embeddings in which the images are already need none.
+    embeds = model.get_input_embeddings()(ids["input_ids"]).masked_fill((ids["input_ids"] == 100)[..., None], 0.5)
+    assert torch.isfinite(model(inputs_embeds=embeds, attention_mask=ids["attention_mask"]).logits).all()
 
 
 def test_boxes_without_pixels_are_ignored(model):
@@ -114,6 +126,18 @@ def test_logits_to_keep_selects_positions(model, kept):
     torch.testing.assert_close(model(**inputs, logits_to_keep=kept).logits, expected)
 
 
+def test_logits_to_keep_selects_positions_of_each_row(model):
+    inputs = tiny_inputs([[2], [1]])
+    full = model(**inputs).logits
+    positions = torch.tensor([[1, 3], [4, 0]])
+    kept = model(**inputs, logits_to_keep=positions).logits
+    torch.testing.assert_close(kept, torch.stack([full[0, positions[0]], full[1, positions[1]]]))
+    mask = torch.rand(full.shape[:2], generator=torch.Generator().manual_seed(0)) < 0.5
+    torch.testing.assert_close(model(**inputs, logits_to_keep=mask).logits, full[mask])
+    with pytest.raises(ValueError, match=r"`logits_to_keep` must be .* got shape \(1, 1, 1\)"):
+        model(**inputs, logits_to_keep=torch.zeros(1, 1, 1, dtype=torch.long))
+
+
 def test_return_dict_false_gives_a_tuple(model):
     inputs = tiny_inputs([[2]])
     output = model(**inputs, return_dict=False)
@@ -135,12 +159,41 @@ def test_loss_is_cross_entropy_over_the_original_vocabulary_without_image_positi
 
 def test_resized_vocabulary_counts_in_loss_and_generation():
     model = tiny_model()
+    model.generation_config.suppress_tokens = [7, *model.config.unused_token_ids]  # one of the user's
     model.resize_token_embeddings(105, pad_to_multiple_of=8)
     assert model.config.text_config.vocab_size == 112
     assert model.config.unpadded_vocab_size == 105
-    assert model.generation_config.suppress_tokens == [100, *range(105, 112)]
+    assert model.generation_config.suppress_tokens == [7, 100, *range(105, 112)]
     ids = torch.tensor([[1, 5, 103, 104, 2]])
     assert torch.isfinite(model(input_ids=ids, labels=ids).loss)
+
+
+def test_rows_that_pad_the_table_are_no_words():
+    model = tiny_model(unpadded_vocab_size=None)
+    model.resize_token_embeddings(pad_to_multiple_of=100)
+    assert model.config.text_config.vocab_size == 200
+    assert model.config.unused_token_ids == [100, *range(128, 200)]
+    model.resize_token_embeddings(130)
+    model.resize_token_embeddings(150)
+    assert model.config.unused_token_ids == [100]
+
+
+def test_a_table_without_the_placeholder_is_refused(tmp_path):
+    model = tiny_model()
+    for part in (model, model.model):
+        with pytest.raises(ValueError, match=r"`new_num_tokens` must be greater than .* 100\), got 100"):
+            part.resize_token_embeddings(100)
+    assert model.get_input_embeddings().num_embeddings == 128
+    model.resize_token_embeddings(101)
+    model.save_pretrained(tmp_path)
+    assert MGLlavaForConditionalGeneration.from_pretrained(tmp_path).config.text_config.vocab_size == 101
+
+
+def test_labels_behind_the_vocabulary_are_named(model):
+    ids = torch.tensor([[1, 5, 103, 2]])  # a row for it is there, which no one said is a word
+    for labels in (ids, ids.where(ids != 103, -1)):
+        with pytest.raises(ValueError, match=r"`labels` must be ids from 0 to 99 or -100.*resize_token_embeddings"):
+            model(input_ids=ids, labels=labels)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():

@@ -201,14 +201,14 @@ class _UnusedTokens(LogitsProcessor):
 
 
 def _keep(hidden_states: torch.FloatTensor, logits_to_keep: int | torch.Tensor) -> torch.FloatTensor:
-    """Cut hidden states to the positions whose logits are wanted, as transformers does."""
+    """Cut hidden states to the positions whose logits are wanted; those of a mask are one row."""
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
     if logits_to_keep.ndim == 1:
         return hidden_states[:, logits_to_keep]
     if logits_to_keep.ndim == 2:
         if logits_to_keep.dtype == torch.bool:
-            return hidden_states[logits_to_keep]
+            return hidden_states[logits_to_keep].unsqueeze(0)
         return torch.take_along_dim(hidden_states, logits_to_keep.unsqueeze(-1), dim=1)
     raise ValueError(
         "`logits_to_keep` must be a number of positions or a tensor of one or two dimensions, got shape "
@@ -494,10 +494,10 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
             # The one box of an image without objects has a placeholder of its own, so counting would not find this.
             if self.box_projector is not None:
                 raise ValueError(
-                    f"`boxes` must be given with `pixel_values`, got None for {num_images} image(s). Pass all that the "
-                    "processor returned. An image without objects has one box, [0, 0, 0, 0]: "
-                    f"`boxes=torch.zeros({num_images}, 1, 4, dtype=torch.int64)`. TRL's GRPOTrainer and RLOOTrainer hand "
-                    "on only names that they know: set `processor.packs_boxes = True`."
+                    f"`boxes` must be given with `pixel_values`, got None for {num_images} image(s). Pass all that "
+                    "the processor returned. An image without objects has one box, [0, 0, 0, 0]: "
+                    f"`boxes=torch.zeros({num_images}, 1, 4, dtype=torch.int64)`. TRL's GRPOTrainer and RLOOTrainer "
+                    "hand on only names that they know: set `processor.packs_boxes = True`."
                 )
             boxes = pixel_values.new_zeros(num_images, 1, 4, dtype=torch.int64)
         if boxes.ndim != 3 or boxes.shape[0] != num_images or boxes.shape[1] == 0 or boxes.shape[2] != 4:
@@ -548,7 +548,7 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         if input_ids is not None:
             return input_ids == self.config.image_token_id
         image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
+        return (inputs_embeds == self.get_input_embeddings()(image_token).to(inputs_embeds.device)).all(-1)
 
     def vision_modules(self) -> list[nn.Module]:
         """List what images pass: towers, fusion, projectors.
@@ -669,6 +669,8 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         image_outputs = None if mm_encoder_outputs is None else mm_encoder_outputs.get("image")
         boxes, num_boxes = _unpack_boxes(boxes, num_boxes, image_position_ids)
         if pixel_values is not None:
+            if image_outputs is not None:
+                raise ValueError("Pass either `pixel_values` or `mm_encoder_outputs` with an image, not both.")
             image_outputs = self.get_image_features(pixel_values, boxes, num_boxes, return_dict=True)
         # Other processes may have images in their batches: then an empty image, for a zero, in the same place.
         is_unseen = image_outputs is None and cache is None and _must_be_touched(self.vision_modules())
@@ -980,10 +982,16 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
         }
         arguments = {name: value for name, value in arguments.items() if value is not None}
         scored = self._head.score(self, body, loss_function, **arguments, **kwargs, return_dict=True)
-        outputs = seen[0]
+        outputs, logits = seen[0], scored.logits
+        if (
+            isinstance(logits_to_keep, torch.Tensor)
+            and logits_to_keep.ndim == 2
+            and logits_to_keep.dtype == torch.bool
+        ):
+            logits = logits[0]
         return MGLlavaCausalLMOutputWithPast(
             loss=scored.loss,
-            logits=scored.logits,
+            logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
