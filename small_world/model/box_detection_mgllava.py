@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import PIL.Image
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForZeroShotObjectDetection, AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES
@@ -328,7 +327,7 @@ class BoxDetector:
             of shape `(n,)`), on the CPU. The processor takes it as `boxes`.
 
         Raises:
-            TypeError: If labels are not strings.
+            TypeError: If labels are not strings, or something is not an image.
             ValueError: If there is nothing to look for, the numbers of images and lists of labels differ, or an image
                 cannot be read.
             RuntimeError: If this process was forked from the one that put the detector on an accelerator.
@@ -505,12 +504,8 @@ def _can_allocate(device: torch.device) -> bool:
 
 def _load(image: Any, index: int, input_data_format: str | None) -> torch.Tensor:
     """Read an image as upright 8-bit RGB."""
-    try:
-        return as_rgb(load_upright(image), input_data_format)
-    # PIL reports some broken PNG files as syntax errors.
-    except (OSError, ValueError, TypeError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        what = f" ({os.fspath(image)})" if isinstance(image, str | os.PathLike) else ""
-        raise ValueError(f"`images[{index}]`{what[:200]} cannot be read: {error}") from error
+    name = f"images[{index}]"
+    return as_rgb(load_upright(image, name), input_data_format, name)
 
 
 __all__ = ["CONFIG_KEYS", "DEFAULT_DETECTOR", "BoxDetector", "DetectionMode", "in_worker"]

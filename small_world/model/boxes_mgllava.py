@@ -10,7 +10,8 @@ and leave as int64: trainers and serving engines cast every floating point input
 import json
 import math
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -58,8 +59,9 @@ def prepare_boxes(
         entry (`Mapping`, array of shape `(num_boxes, 4)` or `None`):
             xyxy in pixels of the original image. A mapping with `boxes`, `scores` and (optional) `labels` is detector
             output: it goes through NMS and the limit, and comes back best first (regrouped by label where the limit
-            per category applied). A bare array, or a mapping without `scores`, is the user's own choice of regions:
-            their order and number are kept. Regions outside the image are dropped in both forms. `None`: no boxes.
+            per category applied); boxes outside the image are dropped, as in the original. A bare array, or a mapping
+            without `scores`, is the user's own choice of regions: their order and number are kept; see
+            [`read_boxes_of_image`] for what is refused. `None`: no boxes.
         image_size (`tuple[int, int]`): `(height, width)` of the original image.
         resize_to (`int`, *optional*): Length of the short side after resizing; `None` if images are not resized.
         crop_to (`tuple[int, int]`, *optional*): `(height, width)` of the centre crop; `None` if nothing is cropped.
@@ -77,10 +79,11 @@ def prepare_boxes(
 
     Raises:
         TypeError: If the entry is neither a mapping nor an array.
-        ValueError: If shapes, values or lengths are wrong, or `limit_mode` is unknown.
+        ValueError: If shapes, values or lengths are wrong, a region does not lie in the image, or `limit_mode` is
+            unknown.
     """
-    boxes, given_labels, scores = read_boxes(entry, name)
-    labels = [None] * len(boxes) if given_labels is None else given_labels
+    given, given_labels, scores = read_boxes_of_image(entry, image_size, name)
+    boxes, labels = given, [None] * len(given) if given_labels is None else given_labels
 
     if pad_to_square:
         boxes = boxes + padding_offset(image_size)
@@ -90,6 +93,12 @@ def prepare_boxes(
         keep = [keep[i] for i in limit_boxes([labels[i] for i in keep], limit_mode, limit, close_to_max_length)]
         boxes, labels = boxes[keep], [labels[i] for i in keep]
     boxes, inside = to_model_frame(boxes, image_size, resize_to=resize_to, crop_to=crop_to)
+    if scores is None and not bool(inside.all()):
+        index = int((~inside).nonzero()[0])
+        raise ValueError(
+            f"`{name}` must lie where the model looks, got {given[index].tolist()} at index {index}, which the crop "
+            "of the center cuts off. Remove it, or pass `do_pad=True` to show the model the whole image."
+        )
     labels = [label for label, is_inside in zip(labels, inside.tolist(), strict=True) if is_inside]
 
     if len(boxes) == 0:
@@ -97,36 +106,240 @@ def prepare_boxes(
     return boxes, [] if given_labels is None else labels
 
 
-def flatten_boxes(boxes: Any) -> list[Any]:
+def read_boxes_of_image(
+    entry: Any, image_size: tuple[int, int], name: str = "boxes"
+) -> tuple[torch.Tensor, list[Label] | None, torch.Tensor | None]:
+    """Read the boxes of one image and check that they are in pixels of that image.
+
+    What a detector found (with scores) is taken as it is, as in the original. Regions that a user chose must lie in
+    the image: what reaches over its edge by a pixel or more is clipped with a warning. Whole numbers may lie in the
+    first pixel, but fractions between 0 and 1 there mean relative coordinates. The box [0, 0, 0, 0] stands for "no
+    object" and is kept.
+
+    Args:
+        entry: See [`prepare_boxes`].
+        image_size (`tuple[int, int]`): `(height, width)` of the upright original image.
+        name (`str`): How error messages call the entry.
+
+    Returns:
+        `tuple`: As of [`read_boxes`]; the regions of a user lie in the image.
+
+    Raises:
+        TypeError: If the entry is neither a mapping nor an array.
+        ValueError: If shapes, values or lengths are wrong, or a region of a user has relative coordinates or lies
+            outside of the image.
+    """
+    boxes, labels, scores = read_boxes(entry, name)
+    if scores is None:
+        rows = entry["boxes"] if isinstance(entry, Mapping) else entry
+        boxes = _check_regions(boxes, image_size, name, _are_integers(rows))
+    elif len(boxes) and max(image_size) > 2 and _look_relative(boxes, are_integers=True).all():
+        logger.warning_once(
+            f"All boxes of `{name}` lie within the first pixel of an image of {_size(image_size)} pixels, so they "
+            "seem to be relative to its size: multiply x by the width and y by the height."
+        )
+    return boxes, labels, scores
+
+
+def _check_regions(boxes: torch.Tensor, image_size: tuple[int, int], name: str, are_integers: bool) -> torch.Tensor:
+    """Check regions that a user chose, and clip them to the image."""
+    if len(boxes) == 0:
+        return boxes
+    height, width = image_size
+    size = _size(image_size)
+    if max(image_size) > 2 and bool((relative := _look_relative(boxes, are_integers)).any()):
+        index = int(relative.nonzero()[0])
+        raise ValueError(
+            f"`{name}` must be x1, y1, x2, y2 in pixels of the upright image ({size}, width x height), got "
+            f"{boxes[index].tolist()} at index {index}, which looks relative to its size. Multiply x by the width and "
+            "y by the height. If the first pixel is meant, pass integers."
+        )
+    edges = boxes.new_tensor([width, height, width, height])
+    is_nothing = (boxes == 0).all(dim=1)
+    outside = ((boxes[:, 2:] <= 0) | (boxes[:, :2] >= edges[:2])).any(dim=1) & ~is_nothing
+    if bool(outside.any()):
+        index = int(outside.nonzero()[0])
+        raise ValueError(
+            f"`{name}` must lie in the upright image ({size}, width x height), got {boxes[index].tolist()} at index "
+            f"{index}, which is outside of it ({int(outside.sum())} such boxes). Pass pixels of the image as it is "
+            "given here, after its EXIF orientation is applied and before any resizing; remove what is outside."
+        )
+    clipped = boxes.clamp(min=0).minimum(edges)
+    over = ((boxes - clipped).abs() >= 1).any(dim=1)
+    if bool(over.any()):
+        index = int(over.nonzero()[0])
+        logger.warning_once(
+            f"`{name}` reach over the edge of the image ({size}, width x height) and are clipped to it: "
+            f"{boxes[index].tolist()} at index {index} ({int(over.sum())} such boxes)."
+        )
+    empty = (clipped[:, 2:] <= clipped[:, :2]).any(dim=1) & ~is_nothing
+    if bool(empty.any()):
+        index = int(empty.nonzero()[0])
+        logger.warning_once(
+            f"`{name}` have no area, so that the model sees a line or a point: {boxes[index].tolist()} at index "
+            f"{index} ({int(empty.sum())} such boxes)."
+        )
+    return clipped
+
+
+def _size(image_size: tuple[int, int]) -> str:
+    return f"{image_size[1]} x {image_size[0]}"
+
+
+def _look_relative(boxes: torch.Tensor, are_integers: bool) -> torch.Tensor:
+    """Tell which boxes seem to lie in the first pixel by mistake: those with fractions, or all if they are floats."""
+    in_first_pixel = ((boxes > -0.5) & (boxes < 1.5)).all(dim=1)
+    has_fraction = (boxes != boxes.round()).any(dim=1)
+    if are_integers or not bool(in_first_pixel.all()) or not bool((boxes != 0).any()):
+        return in_first_pixel & has_fraction
+    return in_first_pixel
+
+
+def _are_integers(rows: Any) -> bool:
+    """Whether coordinates were given as integers."""
+    if isinstance(rows, torch.Tensor):
+        return not rows.is_floating_point()
+    if hasattr(rows, "dtype"):
+        return bool(rows.dtype.kind in "biu")
+    if isinstance(rows, list | tuple):
+        return all(_are_integers(row) for row in rows)
+    return isinstance(rows, int) or rows is None
+
+
+def flatten_boxes(boxes: Any, num_images: int, group_sizes: Sequence[int] | None = None) -> list[Any]:
     """List one entry per image, in the order of the images, whatever the nesting of `boxes` is.
 
     Args:
         boxes: One entry (see [`prepare_boxes`]), a list of one entry per image, an array of shape
-            `(num_images, num_boxes, 4)`, or such lists nested per prompt as the images may be.
+            `(num_images, num_boxes, 4)`, or such lists nested per prompt as the images may be. `None`: not given. An
+            empty list, at any level: no boxes for the images that it stands for.
+        num_images (`int`): How many images there are.
+        group_sizes (`Sequence[int]`, *optional*): How many images each prompt has, if they are nested per prompt.
 
     Returns:
         `list`: The entries. `None` stands for an image whose boxes are not given.
+
+    Raises:
+        TypeError: If there is text in place of numbers.
+        ValueError: If the nesting is not regular, or there are not as many entries as images.
     """
-    if boxes is None or isinstance(boxes, Mapping):
-        return [boxes]
-    depth = _depth(boxes)
-    is_matrix = depth == 2 and (hasattr(boxes, "ndim") or any(_depth(row) == 1 and len(row) > 0 for row in boxes))
-    if depth == 0 or is_matrix:
-        return [boxes]
-    if depth <= 3:
-        return list(boxes)
-    return [entry for of_prompt in boxes for entry in of_prompt]
+    if boxes is None:
+        return [None] * num_images
+    boxes = _as_lists(boxes)
+    levels = _entry_levels(boxes)
+    level = max(levels, default=None)
+    if level is None:
+        entries = _flatten_empty(boxes, num_images, group_sizes)
+    elif level < 0:
+        raise ValueError(
+            f"`boxes` must hold lists of boxes, one list per image, got the numbers {_cut(boxes)}. Wrap them: one box "
+            "in one image is boxes=[[[x1, y1, x2, y2]]]."
+        )
+    elif min(levels) < level:
+        odd = next(index for index, item in enumerate(boxes) if min(_entry_levels(item, 1), default=level) < level)
+        raise ValueError(
+            f"`boxes` must be nested alike for all images, got {_cut(boxes[odd])} at index {odd}, which has fewer "
+            "levels than others. Wrap it: each image has a list of boxes, and each box is x1, y1, x2, y2."
+        )
+    elif level > 2:
+        raise ValueError(f"`boxes` must have at most one list per prompt and image, got {_cut(boxes)}: more levels.")
+    elif level == 0:
+        entries = [boxes]
+    elif level == 1:
+        entries = list(boxes)
+    else:
+        entries = _join_groups(boxes, group_sizes)
+    if len(entries) != num_images:
+        hint = " Put the boxes of each image into a list of their own." if level == 0 else ""
+        raise ValueError(
+            f"`boxes` must have one entry per image, got {len(entries)} entries for {num_images} images.{hint} "
+            "Pass None or [] for an image without boxes."
+        )
+    return [[] if isinstance(entry, list | tuple) and not _entry_levels(entry) else entry for entry in entries]
 
 
-def _depth(value: Any) -> int:
-    """Number of nested sequence levels; an entry that is no plain list counts as a matrix."""
-    if value is None or isinstance(value, Mapping):
-        return 2
+def boxes_of_block(boxes: Any) -> Any:
+    """Check that what an image block of a conversation has as `boxes` is those of one image.
+
+    Args:
+        boxes: One entry, see [`prepare_boxes`].
+
+    Returns:
+        The entry.
+
+    Raises:
+        TypeError: If there is text in place of numbers.
+        ValueError: If it is one box, or boxes of several images.
+    """
+    boxes = _as_lists(boxes)
+    if levels := _entry_levels(boxes) - {0}:
+        advice = "Wrap it: [[x1, y1, x2, y2]]." if min(levels) < 0 else "Take lists away, or give each image a block."
+        raise ValueError(
+            f"`boxes` of an image block must be a list of boxes x1, y1, x2, y2, or a mapping, got {_cut(boxes)}. "
+            + advice
+        )
+    return boxes
+
+
+def _as_lists(boxes: Any) -> Any:
+    """Turn what holds boxes, such as generators and arrays of objects, into lists; arrays of numbers stay."""
+    if str(getattr(boxes, "dtype", None)) == "object":
+        boxes = boxes.tolist()
+    if isinstance(boxes, str | bytes):
+        raise TypeError(f"`boxes` must hold numbers, got {type(boxes).__name__} {boxes[:60]!r}.")
+    if boxes is None or isinstance(boxes, Mapping | Real) or hasattr(boxes, "ndim"):
+        return boxes
+    if not isinstance(boxes, Iterable):
+        raise TypeError(f"`boxes` must hold numbers, got {type(boxes).__name__}.")
+    return [_as_lists(item) for item in boxes]
+
+
+def _entry_levels(value: Any, level: int = 0) -> set[int]:
+    """Tell in how many lists the entries of images lie; boxes are lists of lists of numbers. Nothing tells nothing."""
+    if value is None:
+        return set()
+    if isinstance(value, Mapping):
+        return {level}
     if hasattr(value, "ndim"):
-        return int(value.ndim)
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return 1 + max((_depth(item) for item in value), default=0)
-    return 0
+        return set() if value.ndim == 1 and len(value) == 0 else {level + value.ndim - 2}
+    if isinstance(value, list | tuple):
+        return set().union(*(_entry_levels(item, level + 1) for item in value))
+    return {level - 2}
+
+
+def _flatten_empty(boxes: Any, num_images: int, group_sizes: Sequence[int] | None) -> list[Any]:
+    """List the entries where there is no box at all, only empty lists and None."""
+    if len(boxes) == 0:
+        return [[]] * num_images
+    groups = [[group] if group is None else list(group) for group in boxes]
+    sizes = group_sizes if group_sizes is not None and len(group_sizes) == len(boxes) else []
+    if sizes and all(group == [None] or len(group) in (0, size) for group, size in zip(groups, sizes, strict=True)):
+        return _join_groups(boxes, group_sizes)
+    is_per_prompt = None not in boxes and sum(map(len, groups)) == num_images
+    if is_per_prompt and (len(boxes) != num_images or any(entry is None for group in groups for entry in group)):
+        return [entry for group in groups for entry in group]
+    return list(boxes)
+
+
+def _join_groups(groups: Any, group_sizes: Sequence[int] | None) -> list[Any]:
+    """List the entries of all prompts' images; None and an empty list stand for all images of a prompt."""
+    is_known = group_sizes is not None and len(group_sizes) == len(groups)
+    entries: list[Any] = []
+    for index, group in enumerate(groups):
+        given = [] if group is None else list(group)
+        size = group_sizes[index] if is_known and group_sizes is not None else int(group is None) or len(given)
+        if len(given) not in (0, size):
+            raise ValueError(
+                f"`boxes[{index}]` must have one entry per image of `images[{index}]`, got {len(given)} entries for "
+                f"{size} images. Pass None or [] for an image without boxes."
+            )
+        entries += given or [None if group is None else []] * size
+    return entries
+
+
+def _cut(value: Any) -> str:
+    text = repr(value.tolist() if hasattr(value, "tolist") else value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def read_boxes(entry: Any, name: str = "boxes") -> tuple[torch.Tensor, list[Label] | None, torch.Tensor | None]:
@@ -157,6 +370,8 @@ def read_boxes(entry: Any, name: str = "boxes") -> tuple[torch.Tensor, list[Labe
             scores = _as_float_tensor(entry["scores"], f"{name}['scores']")
         if entry.get("labels") is not None:
             given = entry["labels"]
+            if isinstance(given, str | bytes):
+                raise TypeError(f"`{name}` must have a list of labels, one per box, got the string {given[:60]!r}.")
             labels = given.tolist() if hasattr(given, "tolist") else list(given)
     else:
         boxes = _as_corners([] if entry is None else entry, name)
@@ -166,7 +381,11 @@ def read_boxes(entry: Any, name: str = "boxes") -> tuple[torch.Tensor, list[Labe
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ValueError(
             f"`{name}` must have shape (num_boxes, 4), got {tuple(boxes.shape)}. "
-            "Pass x1, y1, x2, y2 in pixels of the original image."
+            + (
+                f"Wrap it: one box is [{boxes.tolist()}]."
+                if boxes.shape == (4,)
+                else "Pass x1, y1, x2, y2 in pixels of the original image."
+            )
         )
     _check_corners(boxes, name)
     for key, values in (("scores", scores), ("labels", labels)):

@@ -66,6 +66,11 @@ def _read_sub_config(value: Any, name: str, model_type: str, **defaults: Any) ->
         return CONFIG_MAPPING[model_type](**defaults)
     if isinstance(value, dict):
         model_type = value.get("model_type", model_type)
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(
+                f"`{name}`: this release of transformers has no model of type {model_type!r}. A newer release may "
+                "have it; code of others is used after `AutoConfig.register` and `AutoModelForCausalLM.register`."
+            )
         return CONFIG_MAPPING[model_type](**{**value, "model_type": model_type})
     if isinstance(value, PreTrainedConfig):
         return value
@@ -81,7 +86,7 @@ class MGLlavaConfig(PreTrainedConfig):
 
     Args:
         text_config (`PreTrainedConfig` or `dict`, *optional*):
-            Configuration of the language model: any causal language model of transformers. Llama by default.
+            Configuration of the language model, of a type that docs/language_models.md lists. Llama by default.
         vision_config (`PreTrainedConfig` or `dict`, *optional*):
             Configuration of the CLIP vision tower that reads the low-resolution image. The fused tokens are made from
             the output of its *last* layer, so a published 24-layer tower whose layer -2 is used is stored with

@@ -3,21 +3,29 @@
 import copy
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F  # noqa: N812
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     CLIPVisionModel,
+    GenerationConfig,
     GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.generation.utils import GenerateOutput
+from transformers.integrations import is_fsdp_managed_module
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
@@ -30,6 +38,7 @@ from .cache_mgllava import CACHE_NAME, either_cache
 from .configuration_mgllava import MGLlavaConfig
 from .fusion_mgllava import FUSIONS, MGLlavaResampler
 from .high_res_vision_mgllava import MGLlavaHighResVisionModel
+from .language_model_mgllava import LanguageModelHead, load_language_model
 from .projector_mgllava import MGLlavaProjector
 from .quantization_mgllava import leave_unpackable_layers, with_skipped_modules
 from .regions_mgllava import MGLlavaBoxProjector, check_box_dtype
@@ -38,6 +47,50 @@ logger = logging.get_logger(__name__)
 
 # Arguments of `from_pretrained` that say where a repository is.
 _LOCATION_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# Arguments of `from_pretrained` that `from_pretrained_parts` hands on, to all parts or to the language model; what it
+# takes of the configuration; and what needs a repository that is complete.
+_PART_LOCATION = ("cache_dir", "force_download", "local_files_only", "token")
+_LLM_ARGUMENTS = (
+    "revision",
+    "subfolder",
+    "gguf_file",
+    "trust_remote_code",
+    "code_revision",
+    "variant",
+    "use_safetensors",
+    "weights_only",
+)
+_VARIANT_ARGUMENTS = (
+    "fusion_type",
+    "object_merging",
+    "box_feature_type",
+    "box_multi_level_size",
+    "projector_hidden_act",
+)
+_WHOLE_ARGUMENTS = (
+    "quantization_config",
+    "load_in_4bit",
+    "load_in_8bit",
+    "device_map",
+    "max_memory",
+    "offload_folder",
+    "offload_buffers",
+    "tp_plan",
+    "tp_size",
+    "device_mesh",
+    "distributed_config",
+    "output_loading_info",
+    "ignore_mismatched_sizes",
+    "state_dict",
+    "config",
+    "adapter_kwargs",
+    "key_mapping",
+    "use_kernels",
+    "low_cpu_mem_usage",
+)
+# Arguments of `forward` for images, and for the loss.
+_IMAGE_ARGUMENTS = ("pixel_values", "boxes", "num_boxes", "mm_encoder_outputs")
+_LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 
 @dataclass
@@ -55,9 +108,19 @@ class MGLlavaModelOutputWithPast(BaseModelOutputWithPast):
             Attention weights of every layer, when asked for.
         image_hidden_states (`torch.FloatTensor` of shape `(num_placeholders, hidden_size)`, *optional*):
             Embeddings of the images, fused tokens and then box tokens of each image in turn.
+        image_outputs (`BaseModelOutputWithPooling`, *optional*):
+            Output of `get_image_features`, from which they are.
+        router_logits (`tuple(torch.FloatTensor)`, *optional*):
+            Scores of the experts in every layer of a mixture of experts, when asked for.
     """
 
     image_hidden_states: torch.FloatTensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
+    router_logits: tuple[torch.FloatTensor] | None = None
+
+    # Heads of language models read these of their own bodies.
+    cross_attentions = None
+    shared_kv_states = None
 
 
 @dataclass
@@ -66,7 +129,8 @@ class MGLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
 
     Args:
         loss (`torch.FloatTensor` of shape `()`, *optional*):
-            Cross-entropy of the next token over the original vocabulary, when `labels` are given.
+            Cross-entropy of the next token over the original vocabulary, when `labels` are given. What the language
+            model's own class adds to it (`output_router_logits=True`) is in it.
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
             Scores of every row of the embedding table, `config.unused_token_ids` included.
         cache (`Cache`, *optional*):
@@ -77,9 +141,18 @@ class MGLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
             Attention weights of every layer, when asked for.
         image_hidden_states (`torch.FloatTensor` of shape `(num_placeholders, hidden_size)`, *optional*):
             Embeddings of the images, fused tokens and then box tokens of each image in turn.
+        image_outputs (`BaseModelOutputWithPooling`, *optional*):
+            Output of `get_image_features`, from which they are.
+        aux_loss (`torch.FloatTensor` of shape `()`, *optional*):
+            Loss for the balance of the experts, when `output_router_logits=True` and the language model has one.
+        router_logits (`tuple(torch.FloatTensor)`, *optional*):
+            Scores of the experts in every layer of a mixture of experts, when asked for.
     """
 
     image_hidden_states: torch.FloatTensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
+    aux_loss: torch.FloatTensor | None = None
+    router_logits: tuple[torch.FloatTensor] | None = None
 
 
 def _unpack_boxes(
@@ -98,9 +171,79 @@ def _unpack_boxes(
     return packed.clamp(min=0), (packed >= 0).all(-1).sum(-1)
 
 
-def _is_distributed() -> bool:
-    """Whether this is one of several processes, which may share the parameters out among them (FSDP, ZeRO-3)."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+def _must_be_touched(modules: list[nn.Module]) -> bool:
+    """Whether all processes must run these modules, also those without an image.
+
+    So it is where their gradients are reduced together, and where each process holds a share of their weights, which
+    all gather together (ZeRO-3, FSDP).
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    if torch.distributed.get_world_size() == 1:
+        return False
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
+        return True
+    return any(hasattr(parameter, "ds_id") or isinstance(parameter, DTensor) for parameter in parameters) or any(
+        is_fsdp_managed_module(module) for module in modules
+    )
+
+
+class _UnusedTokens(LogitsProcessor):
+    """Rows of the embedding table that are no words are never generated, whatever generation config is passed."""
+
+    def __init__(self, ids: list[int]):
+        self.ids = torch.tensor(ids, dtype=torch.long)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        ids = self.ids[self.ids < scores.shape[-1]]  # some language models cut the padding off themselves
+        return scores.index_fill(-1, ids.to(scores.device), -torch.inf)
+
+
+def _keep(hidden_states: torch.FloatTensor, logits_to_keep: int | torch.Tensor) -> torch.FloatTensor:
+    """Cut hidden states to the positions whose logits are wanted; those of a mask are one row."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+    if logits_to_keep.ndim == 1:
+        return hidden_states[:, logits_to_keep]
+    if logits_to_keep.ndim == 2:
+        if logits_to_keep.dtype == torch.bool:
+            return hidden_states[logits_to_keep].unsqueeze(0)
+        return torch.take_along_dim(hidden_states, logits_to_keep.unsqueeze(-1), dim=1)
+    raise ValueError(
+        "`logits_to_keep` must be a number of positions or a tensor of one or two dimensions, got shape "
+        f"{tuple(logits_to_keep.shape)}."
+    )
+
+
+def _refuse_arguments(kwargs: dict) -> None:
+    """Raise for arguments that `from_pretrained_parts` does not take."""
+    if whole := [name for name in kwargs if name in _WHOLE_ARGUMENTS]:
+        raise ValueError(
+            f"`{whole[0]}` is for a complete repository: put the parts together without it, `save_pretrained`, and "
+            "pass it to `from_pretrained`."
+        )
+    if unknown := [name for name in kwargs if name not in _VARIANT_ARGUMENTS]:
+        known = [*_VARIANT_ARGUMENTS, "high_res_image_size", "attn_implementation", "device_map", "torch_dtype"]
+        raise TypeError(
+            f"from_pretrained_parts() got an unexpected keyword argument {unknown[0]!r}. Besides the parts, "
+            f"`image_token_id` and `dtype` it takes {', '.join([*known, *_PART_LOCATION, *_LLM_ARGUMENTS])}."
+        )
+
+
+def _single_device(device_map: Any) -> torch.device | None:
+    """Read a `device_map` that names one device."""
+    if isinstance(device_map, dict) and list(device_map) == [""]:
+        device_map = device_map[""]
+    if device_map is None:
+        return None
+    try:
+        return torch.device(device_map)
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"`device_map` must be a single device here, such as 'cuda:0', got {device_map!r}. To spread a model put "
+            "the parts together without it, `save_pretrained`, and pass it to `from_pretrained`."
+        ) from None
 
 
 class MGLlavaPreTrainedModel(PreTrainedModel):
@@ -160,6 +303,51 @@ class MGLlavaPreTrainedModel(PreTrainedModel):
         # FSDP refuses to start where one of these names is not that of a module.
         self._no_split_modules = set(self._no_split_modules) & {type(module).__name__ for module in self.modules()}
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Resize the embedding table; all of the first `new_num_tokens` rows count as vocabulary from then on.
+
+        It is needed for each token that is new to the tokenizer, also when the padded table has a row for it.
+
+        Args:
+            new_num_tokens (`int`, *optional*): New number of tokens. By default that of the rows.
+            pad_to_multiple_of (`int`, *optional*): Add rows until the table is a multiple of this. They are not words.
+            mean_resizing (`bool`, *optional*, defaults to `True`): Start new rows from the mean of the old.
+
+        Returns:
+            `nn.Embedding`: the table.
+
+        Raises:
+            ValueError: If the placeholder would be cut off.
+        """
+        if new_num_tokens is not None and new_num_tokens <= self.config.image_token_id:
+            raise ValueError(
+                f"`new_num_tokens` must be greater than the id of the placeholder (`config.image_token_id`, "
+                f"{self.config.image_token_id}), got {new_num_tokens}. Pass the `len` of this model's tokenizer."
+            )
+        unpadded, unused = self.config.unpadded_vocab_size, set(self.config.unused_token_ids)
+        rows = self.config.text_config.vocab_size
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if new_num_tokens is not None:
+            unpadded = new_num_tokens
+        elif unpadded is None and self.config.text_config.vocab_size > rows:
+            unpadded = rows
+        self.config.unpadded_vocab_size = unpadded
+        if (generation_config := getattr(self, "generation_config", None)) is not None:
+            others = set(generation_config.suppress_tokens or ()) - unused
+            generation_config.suppress_tokens = sorted(others | set(self.config.unused_token_ids))
+        return embeddings
+
+    @torch.no_grad()
+    @init.guard_torch_init_functions()
+    def initialize_weights(self):
+        """Initialize what no file had, also what the language model's body computes for its layers (Falcon-H1)."""
+        super().initialize_weights()
+        # The base class passes by a module without weights of its own, if the whole model is not one of transformers.
+        body = self.base_model.language_model
+        body._init_weights(body)
+
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         # transformers passes by modules of outside packages that own no parameter themselves, so what a block wants
@@ -176,7 +364,7 @@ class MGLlavaPreTrainedModel(PreTrainedModel):
 class MGLlavaModel(MGLlavaPreTrainedModel):
     """Vision towers, fusion, projectors and the language model, without the head."""
 
-    def __init__(self, config: MGLlavaConfig):
+    def __init__(self, config: MGLlavaConfig, language_model: PreTrainedModel | None = None):
         super().__init__(config)
         uses_boxes = config.object_merging != "none"
         self.vision_tower = AutoModel.from_config(config.vision_config)
@@ -197,7 +385,10 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
                 config.vision_config.hidden_size,
                 config.vision_config.num_attention_heads,
             )
-        self.language_model = AutoModel.from_config(config.text_config)
+        # The model with a head brings the body of the same instance that its head comes from.
+        self.language_model = language_model
+        if language_model is None:
+            self.language_model, _ = load_language_model(config.text_config).take_parts()
         self.post_init()
 
     def encode_images(
@@ -256,8 +447,8 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
                 High-resolution images. The low-resolution ones are derived from them.
             boxes (`torch.LongTensor` of shape `(num_images, max_boxes, 4)`, *optional*):
                 Boxes as x1, y1, x2, y2 in pixels of the high-resolution image, zero-padded; int64 or int32 (as the
-                processor makes them), float32 or float64. Without them, each image has the single box
-                `[0, 0, 0, 0]`, as in training on images without objects.
+                processor makes them), float32 or float64. An image without objects has the single box
+                `[0, 0, 0, 0]`, as in training. Only a model that uses no boxes does without.
             num_boxes (`torch.LongTensor` of shape `(num_images,)`, *optional*):
                 How many of the boxes of each image are real, at least 1. By default all are.
             **kwargs: `output_hidden_states` and `output_attentions` of the low-resolution tower; `return_dict=False`
@@ -300,6 +491,14 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
             )
         num_images = len(pixel_values)
         if boxes is None:
+            # The one box of an image without objects has a placeholder of its own, so counting would not find this.
+            if self.box_projector is not None:
+                raise ValueError(
+                    f"`boxes` must be given with `pixel_values`, got None for {num_images} image(s). Pass all that "
+                    "the processor returned. An image without objects has one box, [0, 0, 0, 0]: "
+                    f"`boxes=torch.zeros({num_images}, 1, 4, dtype=torch.int64)`. TRL's GRPOTrainer and RLOOTrainer "
+                    "hand on only names that they know: set `processor.packs_boxes = True`."
+                )
             boxes = pixel_values.new_zeros(num_images, 1, 4, dtype=torch.int64)
         if boxes.ndim != 3 or boxes.shape[0] != num_images or boxes.shape[1] == 0 or boxes.shape[2] != 4:
             raise ValueError(
@@ -349,7 +548,30 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         if input_ids is not None:
             return input_ids == self.config.image_token_id
         image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
+        return (inputs_embeds == self.get_input_embeddings()(image_token).to(inputs_embeds.device)).all(-1)
+
+    def vision_modules(self) -> list[nn.Module]:
+        """List what images pass: towers, fusion, projectors.
+
+        Returns:
+            `list[nn.Module]`.
+        """
+        return [module for name, module in self.named_children() if name != "language_model"]
+
+    def _check_no_placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> None:
+        """Raise `ValueError` where placeholders would be read as text."""
+        if inputs_embeds.shape[1] == 1:
+            return  # a step of generation, which never gives a placeholder
+        mask = self.find_placeholders(input_ids, inputs_embeds)
+        torch_compilable_check(
+            ~mask.any(),
+            lambda: (
+                f"The prompt holds {int(mask.sum())} image placeholders, but no image: `pixel_values` and "
+                "`mm_encoder_outputs` are missing. Pass all that the processor returned, or, if images are "
+                "left out on purpose, write the prompt without `<image>`. With a cache that holds them already, pass "
+                "only the ids that follow (chunked prefill works from transformers 5.24 on)."
+            ),
+        )
 
     def get_placeholder_mask(
         self,
@@ -399,7 +621,6 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cache: Cache | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
-        box_labels: list[list] | None = None,
         image_position_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> MGLlavaModelOutputWithPast:
@@ -428,9 +649,8 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
             cache (`Cache`, *optional*):
                 The same as `past_key_values`, by its name since transformers 5.24.
             mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Accepted and not used, so that all that the processor returns may be passed on.
-            box_labels (`list[list]`, *optional*):
-                Accepted and not used, as above.
+                Accepted and not used, so that all that the processor returns may be passed on; so is `box_labels`,
+                among `kwargs`, since `Trainer` takes every argument with "label" in its name for labels.
             image_position_ids (`torch.LongTensor` of shape `(num_images, max_boxes, 4)`, *optional*):
                 `boxes` and `num_boxes` in one: boxes as x1, y1, x2, y2 in pixels of `pixel_values`, then rows of -1.
                 For trainers that hand on only names that they know; the processor makes it with `packs_boxes`.
@@ -443,33 +663,31 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
             ValueError: If inputs are missing, double, or do not fit each other.
         """
         cache = either_cache(past_key_values, cache)
+        kwargs.pop("box_labels", None)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         image_outputs = None if mm_encoder_outputs is None else mm_encoder_outputs.get("image")
         boxes, num_boxes = _unpack_boxes(boxes, num_boxes, image_position_ids)
         if pixel_values is not None:
-            if boxes is None and self.box_projector is not None and self.training and torch.is_grad_enabled():
-                raise ValueError(
-                    "`boxes` must be given with `pixel_values` in training, got None: whoever made this batch lost "
-                    "them. TRL's GRPOTrainer and RLOOTrainer hand on only names that they know: set "
-                    "`processor.packs_boxes = True`. An image without objects has one box, [0, 0, 0, 0]."
-                )
             if image_outputs is not None:
                 raise ValueError("Pass either `pixel_values` or `mm_encoder_outputs` with an image, not both.")
             image_outputs = self.get_image_features(pixel_values, boxes, num_boxes, return_dict=True)
-        # Other processes may have images in their batches. Where parameters are gathered or their gradients reduced
-        # together, all processes must touch the same ones in the same order: here an empty image, for a zero.
-        is_unseen = image_outputs is None and cache is None and (self.training or _is_distributed())
+        # Other processes may have images in their batches: then an empty image, for a zero, in the same place.
+        is_unseen = image_outputs is None and cache is None and _must_be_touched(self.vision_modules())
         if is_unseen:
             device = input_ids.device if inputs_embeds is None else inputs_embeds.device
             size = self.config.high_res_vision_config.image_size
-            image_outputs = self.get_image_features(torch.zeros(1, 3, size, size, device=device), return_dict=True)
+            pixels, no_box = torch.zeros(1, 3, size, size, device=device), torch.zeros(1, 1, 4, dtype=torch.int64)
+            image_outputs = self.get_image_features(pixels, no_box, return_dict=True)
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         image_features = None
+        if is_unseen or image_outputs is None:
+            self._check_no_placeholders(input_ids, inputs_embeds)
         if is_unseen:
-            total = torch.cat(list(image_outputs.pooler_output)).sum()
+            # Zero also where the empty image overflows.
+            total = torch.nan_to_num(torch.cat(list(image_outputs.pooler_output)), posinf=0.0, neginf=0.0).sum()
             inputs_embeds = inputs_embeds + (0 * total).to(inputs_embeds.device, inputs_embeds.dtype)
         elif image_outputs is not None:
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_outputs.pooler_output)
@@ -487,9 +705,11 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         )
         return MGLlavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
             image_hidden_states=image_features,
+            image_outputs=None if is_unseen else image_outputs,
+            router_logits=outputs.get("router_logits"),
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
@@ -516,8 +736,12 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MGLlavaConfig):
         super().__init__(config)
-        self.model = MGLlavaModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self._head = load_language_model(config.text_config)
+        language_model, lm_head = self._head.take_parts()
+        self.model = MGLlavaModel(config, language_model)
+        self.lm_head = lm_head
+        self._tied_weights_keys = self._head.tied_weights_keys
+        self._is_stateful = self._head.rest._is_stateful
         self.post_init()
         self.generation_config.suppress_tokens = config.unused_token_ids
 
@@ -546,30 +770,51 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
         ```
 
         Args:
-            llm (`str` or `os.PathLike`): Folder or Hub id of a causal language model.
+            llm (`str` or `os.PathLike`): Folder or Hub id of a causal language model. Its generation config is kept.
             vision_tower (`str` or `os.PathLike`): Folder or Hub id of a CLIP model or of its vision tower.
             high_res_tower (`str` or `os.PathLike`): Folder or Hub id of an open_clip model with a ConvNeXt.
             image_token_id (`int`, *optional*):
                 Id of the placeholder. By default that of `<image>` in the language model's tokenizer or, if it has
                 none, the next free one, which `tokenizer.add_tokens` gives it.
             dtype (`torch.dtype` or `str`, *optional*, defaults to `"auto"`):
-                Of all weights; `"auto"`: that of the language model.
+                Of all weights; `"auto"`: that of the language model. `torch_dtype` is an older name.
             **kwargs:
-                `high_res_image_size` (768 by default) and arguments of [`MGLlavaConfig`], such as `fusion_type`;
-                `cache_dir`, `local_files_only` and `token` for downloads.
+                - `high_res_image_size` (768 by default), and of [`MGLlavaConfig`] `fusion_type`, `object_merging`,
+                  `box_feature_type`, `box_multi_level_size` and `projector_hidden_act`;
+                - for the whole model `attn_implementation`, and `device_map` with a single device;
+                - for the downloads of all parts `cache_dir`, `force_download`, `local_files_only` and `token`;
+                - of `from_pretrained` for `llm` alone `revision`, `subfolder`, `gguf_file`, `trust_remote_code`,
+                  `code_revision`, `variant`, `use_safetensors` and `weights_only`.
 
         Returns:
             `MGLlavaForConditionalGeneration`: The model, in evaluation mode.
 
         Raises:
-            ValueError: If a part is none of these, lacks weights, or the parts do not fit together.
+            TypeError: If an argument is unknown.
+            ValueError: If a part is none of these, lacks weights, is quantized, or the parts do not fit together, or
+                if an argument of `from_pretrained` works on a complete repository alone.
+            ImportError: If `gguf_file` is given and the package `gguf` is missing.
             OSError: If a part cannot be read.
         """
-        location = {name: kwargs.pop(name) for name in ("cache_dir", "local_files_only", "token") if name in kwargs}
+        if (older := kwargs.pop("torch_dtype", None)) is not None:
+            logger.warning_once("`torch_dtype` is deprecated! Use `dtype` instead!")
+            dtype = older if dtype == "auto" else dtype
+        location = {name: kwargs.pop(name) for name in _PART_LOCATION if name in kwargs}
+        llm_options = {name: kwargs.pop(name) for name in _LLM_ARGUMENTS if name in kwargs}
+        attention, device = kwargs.pop("attn_implementation", None), _single_device(kwargs.pop("device_map", None))
+        high_res_size = kwargs.pop("high_res_image_size", 768)
+        _refuse_arguments(kwargs)
+
         options = {**location, "output_loading_info": True}
-        language_model, loaded = AutoModelForCausalLM.from_pretrained(llm, dtype=dtype, **options)
+        language_model, loaded = AutoModelForCausalLM.from_pretrained(llm, dtype=dtype, **options, **llm_options)
         if loaded["missing_keys"]:
             raise ValueError(f"`llm`: {llm} lacks the weights {sorted(loaded['missing_keys'])[:5]}.")
+        # A model from GGUF remembers where it comes from, and is not quantized any more.
+        if getattr(language_model, "is_quantized", False):
+            raise ValueError(
+                f"`llm`: {llm} is quantized. Pass the weights in 16 or 32 bits; the model that is put together can be "
+                "saved and loaded with a `quantization_config`."
+            )
         dtype = language_model.dtype
         tower, loaded = CLIPVisionModel.from_pretrained(vision_tower, dtype=dtype, **options)
         if loaded["missing_keys"]:
@@ -578,17 +823,18 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
         del tower.encoder.layers[-1]
         tower.config.num_hidden_layers -= 1
         tower.post_layernorm = nn.Identity()
-        high_res_size = kwargs.pop("high_res_image_size", 768)
         high_res = MGLlavaHighResVisionModel.from_open_clip(high_res_tower, high_res_size, dtype, **location)
 
         if image_token_id is None:
-            tokenizer = AutoTokenizer.from_pretrained(llm, **location)
+            names = ("revision", "subfolder", "gguf_file", "trust_remote_code", "code_revision")
+            tokenizer_options = {name: llm_options[name] for name in names if name in llm_options}
+            tokenizer = AutoTokenizer.from_pretrained(llm, **location, **tokenizer_options)
             image_token_id = tokenizer.get_vocab().get("<image>", len(tokenizer))
         rows = language_model.config.vocab_size
         language_model.resize_token_embeddings(
             max(rows, image_token_id + 1), pad_to_multiple_of=64, mean_resizing=False
         )
-        text_config = copy.deepcopy(language_model.config)
+        text_config = language_model.config
         text_config.name_or_path = ""
         config = cls.config_class(
             text_config=text_config,
@@ -602,9 +848,12 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
         # Without memory: nearly all of it is there already.
         with torch.device("meta"):
             model = cls(config)
-        model.lm_head = language_model.get_output_embeddings()
+        model.generation_config = copy.deepcopy(language_model.generation_config)
+        suppressed = set(model.generation_config.suppress_tokens or ())
+        model.generation_config.suppress_tokens = sorted(suppressed | set(config.unused_token_ids))
         parts = model.model
-        parts.language_model, parts.vision_tower = language_model.base_model, tower
+        parts.language_model, model.lm_head = LanguageModelHead(language_model).take_parts()
+        parts.vision_tower = tower
         if parts.high_res_vision_tower is not None:
             parts.high_res_vision_tower = high_res
         for part in (parts.fusion, parts.multi_modal_projector, parts.box_projector, parts.object_attention):
@@ -612,30 +861,15 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
                 for module in part.to_empty(device="cpu").to(dtype).modules():
                     model._init_weights(module)
         model.tie_weights()
+        if attention is not None:
+            model.set_attn_implementation(attention)
+        if device is not None:
+            model.to(device)
         return model.eval()
 
     def get_output_embeddings(self) -> nn.Module:
         """Return the language modeling head."""
         return self.lm_head
-
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Embedding:
-        """Resize the embedding table; all of the first `new_num_tokens` rows count as vocabulary from then on.
-
-        Args:
-            new_num_tokens (`int`, *optional*): New number of tokens.
-            pad_to_multiple_of (`int`, *optional*): Add rows until the table is a multiple of this.
-            mean_resizing (`bool`, *optional*, defaults to `True`): Start new rows from the mean of the old.
-
-        Returns:
-            `nn.Embedding`: the table.
-        """
-        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        if new_num_tokens is not None:
-            self.config.unpadded_vocab_size = new_num_tokens
-            self.generation_config.suppress_tokens = self.config.unused_token_ids
-        return embeddings
 
     def get_image_features(
         self,
@@ -663,7 +897,6 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cache: Cache | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
-        box_labels: list[list] | None = None,
         image_position_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> MGLlavaCausalLMOutputWithPast:
@@ -690,15 +923,16 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
             num_boxes (`torch.LongTensor` of shape `(num_images,)`, *optional*):
                 How many of the boxes of each image are real. Ignored without `pixel_values`.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
-                Compute logits for the last so many positions only (0: all), or for the positions in a 1-D tensor.
+                Compute logits for the last so many positions only (0: all), for the positions in a 1-D tensor, for
+                those of each row in an integer tensor of shape `(batch_size, num_positions)`, or for those where a
+                boolean tensor of shape `(batch_size, sequence_length)` is true, flattened to `(num_true, vocab_size)`.
             mm_encoder_outputs (`dict`, *optional*):
                 `{"image": output of get_image_features}`, to use in place of `pixel_values`.
             cache (`Cache`, *optional*):
                 The same as `past_key_values`, by its name since transformers 5.24.
             mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Accepted and not used, so that all that the processor returns may be passed on.
-            box_labels (`list[list]`, *optional*):
-                Accepted and not used, as above.
+                Accepted and not used, so that all that the processor returns may be passed on; so is `box_labels`,
+                among `kwargs`, since `Trainer` takes every argument with "label" in its name for labels.
             image_position_ids (`torch.LongTensor` of shape `(num_images, max_boxes, 4)`, *optional*):
                 `boxes` and `num_boxes` in one: boxes as x1, y1, x2, y2 in pixels of `pixel_values`, then rows of -1.
                 For trainers that hand on only names that they know; the processor makes it with `packs_boxes`.
@@ -711,61 +945,117 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: If inputs are missing, double, or do not fit each other.
         """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            pixel_values=pixel_values,
-            boxes=boxes,
-            num_boxes=num_boxes,
-            mm_encoder_outputs=mm_encoder_outputs,
-            image_position_ids=image_position_ids,
-            return_dict=True,
-            **kwargs,
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        kwargs.pop("box_labels", None)
+        cache = either_cache(past_key_values, cache)
+        if position_ids is not None and not self._head.takes_positions:
+            raise ValueError(
+                f"A language model of type {self.config.text_config.model_type!r} takes no `position_ids`: the "
+                "positions of its tokens follow from `attention_mask`."
+            )
+        loss_arguments = {name: kwargs.pop(name) for name in _LOSS_ARGUMENTS if name in kwargs}
+        seen = []
 
-        loss = None
-        if labels is not None:
-            placeholder = self.config.image_token_id
-            if input_ids is not None:
-                labels = labels.masked_fill(input_ids == placeholder, -100)
-            labels = labels.masked_fill(labels == placeholder, -100)
-            # What a trainer that splits sequences has shifted already stands in for `labels`.
-            if (shifted := kwargs.get("shift_labels")) is not None:
-                kwargs["shift_labels"] = shifted.masked_fill(shifted == placeholder, -100)
-            # Where nothing is to be learned, the sum is 0 and so is the loss, not 0 / 0.
-            if (count := kwargs.get("num_items_in_batch")) is not None:
-                kwargs["num_items_in_batch"] = torch.as_tensor(count).clamp(min=1)
-            # Padding rows of the table are no words: with them in the sum the loss would not be the reference's.
-            vocab_size = self.config.unpadded_vocab_size or self.config.text_config.vocab_size
-            loss = self.loss_function(logits=logits[..., :vocab_size], labels=labels, vocab_size=vocab_size, **kwargs)
+        def body(input_ids: torch.LongTensor | None = None, **arguments) -> MGLlavaModelOutputWithPast:
+            outputs = self.model(
+                input_ids=input_ids,
+                pixel_values=pixel_values,
+                boxes=boxes,
+                num_boxes=num_boxes,
+                mm_encoder_outputs=mm_encoder_outputs,
+                image_position_ids=image_position_ids,
+                **{**arguments, "return_dict": True},
+            )
+            seen.append(outputs)
+            kept = _keep(outputs.last_hidden_state, logits_to_keep)
+            return MGLlavaModelOutputWithPast(**{**outputs, "last_hidden_state": kept})
+
+        def loss_function(logits: torch.FloatTensor, *_, **__) -> torch.FloatTensor:
+            return self._loss(logits, labels, input_ids, **loss_arguments)
+
+        arguments = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            CACHE_NAME: cache,
+        }
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        scored = self._head.score(self, body, loss_function, **arguments, **kwargs, return_dict=True)
+        outputs, logits = seen[0], scored.logits
+        if (
+            isinstance(logits_to_keep, torch.Tensor)
+            and logits_to_keep.ndim == 2
+            and logits_to_keep.dtype == torch.bool
+        ):
+            logits = logits[0]
         return MGLlavaCausalLMOutputWithPast(
-            loss=loss,
+            loss=scored.loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
+            aux_loss=scored.get("aux_loss"),
+            router_logits=outputs.router_logits,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
-    def generate(self, *args, **kwargs):
-        """Generate ids, see the base class; `image_position_ids` may take the place of `boxes` and `num_boxes`.
+    def _loss(
+        self, logits: torch.FloatTensor, labels: torch.LongTensor, input_ids: torch.LongTensor | None, **kwargs
+    ) -> torch.FloatTensor:
+        """Cross-entropy of the next token: over the original vocabulary, where it is not a placeholder."""
+        placeholder = self.config.image_token_id
+        if input_ids is not None:
+            labels = labels.masked_fill(input_ids == placeholder, -100)
+        labels = labels.masked_fill(labels == placeholder, -100)
+        # What a trainer that splits sequences has shifted already stands in for `labels`.
+        targets = labels
+        if (shifted := kwargs.get("shift_labels")) is not None:
+            targets = kwargs["shift_labels"] = shifted.masked_fill(shifted == placeholder, -100)
+        # Where nothing is to be learned, the sum is 0 and so is the loss, not 0 / 0.
+        if (count := kwargs.get("num_items_in_batch")) is not None:
+            kwargs["num_items_in_batch"] = torch.as_tensor(count).clamp(min=1)
+        # Padding rows of the table are no words: with them in the sum the loss would not be the reference's.
+        vocab_size = self.config.unpadded_vocab_size or self.config.text_config.vocab_size
+        torch_compilable_check(
+            ((targets < vocab_size) & (targets >= 0) | (targets == -100)).all(),
+            lambda: (
+                f"`labels` must be ids from 0 to {vocab_size - 1} or -100, got {int(targets.min())} to "
+                f"{int(targets.max())}. Of the {self.config.text_config.vocab_size} rows of the table only the first "
+                f"{vocab_size} are words: after adding tokens call `model.resize_token_embeddings(len(tokenizer))`, "
+                "also if the table is long enough."
+            ),
+        )
+        return self.loss_function(logits=logits[..., :vocab_size], labels=labels, vocab_size=vocab_size, **kwargs)
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        *args,
+        **kwargs,
+    ) -> GenerateOutput | torch.LongTensor:
+        """Generate; the placeholder and the padding of the embedding table never, whatever is passed.
 
         Args:
+            inputs (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                The prompts, which are better passed as `input_ids`.
+            generation_config (`GenerationConfig`, *optional*): How to generate.
+            logits_processor (`LogitsProcessorList`, *optional*): Further rules.
             *args: See the base class.
-            **kwargs: See the base class.
+            **kwargs:
+                All that the processor returned, and see the base class. `image_position_ids` may take the place of
+                `boxes` and `num_boxes`.
 
         Returns:
-            As the base class.
+            `torch.LongTensor` or `ModelOutput`: Prompts and answers, as in the base class.
 
         Raises:
-            ValueError: If `boxes` and `image_position_ids` are given.
+            ValueError: If inputs are missing, double, or do not fit each other.
         """
+        kwargs.pop("box_labels", None)
         if (packed := kwargs.pop("image_position_ids", None)) is not None:
             kwargs["boxes"], kwargs["num_boxes"] = _unpack_boxes(kwargs.get("boxes"), kwargs.get("num_boxes"), packed)
         elif self.training and kwargs.get("boxes") is not None:
@@ -773,7 +1063,68 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
                 "`generate` is called in training with `boxes`. TRL's GRPOTrainer and RLOOTrainer do not hand these "
                 "on to the loss: set `processor.packs_boxes = True` before you train with them."
             )
-        return super().generate(*args, **kwargs)
+        processors = LogitsProcessorList([*(logits_processor or ()), _UnusedTokens(self.config.unused_token_ids)])
+        return super().generate(inputs, generation_config, processors, *args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.LongTensor, inputs_embeds: torch.FloatTensor | None = None, **kwargs
+    ) -> dict:
+        """Prepare the arguments of `forward` for a step of generation, as the language model's own class does.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Ids so far.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                Embeddings of the prompts, if they are given so.
+            **kwargs: See the base class.
+
+        Returns:
+            `dict`: Arguments of `forward`.
+        """
+        rest = self._head.rest
+        if type(rest).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation:
+            prepare = super().prepare_inputs_for_generation
+        else:
+            prepare = self._head.stand_in(self).prepare_inputs_for_generation
+        inputs = prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        # Images go with the first step alone. But Phi-3 starts again from the whole prompt where its position
+        # embeddings change, and an assistant has no first step.
+        images = {name: kwargs[name] for name in _IMAGE_ARGUMENTS if kwargs.get(name) is not None}
+        ids = inputs.get("input_ids")
+        is_left_out = ids is not None and ids.shape[1] > 1 and not images.keys() <= inputs.keys()
+        if is_left_out and (ids == self.config.image_token_id).any():
+            inputs |= self._own_images(images)
+        if not self._head.takes_positions:
+            inputs.pop("position_ids", None)
+        return inputs
+
+    def _own_images(self, images: dict) -> dict:
+        """Images as this model reads them: an assistant is given the features of the model that it assists."""
+        features = (images.get("mm_encoder_outputs") or {}).get("image")
+        width = self.config.text_config.hidden_size
+        if features is None or features.pooler_output[0].shape[-1] == width:
+            return images
+        logger.warning_once(
+            f"The images were encoded for a model whose layers are {features.pooler_output[0].shape[-1]} wide, not "
+            f"{width} as in this one, which drafts without seeing them. The answer is the same, but takes longer."
+        )
+        blank = [tokens.new_zeros(len(tokens), width) for tokens in features.pooler_output]
+        return {**images, "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=blank)}}
+
+    def create_masks_for_generate(self, *args, **kwargs) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Make attention masks for a cache of fixed size, as the language model's own class does.
+
+        Args:
+            *args: See `transformers.masking_utils.create_masks_for_generate`.
+            **kwargs: See there.
+
+        Returns:
+            `torch.Tensor` or `dict`: The masks.
+        """
+        make = getattr(self._head.rest, "create_masks_for_generate", create_masks_for_generate)
+        return make(*args, **kwargs)
+
+    def _supports_default_dynamic_cache(self) -> bool:
+        return type(self._head.rest)._supports_default_dynamic_cache()
 
     def _expand_inputs_for_generation(
         self,
@@ -799,7 +1150,10 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
 
     def _image_order(self, is_placeholder: torch.BoolTensor, images: dict, expand_size: int) -> list[int]:
         """Indices of the images of all prompts, each prompt's repeated `expand_size` times as a group."""
-        num_boxes = images.get("num_boxes", torch.ones(len(images["pixel_values"])))
+        num_boxes = images.get("num_boxes")
+        if num_boxes is None:  # then all boxes are real
+            boxes = images.get("boxes")
+            num_boxes = torch.full((len(images["pixel_values"]),), 1 if boxes is None else boxes.shape[1])
         tokens = self.config.image_seq_length + self.config.num_tokens_per_box * num_boxes
         ends = tokens.cumsum(0).tolist()
         prompt_ends = is_placeholder.sum(-1).cumsum(0).tolist()

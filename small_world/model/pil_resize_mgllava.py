@@ -1,9 +1,12 @@
-"""Pillow's bilinear resize of 8-bit images, as it was in 2024 and on any device.
+"""Resizing 8-bit images exactly as other code does, where calling that code would not do.
 
-torchvision's resize differs from it by one of 255 levels here and there, and so does Pillow's own of today on portrait
-images: it then takes the vertical axis first where that is cheaper, and each axis rounds to 8 bits.
+Pillow's bilinear resize as it was in 2024, on any device: torchvision's differs from it by one of 255 levels here and
+there, and so does Pillow's own of today on portrait images, where it takes the vertical axis first if that is cheaper,
+and each axis rounds to 8 bits. And the bicubic resize of a long, thin image in a square of one color, without the
+square.
 """
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -66,3 +69,81 @@ def resize_by_products(image: torch.Tensor, size: tuple[int, int]) -> torch.Tens
 
 def _round(values: torch.Tensor) -> torch.Tensor:
     return ((values + _PRECISION // 2) / _PRECISION).floor_().clamp_(0, 255)
+
+
+def resize_in_square(
+    image: torch.Tensor,
+    side: int,
+    fill: Sequence[int],
+    resize: Callable[[torch.Tensor, tuple[int, int]], torch.Tensor],
+    precision: int | None,
+) -> torch.Tensor:
+    """Resize an image in the middle of a square of one color, which is never made.
+
+    The result equals that of padding to the square first, to the bit: resizing takes the horizontal axis first and
+    rounds to 8 bits in between, and what has one color keeps it. The square of a 12000 x 40 image has 300 times as
+    many pixels as the image.
+
+    Args:
+        image (`torch.Tensor`): uint8 RGB of shape `(3, height, width)`, on the CPU.
+        side (`int`): Length of both sides of the square after resizing.
+        fill (`Sequence[int]`): Color of the square, one value per channel.
+        resize (`Callable`): The bicubic resize to a `(height, width)`; called for the long axis only.
+        precision (`int`, *optional*): Bits of that resize's integer weights; `None`: as many as let the largest weight
+            fit into 15 bits, as PyTorch chooses them.
+
+    Returns:
+        `torch.Tensor`: uint8 of shape `(3, side, side)`.
+    """
+    height, width = image.shape[1:]
+    square = image.new_tensor(fill)[:, None, None].repeat(1, side, side)
+    if width >= height:
+        rows = resize(image, (height, side)).numpy().transpose(1, 0, 2)
+        start, rows = _resize_between(rows, width, side, fill, precision)
+        square[:, start : start + len(rows)] = torch.from_numpy(rows).permute(1, 0, 2)
+    else:
+        columns = image.numpy().transpose(2, 0, 1)
+        start, columns = _resize_between(columns, height, side, fill, precision)
+        strip = torch.from_numpy(columns).permute(1, 2, 0).contiguous()
+        square[:, :, start : start + len(columns)] = resize(strip, (side, len(columns)))
+    return square
+
+
+def _resize_between(
+    image: np.ndarray, length: int, new_length: int, fill: Sequence[int], precision: int | None
+) -> tuple[int, np.ndarray]:
+    """Resize the first axis of `(n, 3, m)` in the middle of `length` samples of one color.
+
+    Returns the part of the new samples that the image reaches, and the index where it starts.
+    """
+    offset = (length - len(image)) // 2
+    first, weights = _bicubic(length, new_length)
+    if precision is None:
+        precision = next(bits for bits in range(22, -1, -1) if int(weights.max() * 2**bits + 0.5) < 2**15)
+    whole = np.trunc(weights * 2**precision + np.where(weights < 0, -0.5, 0.5)).astype(np.int32)
+    end = first + whole.shape[1]
+    start, stop = np.searchsorted(end, offset, "right"), np.searchsorted(first, offset + len(image), "left")
+    # As if all samples had the color, and then the difference where the image is.
+    color = np.array(fill, np.int32)[:, None]
+    total = 2**precision // 2 + whole[start:stop].sum(axis=1, dtype=np.int32)[:, None, None] * color
+    total = np.repeat(total, image.shape[2], axis=2)
+    for sample, values in enumerate(image, start=offset):
+        reached = slice(np.searchsorted(end, sample, "right"), np.searchsorted(first, sample, "right"))
+        weight = whole[reached][np.arange(reached.stop - reached.start), sample - first[reached]]
+        total[reached.start - start : reached.stop - start] += weight[:, None, None] * (values - color)
+    return int(start), np.clip(total >> precision, 0, 255).astype(np.uint8)
+
+
+@lru_cache(maxsize=8)
+def _bicubic(length: int, new_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Make the weights of one axis, widened when shrinking: the first sample of each new one, and `(new, taps)`."""
+    scale = length / new_length
+    stretch = max(scale, 1.0)
+    centers = (np.arange(new_length) + 0.5) * scale
+    first = np.maximum((centers - 2 * stretch + 0.5).astype(np.int64), 0)
+    end = np.minimum((centers + 2 * stretch + 0.5).astype(np.int64), length)
+    samples = first[:, None] + np.arange(int((end - first).max()))
+    x = np.abs((samples - centers[:, None] + 0.5) * (1 / stretch))
+    weights = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, (((x - 5) * x + 8) * x - 4) * -0.5, 0.0))
+    weights = np.where(samples < end[:, None], weights, 0.0)
+    return first, weights / np.cumsum(weights, axis=1)[:, -1:]  # added one after the other, as C does

@@ -31,13 +31,14 @@ from .box_detector_files_mgllava import (
 )
 from .boxes_mgllava import (
     BOX_MARKS,
+    boxes_of_block,
     flatten_boxes,
     plain_boxes,
     read_boxes,
     take_boxes_from_text,
     write_boxes_into_text,
 )
-from .image_inputs_mgllava import as_rgb, flat_images
+from .image_inputs_mgllava import as_rgb, flat_images, group_sizes, image_block
 from .text_chunks_mgllava import (
     BOUNDARY_NAMES,
     PRIVATE_CHARACTERS,
@@ -609,7 +610,7 @@ class MGLlavaProcessor(ProcessorMixin):
         given = [options.get("boxes") for options in (kwargs, kwargs.get("images_kwargs") or {})]
         if all(boxes is None for boxes in given):
             return texts, {**kwargs, "boxes": entries}
-        if any(boxes is not None and plain_boxes(flatten_boxes(boxes)) != entries for boxes in given):
+        if any(boxes is not None and plain_boxes(flatten_boxes(boxes, len(entries))) != entries for boxes in given):
             raise ValueError(
                 "`boxes` must be those of the image blocks that `text` was rendered from, or not given, got others. "
                 "Leave them out of the blocks, or do not pass `boxes`."
@@ -659,10 +660,10 @@ class MGLlavaProcessor(ProcessorMixin):
         self, images: Any, targets: "TrainingTargets | None" = None, **kwargs: Any
     ) -> tuple[BatchFeature, list[str]]:
         """Find the boxes that are not given, then process the images and make their runs of placeholders."""
-        images = flat_images(images)
+        groups, images = group_sizes(images), flat_images(images)
         boxes = kwargs.pop("boxes", None)
-        entries = [None] * len(images) if boxes is None else flatten_boxes(boxes)
-        missing = [index for index, entry in enumerate(entries) if entry is None and index < len(images)]
+        entries = flatten_boxes(boxes, len(images), groups)
+        missing = [index for index, entry in enumerate(entries) if entry is None]
         if missing and (detector := self.box_detector) is not None:
             found = _find_boxes(detector, [images[index] for index in missing], kwargs.get("input_data_format"))
             for index, entry in zip(missing, found, strict=True):
@@ -744,9 +745,19 @@ class MGLlavaProcessor(ProcessorMixin):
 
         Raises:
             ValueError: If `boxes` are given both in the conversation and in `processor_kwargs`, or a string is
-                rendered with boxes in image blocks and with images that have no block.
+                rendered with boxes in image blocks and with images that have no block, `chat_template` is neither a
+                template nor a name, or a mask is asked for without `return_dict=True`.
             NotImplementedError: If this transformers cannot sanitize.
         """
+        named = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        template = named.get(chat_template or "default", chat_template) or ""
+        if chat_template is not None and template == chat_template and "{" not in template:
+            raise ValueError(
+                f"`chat_template` must be a Jinja template, or the name of one of the processor's "
+                f"({', '.join(sorted(named))}), got {chat_template!r}."
+            )
+        if return_assistant_tokens_mask and tokenize and not kwargs.get("return_dict"):
+            raise ValueError("`return_assistant_tokens_mask` needs `return_dict=True`, which returns the mask.")
         processor_kwargs = dict(processor_kwargs or {})
         boxes: list[Any] = []
         with_boxes = conversation
@@ -760,8 +771,6 @@ class MGLlavaProcessor(ProcessorMixin):
             _check_sanitizing()
             kwargs["sanitize_control_tokens"] = True
 
-        named = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
-        template = named.get(chat_template or "default", chat_template) or ""
         # A caller that passes the boundaries itself gets them.
         has_boundaries = writes_boundaries(template) and not kwargs.keys() & BOUNDARY_NAMES.keys()
         if has_boundaries:
@@ -994,7 +1003,9 @@ def _as_texts(images: Any, text: Any) -> list[str] | None:
 
 def _is_empty(value: Any) -> bool:
     """Tell whether nothing is given: `None`, or a list of nothing."""
-    return value is None or (isinstance(value, list | tuple) and all(map(_is_empty, value)))
+    if isinstance(value, list | tuple):
+        return all(map(_is_empty, value))
+    return value is None or (hasattr(value, "shape") and 0 in value.shape)
 
 
 def _find_boxes(
@@ -1053,8 +1064,8 @@ def _take_boxes(value: Any, boxes: list[Any]) -> Any:
         return BOX_MARKS.sub("", PRIVATE_CHARACTERS.sub("", value))
     if isinstance(value, Mapping):
         if value.get("type") in ("image", "image_url"):
-            boxes.append(value.get("boxes"))
-            value = {key: item for key, item in value.items() if key != "boxes"}
+            boxes.append(boxes_of_block(value.get("boxes")))
+            value = image_block({key: item for key, item in value.items() if key != "boxes"})
         return {key: _take_boxes(item, boxes) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_take_boxes(item, boxes) for item in value]

@@ -51,8 +51,8 @@ _TEMPLATE = """
 {%- set given = chunk_boundary | default('') -%}
 {%- set learnt = answer_boundary | default('') -%}
 {%- set state = namespace(system='', text='', images=0, expected='user') -%}
-{%- if tools -%}
-  {{- raise_exception('This model was not trained with tools: `tools` must be empty.') -}}
+{%- if tools or documents -%}
+  {{- raise_exception('This model was not trained with tools or documents: `tools` and `documents` must be empty.') -}}
 {%- endif -%}
 {%- for message in messages -%}
   {%- set state.text = '' -%}
@@ -61,9 +61,14 @@ _TEMPLATE = """
     {%- set state.text = message['content'] -%}
   {%- elif message['content'] is undefined or message['content'] is none -%}
     {{- raise_exception('`content` must be a string or a list of blocks, message ' ~ loop.index ~ ' has none.') -}}
+  {%- elif message['content'] is mapping or message['content'] is not iterable -%}
+    {{- raise_exception('`content` must be a string or a list of blocks, message ' ~ loop.index ~
+                        ' has something else.') -}}
   {%- else -%}
     {%- for block in message['content'] -%}
-      {%- if block['type'] == 'text' -%}
+      {%- if block['type'] == 'text' and block['text'] is not string -%}
+        {{- raise_exception('`text` of a content block must be a string, message ' ~ loop.index ~ ' has another.') -}}
+      {%- elif block['type'] == 'text' -%}
         {%- set state.text = state.text + block['text'] -%}
       {%- elif block['type'] in ['image', 'image_url'] and message['role'] == 'user' -%}
         {%- set state.images = state.images + 1 -%}
@@ -74,7 +79,11 @@ _TEMPLATE = """
       {%- endif -%}
     {%- endfor -%}
   {%- endif -%}
-  {%- if message['role'] == 'system' and loop.first -%}
+  {%- if message['tool_calls'] -%}
+    {{- raise_exception('This model was not trained with tools, message ' ~ loop.index ~ ' has `tool_calls`.') -}}
+  {%- elif message['role'] == 'system' and loop.first and loop.last -%}
+    {{- raise_exception('A conversation must have a user turn, got a system message alone.') -}}
+  {%- elif message['role'] == 'system' and loop.first -%}
     {%- set state.system = system_start + state.text + system_end -%}
   {%- elif message['role'] != state.expected -%}
     {{- raise_exception('Turns must alternate user, assistant, user, ... after an optional system message, got ' ~

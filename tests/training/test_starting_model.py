@@ -1,6 +1,8 @@
+import shutil
+
 import pytest
 import torch
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, GenerationConfig
 
 from mgllava import MGLlavaForConditionalGeneration
 from mgllava.training import TrainingError, write_starting_model
@@ -77,3 +79,29 @@ def test_the_written_repository_works(tmp_path):
 def test_a_part_of_another_kind_is_refused(part, value, error):
     with pytest.raises(error):
         MGLlavaForConditionalGeneration.from_pretrained_parts(**{**PARTS, part: value})
+
+
+def test_generation_config_of_the_language_model_is_kept(tmp_path):
+    shutil.copytree(PARTS["llm"], tmp_path / "llm")
+    GenerationConfig(eos_token_id=[2, 5, 7], temperature=0.3, do_sample=True).save_pretrained(tmp_path / "llm")
+    model = MGLlavaForConditionalGeneration.from_pretrained_parts(
+        **{**PARTS, "llm": tmp_path / "llm"}, attn_implementation="eager", device_map="cpu"
+    )
+    assert model.generation_config.eos_token_id == [2, 5, 7] and model.generation_config.temperature == 0.3
+    assert model.generation_config.suppress_tokens == model.config.unused_token_ids
+    assert model.config.text_config._attn_implementation == "eager"
+    assert model.config.text_config is model.model.language_model.config
+    assert not {"device_map", "attn_implementation"} & model.config.to_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"fusion_typ": "none"}, TypeError, "unexpected keyword argument 'fusion_typ'"),
+        ({"quantization_config": {}}, ValueError, "`quantization_config` is for a complete repository"),
+        ({"device_map": "auto"}, ValueError, "`device_map` must be a single device here"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(wrong, error, message):
+    with pytest.raises(error, match=message):
+        MGLlavaForConditionalGeneration.from_pretrained_parts(**PARTS, **wrong)
