@@ -205,6 +205,7 @@ def test_replaced_heads_count(model_type):
         assert not torch.equal(again(**inputs).logits, model(**inputs).logits)
 
 
+@pytest.mark.skipif(CACHE_NAME == "past_key_values", reason="this release of transformers drops its own past there")
 def test_phi3_starts_again_with_its_images_where_its_positions_change():
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10000.0}
     text_config = small_config("phi3", original_max_position_embeddings=16, rope_parameters=rope, sliding_window=None)
