@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import PushToHubMixin
 
@@ -12,6 +13,7 @@ from mgllava import BoxDetector
 from mgllava.processing import CHAT_TEMPLATES, processing_mgllava
 from tests.processing.detectors import OWLV2
 from tests.processing.test_processing import small
+from tests.tiny import tiny_inputs, tiny_model
 
 
 @pytest.fixture
@@ -89,3 +91,17 @@ def test_without_the_mark_sanitizing_is_refused(monkeypatch):
         small().apply_chat_template([{"role": "user", "content": "<image>"}], **options)
     with pytest.raises(NotImplementedError, match="`sanitize_control_tokens`"):
         small()(text="a", sanitize_control_tokens=True)
+
+
+@pytest.mark.parametrize("name", ["_expand_inputs_for_generation", "_supports_default_dynamic_cache"])
+def test_without_a_hook_of_generation_the_model_refuses(name, monkeypatch):
+    assert callable(getattr(GenerationMixin, name))
+    model, inputs = tiny_model(), tiny_inputs([[1]])
+    monkeypatch.delattr(GenerationMixin, name)
+    with pytest.raises(RuntimeError, match=name):
+        model.generate(**inputs, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("name", ["_tied_weights_keys", "initialize_weights", "_is_stateful", "loss_function"])
+def test_names_that_the_model_sets_are_those_that_transformers_reads(name):
+    assert hasattr(PreTrainedModel, name)

@@ -90,6 +90,8 @@ _WHOLE_ARGUMENTS = (
 )
 # Arguments of `forward` for images, and for the loss.
 _IMAGE_ARGUMENTS = ("pixel_values", "boxes", "num_boxes", "mm_encoder_outputs")
+# What `generate` calls, overridden here: under another name it would be passed over without a word.
+_GENERATION_HOOKS = ("_expand_inputs_for_generation", "_supports_default_dynamic_cache")
 _LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 
@@ -1054,7 +1056,13 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: If inputs are missing, double, or do not fit each other.
+            RuntimeError: If the installed transformers has renamed what this relies on.
         """
+        if gone := [name for name in _GENERATION_HOOKS if not hasattr(GenerationMixin, name)]:
+            raise RuntimeError(
+                f"The installed transformers has no `GenerationMixin.{gone[0]}`, on which answers to images rely. "
+                "Install an older release, or a newer one of mgllava."
+            )
         kwargs.pop("box_labels", None)
         if (packed := kwargs.pop("image_position_ids", None)) is not None:
             kwargs["boxes"], kwargs["num_boxes"] = _unpack_boxes(kwargs.get("boxes"), kwargs.get("num_boxes"), packed)
