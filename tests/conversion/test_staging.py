@@ -227,6 +227,12 @@ def test_link_as_output_leads_to_the_repository(tmp_path):
     assert (tmp_path / "loop").is_symlink()
 
 
+@pytest.mark.parametrize("output", ["/", "/.", "//"])
+def test_root_is_not_an_output(output):
+    with pytest.raises(ConversionError, match="`output` must be a folder that can be made"):
+        _convert(output)
+
+
 def test_link_to_somebodys_folder_is_refused(tmp_path):
     _link(tmp_path / "out")
     before = _tree(tmp_path)

@@ -401,9 +401,10 @@ def test_trusted_legacy_file_writes_nothing(tmp_path):
         Raw().op(pickle.BINUNICODE8, struct.pack("<Q", 1 << 62)),
         Raw().op(pickle.FRAME, struct.pack("<Q", 1 << 62)),
         Raw().op(pickle.MARK * 100_000),
+        Raw().op(pickle.NONE * 6_000_000),
         Raw().op(pickle.EMPTY_LIST + pickle.MARK).op(pickle.EMPTY_TUPLE + pickle.TUPLE1 * 200_000).op(pickle.APPENDS),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 @pytest.mark.parametrize("write", [_archive, _legacy])
 def test_pickle_bombs_are_one_error(tmp_path, raw, write):

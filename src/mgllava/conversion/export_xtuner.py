@@ -60,6 +60,8 @@ def export_xtuner(repository: str | Path, output: str | Path, *, overwrite: bool
     _refuse_quantized(content, repository)
     # Of a link, the file that it leads to is written.
     target = Path(os.path.realpath(output))
+    if target.is_dir():
+        raise ConversionError(f"{output} is a folder. Choose a file as --output.")
     try:
         with FolderLock(target, f"writing {target.name}") as lock:
             _export(repository, target, overwrite, lock)

@@ -16,6 +16,8 @@ import torch
 
 # Python's own reader allocates as many places as the largest number that a pickle gives to an object.
 _MEMO_OPCODES = {"PUT", "BINPUT", "LONG_BINPUT"}
+# A checkpoint with a thousand tensors has some ten thousand; to look through more takes long.
+_MAX_OPERATIONS = 5_000_000
 # Numbers from a registry of this process, text ids and out-of-band buffers: nothing that `torch.save` writes.
 _UNUSED_OPCODES = {"EXT1", "EXT2", "EXT4", "PERSID", "NEXT_BUFFER", "READONLY_BUFFER"}
 
@@ -163,7 +165,9 @@ class ForeignNamesError(pickle.UnpicklingError):
 
 
 def _check_opcodes(data: bytes) -> None:
-    for opcode, argument, _ in pickletools.genops(data):
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        if number > _MAX_OPERATIONS:
+            raise pickle.UnpicklingError("its pickle has more operations than any file of weights")
         if opcode.name in _UNUSED_OPCODES:
             raise pickle.UnpicklingError(f"it uses {opcode.name}, which no file of weights does")
         if opcode.name in _MEMO_OPCODES and not 0 <= int(argument or 0) <= len(data):
@@ -186,8 +190,9 @@ def read_pickle(file: BinaryIO, limit: int) -> bytes:
     """
     start = file.tell()
     limited = _Limited(file, limit)
-    for _ in pickletools.genops(limited):  # type: ignore[arg-type]
-        pass
+    for number, _ in enumerate(pickletools.genops(limited)):  # type: ignore[arg-type]
+        if number > _MAX_OPERATIONS:
+            raise pickle.UnpicklingError("its pickle has more operations than any file of weights")
     end = file.tell()
     file.seek(start)
     return file.read(end - start)

@@ -59,6 +59,8 @@ class StagingFolder:
 
     def __init__(self, output: Path, overwrite: bool, model_type: str):
         self.output = Path(os.path.realpath(output))
+        if not self.output.name:
+            raise ConversionError(f"`output` must be a folder that can be made, got {output}.")
         self.path = self.output.with_name(self.output.name + ".incomplete")
         self._replaced = self.output.with_name(self.output.name + ".replaced")
         self._lock = FolderLock(self.output, f"writing {self.output.name}")
