@@ -1,0 +1,195 @@
+"""What public docstrings claim about arguments, defaults and errors is what the code does."""
+
+import ast
+import builtins
+import functools
+import importlib
+import inspect
+import pkgutil
+import re
+import textwrap
+
+import torch
+
+import mgllava
+
+SECTIONS = ("Args:", "Attributes:", "Returns:", "Raises:", "Example:", "Yields:")
+# `name (`type`, *optional*, defaults to `value`): …`, where the type may run over several lines.
+ENTRY = re.compile(r"^ {4}`?\**(?P<name>\w+)(?:, \**\w+)*`? ?(?:\((?P<type>.*?)\))?:(?= |$)", re.MULTILINE | re.DOTALL)
+DEFAULT = re.compile(r"defaults to\s+`(.+?)`", re.DOTALL)
+# Options that are documented in one class and have their defaults in another one.
+DEFAULTS_ELSEWHERE = {
+    "MGLlavaImageProcessorKwargs": "MGLlavaImageProcessorMixin",
+    "RamPlusImageProcessorKwargs": "RamPlusImageProcessorMixin",
+}
+
+
+def modules():
+    names = [module.name for module in pkgutil.walk_packages(mgllava.__path__, "mgllava.")]
+    return [importlib.import_module(name) for name in ["mgllava", *names] if not name.endswith("__main__")]
+
+
+def public_objects():
+    """Every public function, class and method that the package defines, by its full name."""
+    found = {}
+    for module in modules():
+        for name, value in vars(module).items():
+            if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
+                continue
+            if inspect.isfunction(value) or inspect.isclass(value):
+                found[f"{module.__name__}.{name}"] = (module, value)
+            if inspect.isclass(value):
+                for method_name, method in vars(value).items():
+                    function = getattr(method, "__func__", method)
+                    if not method_name.startswith("_") and inspect.isfunction(function):
+                        found[f"{module.__name__}.{name}.{method_name}"] = (module, function)
+    return found
+
+
+OBJECTS = public_objects()
+ERRORS = {value.__name__: value for _, value in OBJECTS.values() if inspect.isclass(value)}
+
+
+def section(value, name):
+    """The lines of one section of a docstring, with its entries at an indentation of 4."""
+    lines, inside = [], False
+    for line in (inspect.getdoc(value) or "").splitlines():
+        if line.strip() in SECTIONS and not line.startswith(" "):
+            inside = line.strip() == name
+        elif inside and line and not line.startswith(" "):
+            inside = False
+        elif inside:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def own_docstring(value):
+    return bool(value.__dict__.get("__doc__") if inspect.isclass(value) else value.__doc__)
+
+
+def entries(value):
+    return list(ENTRY.finditer(section(value, "Args:")))
+
+
+def parameters(value):
+    try:
+        return inspect.signature(value).parameters
+    except ValueError:  # an exception class without a constructor of its own
+        return {}
+
+
+def default_of(value, name):
+    """The default of an argument: in the signature, or as an attribute of the class."""
+    if value.__name__ in DEFAULTS_ELSEWHERE:
+        return getattr(getattr(inspect.getmodule(value), DEFAULTS_ELSEWHERE[value.__name__]), name, False)
+    parameter = parameters(value).get(name)
+    if parameter is not None and parameter.default is not inspect.Parameter.empty:
+        return parameter.default
+    return getattr(value, name, inspect.Parameter.empty)
+
+
+def problems_with_arguments(module, value):
+    known = parameters(value)
+    is_function = inspect.isfunction(value)
+    takes_more = not is_function or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
+    for entry in entries(value):
+        argument, kind = entry["name"], " ".join((entry["type"] or "").split())
+        if not takes_more and argument not in known:
+            yield f"{argument} is documented, but is not an argument"
+        elif said := DEFAULT.search(kind):
+            claimed, actual = eval(said[1], {**vars(module), "torch": torch}), default_of(value, argument)
+            if actual != claimed and not (isinstance(claimed, list) and list(actual) == claimed):
+                yield f"{argument} {said[0]}, but its default is {actual!r}"
+        elif is_function and argument in known and "*optional*" in kind:
+            parameter = known[argument]
+            if parameter.default is inspect.Parameter.empty and "None" not in str(parameter.annotation):
+                yield f"{argument} is documented as optional, but is required"
+    if is_function and "Args:" in (value.__doc__ or ""):
+        documented = section(value, "Args:")
+        for argument in known:
+            if argument not in ("self", "cls") and not re.search(rf"\b{argument}\b", documented):
+                yield f"{argument} is not documented"
+
+
+def test_documented_arguments_and_defaults_are_those_of_the_code():
+    problems = [
+        f"{name}: {problem}"
+        for name, (module, value) in OBJECTS.items()
+        if own_docstring(value)
+        for problem in problems_with_arguments(module, value)
+    ]
+    assert problems == []
+
+
+def error_class(module, name):
+    """An exception by the name that a docstring or a `raise` gives it."""
+    names = {**vars(builtins), **ERRORS, **vars(module), "torch": torch}
+    found = eval(name, names) if name.split(".")[0] in names else None
+    return found if isinstance(found, type) and issubclass(found, BaseException) else None
+
+
+def source_tree(function):
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except OSError:  # made by a decorator
+        return ast.Module([], [])
+
+
+def called_functions(function, owner):
+    """The functions of this package that a function calls by name, each with the exceptions that it catches."""
+    module, tree = inspect.getmodule(function), source_tree(function)
+    handlers = [handler.type for node in ast.walk(tree) if isinstance(node, ast.Try) for handler in node.handlers]
+    caught = {
+        node.id for kind in handlers if kind is not None for node in ast.walk(kind) if isinstance(node, ast.Name)
+    }
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called, found = node.func, None
+        if isinstance(called, ast.Name):
+            found = vars(module).get(called.id)
+        elif (
+            isinstance(called, ast.Attribute)
+            and isinstance(called.value, ast.Name)
+            and called.value.id in ("self", "cls")
+        ):
+            found = getattr(owner, called.attr, None)
+        owner_of_found = found if inspect.isclass(found) else owner
+        found = getattr(found, "__init__", None) if inspect.isclass(found) else getattr(found, "__func__", found)
+        if inspect.isfunction(found) and found.__module__.startswith("mgllava."):
+            yield found, owner_of_found, caught
+
+
+@functools.cache
+def errors_of(function, owner, depth=0):
+    """The exceptions that a function raises, or lets through from the functions of this package that it calls."""
+    module = inspect.getmodule(function)
+    raised = (
+        node.exc.func
+        for node in ast.walk(source_tree(function))
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)
+    )
+    found = {error_class(module, called.id) for called in raised if isinstance(called, ast.Name)} - {None}
+    if depth < 5:
+        for callee, owner_of_callee, names in called_functions(function, owner):
+            caught = tuple(error for name in names if (error := error_class(module, name)))
+            found |= {
+                error for error in errors_of(callee, owner_of_callee, depth + 1) if not issubclass(error, caught)
+            }
+    return found
+
+
+def test_errors_that_a_function_raises_are_documented():
+    problems = []
+    for name, (module, value) in OBJECTS.items():
+        if not inspect.isfunction(value) or "Args:" not in (value.__doc__ or ""):
+            continue
+        documented = re.findall(r"^ {4}`?([\w.]+)`?:", section(value, "Raises:"), re.MULTILINE)
+        classes = {error: error_class(module, error) for error in documented}
+        problems += [f"{name}: there is no {error}" for error, found in classes.items() if found is None]
+        parents = tuple(found for found in classes.values() if found)
+        owner = getattr(module, name.split(".")[-2], None)
+        for error in errors_of(value, owner):
+            if issubclass(error, Exception) and not issubclass(error, parents):
+                problems.append(f"{name}: {error.__name__} is raised, but is not in `Raises:`")
+    assert problems == []
