@@ -1,0 +1,182 @@
+"""The code that README, the pages of docs/ and the docstrings print runs as it is printed."""
+
+import contextlib
+import doctest
+import inspect
+import re
+import shlex
+import shutil
+import textwrap
+from pathlib import Path
+
+import datasets
+import pytest
+import typer
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+from mgllava.box_files import write_boxes
+from mgllava.cli import app
+from mgllava.training import load_recipe
+from tests.test_docstrings import OBJECTS
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+SMALL_MODEL = ROOT / "small_world" / "model"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# What the pages call a folder or a repository, and what stands there here.
+FOLDERS = {
+    "mg-llava-vicuna7b": SMALL_MODEL,
+    "path/to/mg-llava-vicuna7b": SMALL_MODEL,
+    "stage-1-vicuna-7b": SMALL_MODEL,
+    "org/name": SMALL_MODEL,
+    "ram-plus": SMALL_MODEL / "box_detector" / "tagger",
+    "ram_plus": SMALL_MODEL / "box_detector" / "tagger",
+    "google/owlv2-large-patch14-ensemble": SMALL_MODEL / "box_detector" / "detector",
+    "lmsys/vicuna-7b-v1.5": GOLDEN / "llm",
+    "openai/clip-vit-large-patch14-336": GOLDEN / "clip",
+    "laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup": GOLDEN / "convnext",
+}
+PICTURES = ("table.jpg", "photo.jpg", "cup.jpg", "images/coco/000000039769.jpg")
+# What only stands for something that a reader has, in place of it.
+REPLACED = {
+    "docs/detect.md": {"task in range(64)": "task in [0]", "num_shards=64": "num_shards=2"},
+    "docs/running.md": {"max_new_tokens=256": "max_new_tokens=4"},
+    "docs/training.md": {"SFTConfig(": "SFTConfig(use_cpu=True, max_steps=1, report_to=[], "},
+}
+# Compiling takes a minute; docs/finetune.md has a test of its own; docs/serving.md is asked with the server's tests.
+SLOW = ("torch.compile",)
+ELSEWHERE = {"docs/finetune.md": "tests/test_finetune_page.py", "docs/serving.md": "tests/serving/test_page.py"}
+
+
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+
+
+def code_blocks(text, *languages):
+    """The fenced blocks in these languages."""
+    fences = FENCE.findall(text)
+    return [textwrap.dedent(block) for language, block in fences if language in languages]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """A folder with all that the examples name."""
+    folder = tmp_path_factory.mktemp("desk")
+    for name, target in FOLDERS.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(target)
+    for name in PICTURES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "examples" / "coffee.jpg", folder / name)
+    shutil.copy(GOLDEN / "xtuner" / "iter_10.pth", folder / "iter_10805.pth")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def names(desk):
+    """What a reader of an example has made before."""
+    with contextlib.chdir(desk):
+        processor = AutoProcessor.from_pretrained("mg-llava-vicuna7b")
+        picture = Image.open("table.jpg")
+        rows = [{"id": str(index), "image": picture.resize((64, 64))} for index in range(3)]
+        datasets.Dataset.from_list(rows).save_to_disk("owner-name")
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "a cup"}]}
+    entry = {"boxes": [[172, 17, 410, 308]], "labels": ["cup"], "scores": [0.9]}
+    sample = {"messages": [message, answer], "images": [picture], "boxes": [entry]}
+    return {
+        "processor": processor,
+        "image": picture,
+        "prompt": "USER: <image>\nWhat is it? ASSISTANT:",
+        "boxes": [[[10, 20, 110, 70]]],
+        "folder": "mg-llava-vicuna7b",
+        "dataset": [sample, sample],
+        "task": 0,
+    }
+
+
+@pytest.fixture
+def scope(names, desk, monkeypatch):
+    """A fresh namespace in the folder; the model is a new one, as an example may change it."""
+    monkeypatch.chdir(desk)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.load_from_disk("owner-name"))
+    return {**names, "model": AutoModel.from_pretrained("mg-llava-vicuna7b", dtype="float32")}
+
+
+def python_pages():
+    for page in PAGES:
+        name = str(page.relative_to(ROOT))
+        blocks = code_blocks(page.read_text(), "python")
+        if blocks and name not in ELSEWHERE:
+            is_slow = any(word in block for block in blocks for word in SLOW)
+            yield pytest.param(name, blocks, id=name, marks=[pytest.mark.slow] if is_slow else [])
+
+
+@pytest.mark.parametrize("name, blocks", python_pages())
+def test_python_of_a_page_runs_from_top_to_bottom(name, blocks, scope):
+    # What a page reads is there: the output of the command that it printed before.
+    record = {"id": "coco/000000039769.jpg", "boxes": [[172, 17, 410, 308]], "labels": ["cup"], "scores": [0.9]}
+    from mgllava.box_files import detection_settings
+
+    settings = detection_settings(scope["processor"].box_detector_config, repository="mg-llava-vicuna7b")
+    write_boxes("boxes.parquet", [record], settings)
+    for block in blocks:
+        for old, new in REPLACED.get(name, {}).items():
+            block = block.replace(old, new)
+        exec(compile(block, name, "exec"), scope)
+
+
+def docstring_examples():
+    for name, (module, value) in OBJECTS.items():
+        for block in code_blocks(inspect.getdoc(value) or "", "python"):
+            yield pytest.param(module, block, id=name)
+
+
+@pytest.mark.parametrize("module, block", docstring_examples())
+def test_example_of_a_docstring_runs(module, block, scope):
+    scope = {**vars(module), **scope}
+    if not block.startswith(">>>"):
+        exec(compile(block, module.__name__, "exec"), scope)
+        return
+    test = doctest.DocTestParser().get_doctest(block + "\n", scope, module.__name__, None, 0)
+    written = []
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    runner.run(test, out=written.append, clear_globs=False)
+    assert not runner.failures, "".join(written)
+
+
+def test_every_example_is_in_a_block_that_is_run():
+    for name, (_, value) in OBJECTS.items():
+        text = inspect.getdoc(value) or ""
+        assert ("```python" in text) == ("Example:" in text and "```" in text), name
+        assert ">>>" not in re.sub(r"```python\n.*?```", "", text, flags=re.DOTALL), name
+
+
+COMMANDS = typer.main.get_command(app)
+COMMAND = re.compile(r"\bmgllava(?:\.cli)? (?=[a-z])(.*)")
+
+
+def printed_commands():
+    """Each `mgllava …` of a page, split as the shell does it, with the variables that the page sets."""
+    for page in PAGES:
+        text = page.read_text()
+        lines = [
+            line for block in code_blocks(text, "", "sh", "bash") for line in block.replace("\\\n", " ").splitlines()
+        ]
+        for name, value in re.findall(r'^([A-Z]+)="?(.*?)"?$', "\n".join(lines), re.MULTILINE):
+            lines = [re.sub(rf"\${name}\b", value, line) for line in lines]
+        for line in [*lines, *(" ".join(inline.split()) for inline in re.findall(r"`([^`]*)`", FENCE.sub("", text)))]:
+            found = COMMAND.search(line)
+            words = shlex.split(found[1], comments=True) if found else []
+            if words and words[0] in COMMANDS.commands and "pip install" not in line:
+                yield pytest.param(words, id=f"{page.name}: {' '.join(words)[:60]}")
+
+
+@pytest.mark.parametrize("words", printed_commands())
+def test_printed_command_has_options_that_exist(words):
+    command = COMMANDS.commands[words[0]]
+    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    options = {word.partition("=")[0] for word in words if word.startswith("--")}
+    assert options <= {*known, "--help"}
+    if words[0] == "train":
+        load_recipe(*[word.replace("…", "x") for word in words[1:] if not word.startswith("--") and word != "…"])
