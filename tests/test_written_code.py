@@ -14,6 +14,7 @@ import pytest
 import typer
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
+from typer.testing import CliRunner
 
 from mgllava.box_files import write_boxes
 from mgllava.cli import app
@@ -180,3 +181,27 @@ def test_printed_command_has_options_that_exist(words):
     assert options <= {*known, "--help"}
     if words[0] == "train":
         load_recipe(*[word.replace("…", "x") for word in words[1:] if not word.startswith("--") and word != "…"])
+
+
+# Commands that need neither a Hub, nor other machines, nor a person; without the options that do.
+RUN = {"README.md": ("convert --",), "detect.md": ("detect images/",), "hub.md": ("export --",)}
+LEFT_OUT = ("--push", "org/name")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(words.values[0], id=words.id)
+        for words in printed_commands()
+        if " ".join(words.values[0]).startswith(RUN.get(words.id.partition(":")[0], ("-",)))
+    ],
+)
+def test_printed_command_runs(words, desk, monkeypatch, tmp_path):
+    for entry in desk.iterdir():
+        (tmp_path / entry.name).symlink_to(entry)
+    output = tmp_path / words[words.index("--output") + 1]
+    output.unlink(missing_ok=True)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, [word for word in words if word not in LEFT_OUT])
+    assert result.exit_code == 0, result.output
+    assert output.exists()
