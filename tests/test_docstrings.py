@@ -139,9 +139,8 @@ def called_functions(function, owner):
     """The functions of this package that a function calls by name, each with the exceptions that it catches."""
     module, tree = inspect.getmodule(function), source_tree(function)
     handlers = [handler.type for node in ast.walk(tree) if isinstance(node, ast.Try) for handler in node.handlers]
-    caught = {
-        node.id for kind in handlers if kind is not None for node in ast.walk(kind) if isinstance(node, ast.Name)
-    }
+    kinds = [kind for handler in handlers for kind in getattr(handler, "elts", [handler]) if kind is not None]
+    caught = {ast.unparse(kind) for kind in kinds}
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
