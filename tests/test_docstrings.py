@@ -124,7 +124,10 @@ def test_documented_arguments_and_defaults_are_those_of_the_code():
 def error_class(module, name):
     """An exception by the name that a docstring or a `raise` gives it."""
     names = {**vars(builtins), **ERRORS, **vars(module), "torch": torch}
-    found = eval(name, names) if name.split(".")[0] in names else None
+    try:
+        found = eval(name, names)
+    except (NameError, AttributeError, SyntaxError, TypeError):
+        found = None
     return found if isinstance(found, type) and issubclass(found, BaseException) else None
 
 
@@ -135,46 +138,48 @@ def source_tree(function):
         return ast.Module([], [])
 
 
-def called_functions(function, owner):
-    """The functions of this package that a function calls by name, each with the exceptions that it catches."""
-    module, tree = inspect.getmodule(function), source_tree(function)
-    handlers = [handler.type for node in ast.walk(tree) if isinstance(node, ast.Try) for handler in node.handlers]
-    kinds = [kind for handler in handlers for kind in getattr(handler, "elts", [handler]) if kind is not None]
-    caught = {ast.unparse(kind) for kind in kinds}
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Call):
-            continue
-        called, found = node.func, None
-        if isinstance(called, ast.Name):
-            found = vars(module).get(called.id)
-        elif (
-            isinstance(called, ast.Attribute)
-            and isinstance(called.value, ast.Name)
-            and called.value.id in ("self", "cls")
-        ):
-            found = getattr(owner, called.attr, None)
-        owner_of_found = found if inspect.isclass(found) else owner
-        found = getattr(found, "__init__", None) if inspect.isclass(found) else getattr(found, "__func__", found)
-        if inspect.isfunction(found) and found.__module__.startswith("mgllava."):
-            yield found, owner_of_found, caught
+def with_handlers(node, caught=()):
+    """Every node of a function, with the exceptions that are caught around it."""
+    yield node, caught
+    if isinstance(node, ast.Try):
+        kinds = [kind for handler in node.handlers for kind in getattr(handler.type, "elts", [handler.type])]
+        inside = (*caught, *("BaseException" if kind is None else ast.unparse(kind) for kind in kinds))
+        for child in node.body:
+            yield from with_handlers(child, inside)
+        for child in (*node.handlers, *node.orelse, *node.finalbody):
+            yield from with_handlers(child, caught)
+    else:
+        for child in ast.iter_child_nodes(node):
+            yield from with_handlers(child, caught)
+
+
+def called_function(node, module, owner):
+    """The function of this package that a call means, and the class that it belongs to."""
+    called, found = node.func, None
+    if isinstance(called, ast.Name):
+        found = vars(module).get(called.id)
+    elif isinstance(called, ast.Attribute) and ast.unparse(called.value) in ("self", "cls"):
+        found = getattr(owner, called.attr, None)
+    if inspect.isclass(found):
+        owner, found = found, getattr(found, "__init__", None)
+    found = getattr(found, "__func__", found)
+    is_own = inspect.isfunction(found) and found.__module__.startswith("mgllava.")
+    return (found, owner) if is_own else (None, None)
 
 
 @functools.cache
 def errors_of(function, owner, depth=0):
     """The exceptions that a function raises, or lets through from the functions of this package that it calls."""
-    module = inspect.getmodule(function)
-    raised = (
-        node.exc.func
-        for node in ast.walk(source_tree(function))
-        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)
-    )
-    found = {error_class(module, called.id) for called in raised if isinstance(called, ast.Name)} - {None}
-    if depth < 5:
-        for callee, owner_of_callee, names in called_functions(function, owner):
-            caught = tuple(error for name in names if (error := error_class(module, name)))
-            found |= {
-                error for error in errors_of(callee, owner_of_callee, depth + 1) if not issubclass(error, caught)
-            }
+    module, found = inspect.getmodule(function), set()
+    for node, handlers in with_handlers(source_tree(function)):
+        errors = set()
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            errors = {error_class(module, ast.unparse(node.exc.func))} - {None}
+        elif isinstance(node, ast.Call) and depth < 5:
+            callee, owner_of_callee = called_function(node, module, owner)
+            errors = errors_of(callee, owner_of_callee, depth + 1) if callee else set()
+        caught = tuple(error for name in handlers if (error := error_class(module, name)))
+        found |= {error for error in errors if not issubclass(error, caught)}
     return found
 
 
