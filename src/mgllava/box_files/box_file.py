@@ -49,7 +49,7 @@ class BoxFile(Mapping[Any, Record]):
         duplicates (`dict`): Ids that occur more than once, and how often.
 
     Raises:
-        ValueError: If `missing` is neither of the two.
+        BoxFileError: If `missing` is neither of the two.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class BoxFile(Mapping[Any, Record]):
         name: str = "the box file",
     ):
         if missing not in ("error", "empty"):
-            raise ValueError(f"`missing` must be 'error' or 'empty', got {missing!r}.")
+            raise BoxFileError(f"`missing` must be 'error' or 'empty', got {missing!r}.")
         self.settings = settings
         self.inputs_digest = inputs_digest
         self.missing = missing

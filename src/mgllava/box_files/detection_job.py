@@ -126,6 +126,7 @@ def detect_images(
         BoxFileError: If there are no images or none can be read, the output exists and neither `resume` nor
             `overwrite` is given, the job to be resumed is another one, the detector has no name, or an argument is
             wrong.
+        FolderLockedError: If another run writes to the output.
         ImportError: If Parquet or a dataset needs a library that is not installed.
         OSError: If something cannot be read or written.
     """

@@ -245,7 +245,7 @@ def _identified(record: Record, where: str) -> Any:
 
 def _write_json(path: Path, records: Iterable[Record], layout: str) -> None:
     if layout not in ("list", "dictionary"):
-        raise ValueError(f"`layout` must be 'list' or 'dictionary', got {layout!r}.")
+        raise BoxFileError(f"`layout` must be 'list' or 'dictionary', got {layout!r}.")
     start, end = ("[", "]") if layout == "list" else ("{", "}")
     with path.open("w", encoding="utf-8") as file:
         file.write(start)

@@ -81,6 +81,7 @@ class ImageList:
 
         Raises:
             OSError: If it cannot be opened.
+            TypeError: If a dataset holds something that is not an image.
         """
         image: Image.Image = load_upright(self.open(number))
         return image

@@ -157,6 +157,10 @@ class ShardFolder:
 
         Returns:
             `int`: Number of the first image that is not done; the end of the shard if all are.
+
+        Raises:
+            BoxFileError: If the shard changes while it is read.
+            OSError: If the disk fails.
         """
         start, stop = self.bounds(shard)
         complete, partial = self._complete(shard), self._partial(shard)
@@ -183,6 +187,7 @@ class ShardFolder:
 
         Raises:
             OSError: If the disk does not take the batch. The shard is then as it was before.
+            BoxFileError: If the shard is found damaged when its last batch is written.
         """
         partial = self._partial(shard)
         line = json.dumps(vars(batch)).encode() + b"\n"

@@ -60,6 +60,7 @@ def chat(
         ChatError: If the repository is no MG-LLaVA model, or an image cannot be read.
         OSError: If a repository or a file cannot be read.
         ValueError: If an option is out of range.
+        ImportError: If a package is missing that the options need.
     """
     # Loading takes minutes: what can be wrong without the model is found before.
     _check_generation_options(max_new_tokens, temperature, top_p, seed, detection_threshold)

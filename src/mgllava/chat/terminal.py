@@ -56,6 +56,10 @@ class ChatTerminal:
 
         Args:
             images (`Sequence`): Name and image of each.
+
+        Raises:
+            TypeError: If an image of `images` is none.
+            ValueError: If boxes of an image do not lie in it.
         """
         for stream in (sys.stdin, sys.stdout, sys.stderr):
             _never_fail(stream)

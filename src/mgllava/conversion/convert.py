@@ -114,6 +114,7 @@ def convert_checkpoint(
 
     Raises:
         ConversionError: If anything is missing, damaged, left over, of the wrong shape, or in the way.
+        ValueError: If the language model's tokenizer cannot hold the placeholder.
     """
     if prompt_template not in CHAT_TEMPLATES:
         raise ConversionError(f"`prompt_template` must be one of {sorted(CHAT_TEMPLATES)}, got {prompt_template!r}.")
@@ -356,6 +357,9 @@ def make_processor(
 
     Returns:
         [`MGLlavaProcessor`]: The processor.
+
+    Raises:
+        ValueError: If the tokenizer cannot hold the placeholder.
     """
     side = config.high_res_vision_config.image_size
     statistics = {name: image_settings[name] for name in ("image_mean", "image_std") if name in image_settings}

@@ -233,6 +233,9 @@ def language_model_weights(name: str | Path) -> tuple[dict[str, LazyTensor], lis
 
     Returns:
         `tuple[dict[str, LazyTensor], list[Path]]`: The tensors, and the files they come from.
+
+    Raises:
+        ConversionError: If a file is damaged or missing.
     """
     tensors, files = open_weights(_fetch_weights(name, "llm"))
     return {f"llm.{key}": tensor for key, tensor in tensors.items()}, files
@@ -275,6 +278,9 @@ def clip_weights(name: str | Path) -> Source:
 
     Returns:
         `Source`: Its tensors.
+
+    Raises:
+        ConversionError: If a file is damaged or missing.
     """
     tensors, files = open_weights(_fetch_weights(name, "vision_tower"))
     return _sort_out(tensors, CLIP_TO_MODEL, CLIP_DROPS, files)

@@ -407,6 +407,8 @@ class MGLlavaProcessor(ProcessorMixin):
 
         Raises:
             ValueError: If the configuration that was loaded names something outside of its repository.
+            FileNotFoundError: If a folder of the box detector is gone.
+            RuntimeError: If this transformers uploads files in a way that this class does not know.
         """
         if push_to_hub:
             _check_upload_hook()
@@ -747,6 +749,7 @@ class MGLlavaProcessor(ProcessorMixin):
                 rendered with boxes in image blocks and with images that have no block, `chat_template` is neither a
                 template nor a name, or a mask is asked for without `return_dict=True`.
             NotImplementedError: If this transformers cannot sanitize.
+            TypeError: If a message or a block has the wrong type.
         """
         named = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
         template = named.get(chat_template or "default", chat_template) or ""

@@ -96,6 +96,7 @@ def check_same_training(recipe: Recipe, samples: str | None, output: Path, check
 
     Raises:
         TrainingError: If there are others, with a list of them, or the folder does not say what it was run with.
+        ImportError: If the recipe has adapters and peft is not installed.
     """
     try:
         before = _flat(load_recipe(output / RECIPE))

@@ -240,6 +240,9 @@ def encode_text(processor: Any, conversation: list[dict[str, Any]]) -> tuple[lis
     Returns:
         `tuple`: Ids, with one placeholder for each image, and a mask of those that are learnt; `None` instead of the
         mask if the chat template does not mark boundaries.
+
+    Raises:
+        ValueError: If a message holds what the chat template would leave out.
     """
     template = processor.chat_template
     has_boundaries = isinstance(template, str) and writes_boundaries(template)

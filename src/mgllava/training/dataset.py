@@ -179,6 +179,9 @@ def stream_samples(sources: Sequence[SampleSource]) -> Any:
 
     Returns:
         `datasets.IterableDataset`: Samples for [`MGLlavaDataCollator`]; their lengths are not known.
+
+    Raises:
+        ImportError: If the datasets library is not installed.
     """
     datasets = _import_datasets()
     # Lists are what workers share out among them.
@@ -343,6 +346,7 @@ def open_source(samples: str | Path, images: str | Path | None, boxes: str | Pat
     Raises:
         TrainingError: If there is no such file or folder.
         BoxFileError: If the box file cannot be read.
+        ImportError: If the box file is Parquet and pyarrow is not installed.
     """
     for argument, path in (("samples", samples), ("images", images), ("boxes", boxes)):
         if path is not None and not Path(path).exists():

@@ -74,6 +74,9 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         FolderLockedError: If another training writes to `output_dir`.
         BoxFileError: If boxes are those of another detector.
         OSError: If a file cannot be read or written.
+        ConversionError: If a starting model cannot be put together from its parts.
+        ImportError: If a package of the extra `train` is not installed.
+        ValueError: If the model or its processor cannot be loaded.
     """
     recipe = checked_recipe(recipe)
     args = training_arguments(recipe)
@@ -396,6 +399,7 @@ def load_model(recipe: Recipe, start: str, args: TrainingArguments) -> Any:
     Raises:
         TrainingError: If `train` names something else than modules of the model, or what is quantized is to be
             trained.
+        ValueError: If the model cannot be put together from its parts.
     """
     options = recipe.model
     if not recipe.train:
