@@ -12,6 +12,7 @@ import torch
 from transformers import AutoProcessor, Owlv2Config, Owlv2ForObjectDetection
 
 from mgllava import BoxDetector, MGLlavaImageProcessor, MGLlavaProcessor
+from mgllava.box_files import open_detector
 from mgllava.processing.box_detector_files_mgllava import ProcessLock
 from tests.tiny import IMAGE_SIZE, NUM_FUSED_TOKENS, tiny_model
 
@@ -303,6 +304,15 @@ def test_threads_find_what_one_thread_finds(quick_owlv2, monkeypatch):
         ):
             assert labels == other_labels and ids == other_ids
             torch.testing.assert_close(scores, other_scores, rtol=0, atol=1e-5)
+
+
+def test_threads_load_the_detector_of_a_job_once(quick_owlv2, monkeypatch):
+    loaded = []
+    from_config = BoxDetector.from_config
+    monkeypatch.setattr(BoxDetector, "from_config", lambda *args, **kwargs: loaded.append(1) or from_config(*args))
+    detector = open_detector(detector=quick_owlv2)
+    run_threads(8, lambda thread: detector.detect([picture()], labels=["cat"]))
+    assert loaded == [1]
 
 
 def test_a_lock_that_another_thread_holds_is_free_after_a_fork():

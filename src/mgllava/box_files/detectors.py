@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from mgllava.processing import COCO_80, BoxDetector, MGLlavaProcessor
 from mgllava.processing.box_detection_mgllava import DEFAULT_DETECTOR
+from mgllava.processing.box_detector_files_mgllava import ProcessLock
 
 from .errors import BoxFileError
 
@@ -46,6 +47,7 @@ class LazyDetector:
         self.config = dict(config)
         self._trust_remote_code = trust_remote_code
         self._loaded: BoxDetector | None = None
+        self._lock = ProcessLock()
 
     def detect(
         self, images: Any, labels: Any = None, threshold: float = 0.2, batch_size: int = 8
@@ -67,15 +69,16 @@ class LazyDetector:
         """
         if labels is None and self.config["tagger"] is None:
             raise BoxFileError("Nothing says what to look for: pass `labels`, or a `tagger` that names it.")
-        if self._loaded is None:
-            from accelerate import PartialState
+        with self._lock:
+            if self._loaded is None:
+                from accelerate import PartialState
 
-            try:
-                self._loaded = BoxDetector.from_config(
-                    self.config, device=PartialState().device, trust_remote_code=self._trust_remote_code
-                )
-            except (TypeError, ValueError) as error:
-                raise BoxFileError(f"The detector cannot be loaded: {error}") from error
+                try:
+                    self._loaded = BoxDetector.from_config(
+                        self.config, device=PartialState().device, trust_remote_code=self._trust_remote_code
+                    )
+                except (TypeError, ValueError) as error:
+                    raise BoxFileError(f"The detector cannot be loaded: {error}") from error
         return self._loaded.detect(images, labels=labels, threshold=threshold, batch_size=batch_size)
 
 
