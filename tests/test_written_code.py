@@ -12,6 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 import typer
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 from typer.testing import CliRunner
@@ -79,6 +80,8 @@ def names(desk):
     with contextlib.chdir(desk):
         processor = AutoProcessor.from_pretrained("mg-llava-vicuna7b")
         picture = Image.open("table.jpg")
+        adapters = LoraConfig(target_modules=r".*language_model.*q_proj")
+        get_peft_model(AutoModel.from_pretrained("stage-1-vicuna-7b"), adapters).save_pretrained("stage-2-vicuna-7b")
         rows = [{"id": str(index), "image": picture.resize((64, 64))} for index in range(3)]
         datasets.Dataset.from_list(rows).save_to_disk("owner-name")
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
@@ -91,7 +94,8 @@ def names(desk):
         "prompt": "USER: <image>\nWhat is it? ASSISTANT:",
         "boxes": [[[10, 20, 110, 70]]],
         "folder": "mg-llava-vicuna7b",
-        "dataset": [sample, sample],
+        "dataset": datasets.Dataset.from_list([sample, sample]),
+        "picture": picture,
         "task": 0,
     }
 
@@ -184,7 +188,7 @@ def test_printed_command_has_options_that_exist(words):
 
 
 # Commands that need neither a Hub, nor other machines, nor a person; without the options that do.
-RUN = {"README.md": ("convert --",), "detect.md": ("detect images/",), "hub.md": ("export --",)}
+RUN = {"README.md": ("convert --checkpoint iter",), "detect.md": ("detect images/",), "hub.md": ("export --",)}
 LEFT_OUT = ("--push", "org/name")
 
 

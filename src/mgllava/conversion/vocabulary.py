@@ -154,6 +154,9 @@ def generation_config(
 
     Returns:
         `GenerationConfig`: The generation config.
+
+    Raises:
+        ConversionError: If its generation config cannot be read.
     """
     # Only the ids: sampling settings of the bare language model are no part of MG-LLaVA.
     has_own = (folder / "generation_config.json").is_file()
