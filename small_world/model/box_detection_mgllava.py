@@ -171,6 +171,7 @@ class BoxDetector:
         Raises:
             ValueError: If the configuration has unknown keys, or what comes from the repository's file names something
                 outside it.
+            FileNotFoundError: If the repository lacks a file that the configuration names.
         """
         unknown = sorted(set(config) - set(CONFIG_KEYS))
         if unknown:
@@ -277,6 +278,10 @@ class BoxDetector:
 
         Returns:
             `dict`: The configuration from which [`~BoxDetector.from_config`] loads them.
+
+        Raises:
+            FileNotFoundError: If a folder that the configuration names is gone.
+            ValueError: If a path or a link leads out of the repository that the configuration comes from.
         """
         with self._lock:
             cache_dir = self._loading_options.get("cache_dir")

@@ -258,6 +258,7 @@ def store_parts(
 
     Raises:
         ValueError: If a path or a link leads out of the repository that the configuration comes from.
+        FileNotFoundError: If a folder that the configuration names is gone.
     """
     stored = copy.deepcopy(dict(config))
     bundle = Path(save_directory) / BUNDLE_FOLDER

@@ -120,7 +120,8 @@ class MGLlavaConfig(PreTrainedConfig):
     ```python
     >>> from mgllava import MGLlavaConfig, MGLlavaForConditionalGeneration
 
-    >>> configuration = MGLlavaConfig(text_config={"model_type": "llama", "num_hidden_layers": 2})
+    >>> text_config = {"model_type": "llama", "num_hidden_layers": 2, "vocab_size": 32064}
+    >>> configuration = MGLlavaConfig(text_config=text_config)
     >>> configuration.image_seq_length
     576
     ```

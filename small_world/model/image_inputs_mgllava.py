@@ -521,6 +521,7 @@ def as_rgb(image: Any, input_data_format: str | ChannelDimension | None = None, 
 
     Raises:
         ValueError: If the channels cannot be told from the other dimensions, or values are out of range.
+        TypeError: If it is neither a PIL image nor an array nor a tensor.
     """
     if isinstance(image, PIL.Image.Image):
         return torch.from_numpy(np.array(_decode(image, name, "a PIL image"))).permute(2, 0, 1)

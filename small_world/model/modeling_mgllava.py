@@ -727,9 +727,10 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
     >>> model = AutoModel.from_pretrained("path/to/mg-llava-vicuna7b", device_map="auto", dtype="auto")
     >>> processor = AutoProcessor.from_pretrained("path/to/mg-llava-vicuna7b")
     >>> prompt = "USER: <image>\nWhat is on the table? ASSISTANT:"
-    >>> inputs = processor("table.jpg", prompt, boxes=[[[12, 40, 180, 220]]]).to(model.device)
+    >>> boxes = [[[12, 40, 180, 220]]]  # one image, one box
+    >>> inputs = processor("table.jpg", prompt, boxes=boxes, return_tensors="pt").to(model.device)
     >>> output = model.generate(**inputs, max_new_tokens=64)
-    >>> processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :])
+    >>> answers = processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :])
     ```
     """
 

@@ -407,6 +407,8 @@ class MGLlavaProcessor(ProcessorMixin):
 
         Raises:
             ValueError: If the configuration that was loaded names something outside of its repository.
+            FileNotFoundError: If a folder of the box detector is gone.
+            RuntimeError: If this transformers uploads files in a way that this class does not know.
         """
         if push_to_hub:
             _check_upload_hook()
@@ -534,6 +536,8 @@ class MGLlavaProcessor(ProcessorMixin):
                 cut an image, or answers cannot be told from the rest.
             NotImplementedError: If this transformers cannot sanitize, where `sanitize_control_tokens` is set.
         """
+        if kwargs.get("sanitize_control_tokens") or (kwargs.get("text_kwargs") or {}).get("sanitize_control_tokens"):
+            _check_sanitizing()
         text = _as_texts(images, text)
         images, text, _, _ = self.prepare_inputs_layout(images=images, text=text, **kwargs)
         text, kwargs = self._take_boxes_of_text(text, kwargs)
@@ -549,9 +553,6 @@ class MGLlavaProcessor(ProcessorMixin):
             text_kwargs.pop(name, None) or merged.get(name, False)
             for name in ("return_mm_token_type_ids", "return_text_replacement_offsets")
         )
-
-        if text_kwargs.get("sanitize_control_tokens"):
-            _check_sanitizing()
 
         features: dict[str, Any] = {}
         runs: list[str] = []
@@ -748,6 +749,7 @@ class MGLlavaProcessor(ProcessorMixin):
                 rendered with boxes in image blocks and with images that have no block, `chat_template` is neither a
                 template nor a name, or a mask is asked for without `return_dict=True`.
             NotImplementedError: If this transformers cannot sanitize.
+            TypeError: If a message or a block has the wrong type.
         """
         named = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
         template = named.get(chat_template or "default", chat_template) or ""
@@ -950,9 +952,9 @@ class TrainingTargets:
         if ids[: len(known)] != known[: len(ids)]:
             return [True] * len(ids)
         answers = self.answers[index] if self.answers is not None else []
-        # A conversation without an answer is learned whole, or not at all, as the collator says.
-        front = answers if is_copy and any(answers) else [True] * len(known)
         completion = ids[len(known) :]
+        # A text without an answer, in itself or after it, is learned as the collator says.
+        front = answers if is_copy and (any(answers) or (answers and completion)) else [True] * len(known)
         return [*front[: len(ids)], *self._of_completion(completion, *ending)]
 
     @staticmethod

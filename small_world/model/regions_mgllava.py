@@ -173,6 +173,9 @@ class MGLlavaBoxProjector(MGLlavaProjector):
 
         Returns:
             `torch.Tensor` of shape `(num_images, num_boxes, hidden_size)`.
+
+        Raises:
+            ValueError: If boxes are in a dtype that rounds them, such as bfloat16.
         """
         if self.feature_type == "last_stage":
             feature_maps = feature_maps[-1:]

@@ -267,7 +267,7 @@ def chat_formats(chat_template: Any, special_tokens: Mapping[str, Any]) -> tuple
     """Tell which strings a processor can take apart.
 
     Args:
-        chat_template (`str` or `dict[str, str]`, *optional*): The processor's own template or templates. Those of this
+        chat_template (`str`, `dict[str, str]` or `None`): The processor's own template or templates. Those of this
             package come after them, unless one of the own is of another kind: its strings may look like ours.
         special_tokens (`Mapping`): The tokenizer's `special_tokens_map`.
 

@@ -1,25 +1,47 @@
-"""What both image processor backends of RAM++ share: the settings of the original, and 8-bit RGB as it makes it."""
+"""What both image processor backends of RAM++ share: the settings of the original, and 8-bit RGB as it makes it.
 
+All functions from [`open_images`] on are those of `image_inputs_mgllava.py`, word by word: the two folders go into
+repositories of their own, and open every image alike. `tests/ram_plus/test_image_processing.py` compares them.
+"""
+
+import base64
+import io
 import os
-from collections.abc import Iterator
-from typing import Any
+import urllib.parse
+from collections.abc import Iterable, Mapping, Set
+from typing import Any, BinaryIO
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
+from huggingface_hub.utils import httpx
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
     ChannelDimension,
     PILImageResampling,
-    infer_channel_dimension_format,
-    load_image,
 )
 from transformers.processing_utils import ImagesKwargs
+from transformers.utils import logging
 
+logger = logging.get_logger(__name__)
+
+# Where a mapping may hold an image: blocks of conversations, and what the datasets library stores.
+IMAGE_KEYS = ("image", "bytes", "base64", "url", "path", "image_url")
 _CHANNEL_COUNTS = (1, 3, 4)  # grey, RGB, RGB and alpha
+_SHORTEST_BASE64 = 32
+_DOWNLOAD_TIMEOUT = 60  # seconds without an answer
+_ROUNDING = 1e-3  # by how much floating point values may lie outside of their range
+_UPRIGHT = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
 # Where remote code finds the image processor of each backend.
 _REMOTE_CLASSES = {
     "torchvision": "image_processing_ram_plus.RamPlusImageProcessor",
@@ -32,8 +54,8 @@ class RamPlusImageProcessorKwargs(ImagesKwargs, total=False):
 
     Args:
         do_exif_transpose (`bool`, *optional*, defaults to `False`):
-            Whether files and PIL images are turned upright by their EXIF orientation. The original reads them as they
-            are stored. URLs and base64 strings come upright in any case.
+            Whether images are turned upright by their EXIF orientation, whatever way they come. The original reads
+            them as they are stored. (Pillow itself turns TIFF files.)
     """
 
     do_exif_transpose: bool | None
@@ -42,9 +64,15 @@ class RamPlusImageProcessorKwargs(ImagesKwargs, total=False):
 class RamPlusImageProcessorMixin(BaseImageProcessor):
     """The part of the image processors that does not depend on the backend.
 
-    Images may be PIL images (any mode), NumPy arrays, tensors, paths, URLs or base64 strings, alone or in lists. They
-    become 8-bit RGB, whatever `do_convert_rgb` says: alpha is dropped, not blended, as the original drops it. Floating
-    point arrays hold values from 0 to 1.
+    Images may be PIL images (any mode), NumPy arrays, tensors, paths, http(s) URLs, data URLs, base64 strings, bytes,
+    binary files, or mappings that hold one of these (`{"bytes": ..., "path": ...}` of the datasets library,
+    `{"url": ...}`), alone or in (nested) lists. They become 8-bit RGB, whatever `do_convert_rgb` says; alpha is
+    dropped, not blended, as the original drops it; of animated files the first frame is read.
+
+    Arrays are `(height, width)`, `(height, width, channels)` or `(channels, height, width)`, or 4-dimensional batches
+    of the latter two. Integers are read as 0..255, those of 16 bits without sign (also in files) as 0..65535, floating
+    point values as 0..1 if none is larger than 1, and as 0..255 otherwise, which is a guess: an image of 0..255 whose
+    values are all 0 or 1 is read as black and white. A batch has one range for all of its images.
     """
 
     valid_kwargs = RamPlusImageProcessorKwargs
@@ -68,30 +96,22 @@ class RamPlusImageProcessorMixin(BaseImageProcessor):
         return values
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Open paths, URLs and base64 strings.
+        """Open images, whatever way they come, as they are stored.
 
         Args:
-            image_url_or_urls: An image or a (nested) list of images.
+            image_url_or_urls: An image or a (nested) list of images, see the class.
 
         Returns:
-            The same structure with PIL images in place of paths and strings.
+            The same structure, holding PIL images (RGB), arrays of 3 or 4 dimensions, and tensors.
 
         Raises:
-            TypeError: If something is no image.
-            ValueError: If a string is neither a path, a URL nor an encoded image.
+            TypeError: If something is not an image.
+            UnreadableImageError: If an image cannot be opened; a `ValueError` and an `OSError`.
         """
-        image = image_url_or_urls
-        if isinstance(image, list | tuple):
-            return [self.fetch_images(entry) for entry in image]
-        if isinstance(image, str | os.PathLike):
-            # `load_image` would turn files upright.
-            return PIL.Image.open(image) if os.path.isfile(image) else load_image(os.fspath(image))
-        if isinstance(image, PIL.Image.Image | np.ndarray | torch.Tensor):
-            return image
-        raise TypeError(f"`images` must hold PIL images, arrays, tensors, paths or URLs, got {type(image).__name__}.")
+        return open_images(image_url_or_urls)
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
-        return list(_flat(self.fetch_images(images)))
+        return flat_images(self.fetch_images(images))
 
     def process_image(self, *args: Any, **kwargs: Any) -> Any:
         """Turn one image into the backend's format, `(3, height, width)` with 8 bits.
@@ -105,52 +125,350 @@ class RamPlusImageProcessorMixin(BaseImageProcessor):
 
         Raises:
             ValueError: If the channels of an array cannot be found, or its values are out of range.
+            TypeError: If it is not an image.
         """
         image, *others = args
-        if isinstance(image, PIL.Image.Image) and kwargs.get("do_exif_transpose"):
-            image = PIL.ImageOps.exif_transpose(image)
-        rgb = _as_rgb(image, kwargs.get("input_data_format"))
+        if kwargs.get("do_exif_transpose"):
+            image = upright(image)
+        rgb = as_rgb(image, kwargs.get("input_data_format"))
+        if self.backend == "pil":  # type: ignore[attr-defined]  # of the other base class
+            rgb = rgb.cpu()
         kwargs |= {"do_convert_rgb": False, "input_data_format": ChannelDimension.FIRST}
         return super().process_image(rgb, *others, **kwargs)
 
 
-def _flat(images: Any) -> Iterator[Any]:
-    """Go through (nested) lists and through arrays that hold a batch."""
-    if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4:
-        for image in images:
-            yield from _flat(image)
-    else:
-        yield images
+class UnreadableImageError(OSError, ValueError):
+    """An image that cannot be opened: an `OSError` as Pillow's errors are, a `ValueError` as those of transformers."""
 
 
-def _as_rgb(image: Any, input_data_format: str | ChannelDimension | None) -> Any:
-    """Convert an image to 8 bits and `(3, height, width)`: an array if it was a PIL image, else of its own kind."""
+def open_images(images: Any, name: str = "images") -> Any:
+    """Open all images of a (nested) list, one after the other, so that no more than one file is open.
+
+    Args:
+        images: An image as [`open_image`] takes it, or a (nested) list, tuple, generator, or array of objects of them.
+        name (`str`): How error messages call it.
+
+    Returns:
+        What [`open_image`] returns, in (nested) lists where there were several.
+
+    Raises:
+        TypeError: If something is not an image; the message names its index.
+        UnreadableImageError: If an image cannot be opened; the message names its index.
+    """
+    if isinstance(images, np.ndarray) and images.dtype.kind in "OSU":
+        images = images.tolist()
+    single = str | bytes | bytearray | memoryview | os.PathLike | Mapping | Set | np.ndarray | torch.Tensor
+    if isinstance(images, Iterable) and not isinstance(images, single) and not hasattr(images, "read"):
+        return [open_images(image, f"{name}[{index}]") for index, image in enumerate(images)]
+    return open_image(images, name)
+
+
+def open_image(image: Any, name: str = "image") -> Any:
+    """Open an image, whatever way it comes, and decode it; the file is closed again.
+
+    Args:
+        image: A PIL image, array, tensor, path, http(s) URL, data URL, base64 string, bytes, or binary file; or a
+            mapping that holds one of these (`image`, `bytes`, `base64`, `url`, `path` or `image_url`).
+        name (`str`): How error messages call it.
+
+    Returns:
+        `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`: PIL images are RGB, as they are stored (see [`upright`]), of
+        several frames the first or the present one. Arrays have 3 or 4 dimensions.
+
+    Raises:
+        TypeError: If it is not an image.
+        UnreadableImageError: If it cannot be opened or decoded, or its values are out of range.
+    """
+    if isinstance(image, Mapping):
+        given = {key: image[key] for key in IMAGE_KEYS if image.get(key) is not None}
+        if len(given) != 1 and set(given) != {"bytes", "path"}:  # of both, the path says where the bytes come from
+            raise TypeError(
+                f"`{name}` must have one image, under {', '.join(map(repr, IMAGE_KEYS))}, got "
+                f"{', '.join(given) or f'none under the keys {sorted(map(str, image))}'}."
+            )
+        return open_image(next(iter(given.values())), name)
+    if isinstance(image, np.ndarray | torch.Tensor):
+        return _open_array(image, name)
     if isinstance(image, PIL.Image.Image):
-        return np.array(image.convert("RGB")).transpose(2, 0, 1)
-    array: Any = torch.from_numpy(np.array(image)) if isinstance(image, np.ndarray) else image
-    if array.ndim == 2:
-        array, input_data_format = array[None], ChannelDimension.FIRST
-    if array.ndim != 3:
-        raise ValueError(f"`images` must have 2 or 3 dimensions, or 4 for a batch, got shape {tuple(image.shape)}.")
+        return _decode(image, name, f"the PIL image {getattr(image, 'filename', '')}".strip())
+    with _binary_file(image, name) as file:
+        shown = _shown(image)
+        try:
+            opened = PIL.Image.open(file)
+        except MemoryError:
+            raise
+        except PIL.UnidentifiedImageError as error:
+            raise UnreadableImageError(
+                f"`{name}` must be an image, got {shown}, which is not in a format that Pillow knows. Pass JPEG, PNG, "
+                "WebP, GIF, BMP or TIFF, or install the Pillow plugin of the format."
+            ) from error
+        except Exception as error:  # broken files make decoders raise whatever comes
+            raise _undecodable(error, name, shown) from error
+        return _decode(opened, name, shown)
+
+
+def _decode(image: PIL.Image.Image, name: str, shown: str) -> PIL.Image.Image:
+    """Decode an image as 8-bit RGB; alpha is dropped."""
+    try:
+        image.load()
+        if image.mode == "RGB":
+            return image
+        if image.mode[0] not in "IF":
+            return image.convert("RGB")
+        array = np.array(image)  # deep greyscale: `convert` would clip it at 255
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _undecodable(error, name, shown) from error
+    if image.mode == "I":
+        # Pillow fills 32 bits from 16-bit files too, and programs do from 8-bit values.
+        low, high = array.min(), array.max()
+        if image.format in ("PNG", "PPM") or high > 255:
+            if low < 0 or high > 65535:
+                raise UnreadableImageError(
+                    f"`{name}` must hold values from 0 to 65535, got {shown} with {low} to {high}. Scale it to 8 bits."
+                )
+            array = array.astype(np.uint16)
+    grey = PIL.Image.fromarray(_as_uint8(_as_tensor(array, name), name).numpy()).convert("RGB")
+    grey.info = dict(image.info)
+    return grey
+
+
+def _undecodable(error: Exception, name: str, shown: str) -> UnreadableImageError:
+    """Say what a decoder says, and what to do."""
+    advice = "The file may be incomplete or damaged: replace it, or leave it out."
+    if isinstance(error, PIL.Image.DecompressionBombError):
+        advice = "If you trust it, raise PIL.Image.MAX_IMAGE_PIXELS."
+    problem = str(error).rstrip(".") or type(error).__name__
+    return UnreadableImageError(f"`{name}` must be an image that can be decoded, got {shown}: {problem}. {advice}")
+
+
+def _open_array(array: np.ndarray | torch.Tensor, name: str) -> Any:
+    """Check the dimensions of an array."""
+    if array.ndim not in (2, 3, 4):
+        raise TypeError(
+            f"`{name}` must have 2 dimensions (greyscale), 3, or 4 for a batch, got an array of shape "
+            f"{tuple(array.shape)}."
+        )
+    if 0 in array.shape[1 if array.ndim == 4 else 0 :]:
+        raise UnreadableImageError(f"`{name}` must have at least one pixel, got shape {tuple(array.shape)}.")
+    if array.ndim == 3:
+        return array
+    levels = _as_uint8(_as_tensor(array, name), name)  # of a batch as a whole: one range for all of its images
+    return levels if array.ndim == 4 else PIL.Image.fromarray(levels.cpu().numpy()).convert("RGB")
+
+
+def _binary_file(image: Any, name: str) -> BinaryIO:
+    """Open what holds the bytes of an image file."""
+    if hasattr(image, "read"):
+        if hasattr(image, "seek") and (not hasattr(image, "seekable") or image.seekable()):
+            image.seek(0)  # also one that was just written
+        data = image.read()
+        if not isinstance(data, bytes):
+            raise TypeError(
+                f"`{name}` must be a file opened in binary mode, got one that reads {type(data).__name__}."
+            )
+        return io.BytesIO(data)
+    if isinstance(image, bytes | bytearray | memoryview):
+        return io.BytesIO(image)
+    if not isinstance(image, str | os.PathLike):
+        raise TypeError(
+            f"`{name}` must hold PIL images, arrays, tensors, paths, URLs, base64 strings, bytes, binary files or "
+            f"mappings with one of these, got {type(image).__name__}."
+        )
+    text, shown = os.fspath(image), _shown(image)
+    scheme = text[:8].lower() if isinstance(image, str) else ""
+    if scheme.startswith(("http://", "https://")):
+        return io.BytesIO(_download(text, name))
+    if scheme.startswith("data:"):
+        head, comma, payload = text.partition(",")
+        data = urllib.parse.unquote_to_bytes(payload)
+        decoded = _from_base64(data) if head.lower().endswith(";base64") else data
+        if not comma or not decoded:
+            raise UnreadableImageError(
+                f"`{name}` must be a data URL like 'data:image/png;base64,...', got {shown}, which cannot be decoded."
+            )
+        return io.BytesIO(decoded)
+    if os.path.isfile(text):
+        try:
+            return open(text, "rb")
+        except OSError as error:
+            raise UnreadableImageError(f"`{name}` must be a file that can be read, got {shown}: {error}") from error
+    if os.path.isdir(text):
+        raise UnreadableImageError(f"`{name}` must be an image file, got the folder {shown}. Pass its files.")
+    if isinstance(image, str) and (decoded := _from_base64(text)):
+        return io.BytesIO(decoded)
+    raise UnreadableImageError(
+        f"`{name}` must be a path, an http(s) URL, a data URL or a base64 string, got {shown}, and there is no such "
+        "file. Check the path; a relative one starts at the current folder."
+    )
+
+
+def _from_base64(text: str | bytes) -> bytes:
+    """Decode base64, also with line breaks, without padding, or of the alphabet of URLs; empty if it is not base64."""
+    encoded = b"".join((text.encode("utf-8", "replace") if isinstance(text, str) else text).split()).rstrip(b"=")
+    encoded = encoded.replace(b"-", b"+").replace(b"_", b"/")
+    if len(encoded) < _SHORTEST_BASE64:  # shorter than any image, as most paths are
+        return b""
+    try:
+        return base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
+    except ValueError:
+        return b""
+
+
+def _download(url: str, name: str) -> bytes:
+    """Get a file from the web."""
+    try:
+        response = httpx.get(url, follow_redirects=True, timeout=_DOWNLOAD_TIMEOUT)
+        problem = "" if response.is_success else f"status {response.status_code}"
+    except Exception as error:  # as many kinds as there are ways to fail
+        response, problem = None, f"{type(error).__name__}: {error}"
+    if response is None or problem:
+        raise UnreadableImageError(
+            f"`{name}` cannot be downloaded from {_shown(url)} ({problem}). Check the address and the connection, or "
+            "download it yourself and pass the file."
+        )
+    return response.content
+
+
+def _shown(image: Any) -> str:
+    """Name an image in an error, without its data."""
+    if isinstance(image, str | os.PathLike):
+        text = str(os.fspath(image))
+        if text[:5].lower() == "data:":
+            return f"{text.partition(',')[0][:60]!r} and {len(text):,} characters in all"
+        if not text:
+            return "an empty string"
+        return repr(text) if len(text) <= 120 else f"{text[:80] + '...' + text[-20:]!r} ({len(text):,} characters)"
+    return f"a file of {type(image).__name__}" if hasattr(image, "read") else f"{len(image):,} bytes"
+
+
+def upright(image: Any) -> Any:
+    """Turn a PIL image as its EXIF orientation says.
+
+    Args:
+        image: What [`open_image`] returns.
+
+    Returns:
+        The image; one that was turned has no metadata left. If its EXIF cannot be read, it stays as it is stored.
+    """
+    if not isinstance(image, PIL.Image.Image):
+        return image
+    # Not `PIL.ImageOps.exif_transpose`, which writes the EXIF anew and so fails at entries that Pillow cannot write.
+    try:
+        turn = _UPRIGHT.get(image.getexif()[0x0112])
+    except Exception:  # whatever damaged metadata makes Pillow raise; the pixels are whole
+        turn = None
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    turned.info = {}  # or it would be turned again
+    return turned
+
+
+def flat_images(images: Any) -> list[Any]:
+    """List the images of an image, a batch, or a (nested) list.
+
+    Args:
+        images: What [`open_images`] returns, or `None`.
+
+    Returns:
+        `list`: The images; empty for `None`.
+    """
+    if images is None:
+        return []
+    if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4:
+        return [image for group in images for image in flat_images(group)]
+    return [images]
+
+
+def as_rgb(image: Any, input_data_format: str | ChannelDimension | None = None, name: str = "images") -> torch.Tensor:
+    """Convert an opened image to 8-bit RGB.
+
+    Args:
+        image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): The image; arrays have 3 dimensions.
+        input_data_format (`str`, *optional*): `"channels_first"` or `"channels_last"`; by default found out.
+        name (`str`): How error messages call it.
+
+    Returns:
+        `torch.Tensor`: uint8 of shape `(3, height, width)`, on the device of the input.
+
+    Raises:
+        ValueError: If the channels cannot be told from the other dimensions, or values are out of range.
+        TypeError: If it is neither a PIL image nor an array nor a tensor.
+    """
+    if isinstance(image, PIL.Image.Image):
+        return torch.from_numpy(np.array(_decode(image, name, "a PIL image"))).permute(2, 0, 1)
+    array = _as_tensor(image, name)
     if input_data_format is None:
-        input_data_format = infer_channel_dimension_format(array, num_channels=_CHANNEL_COUNTS)
+        input_data_format = _channel_dimension(array, name)
     if ChannelDimension(input_data_format) == ChannelDimension.LAST:
         array = array.permute(2, 0, 1)
     if array.shape[0] not in _CHANNEL_COUNTS or 0 in array.shape:
         raise ValueError(
-            f"`images` must have 1, 3 or 4 channels and at least one pixel, got shape {tuple(image.shape)} "
+            f"`{name}` must have 1, 3 or 4 channels and at least one pixel, got shape {tuple(image.shape)} "
             f"read as {ChannelDimension(input_data_format).value}."
         )
-    if array.dtype != torch.uint8:
-        low, high = array.min().item(), array.max().item()
-        if not (array.is_floating_point() and low >= 0 and high <= 1):  # also when they are NaN
-            raise ValueError(
-                "`images` must be 8-bit arrays, or floating point arrays from 0 to 1, "
-                f"got {array.dtype} from {low} to {high}."
+    array = _as_uint8(array, name)
+    return array.expand(3, -1, -1) if array.shape[0] == 1 else array[:3]
+
+
+def _channel_dimension(array: torch.Tensor, name: str) -> ChannelDimension:
+    first, last = array.shape[0] in _CHANNEL_COUNTS, array.shape[2] in _CHANNEL_COUNTS
+    if first == last:
+        problem = "either end could be the channels" if first else "neither end has 1, 3 or 4 channels"
+        raise ValueError(
+            f"`{name}` has an array of shape {tuple(array.shape)}: {problem}. "
+            "Pass `input_data_format` ('channels_first' or 'channels_last')."
+        )
+    return ChannelDimension.FIRST if first else ChannelDimension.LAST
+
+
+def _as_tensor(array: np.ndarray | torch.Tensor, name: str) -> torch.Tensor:
+    if isinstance(array, torch.Tensor):
+        return array.detach()
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"`{name}` must hold numbers, got an array of {array.dtype}.")
+    # The copy is for arrays that torch cannot wrap: read-only ones, views with negative strides, swapped bytes.
+    array = np.array(array, dtype=array.dtype.newbyteorder("="))
+    if array.dtype.kind == "u" and array.dtype.itemsize > 2:
+        array = array.astype(np.int64)
+    return torch.from_numpy(array)
+
+
+def _as_uint8(array: torch.Tensor, name: str) -> torch.Tensor:
+    """Bring bool, 16-bit, 0..255 and 0..1 values to 8 bits."""
+    if array.dtype == torch.uint8 or array.numel() == 0:
+        return array
+    if array.dtype == torch.bool:
+        return array.to(torch.uint8) * 255
+    if array.dtype == torch.uint16:
+        levels = array.to(torch.float32)
+        if 0 < levels.max().item() <= 255:
+            logger.warning_once(
+                "An image of 16 bits has no value above 255, so that it is nearly black: 65535 is white. If 255 is "
+                "meant to be white, pass 8 bits (uint8)."
             )
-        array = (array.float() * 255).round().to(torch.uint8)
-    array = array.expand(3, -1, -1) if array.shape[0] == 1 else array[:3]
-    return array.cpu().numpy() if isinstance(image, np.ndarray) else array
+        return (levels / 257).round().to(torch.uint8)  # 65535 / 255 = 257
+    low, high = array.min().item(), array.max().item()
+    is_float = array.is_floating_point()
+    slack = _ROUNDING if is_float else 0
+    if not (low >= -slack and high <= 255 + slack):  # also when they are NaN
+        raise UnreadableImageError(
+            f"`{name}` must hold values from 0 to 255, or from 0 to 1, got {low} to {high}. Clip or scale them; "
+            "pixels that are normalized already cannot be used, and 16 bits are read as uint16."
+        )
+    if is_float:
+        array = array.float()
+        if high <= 1 + slack:
+            array = array * 255
+        elif high <= 2 and bool((array != array.round()).any()):
+            raise UnreadableImageError(
+                f"`{name}` must hold values from 0 to 1, or from 0 to 255, got {low} to {high}: a little above 1. "
+                "Clip them to 0..1."
+            )
+        array = array.round().clamp(0, 255)
+    return array.to(torch.uint8)
 
 
 __all__ = ["RamPlusImageProcessorKwargs", "RamPlusImageProcessorMixin"]
