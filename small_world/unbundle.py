@@ -9,6 +9,7 @@ of its vision tower, which nobody reads, is drawn anew.
 """
 
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -45,10 +46,9 @@ def unbundle(model: Path, output: Path, language_model: Path = LANGUAGE_MODEL) -
     for name, write in parts.items():
         folder = output / name
         if not folder.exists():
-            partial = output / f"{name}.incomplete"
-            shutil.rmtree(partial, ignore_errors=True)
-            write(partial)
-            partial.rename(folder)
+            with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=output) as partial:
+                write(Path(partial) / name)
+                (Path(partial) / name).rename(folder)
 
 
 def _clip(tower: nn.Module) -> CLIPVisionModel:

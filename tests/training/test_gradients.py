@@ -181,7 +181,14 @@ def test_gradients_equal_a_plain_computation(batch, no_float32):
         assert (parameter.grad - reference).abs().max().item() < 1e-6 * scale, name
 
 
-def test_a_batch_of_text_touches_every_parameter():
+@pytest.fixture
+def two_processes(monkeypatch):
+    """What the model sees as one of two processes."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *args: 2)
+
+
+def test_a_batch_of_text_touches_every_parameter(two_processes):
     """Otherwise a process without images waits for the others, or they for it."""
     inputs = tiny_inputs([[], []], padding_side="right")
     model = tiny_model().train()
@@ -199,7 +206,7 @@ def test_a_batch_of_text_touches_every_parameter():
 @pytest.mark.parametrize(
     "variant", [{"object_merging": "box_to_fused"}, {"fusion_type": "none", "object_merging": "none"}]
 )
-def test_text_touches_every_parameter_of_variants(variant):
+def test_text_touches_every_parameter_of_variants(variant, two_processes):
     inputs = tiny_inputs([[]])
     model = tiny_model(**variant).train()
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
@@ -211,3 +218,25 @@ def test_text_does_not_touch_the_image_in_inference():
     model.model.encode_images = None
     with torch.no_grad():
         model(**tiny_inputs([[]]))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_text_alone_runs_no_tower_in_one_process(frozen, monkeypatch):
+    model, inputs = tiny_model().train(), tiny_inputs([[], []], padding_side="right")
+    model.model.encode_images = None  # calling it fails
+    if frozen:  # nothing is reduced or gathered, so other processes do not wait for this one either
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda *args: 2)
+        for module in model.model.vision_modules():
+            module.requires_grad_(False)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert model.lm_head.weight.grad.any()
+    assert model.eval().generate(**inputs, max_new_tokens=3, use_cache=False).shape[0] == 2
+
+
+def test_an_infinite_weight_of_the_vision_parts_leaves_the_loss_of_text_finite(two_processes):
+    model, inputs = tiny_model().train(), tiny_inputs([[], []], padding_side="right")
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_2.bias[0] = float("inf")
+        expected = model.eval()(**inputs, labels=inputs["input_ids"]).loss
+    assert torch.equal(model.train()(**inputs, labels=inputs["input_ids"]).loss, expected)

@@ -1,11 +1,11 @@
 """The repository that stage 1 starts from: trained parts, random fusion and projectors."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from mgllava.conversion.convert import make_processor
 from mgllava.conversion.sources import clip_config, language_model_config
+from mgllava.conversion.staging import StagingFolder
 from mgllava.conversion.vocabulary import IMAGE_TOKEN, generation_config, load_tokenizer
 from mgllava.modeling import MGLlavaForConditionalGeneration
 from mgllava.processing import CHAT_TEMPLATES
@@ -39,7 +39,8 @@ def write_starting_model(
 
     Raises:
         TrainingError: If the template is unknown, or there is something at `output`.
-        ConversionError: If a part cannot be found.
+        ConversionError: If a part cannot be found, another run writes the output, or a folder that is not of an
+            interrupted run is in the way.
         ValueError: If a part is of another kind.
         OSError: If a part cannot be read, or the output not be written.
     """
@@ -63,12 +64,11 @@ def write_starting_model(
         llm_folder, text_config, tokenizer, prompt_template, model.config.unused_token_ids
     )
     processor = make_processor(model.config, tokenizer, image_settings, prompt_template)
-    partial = output.with_name(output.name + ".incomplete")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    partial.rename(output)
-    return output
+    with StagingFolder(output, False, model.config.model_type) as staging:
+        staging.keep_finished({}, [])
+        model.save_pretrained(staging.path)
+        processor.save_pretrained(staging.path)
+        return staging.publish()
 
 
 __all__ = ["write_starting_model"]
