@@ -14,7 +14,7 @@ import pytest
 import typer
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from mgllava.box_files import write_boxes
@@ -60,6 +60,16 @@ def code_blocks(text, *languages):
     return [textwrap.dedent(block) for language, block in fences if language in languages]
 
 
+class StrangeConfig(LlamaConfig):
+    """A language model of a reader's own, as docs/language_models.md has one."""
+
+    model_type = "strange_llm"
+
+
+class StrangeForCausalLM(LlamaForCausalLM):
+    config_class = StrangeConfig
+
+
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
     """A folder with all that the examples name."""
@@ -96,6 +106,8 @@ def names(desk):
         "folder": "mg-llava-vicuna7b",
         "dataset": datasets.Dataset.from_list([sample, sample]),
         "picture": picture,
+        "StrangeConfig": StrangeConfig,
+        "StrangeForCausalLM": StrangeForCausalLM,
         "task": 0,
     }
 

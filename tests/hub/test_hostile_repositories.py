@@ -119,7 +119,7 @@ def test_an_export_checks_what_it_copies(secret, families, tmp_path):
     shutil.move(clone / "model.safetensors", secret / "model-00001-of-00001.safetensors")
     index = {"weight_map": {"x": "../home/secret/model-00001-of-00001.safetensors"}}
     (clone / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ConversionError, match="must name files next to itself"):
+    with pytest.raises(ConversionError, match="must name files next to it"):
         export_repository(clone, tmp_path / "output", verify=False)
     clone = fresh()
     settings = json.loads((clone / "processor_config.json").read_text())

@@ -234,6 +234,15 @@ def test_text_alone_runs_no_tower_in_one_process(frozen, monkeypatch):
     assert model.eval().generate(**inputs, max_new_tokens=3, use_cache=False).shape[0] == 2
 
 
+def test_text_alone_can_be_learned_from_where_only_vision_parts_are_trained():
+    model, inputs = tiny_model().train(), tiny_inputs([[], []], padding_side="right")
+    model.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    loss = model(**inputs, labels=inputs["input_ids"]).loss
+    loss.backward()
+    assert not any(p.grad.any() for p in model.model.multi_modal_projector.parameters() if p.grad is not None)
+
+
 def test_an_infinite_weight_of_the_vision_parts_leaves_the_loss_of_text_finite(two_processes):
     model, inputs = tiny_model().train(), tiny_inputs([[], []], padding_side="right")
     with torch.no_grad():
