@@ -58,11 +58,19 @@ _OWN: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "longcat_flash": {"head_dim": 4},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
-    "qwen4_exp_text": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "nemotron_h": {"n_groups": 1},
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention"] * 2,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 2,
+    },
     "zamba": {"num_hidden_layers": 6, "layers_block_type": ["linear_attention", "hybrid"] * 3},
     "zamba2": {"num_hidden_layers": 6, "layers_block_type": ["linear_attention", "hybrid"] * 3, "num_mem_blocks": 1},
     "zaya": {"num_experts_per_tok": 1},
-    "mimo_v2_flash": {"swa_num_key_value_heads": 2, "swa_num_attention_heads": 4},
+    "mimo_v2_flash": {"num_key_value_heads": 2},
 }
 
 
