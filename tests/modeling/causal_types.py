@@ -60,7 +60,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
     "nemotron_h": {"n_groups": 1},
     "qwen4_exp_text": {
-        "layer_types": ["linear_attention", "indexed_attention"] * 2,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
         "indexer_head_dim": 8,

@@ -36,8 +36,8 @@ SAMPLE = [
     "qwen3_next",
 ]
 
-# Refused before transformers 5.24, where their states had arguments of their own.
-NEWER_TYPES = ("falcon_mamba", "mamba", "mamba2")
+# Refused before transformers 5.24, each for a reason of its own.
+NEWER_TYPES = ("dbrx", "falcon_mamba", "inkling_text", "mamba", "mamba2")
 
 
 def listed(heading: str) -> list[str]:
