@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -121,6 +122,36 @@ def test_a_save_that_was_killed_is_not_resumed_from(cpu_recipe, tmp_path):
     shutil.rmtree(output)
     assert resumed == losses(run(cpu_recipe))
     assert last_complete_checkpoint(output) == output / "checkpoint-6"
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_with_a_full_disk_the_training_is_the_same(cpu_recipe, tmp_path):
+    """Ten interruptions: kills while loading, learning and saving, and writes that the disk takes in part."""
+    changes = ["training.save_steps=1", "training.save_total_limit=2", "training.num_train_epochs=4"]
+    expected = losses(run(cpu_recipe, *changes, f"training.output_dir={tmp_path / 'undisturbed'}"))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (%d, %d)); "
+    code = (
+        "import signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "from mgllava.training import load_recipe, train; train(load_recipe(*sys.argv[1:]), resume=True)"
+    )
+    generator, output = random.Random(0), tmp_path / "out"
+    for number in range(10):
+        is_full = number % 3 == 2
+        size = generator.randrange(50_000, 400_000)
+        command = [sys.executable, "-c", (limited % (size, size) if is_full else "") + code, str(cpu_recipe), *changes]
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        try:
+            process.wait(120 if is_full else generator.uniform(6, 12))
+        except subprocess.TimeoutExpired:
+            process.kill()
+        process.wait(60)
+        whole = last_complete_checkpoint(output) if output.exists() else None
+        if whole is not None:  # what counts as whole is
+            load_file(whole / "model.safetensors")
+    if not (output / "model.safetensors").exists():
+        run(cpu_recipe, *changes, resume=True)
+    assert losses(output) == expected
 
 
 def test_a_checkpoint_that_was_deleted_in_part_is_passed_by(cpu_recipe):
