@@ -426,7 +426,7 @@ def _binary_file(image: Any, name: str) -> BinaryIO:
         return io.BytesIO(decoded)
     raise UnreadableImageError(
         f"`{name}` must be a path, an http(s) URL, a data URL or a base64 string, got {shown}, and there is no such "
-        "file. Check the path; a relative one starts at the current folder."
+        "file. Check the path; a relative one starts at the current folder. Or was text passed in the place of images?"
     )
 
 

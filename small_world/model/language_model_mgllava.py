@@ -31,6 +31,11 @@ _REFUSED_TYPES = {
     "moshi": "it speaks and has an audio decoder",
     "phi4_multimodal": "it has towers of its own for images and audio",
 }
+if CACHE_NAME == "past_key_values":  # before transformers 5.24
+    _REFUSED_TYPES |= {
+        "dbrx": "this release does not read back the configuration that it saves inside of another one",
+        "inkling_text": "this release does not normalize embeddings that are given as it does those of ids",
+    }
 # Values of a configuration with which layers read ids.
 _READS_IDS_IF = ("hidden_size_per_layer_input", "ple_layer_ids")
 

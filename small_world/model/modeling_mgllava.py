@@ -560,6 +560,19 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         """
         return [module for name, module in self.named_children() if name != "language_model"]
 
+    def _with_gradient(self, inputs_embeds: torch.FloatTensor) -> torch.FloatTensor:
+        """Let a loss of text alone have a gradient, zero, where only vision parameters are trained (stage 1)."""
+        if not self.training or not torch.is_grad_enabled():
+            return inputs_embeds
+        if any(parameter.requires_grad for parameter in self.language_model.parameters()):
+            return inputs_embeds
+        parameters = (parameter for module in self.vision_modules() for parameter in module.parameters())
+        trained = next((parameter for parameter in parameters if parameter.requires_grad), None)
+        if trained is None:
+            return inputs_embeds
+        zero = torch.zeros((), dtype=inputs_embeds.dtype, device=inputs_embeds.device)
+        return inputs_embeds + zero * torch.nan_to_num(trained.flatten()[0]).to(inputs_embeds.device)
+
     def _check_no_placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> None:
         """Raise `ValueError` where placeholders would be read as text."""
         if inputs_embeds.shape[1] == 1:
@@ -691,7 +704,9 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
             # Zero also where the empty image overflows.
             total = torch.nan_to_num(torch.cat(list(image_outputs.pooler_output)), posinf=0.0, neginf=0.0).sum()
             inputs_embeds = inputs_embeds + (0 * total).to(inputs_embeds.device, inputs_embeds.dtype)
-        elif image_outputs is not None:
+        elif image_outputs is None:
+            inputs_embeds = self._with_gradient(inputs_embeds)
+        else:
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_outputs.pooler_output)
             image_features = torch.cat(list(image_outputs.pooler_output))
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
