@@ -185,3 +185,11 @@ def test_boxes_by_an_id_that_two_images_have_are_refused(small_processor, tmp_pa
     source = open_source(tmp_path / "samples.json", tmp_path / "images", tmp_path / "boxes.json")
     with pytest.raises(TrainingError, match="Sample sample-0 has another image than an earlier one of this id"):
         ConversationDataset([source], small_processor)
+
+
+def test_boxes_of_a_video_are_no_boxes_of_an_image(folder, small_processor):
+    record = {"boxes": [[5, 10, 40, 30]], "labels": ["square"], "scores": [0.9]}
+    records = list(read_boxes(folder / "boxes.json").values())
+    write_boxes(folder / "boxes.json", [{"id": records[0]["id"], "frames": [record]}, *records[1:]])
+    with pytest.raises(TrainingError, match=r"frames of a video for it \(sample-0\)"):
+        ConversationDataset([source(folder)], small_processor)

@@ -97,6 +97,19 @@ class BoxFile(Mapping[Any, Record]):
             '`missing="empty"` to go on without boxes.'
         )
 
+    def holds_frames(self, key: Any) -> bool:
+        """Tell whether the boxes of an id are those of the frames of a video, not of an image.
+
+        Args:
+            key: The id.
+
+        Returns:
+            `bool`: `False` also if there is no such id.
+        """
+        row = self._row(key)
+        # Only JSON holds videos, and its records are a list of dictionaries.
+        return row is not None and isinstance(self._records, list) and "frames" in self._records[row]
+
     def __contains__(self, key: object) -> bool:
         return self._row(key) is not None
 

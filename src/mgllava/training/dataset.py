@@ -237,6 +237,8 @@ def _box_problem(key: str, images: Sequence[str], boxes: BoxFile | None, missing
             f"has {len(images)} images, and {boxes.name} one record for all of them. Give the sample `boxes`, a list "
             "with one entry for each image, or run the detector on the folder of images, which names records by path"
         )
+    if videos := [name for name in keys if boxes.holds_frames(name)]:
+        return f"is of images, but {boxes.name} has boxes of the frames of a video for it ({videos[0]})"
     absent = [name for name in keys if name not in boxes]
     if absent and missing_boxes == "error":
         return f"has no boxes: {boxes.name} has none" + (f" for {absent[0]}" if len(images) > 1 else "")
