@@ -335,3 +335,10 @@ def test_sanitized_user_text_writes_no_placeholder_and_no_control_token(byte_lev
     messages[0]["content"] = [{"type": "image", "image": IMAGE}, {"type": "text", "text": "<image>"}]
     (ids,) = byte_level.apply_chat_template(messages, "llama3", **options)
     assert ids.count(byte_level.image_token_id) == 5
+
+
+@pytest.mark.parametrize("conversation", [[], [[]], [[{"role": "user", "content": "Hello."}], []]])
+@pytest.mark.parametrize("tokenize", [False, True])
+def test_an_empty_conversation_is_an_error(processor, conversation, tokenize):
+    with pytest.raises(ValueError, match="at least one message"):
+        processor.apply_chat_template(conversation, tokenize=tokenize)

@@ -747,7 +747,7 @@ class MGLlavaProcessor(ProcessorMixin):
         Raises:
             ValueError: If `boxes` are given both in the conversation and in `processor_kwargs`, or a string is
                 rendered with boxes in image blocks and with images that have no block, `chat_template` is neither a
-                template nor a name, or a mask is asked for without `return_dict=True`.
+                template nor a name, a mask is asked for without `return_dict=True`, or a conversation is empty.
             NotImplementedError: If this transformers cannot sanitize.
             TypeError: If a message or a block has the wrong type.
         """
@@ -760,6 +760,8 @@ class MGLlavaProcessor(ProcessorMixin):
             )
         if return_assistant_tokens_mask and tokenize and not kwargs.get("return_dict"):
             raise ValueError("`return_assistant_tokens_mask` needs `return_dict=True`, which returns the mask.")
+        if isinstance(conversation, list | tuple) and not all([conversation, *conversation]):
+            raise ValueError("`conversation` must have at least one message, got an empty list.")
         processor_kwargs = dict(processor_kwargs or {})
         boxes: list[Any] = []
         with_boxes = conversation
