@@ -31,6 +31,7 @@ from .box_detector_files_mgllava import (
 )
 from .boxes_mgllava import (
     BOX_MARKS,
+    as_lists,
     boxes_of_block,
     flatten_boxes,
     plain_boxes,
@@ -539,6 +540,8 @@ class MGLlavaProcessor(ProcessorMixin):
         if kwargs.get("sanitize_control_tokens") or (kwargs.get("text_kwargs") or {}).get("sanitize_control_tokens"):
             _check_sanitizing()
         text = _as_texts(images, text)
+        if kwargs.get("boxes") is not None:
+            kwargs["boxes"] = as_lists(kwargs["boxes"])  # generators are read once
         images, text, _, _ = self.prepare_inputs_layout(images=images, text=text, **kwargs)
         text, kwargs = self._take_boxes_of_text(text, kwargs)
         self.validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
@@ -747,7 +750,7 @@ class MGLlavaProcessor(ProcessorMixin):
         Raises:
             ValueError: If `boxes` are given both in the conversation and in `processor_kwargs`, or a string is
                 rendered with boxes in image blocks and with images that have no block, `chat_template` is neither a
-                template nor a name, or a mask is asked for without `return_dict=True`.
+                template nor a name, a mask is asked for without `return_dict=True`, or a conversation is empty.
             NotImplementedError: If this transformers cannot sanitize.
             TypeError: If a message or a block has the wrong type.
         """
@@ -760,6 +763,8 @@ class MGLlavaProcessor(ProcessorMixin):
             )
         if return_assistant_tokens_mask and tokenize and not kwargs.get("return_dict"):
             raise ValueError("`return_assistant_tokens_mask` needs `return_dict=True`, which returns the mask.")
+        if isinstance(conversation, list | tuple) and not all([conversation, *conversation]):
+            raise ValueError("`conversation` must have at least one message, got an empty list.")
         processor_kwargs = dict(processor_kwargs or {})
         boxes: list[Any] = []
         with_boxes = conversation
@@ -1068,6 +1073,9 @@ def _take_boxes(value: Any, boxes: list[Any]) -> Any:
         if value.get("type") in ("image", "image_url"):
             boxes.append(boxes_of_block(value.get("boxes")))
             value = image_block({key: item for key, item in value.items() if key != "boxes"})
+        elif value.get("boxes") is not None and ("role" in value or "type" in value):
+            where = f"a message of role {value['role']!r}" if "role" in value else f"a block of type {value['type']!r}"
+            raise ValueError(f"`boxes` must be in image blocks, got them in {where}. Move them to the image's block.")
         return {key: _take_boxes(item, boxes) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_take_boxes(item, boxes) for item in value]

@@ -391,3 +391,22 @@ def test_many_boxes_are_fast():
     boxes, _ = prepare_boxes(entry, (1000, 1000), **TO_768, limit=None)
     assert time.perf_counter() - start < 2  # 0.05 s on an idle core
     assert len(boxes) > 1000
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ({"boxes": [[1, 2, 20, 30]], "score": [0.9], "labels": ["a"]}, "key 'score'. Did you mean 'scores'"),
+        ({"boxes": [[1, 2, 20, 30]], "scores": [0.9], "label": ["a"]}, "key 'label'. Did you mean 'labels'"),
+        ({"boxes": [[1, 2, 20, 30]], "scores": [[0.9]], "labels": ["a"]}, "must be a flat list"),
+        ({"boxes": [[1, 2, 20, 30]], "scores": 0.9}, "must be a flat list"),
+        ({"boxes": [[1, 2, 20, 30]], "scores": [0.9], "labels": [["a"]]}, "must be a flat list"),
+        ({"boxes": [[1, 2, 20, 30]], "scores": [0.9], "labels": 3}, "must be a flat list"),
+    ],
+)
+def test_slips_in_a_mapping_are_named(entry, message):
+    with pytest.raises(ValueError, match=message):
+        read_boxes(entry, "boxes[0]")
+    # What detectors and box files have besides is left alone.
+    more = {"boxes": [[1, 2, 20, 30]], "scores": [0.9], "labels": ["a"], "text_labels": ["a"], "id": 1, "width": 9}
+    assert len(read_boxes(more, "boxes[0]")[0]) == 1

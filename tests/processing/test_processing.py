@@ -358,3 +358,20 @@ def test_planned_placeholders_are_the_most_that_the_limit_allows(processor):
     planned = processor._get_num_multimodal_tokens(image_sizes=[(20, 30), (5, 5)])
     assert planned.num_image_tokens == [4 + 100] * 2 and planned.num_image_patches == [1, 1]
     assert processor._get_num_multimodal_tokens().num_image_tokens is None
+
+
+@pytest.mark.parametrize("place", ["message", "text"])
+def test_boxes_outside_of_image_blocks_are_refused(processor, place):
+    text = {"type": "text", "text": "q"}
+    message = {"role": "user", "content": [{"type": "image", "image": PIL.Image.new("RGB", (60, 40))}, text]}
+    (message if place == "message" else text)["boxes"] = [[1, 2, 20, 30]]
+    with pytest.raises(ValueError, match="`boxes` must be in image blocks, got them in a"):
+        processor.apply_chat_template([message], tokenize=True, return_dict=True)
+
+
+def test_boxes_may_come_from_a_generator(processor):
+    image = PIL.Image.new("RGB", (60, 40))
+    expected = processor(image, "<image>", boxes=[[[1, 2, 20, 30]]])
+    assert (
+        processor(image, "<image>", boxes=(of for of in [[[1, 2, 20, 30]]]))["boxes"][0] == expected["boxes"][0]
+    ).all()

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from PIL import Image
+from transformers import AutoProcessor
 
 from small_world import demo
 from small_world.bundle import LANGUAGE_MODEL
@@ -84,3 +85,11 @@ def test_the_demo_draws_some_answers(folder):
     assert drawing.width > 3 * 400
     # Boxes and answers in colour.
     assert len(drawing.convert("RGB").getcolors(1 << 24)) > 1000
+
+
+@pytest.mark.parametrize("size", [(1, 50), (3, 40), (40, 3), (3, 3), (4, 3)])
+def test_its_detector_takes_pictures_of_a_few_pixels(size):
+    """Nothing tells the channels of such a picture from its width or height."""
+    processor = AutoProcessor.from_pretrained(demo.MODEL)
+    inputs = processor(Image.new("RGB", size, "red"), "USER: <image>\nWhat? ASSISTANT:", return_tensors="pt")
+    assert inputs["num_boxes"].tolist() == [len(inputs["boxes"][0])]

@@ -11,12 +11,16 @@ import json
 import math
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from numbers import Real
 from typing import Any, Literal
 
 import torch
 from torchvision.ops import nms
 from transformers.utils import logging
+
+# What a mapping of boxes may have.
+_KEYS = ("boxes", "scores", "labels")
 
 logger = logging.get_logger(__name__)
 
@@ -225,7 +229,7 @@ def flatten_boxes(boxes: Any, num_images: int, group_sizes: Sequence[int] | None
     """
     if boxes is None:
         return [None] * num_images
-    boxes = _as_lists(boxes)
+    boxes = as_lists(boxes)
     levels = _entry_levels(boxes)
     level = max(levels, default=None)
     if level is None:
@@ -271,7 +275,7 @@ def boxes_of_block(boxes: Any) -> Any:
         TypeError: If there is text in place of numbers.
         ValueError: If it is one box, or boxes of several images.
     """
-    boxes = _as_lists(boxes)
+    boxes = as_lists(boxes)
     if levels := _entry_levels(boxes) - {0}:
         advice = "Wrap it: [[x1, y1, x2, y2]]." if min(levels) < 0 else "Take lists away, or give each image a block."
         raise ValueError(
@@ -281,7 +285,7 @@ def boxes_of_block(boxes: Any) -> Any:
     return boxes
 
 
-def _as_lists(boxes: Any) -> Any:
+def as_lists(boxes: Any) -> Any:
     """Turn what holds boxes, such as generators and arrays of objects, into lists; arrays of numbers stay."""
     if str(getattr(boxes, "dtype", None)) == "object":
         boxes = boxes.tolist()
@@ -291,7 +295,7 @@ def _as_lists(boxes: Any) -> Any:
         return boxes
     if not isinstance(boxes, Iterable):
         raise TypeError(f"`boxes` must hold numbers, got {type(boxes).__name__}.")
-    return [_as_lists(item) for item in boxes]
+    return [as_lists(item) for item in boxes]
 
 
 def _entry_levels(value: Any, level: int = 0) -> set[int]:
@@ -365,6 +369,10 @@ def read_boxes(entry: Any, name: str = "boxes") -> tuple[torch.Tensor, list[Labe
                 f"`{name}` must have a key 'boxes' (and 'scores', 'labels' if a detector gave them), "
                 f"got the keys {sorted(map(str, entry))}."
             )
+        for key in map(str, set(entry) - set(_KEYS)):
+            # Detectors give more than is needed here; what looks like a slip would change how the boxes are taken.
+            if meant := get_close_matches(key, [known for known in _KEYS if known not in entry], cutoff=0.8):
+                raise ValueError(f"`{name}` has a key {key!r}. Did you mean {meant[0]!r}?")
         boxes = _as_corners(entry["boxes"], f"{name}['boxes']")
         if entry.get("scores") is not None:
             scores = _as_float_tensor(entry["scores"], f"{name}['scores']")
@@ -372,7 +380,9 @@ def read_boxes(entry: Any, name: str = "boxes") -> tuple[torch.Tensor, list[Labe
             given = entry["labels"]
             if isinstance(given, str | bytes):
                 raise TypeError(f"`{name}` must have a list of labels, one per box, got the string {given[:60]!r}.")
-            labels = given.tolist() if hasattr(given, "tolist") else list(given)
+            labels = (
+                given.tolist() if hasattr(given, "tolist") else list(given) if isinstance(given, Iterable) else given
+            )
     else:
         boxes = _as_corners([] if entry is None else entry, name)
 
@@ -388,6 +398,10 @@ def read_boxes(entry: Any, name: str = "boxes") -> tuple[torch.Tensor, list[Labe
             )
         )
     _check_corners(boxes, name)
+    shapes = {"scores": None if scores is None else scores.ndim, "labels": None if labels is None else _depth(labels)}
+    for key, depth in shapes.items():
+        if depth not in (None, 1):
+            raise ValueError(f"`{name}['{key}']` must be a flat list, one for each box, got {entry[key]!r}.")
     for key, values in (("scores", scores), ("labels", labels)):
         if values is not None and len(values) != len(boxes):
             raise ValueError(
@@ -397,6 +411,13 @@ def read_boxes(entry: Any, name: str = "boxes") -> tuple[torch.Tensor, list[Labe
         index = int((~torch.isfinite(scores)).nonzero()[0])
         raise ValueError(f"`{name}` must have finite scores, got {scores[index].item()} at index {index}.")
     return boxes, labels, scores
+
+
+def _depth(labels: Any) -> int:
+    """Number of lists that labels lie in; more than two count as two."""
+    if not isinstance(labels, list):
+        return 0
+    return 2 if any(isinstance(label, list) for label in labels) else 1
 
 
 def _as_corners(values: Any, name: str) -> torch.Tensor:

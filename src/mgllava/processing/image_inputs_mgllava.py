@@ -403,13 +403,15 @@ def _binary_file(image: Any, name: str) -> BinaryIO:
             f"mappings with one of these, got {type(image).__name__}."
         )
     text, shown = os.fspath(image), _shown(image)
+    if isinstance(image, str) and text.lstrip()[:5].lower() in ("data:", "http:", "https"):
+        text = text.strip()
     scheme = text[:8].lower() if isinstance(image, str) else ""
     if scheme.startswith(("http://", "https://")):
         return io.BytesIO(_download(text, name))
     if scheme.startswith("data:"):
         head, comma, payload = text.partition(",")
         data = urllib.parse.unquote_to_bytes(payload)
-        decoded = _from_base64(data) if head.lower().endswith(";base64") else data
+        decoded = _from_base64(data) if head.lower().replace(" ", "").endswith(";base64") else data
         if not comma or not decoded:
             raise UnreadableImageError(
                 f"`{name}` must be a data URL like 'data:image/png;base64,...', got {shown}, which cannot be decoded."

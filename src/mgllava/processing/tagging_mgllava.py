@@ -6,6 +6,7 @@ from typing import Any
 import PIL.Image
 import torch
 from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_utils import ChannelDimension
 
 from .pil_resize_mgllava import resize_like_pil
 
@@ -69,7 +70,8 @@ class ImageTagger:
             given = [resize_like_pil(image, self._resize_to) for image in given]
             options["do_resize"] = False
         if isinstance(self.image_processor, TorchvisionBackend):
-            options["device"] = self.model.device
+            # Named, since nothing tells the channels of a picture that is three pixels wide or high.
+            options |= {"device": self.model.device, "input_data_format": ChannelDimension.FIRST}
         else:
             given = [PIL.Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in given]
         return self.image_processor(given, **options)["pixel_values"]
