@@ -10,6 +10,7 @@ import time
 import pytest
 
 from mgllava.box_files import BoxFileError, detect_images, read_boxes
+from mgllava.box_files.shards import Batch, ShardFolder
 from mgllava.folder_lock import FolderLock, FolderLockedError
 from tests.box_files.stub_detector import StubDetector
 
@@ -69,6 +70,24 @@ def test_task_of_another_job_does_not_join_an_array(some_images, tmp_path):
             detect_images(
                 some_images, output, StubDetector(), array_task=(0, 2), resume=True, threshold=0.5, **OPTIONS
             )
+
+
+def test_task_that_starts_at_the_same_moment_keeps_what_another_one_has_begun(tmp_path, monkeypatch):
+    manifest = {"settings": {}, "inputs_digest": "0", "images": 4, "shard_size": 2}
+    first, second = (ShardFolder(tmp_path / "boxes.json") for _ in range(2))
+    looked = ShardFolder.read_manifest
+
+    def look_and_be_overtaken(folder):
+        found = looked(folder)
+        if folder is second and found is None:
+            first.begin(manifest)
+            first.append(0, Batch(0, 2))
+        return found
+
+    monkeypatch.setattr(ShardFolder, "read_manifest", look_and_be_overtaken)
+    second.begin(manifest)
+    assert (first.next_image(0), second.next_image(0), second.next_image(1)) == (2, 2, 2)
+    assert (first.path / "shard-000000.jsonl").is_file()
 
 
 def test_killed_job_leaves_a_lock_that_the_next_one_takes_over(some_images, tmp_path, expected, caplog):

@@ -89,9 +89,9 @@ class ShardFolder:
                 f"{self.path} belongs to another job: {describe_differences(earlier, manifest)}. Choose another "
                 "output, or pass `overwrite=True` (`--overwrite`) to start again."
             )
-        if earlier is None:
-            # Without their manifest nothing tells which images the shards are of.
-            self.remove()
+        if earlier is None and os.path.lexists(self.path):
+            # Checked, not removed: another task of an array may have begun since the manifest was looked for.
+            self._check_own()
         self.path.mkdir(parents=True, exist_ok=True)
         # Tasks of an array may all get here first, so each writes a file of its own.
         descriptor, partial = tempfile.mkstemp(".partial", "manifest.", self.path)
@@ -110,9 +110,13 @@ class ShardFolder:
         """
         self.clean()
         if os.path.lexists(self.path):
-            _check_own(self.path, needs_manifest=any(self.path.glob("shard-*")))
+            self._check_own()
             self.path.rename(self._finished)
             self.clean()
+
+    def _check_own(self) -> None:
+        """Refuse a folder that is not of a job; without their manifest nothing tells which images shards are of."""
+        _check_own(self.path, needs_manifest=any(self.path.glob("shard-*")))
 
     def clean(self) -> None:
         """Remove what a kill left of a folder that was to go.
