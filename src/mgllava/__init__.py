@@ -1,23 +1,14 @@
 """MG-LLaVA (arXiv 2406.17770) for transformers.
 
-Importing this package makes the `Auto` classes of transformers know MG-LLaVA. `AutoModel` gives the model that can
-generate, as `AutoModelForImageTextToText` does. They know the image tagger RAM++ too. What is saved with these classes
-holds their code, so it loads with `trust_remote_code=True` where this package is not installed.
+Importing this package registers its model families, MG-LLaVA and the image tagger RAM++, with the Auto classes of
+transformers. `AutoModel` loads the model that can generate, as `AutoModelForImageTextToText` does. A model saved with
+these classes carries their code, so it loads with `trust_remote_code=True` where this package is not installed.
 """
 
 from importlib import import_module
 from typing import Any
 
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoProcessor,
-)
-
+from mgllava.families import FAMILIES, register
 from mgllava.modeling import (
     MGLlavaConfig,
     MGLlavaForConditionalGeneration,
@@ -30,38 +21,8 @@ from mgllava.ram_plus import RamPlusConfig, RamPlusForImageTagging, RamPlusImage
 
 __version__ = "0.1.0"
 
-AutoConfig.register(MGLlavaConfig.model_type, MGLlavaConfig, exist_ok=True)
-for _auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
-    _auto_class.register(MGLlavaConfig, MGLlavaForConditionalGeneration, exist_ok=True)
-AutoImageProcessor.register(
-    MGLlavaConfig,
-    image_processor_classes={"torchvision": MGLlavaImageProcessor, "pil": MGLlavaImageProcessorPil},
-    exist_ok=True,
-)
-AutoProcessor.register(MGLlavaConfig, MGLlavaProcessor, exist_ok=True)
-
-AutoConfig.register(RamPlusConfig.model_type, RamPlusConfig, exist_ok=True)
-for _tagger_auto_class in (AutoModel, AutoModelForImageClassification):
-    _tagger_auto_class.register(RamPlusConfig, RamPlusForImageTagging, exist_ok=True)
-AutoImageProcessor.register(
-    RamPlusConfig,
-    image_processor_classes={"torchvision": RamPlusImageProcessor, "pil": RamPlusImageProcessorPil},
-    exist_ok=True,
-)
-
-# From here on `save_pretrained` copies the code and notes it in `auto_map`.
-for _config_class in (MGLlavaConfig, RamPlusConfig):
-    _config_class.register_for_auto_class()
-for _model_class in (MGLlavaForConditionalGeneration, MGLlavaModel, RamPlusForImageTagging):
-    _model_class.register_for_auto_class("AutoModel")
-for _image_processor_class in (
-    MGLlavaImageProcessor,
-    MGLlavaImageProcessorPil,
-    RamPlusImageProcessor,
-    RamPlusImageProcessorPil,
-):
-    _image_processor_class.register_for_auto_class()
-MGLlavaProcessor.register_for_auto_class()
+for _family in FAMILIES.values():
+    register(_family)
 
 
 # Loaded at the first use: `mgllava.chat.ChatSession` works after `import mgllava`, which stays light.

@@ -1,0 +1,37 @@
+"""The model families of this package. A new one is a file next to this one and a line in `FAMILIES`."""
+
+from typing import Any
+
+from .family import Family, resolve
+from .mgllava import MGLLAVA
+from .ram_plus import RAM_PLUS
+from .registration import register
+
+# By `config.model_type`. Never by class: remote code has classes of its own.
+FAMILIES: dict[str, Family] = {
+    "mgllava": MGLLAVA,
+    "ram_plus": RAM_PLUS,
+}
+
+
+def family_of(config: Any, has_text: bool = True) -> Family:
+    """Return the family of a configuration.
+
+    Args:
+        config (`PreTrainedConfig`): Configuration of a model.
+        has_text (`bool`, *optional*, defaults to `True`): Whether only families that read and write text will do.
+
+    Returns:
+        [`Family`]: The family.
+
+    Raises:
+        ValueError: If the configuration belongs to no such family.
+    """
+    accepted = {name: family for name, family in FAMILIES.items() if family.processor or not has_text}
+    if config.model_type not in accepted:
+        expected = " or ".join(f"{family.title} ({name!r})" for name, family in accepted.items())
+        raise ValueError(f"The model type must be {expected}, got {config.model_type!r}.")
+    return accepted[config.model_type]
+
+
+__all__ = ["FAMILIES", "Family", "family_of", "register", "resolve"]

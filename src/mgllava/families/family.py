@@ -1,0 +1,58 @@
+"""What a model family is, by the names of its classes and functions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A model architecture, described by import strings such as `"mgllava.modeling:MGLlavaConfig"`.
+
+    Describing a family imports nothing, so that a low floor can name what lies on a higher one; whoever uses a
+    field resolves it with [`resolve`].
+
+    Attributes:
+        title: Name for people.
+        config: Configuration class; its `model_type` is the key of `FAMILIES`.
+        model: Model class with all heads, which the Auto classes load.
+        auto_classes: Names of the Auto classes of transformers that load `model`, `AutoModel` among them.
+        image_processors: Image processor class per backend, `torchvision` and `pil`.
+        base_model: Model class without heads, if it can be saved on its own.
+        processor: Processor class; `None` for models that read no text, which have an image processor only.
+        chat_templates: Mapping from the names of prompt templates to chat templates.
+        source_formats: Source formats, the checkpoint layouts that `mgllava convert` reads for this family.
+        card: Function that writes the model card.
+        parts: Names of the trained parts that a new model is put together from.
+        build: Function that puts a new model together from `parts`.
+        trained_whole: Modules, as attributes of the base model, that LoRA trains as a whole.
+        max_text_length: Longest training text in tokens, where an image counts as one.
+        images_depend_on_text: Whether the embeddings of an image depend on the text of the prompt. The KV cache behind
+            the first image can then not be used for another prompt.
+    """
+
+    title: str
+    config: str
+    model: str
+    auto_classes: tuple[str, ...]
+    image_processors: Mapping[str, str]
+    base_model: str | None = None
+    processor: str | None = None
+    chat_templates: str | None = None
+    source_formats: tuple[str, ...] = ()
+    card: str | None = None
+    parts: tuple[str, ...] = ()
+    build: str | None = None
+    trained_whole: tuple[str, ...] = field(default=())
+    max_text_length: int | None = None
+    images_depend_on_text: bool = False
+
+
+def resolve(name: str) -> Any:
+    """Import what an import string names."""
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+__all__ = ["Family", "resolve"]

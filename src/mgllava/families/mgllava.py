@@ -1,0 +1,24 @@
+"""The family MG-LLaVA (arXiv 2406.17770)."""
+
+from .family import Family
+
+MGLLAVA = Family(
+    title="MG-LLaVA",
+    config="mgllava.modeling:MGLlavaConfig",
+    model="mgllava.modeling:MGLlavaForConditionalGeneration",
+    auto_classes=("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"),
+    image_processors={
+        "torchvision": "mgllava.processing:MGLlavaImageProcessor",
+        "pil": "mgllava.processing:MGLlavaImageProcessorPil",
+    },
+    base_model="mgllava.modeling:MGLlavaModel",
+    processor="mgllava.processing:MGLlavaProcessor",
+    chat_templates="mgllava.processing:CHAT_TEMPLATES",
+    card="mgllava.hub.mgllava_card:mgllava_card",
+    parts=("llm", "vision_tower", "high_res_tower"),
+    trained_whole=("fusion", "multi_modal_projector", "box_projector", "object_attention"),
+    # 2,048 tokens less those of an image.
+    max_text_length=1472,
+)
+
+__all__ = ["MGLLAVA"]
