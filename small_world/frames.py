@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from mgllava import MGLlavaImageProcessor, RamPlusImageProcessor
-from mgllava.processing.detector_pixels_mgllava import square_pixels
+from mgllava.processing.owlv2_detection_mgllava import square_pixels
 
 _PIXELS_ONLY = {"do_rescale": False, "do_normalize": False}
 

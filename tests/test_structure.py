@@ -48,7 +48,14 @@ def test_hub_file_imports_siblings_and_core_packages_only(path):
 def test_hub_file_names_are_unique_and_ours():
     names = [path.name for path in HUB_FILES if path.name != "__init__.py"]
     assert len(names) == len(set(names))
-    assert all(name.endswith(("_mgllava.py", "_ram_plus.py")) for name in names)
+    assert all(name.endswith(("_mgllava.py", "_ram_plus.py", "_common.py")) for name in names)
+
+
+def test_common_files_do_not_depend_on_a_family():
+    """They go into the saved models of every family, each with what it imports."""
+    common = [path for path in HUB_FILES if path.name.endswith("_common.py")]
+    found = {f"{path.name}: {module}" for path in common for level, module in imports(path) if level == 1}
+    assert common and all(entry.endswith("_common") for entry in found), found
 
 
 @pytest.mark.parametrize("path", HUB_FILES, ids=lambda path: f"{path.parent.name}/{path.name}")

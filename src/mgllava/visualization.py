@@ -11,7 +11,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
 from mgllava.processing.boxes_mgllava import read_boxes_of_image
-from mgllava.processing.image_inputs_mgllava import as_rgb, load_upright
+from mgllava.processing.images_common import as_rgb, load_upright
 
 Color = tuple[int, int, int]
 _Rectangle = tuple[float, float, float, float]

@@ -9,10 +9,9 @@ from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 from mgllava import BoxDetector
 from mgllava.conversion import convert_ram_plus
 from mgllava.processing import COCO_80, box_detection_mgllava
-from mgllava.processing.detector_pixels_mgllava import resize_matrix, square_pixels
-from mgllava.processing.image_inputs_mgllava import as_rgb
-from mgllava.processing.pil_resize_mgllava import resize_by_products, resize_like_pil
-from mgllava.processing.tagging_mgllava import tags_as_labels
+from mgllava.processing.box_detection_mgllava import tags_as_labels
+from mgllava.processing.images_common import as_rgb, resize_by_products, resize_like_pil
+from mgllava.processing.owlv2_detection_mgllava import resize_matrix, square_pixels
 
 from .detectors import (
     CASES,

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from mgllava import BoxDetector
-from mgllava.processing.image_inputs_mgllava import as_rgb
-from mgllava.processing.pil_resize_mgllava import resize_by_products, resize_like_pil
+from mgllava.processing.images_common import as_rgb, resize_by_products, resize_like_pil
 
 from .detectors import CASES, OWLV2, assert_same_boxes, golden_image, grounding_dino, labels_of
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
 from mgllava import BoxDetector, MGLlavaImageProcessor, MGLlavaProcessor
 from mgllava.processing import box_detector_files_mgllava, processing_mgllava
-from mgllava.processing.prompt_embeds_mgllava import PromptEmbeds
+from mgllava.processing.owlv2_detection_mgllava import PromptEmbeds
 
 from .detectors import CASES, OWLV2, assert_same_boxes, golden_image, grounding_dino, labels_of
 from .test_processing import small
@@ -82,7 +82,7 @@ def test_saved_embeddings_spare_the_text_tower_and_foreign_ones_are_not_used(sav
     assert_same_boxes(loaded.detect(IMAGE)[0], EXPECTED)
 
     messages = []
-    monkeypatch.setattr("mgllava.processing.prompt_embeds_mgllava.logger.warning", messages.append)
+    monkeypatch.setattr("mgllava.processing.owlv2_detection_mgllava.logger.warning", messages.append)
     other = AutoModelForZeroShotObjectDetection.from_pretrained(OWLV2)
     with torch.no_grad():
         other.owlv2.text_projection.weight.mul_(2)

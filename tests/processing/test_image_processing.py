@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
-from mgllava.processing import MGLlavaImageProcessor, MGLlavaImageProcessorPil, image_inputs_mgllava
+from mgllava.processing import MGLlavaImageProcessor, MGLlavaImageProcessorPil, image_processing_mgllava
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = [case for case in json.loads((GOLDEN / "cases.json").read_text())["cases"] if case["kind"] == "image"]
@@ -112,7 +112,7 @@ def test_long_images_are_resized_as_in_their_square(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_square_of_a_long_image_is_never_made(backend, monkeypatch):
     """It would take 120 gigabytes."""
-    monkeypatch.setattr(image_inputs_mgllava, "pad_to_square", None)
+    monkeypatch.setattr(image_processing_mgllava, "pad_to_square", None)
     for shape in ((2, 200_000), (200_000, 2)):
         pixels = backend(**SMALL)(PIL.Image.fromarray(noise(*shape)), **RAW)["pixel_values"][0]
         assert np.asarray(pixels).shape == (3, 48, 48)

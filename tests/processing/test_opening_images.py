@@ -22,7 +22,7 @@ from mgllava import (
     RamPlusImageProcessor,
     RamPlusImageProcessorPil,
 )
-from mgllava.processing import image_inputs_mgllava
+from mgllava.processing import images_common
 from mgllava.ram_plus import image_inputs_ram_plus
 
 SIDE = 16
@@ -344,7 +344,7 @@ def test_a_decompression_bomb_is_named(monkeypatch):
         PROCESSORS[0]([PICTURES["grey"][0]])
 
 
-@pytest.mark.parametrize("module", [image_inputs_mgllava, image_inputs_ram_plus])
+@pytest.mark.parametrize("module", [images_common, image_inputs_ram_plus])
 def test_16_bits_that_are_nearly_black_are_said(module, monkeypatch):
     messages = []
     monkeypatch.setattr(module.logger, "warning_once", messages.append)
@@ -356,9 +356,9 @@ def test_16_bits_that_are_nearly_black_are_said(module, monkeypatch):
 
 def test_both_hub_folders_open_images_with_the_same_code():
     """They go into repositories of their own, so one cannot import the other."""
-    texts = [Path(module.__file__).read_text() for module in (image_inputs_mgllava, image_inputs_ram_plus)]
+    texts = [Path(module.__file__).read_text() for module in (images_common, image_inputs_ram_plus)]
     start, end = "class UnreadableImageError", "    return array.to(torch.uint8)\n"
     blocks = [text[text.index(start) : text.rindex(end)] for text in texts]
     assert blocks[0] == blocks[1]
     for name in ("IMAGE_KEYS", "_CHANNEL_COUNTS", "_SHORTEST_BASE64", "_DOWNLOAD_TIMEOUT", "_ROUNDING", "_UPRIGHT"):
-        assert getattr(image_inputs_mgllava, name) == getattr(image_inputs_ram_plus, name)
+        assert getattr(images_common, name) == getattr(image_inputs_ram_plus, name)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from PIL import Image
 
-from mgllava.processing.image_inputs_mgllava import load_upright
+from mgllava.processing.images_common import load_upright
 
 from .errors import BoxFileError
 

@@ -13,7 +13,7 @@ from transformers import DynamicCache, GenerationConfig, TextStreamer
 
 from mgllava.modeling import CACHE_NAME
 from mgllava.processing.boxes_mgllava import limit_boxes, nms_per_label, read_boxes_of_image
-from mgllava.processing.image_inputs_mgllava import as_rgb, load_upright
+from mgllava.processing.images_common import as_rgb, load_upright
 from mgllava.user_text import encode_conversation
 
 # Longest answer where neither the caller nor the model's generation config names one.

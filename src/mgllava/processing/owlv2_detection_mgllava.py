@@ -1,25 +1,31 @@
-"""OWLv2 with everything left out that the image does not need: one tower, the class head, and boxes where they count.
+"""Zero-shot detectors: OWLv2 with everything left out that the image does not need, and any other of transformers.
 
-Of the 6.2 TFLOP that tagging and detecting take at the released sizes, 93 % are the image tower; it alone runs in low
-precision. Text embeddings come from a table, the objectness head has no reader, and boxes are predicted only for the
-patches whose score passes.
+Of the 6.2 TFLOP that tagging and detecting take at the released sizes, 93 % are OWLv2's image tower; it alone runs in
+low precision. Text embeddings come from a table, the objectness head has no reader, and boxes are predicted only for
+the patches whose score passes.
 """
 
+import difflib
 import hashlib
-from collections.abc import Sequence
+import inspect
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torchvision.ops import box_convert
 from transformers.utils import logging
-
-from .detector_pixels_mgllava import square_pixels
-from .prompt_embeds_mgllava import PromptEmbeds
 
 logger = logging.get_logger(__name__)
 
 _PROMPT = "a photo of "
 _PROMPTS_AT_ONCE = 512
+_PADDING = 0.5  # of pixels between 0 and 1, before they are normalized
 
 
 class Owlv2Detector:
@@ -178,3 +184,251 @@ class Owlv2Detector:
         counts = torch.bincount(image_of, minlength=len(images)).tolist()
         split = zip(boxes.split(counts), chosen.split(counts), scores.split(counts), labels, strict=True)
         return [(box, [of_image[row] for row in rows.tolist()], score) for box, rows, score, of_image in split]
+
+
+class PromptEmbeds:
+    """A table of prompts and their embeddings that grows by the prompts it has not seen.
+
+    Args:
+        embed (`Callable`): Gives fp32 embeddings of shape `(num_prompts, width)` of a list of prompts.
+        fingerprint (`str`): Names the text tower; saved embeddings of another one are not used.
+    """
+
+    def __init__(self, embed: Callable[[list[str]], torch.Tensor], fingerprint: str):
+        self._embed = embed
+        self._fingerprint = fingerprint
+        self._rows: dict[str, int] = {}
+        self._table: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, prompt: str) -> bool:
+        return prompt in self._rows
+
+    def add(self, prompts: Sequence[str]) -> None:
+        """Embed those prompts that are not in the table.
+
+        Args:
+            prompts (`Sequence[str]`): Prompts; repeated ones are embedded once.
+        """
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
+        if missing:
+            self._append(missing, self._embed(missing))
+
+    def get(self, prompts: Sequence[Sequence[str]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Look up the prompts of several images.
+
+        Args:
+            prompts (`Sequence[Sequence[str]]`): The prompts of each image, at least one in all.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: fp32 embeddings of shape `(num_images, max_prompts, width)` and a bool
+            mask of shape `(num_images, max_prompts)` that is `False` where an image has fewer prompts than others.
+        """
+        self.add([prompt for of_image in prompts for prompt in of_image])
+        assert self._table is not None  # there is a prompt
+        rows = [torch.tensor([self._rows[prompt] for prompt in of_image]) for of_image in prompts]
+        # Sequences of -1 are longer than any row number, so they mark the padding.
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(self._table.device)
+        return self._table[padded.clamp(min=0)], padded >= 0
+
+    def _append(self, prompts: list[str], embeds: torch.Tensor) -> None:
+        self._table = embeds if self._table is None else torch.cat([self._table, embeds.to(self._table.device)])
+        for prompt in prompts:
+            self._rows[prompt] = len(self._rows)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write all embeddings to a safetensors file, with the prompts in its metadata.
+
+        Args:
+            path (`str` or `os.PathLike`): The file; it appears when it is complete.
+        """
+        metadata = {"prompts": json.dumps(list(self._rows)), "text_tower": self._fingerprint}
+        temporary = f"{os.fspath(path)}.incomplete"
+        assert self._table is not None  # who has nothing to save does not call this
+        save_file({"prompt_embeds": self._table.cpu().contiguous()}, temporary, metadata=metadata)
+        os.replace(temporary, path)
+
+    def load(self, path: str | os.PathLike, device: torch.device) -> None:
+        """Add the embeddings of a file, unless another text tower made them.
+
+        Args:
+            path (`str` or `os.PathLike`): A file that [`~PromptEmbeds.save`] wrote.
+            device (`torch.device`): Where to keep them.
+
+        Raises:
+            ValueError: If the file does not hold one row for each prompt that it names.
+        """
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("text_tower") != self._fingerprint:
+                logger.warning(f"Ignoring {os.fspath(path)!r}: another text tower made these embeddings.")
+                return
+            embeds = file.get_tensor("prompt_embeds")
+        prompts = json.loads(metadata.get("prompts", "[]"))
+        if embeds.ndim != 2 or len(prompts) != len(embeds) or len(set(prompts)) != len(prompts):
+            raise ValueError(
+                f"{os.fspath(path)!r} must hold one embedding for each prompt, got {len(prompts)} prompts for a "
+                f"tensor of shape {tuple(embeds.shape)}. Remove the file: prompts are then embedded again."
+            )
+        new = [row for row, prompt in enumerate(prompts) if prompt not in self._rows]
+        if new:
+            self._append([prompts[row] for row in new], embeds[new].to(device))
+
+
+@lru_cache(maxsize=8)
+def resize_matrix(length: int, new_length: int, device: torch.device) -> torch.Tensor:
+    """Make the matrix that resizes one axis.
+
+    Args:
+        length (`int`): Number of samples before.
+        new_length (`int`): Number of samples after.
+        device (`torch.device`): Where the matrix is wanted.
+
+    Returns:
+        `torch.Tensor`: fp32 of shape `(new_length, length)`; each row sums to one.
+    """
+    # Not every accelerator has float64, in which the weights are worked out.
+    computed_on = device if device.type == "cuda" else torch.device("cpu")
+    factor, last = length / new_length, length - 1
+    centres = ((torch.arange(new_length, dtype=torch.float64, device=computed_on) + 0.5) * factor - 0.5).abs()
+    centres = torch.where(centres > last, 2 * last - centres, centres).clamp(min=0)
+    left = centres.floor().clamp(max=max(last - 1, 0))
+    right_weight = centres - left
+
+    sigma = max((factor - 1) / 2, 0.0)
+    radius = int(4 * sigma + 0.5)
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float64, device=computed_on)
+    blur = torch.exp(-offsets.square() / (2 * sigma**2)) if radius else torch.ones_like(offsets)
+    blur = blur / blur.sum()
+
+    matrix = torch.zeros(new_length, length, dtype=torch.float64, device=computed_on)
+    for samples, weights in ((left, 1 - right_weight), ((left + 1).clamp(max=last), right_weight)):
+        columns = _mirror((samples[:, None] + offsets).long(), last)
+        matrix.scatter_add_(1, columns, weights[:, None] * blur)
+    return matrix.to(device=device, dtype=torch.float32)
+
+
+def _mirror(index: torch.Tensor, last: int) -> torch.Tensor:
+    """Fold indices back into `0..last`, without repeating the first and the last sample."""
+    index = index.abs() % max(2 * last, 1)
+    return torch.where(index > last, 2 * last - index, index)
+
+
+def square_pixels(
+    image: torch.Tensor,
+    size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device,
+) -> torch.Tensor:
+    """Pad an image to a square at its right and bottom, resize and normalise it.
+
+    Args:
+        image (`torch.Tensor`): uint8 RGB of shape `(3, height, width)`.
+        size (`tuple[int, int]`): `(height, width)` after resizing.
+        mean (`Sequence[float]`): Per channel, of pixels between 0 and 1.
+        std (`Sequence[float]`): Per channel.
+        device (`torch.device`): Where to compute; the image is moved there in 8 bits.
+
+    Returns:
+        `torch.Tensor`: fp32 of shape `(3, *size)` on `device`.
+    """
+    height, width = image.shape[1:]
+    side = max(height, width)
+    # Rows of the matrices sum to one, so the grey part is an offset and takes no part in the products.
+    rows = resize_matrix(side, size[0], device)[:, :height]
+    columns = resize_matrix(side, size[1], device)[:, :width].T
+    pixels = image.to(device).float().mul_(1 / 255).sub_(_PADDING)
+    pixels = rows @ (pixels @ columns) if width >= height else (rows @ pixels) @ columns
+    scale = pixels.new_tensor(std).reciprocal()[:, None, None]
+    shift = (_PADDING - pixels.new_tensor(mean))[:, None, None]
+    return pixels.add_(shift).mul_(scale)
+
+
+class GroundedDetector:
+    """Finds the objects of labels with any `AutoModelForZeroShotObjectDetection`.
+
+    Images are batched where they have one size and one list of labels, for then nothing is padded and the results are
+    those of one image at a time. Grounding DINO reports the words of the prompt that it found, which may be a part of
+    a label, or parts of several: the box gets the label that is most like them, or is dropped if there is no word.
+
+    Args:
+        model ([`PreTrainedModel`]): The detector; it goes to `device`.
+        processor ([`ProcessorMixin`]): Its processor.
+        device (`torch.device`): Where to detect.
+        dtype (`torch.dtype`): If not fp32, the model computes under autocast in it.
+    """
+
+    def __init__(self, model: Any, processor: Any, device: torch.device, dtype: torch.dtype):
+        self.model, self.processor, self.device, self.dtype = model.eval().to(device), processor, device, dtype
+        post_process = processor.post_process_grounded_object_detection
+        self._options = inspect.signature(post_process).parameters
+
+    @torch.no_grad()
+    def find(
+        self, images: Sequence[torch.Tensor], labels: Sequence[Sequence[str]], threshold: float
+    ) -> list[tuple[torch.Tensor, list[str], torch.Tensor]]:
+        """Find the objects of some images, in the order of the detector.
+
+        Args:
+            images (`Sequence[torch.Tensor]`): uint8 RGB of shape `(3, height, width)` each.
+            labels (`Sequence[Sequence[str]]`): What to look for in each image.
+            threshold (`float`): Scores must be greater.
+
+        Returns:
+            `list[tuple]`: Per image fp32 boxes of shape `(n, 4)` (xyxy in pixels of the image, not clipped), n labels
+            and fp32 scores of shape `(n,)`, on the CPU.
+        """
+        groups: dict[Any, list[int]] = {}
+        for index, (image, of_image) in enumerate(zip(images, labels, strict=True)):
+            groups.setdefault((image.shape, tuple(of_image)), []).append(index)
+        found: dict[int, tuple[torch.Tensor, list[str], torch.Tensor]] = {}
+        for (_, of_group), indices in groups.items():
+            results = self._find([images[index] for index in indices], list(of_group), threshold)
+            found.update(zip(indices, results, strict=True))
+        return [found[index] for index in range(len(images))]
+
+    def _find(
+        self, images: list[torch.Tensor], labels: list[str], threshold: float
+    ) -> list[tuple[torch.Tensor, list[str], torch.Tensor]]:
+        """Find the objects of images that have one size and one list of labels."""
+        if not any(labels):  # the empty prompt of 2024 is a habit of OWLv2 alone
+            return [(torch.zeros(0, 4), [], torch.zeros(0)) for _ in images]
+        text = [list(labels) for _ in images]
+        inputs = self.processor(images=images, text=text, return_tensors="pt").to(self.device)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            outputs = self.model(**inputs)
+        for name, value in outputs.items():  # scores and thresholds in fp32
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                outputs[name] = value.float()
+        options: dict[str, Any] = {
+            "threshold": threshold,
+            "target_sizes": [tuple(image.shape[1:]) for image in images],
+        }
+        # A box whose best word is just above the threshold would otherwise have no label.
+        available = {"text_labels": text, "text_threshold": threshold}
+        options.update({name: value for name, value in available.items() if name in self._options})
+        results = self.processor.post_process_grounded_object_detection(outputs, **options)
+        return [self._named(found, labels) for found in results]
+
+    @staticmethod
+    def _named(found: dict[str, Any], labels: list[str]) -> tuple[torch.Tensor, list[str], torch.Tensor]:
+        """Give each box of an image one of the labels."""
+        names = [_closest_label(phrase, labels) for phrase in found["text_labels"]]
+        kept = [index for index, name in enumerate(names) if name is not None]
+        return found["boxes"].cpu()[kept], [name for name in names if name is not None], found["scores"].cpu()[kept]
+
+
+def _closest_label(phrase: str, labels: list[str]) -> str | None:
+    """Find the label that a detector's phrase is most like; `None` if the phrase has no word."""
+    if phrase in labels:
+        return phrase
+    words = " ".join(re.findall(r"\w+", re.sub(r"\[\w+\]", " ", phrase)))  # special tokens are in brackets
+    by_lower_case = {label.lower(): label for label in reversed(labels)}
+    closest = difflib.get_close_matches(words, by_lower_case, n=1, cutoff=0.0) if words else []
+    return by_lower_case[closest[0]] if closest else None
+
+
+__all__ = ["GroundedDetector", "Owlv2Detector", "PromptEmbeds", "resize_matrix", "square_pixels"]

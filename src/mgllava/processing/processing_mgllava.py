@@ -39,8 +39,8 @@ from .boxes_mgllava import (
     take_boxes_from_text,
     write_boxes_into_text,
 )
-from .image_inputs_mgllava import as_rgb, flat_images, group_sizes, image_block
-from .text_chunks_mgllava import (
+from .images_common import as_rgb, flat_images, group_sizes, image_block
+from .text_chunks_common import (
     BOUNDARY_NAMES,
     PRIVATE_CHARACTERS,
     chat_formats,
@@ -90,7 +90,7 @@ class MGLlavaProcessor(ProcessorMixin):
 
     Each `<image>` in the text becomes `image_seq_length + num_tokens_per_box * num_boxes` placeholders in one run, and
     text is encoded in chunks around the images and between the pieces of a conversation, as in training (see
-    `text_chunks_mgllava.py`).
+    `text_chunks_common.py`).
 
     Example:
         ```python
@@ -104,7 +104,7 @@ class MGLlavaProcessor(ProcessorMixin):
         tokenizer ([`PreTrainedTokenizerBase`]): Has `image_token` in its vocabulary.
         image_seq_length (`int`, *optional*, defaults to 576): Fused tokens per image, from the model's config.
         num_tokens_per_box (`int`, *optional*, defaults to 1): 0 for model variants that give no box tokens.
-        chat_template (`str`, *optional*): Jinja template; see `text_chunks_mgllava.py`.
+        chat_template (`str`, *optional*): Jinja template; see `text_chunks_common.py`.
         image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder, if the tokenizer does not name one.
         box_detector_config (`dict`, *optional*): What a [`BoxDetector`] is built from when boxes are first needed;
             plain values, saved with the processor: `tagger` and `detector` (repository ids, folders, or paths in the

@@ -1,6 +1,6 @@
 """What both image processor backends of RAM++ share: the settings of the original, and 8-bit RGB as it makes it.
 
-All functions from [`open_images`] on are those of `image_inputs_mgllava.py`, word by word: the two folders go into
+All functions from [`open_images`] on are those of `images_common.py`, word by word: the two folders go into
 repositories of their own, and open every image alike. `tests/ram_plus/test_image_processing.py` compares them.
 """
 

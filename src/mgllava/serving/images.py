@@ -6,7 +6,7 @@ import io
 
 import PIL.Image
 
-from mgllava.processing.image_inputs_mgllava import load_upright
+from mgllava.processing.images_common import load_upright
 from mgllava.serving.errors import RequestError
 from mgllava.serving.limits import ServingLimits
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from mgllava.processing.boxes_mgllava import take_boxes_from_text
-from mgllava.processing.text_chunks_mgllava import BOUNDARY_NAMES, encode_chunks, split_text, writes_boundaries
+from mgllava.processing.text_chunks_common import BOUNDARY_NAMES, encode_chunks, split_text, writes_boundaries
 
 from .errors import SampleError
 from .samples import MissingBoxes, sample_id, sample_images, to_conversation

@@ -1,42 +1,25 @@
-"""What both image processor backends share: loading, the square padding, and the boxes beside the pixels.
-
-The square input of the MG-LLaVA vision towers (arXiv 2406.17770, section 3.1) is made as in the original's training
-and evaluation code: 8-bit RGB, padded to a square with the CLIP mean colour, short side resized (bicubic),
-centre-cropped, rescaled and normalised. Boxes follow the same way, see `boxes_mgllava.py`.
-"""
+"""Images of users: opened whatever way they come, turned upright, brought to 8-bit RGB, and resized exactly."""
 
 import base64
 import io
 import os
 import urllib.parse
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from functools import lru_cache
 from typing import Any, BinaryIO
 
 import numpy as np
 import PIL.Image
 import torch
 from huggingface_hub.utils import httpx
-from transformers import BatchFeature
-from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import (
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
-    ChannelDimension,
-    PILImageResampling,
-    SizeDict,
-)
-from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.image_utils import ChannelDimension
 from transformers.utils import logging
-
-from .boxes_mgllava import BoxLimitMode, flatten_boxes, prepare_boxes
-from .pil_resize_mgllava import resize_in_square
 
 logger = logging.get_logger(__name__)
 
 # Where a mapping may hold an image: blocks of conversations, and what the datasets library stores.
 IMAGE_KEYS = ("image", "bytes", "base64", "url", "path", "image_url")
 _CHANNEL_COUNTS = (1, 3, 4)  # grey, RGB, RGB and alpha
-_MILD_ASPECT_RATIO = 2
 _SHORTEST_BASE64 = 32
 _DOWNLOAD_TIMEOUT = 60  # seconds without an answer
 _ROUNDING = 1e-3  # by how much floating point values may lie outside of their range
@@ -49,201 +32,15 @@ _UPRIGHT = {
     7: PIL.Image.Transpose.TRANSVERSE,
     8: PIL.Image.Transpose.ROTATE_90,
 }
-# Where remote code finds the image processor of each backend.
-_REMOTE_CLASSES = {
-    "torchvision": "image_processing_mgllava.MGLlavaImageProcessor",
-    "pil": "image_processing_mgllava.MGLlavaImageProcessorPil",
-}
 
 
-class MGLlavaImageProcessorKwargs(ImagesKwargs, total=False):
-    r"""Options of the MG-LLaVA image processors beyond those of every image processor.
+def fetch_upright(images: Any) -> Any:
+    """Open the images of a (nested) list with [`open_images`], and turn them upright."""
 
-    Args:
-        boxes (`list`, *optional*):
-            One entry per image, xyxy in pixels of the original image after its EXIF orientation is applied: a mapping
-            with `boxes`, `scores` and `labels` (detector output, filtered as below), or a bare `(num_boxes, 4)` array
-            (regions that are kept as they are), or `None` (no boxes). May be nested per prompt as the images may be.
-        iou_threshold (`float`, *optional*, defaults to 0.2):
-            IoU from which the lower-scored of two detected boxes with one label is dropped.
-        box_limit_mode (`str`, *optional*, defaults to `"per_category"`):
-            `"per_category"` keeps at most 20 boxes per label once there are more than `box_limit` (5 if `box_limit` is
-            below 50); `"per_image"` keeps the best `box_limit`.
-        box_limit (`int`, *optional*, defaults to 100):
-            Number of detected boxes above which the limit applies. `None`: no limit.
-        close_to_max_length (`bool`, *optional*, defaults to `False`):
-            For training: the text leaves little room, so that only one box per label (or 20 per image) is kept.
-        return_box_labels (`bool`, *optional*, defaults to `False`):
-            Whether to return `box_labels` too: the labels of the kept boxes, one list per image.
-        pad_boxes_to_multiple_of (`int`, *optional*):
-            Add rows of zeros to `boxes` until their number is a multiple of this, so that a compiled model sees few
-            shapes. `num_boxes` and the text do not change. By default there are as many rows as the image with the
-            most boxes needs.
-    """
+    def turn(image: Any) -> Any:
+        return [turn(item) for item in image] if isinstance(image, list) else upright(image)
 
-    boxes: Any
-    iou_threshold: float | None
-    box_limit_mode: str | None
-    box_limit: int | None
-    close_to_max_length: bool | None
-    return_box_labels: bool | None
-    pad_boxes_to_multiple_of: int | None
-
-
-class MGLlavaImageProcessorMixin(BaseImageProcessor):
-    """The part of the image processors that does not depend on the backend.
-
-    Images may be PIL images (any mode), NumPy arrays, tensors, paths, http(s) URLs, data URLs, base64 strings, bytes,
-    binary files, or mappings that hold one of these (`{"bytes": ..., "path": ...}` of the datasets library,
-    `{"url": ...}`), alone or in (nested) lists. They are turned upright (EXIF) and into 8-bit RGB, whatever
-    `do_convert_rgb` says; alpha is dropped, as the original drops it; of animated files the first frame is read.
-
-    Arrays are `(height, width)`, `(height, width, channels)` or `(channels, height, width)`, or 4-dimensional batches
-    of the latter two. Integers are read as 0..255, those of 16 bits without sign (also in files) as 0..65535, floating
-    point values as 0..1 if none is larger than 1, and as 0..255 otherwise, which is a guess: an image of 0..255 whose
-    values are all 0 or 1 is read as black and white. A batch has one range for all of its images.
-    """
-
-    valid_kwargs = MGLlavaImageProcessorKwargs
-    model_input_names = ["pixel_values", "boxes", "num_boxes"]
-
-    resample = PILImageResampling.BICUBIC
-    image_mean = OPENAI_CLIP_MEAN
-    image_std = OPENAI_CLIP_STD
-    size = {"shortest_edge": 768}
-    default_to_square = False
-    crop_size = {"height": 768, "width": 768}
-    do_pad = True
-    do_resize = True
-    do_center_crop = True
-    do_rescale = True
-    do_normalize = True
-    do_convert_rgb = True
-    iou_threshold = 0.2
-    box_limit_mode = "per_category"
-    box_limit = 100
-
-    def __init__(self, **kwargs: Unpack[MGLlavaImageProcessorKwargs]):
-        super().__init__(**kwargs)
-        # The base class takes None for "not given"; here it means "no limit" and has to survive saving and loading.
-        if "box_limit" in kwargs:
-            self.box_limit = kwargs["box_limit"]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Name the classes of both backends in `auto_map`, where saving notes the one that is saved."""
-        values = super().to_dict()
-        if (values.get("auto_map") or {}).get("AutoImageProcessor") in _REMOTE_CLASSES.values():
-            values["auto_map"] = {"AutoImageProcessor": dict(_REMOTE_CLASSES)}
-        return values
-
-    def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Open images, whatever way they come, and turn them upright.
-
-        Args:
-            image_url_or_urls: An image or a (nested) list of images, see the class.
-
-        Returns:
-            The same structure, holding PIL images (RGB), arrays of 3 or 4 dimensions, and tensors.
-
-        Raises:
-            TypeError: If something is not an image.
-            UnreadableImageError: If an image cannot be opened; a `ValueError` and an `OSError`.
-        """
-        return _map(upright, open_images(image_url_or_urls))
-
-    def _preprocess_image_like_inputs(  # type: ignore[override]  # the options by name
-        self,
-        images: Any,
-        *args: Any,
-        boxes: Any,
-        iou_threshold: float,
-        box_limit_mode: BoxLimitMode,
-        box_limit: int | None,
-        close_to_max_length: bool | None,
-        return_box_labels: bool | None,
-        pad_boxes_to_multiple_of: int | None,
-        do_pad: bool,
-        return_tensors: Any,
-        input_data_format: str | ChannelDimension | None,
-        device: Any,
-        **kwargs: Any,
-    ) -> BatchFeature:
-        """Make `pixel_values`, `boxes` and `num_boxes` of all images."""
-        if pad_boxes_to_multiple_of is not None and pad_boxes_to_multiple_of < 1:
-            raise ValueError(
-                f"`pad_boxes_to_multiple_of` must be a positive number, got {pad_boxes_to_multiple_of}. Pass None for "
-                "no padding beyond the image with the most boxes."
-            )
-        size, crop_size = kwargs["size"], kwargs["crop_size"]
-        if kwargs["do_normalize"] and not kwargs["do_rescale"]:
-            raise ValueError(
-                "`do_rescale` must be True when `do_normalize` is, got False. Images are kept in 8 bits until then; "
-                "floating point images between 0 and 1 are recognised."
-            )
-        resize_to = _short_side(size) if kwargs["do_resize"] else None
-        crop_to = (crop_size.height, crop_size.width) if kwargs["do_center_crop"] else None
-
-        opened = self.fetch_images(images)
-        rgb = [as_rgb(image, input_data_format, f"images[{index}]") for index, image in enumerate(flat_images(opened))]
-        if getattr(self, "backend", None) == "pil":
-            rgb = [image.cpu() for image in rgb]
-        image_sizes = [(image.shape[1], image.shape[2]) for image in rgb]
-        entries = flatten_boxes(boxes, len(rgb), group_sizes(opened))
-        prepared = [
-            prepare_boxes(
-                entry,
-                image_size,
-                resize_to=resize_to,
-                crop_to=crop_to,
-                pad_to_square=do_pad,
-                iou_threshold=iou_threshold,
-                limit_mode=box_limit_mode,
-                limit=box_limit,
-                close_to_max_length=bool(close_to_max_length),
-                name=f"boxes[{index}]",
-            )
-            for index, (entry, image_size) in enumerate(zip(entries, image_sizes, strict=True))
-        ]
-
-        if do_pad:
-            fill = [int(channel * 255) for channel in kwargs["image_mean"]]
-            is_bicubic = kwargs["resample"] == PILImageResampling.BICUBIC
-            rgb = [self._as_square(image, fill, resize_to if is_bicubic else None) for image in rgb]
-        pixels = [
-            self.process_image(image, do_convert_rgb=False, input_data_format=ChannelDimension.FIRST, device=device)
-            for image in rgb
-        ]
-        features = self._preprocess(pixels, *args, do_pad=False, return_tensors=None, **kwargs)
-
-        num_boxes = [len(kept) for kept, _ in prepared]
-        padded = torch.nn.utils.rnn.pad_sequence([kept for kept, _ in prepared], batch_first=True)
-        if pad_boxes_to_multiple_of is not None:
-            padded = torch.nn.functional.pad(padded, (0, 0, 0, -padded.shape[1] % pad_boxes_to_multiple_of))
-        data = {"pixel_values": features["pixel_values"], "boxes": list(padded.numpy()), "num_boxes": num_boxes}
-        if return_box_labels:
-            data["box_labels"] = [labels for _, labels in prepared]
-        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["box_labels"])
-
-    def _as_square(self, image: torch.Tensor, fill: Sequence[int], resize_to: int | None) -> torch.Tensor:
-        """Pad an image to a square; a long, thin one is resized as well, as its square would have many more pixels."""
-        height, width = image.shape[1:]
-        if resize_to is None or max(height, width) <= _MILD_ASPECT_RATIO * min(height, width):
-            return pad_to_square(image, fill)
-
-        backend: Any = self
-        is_pil = backend.backend == "pil"
-
-        def resize(part: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-            given: Any = part.numpy() if is_pil else part
-            resized = backend.resize(given, SizeDict(height=size[0], width=size[1]), PILImageResampling.BICUBIC)
-            return torch.as_tensor(resized)
-
-        # Pillow's weights have 22 bits.
-        return resize_in_square(image.cpu(), resize_to, fill, resize, 22 if is_pil else None).to(image.device)
-
-
-def _map(function: Callable[[Any], Any], images: Any) -> Any:
-    return [_map(function, image) for image in images] if isinstance(images, list) else function(images)
+    return turn(open_images(images))
 
 
 def load_upright(image: Any, name: str = "image") -> Any:
@@ -635,26 +432,155 @@ def image_block(block: Mapping[str, Any]) -> dict[str, Any]:
     return block
 
 
-def pad_to_square(image: torch.Tensor, fill: Sequence[int]) -> torch.Tensor:
-    """Put an image into the middle of a square of one colour.
+# Pillow's weights are whole numbers of this unit. Sums of them are exact in float64, in whatever order.
+_PRECISION = 2**22
+
+
+@lru_cache(maxsize=8)
+def _weights(length: int, new_length: int, device: torch.device) -> torch.Tensor:
+    """Make the float64 matrix of shape `(new_length, length)` that holds Pillow's integer weights of one axis."""
+    scale = length / new_length
+    support = max(scale, 1.0)  # the triangle is widened when shrinking
+    centres = (torch.arange(new_length, dtype=torch.float64, device=device)[:, None] + 0.5) * scale
+    samples = torch.arange(length, dtype=torch.float64, device=device)
+    first = (centres - support + 0.5).trunc().clamp(min=0)
+    end = (centres + support + 0.5).trunc().clamp(max=length)
+    weights = (1 - ((samples - centres + 0.5) / support).abs()).clamp(min=0)
+    weights = weights.masked_fill((samples < first) | (samples >= end), 0)
+    return (weights / weights.sum(dim=1, keepdim=True) * _PRECISION + 0.5).floor()
+
+
+def resize_like_pil(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resize an 8-bit image with Pillow's bilinear filter, the horizontal axis first.
 
     Args:
-        image (`torch.Tensor`): uint8 of shape `(3, height, width)`.
-        fill (`Sequence[int]`): One value per channel.
+        image (`torch.Tensor`): uint8 RGB of shape `(3, height, width)`.
+        size (`tuple[int, int]`): `(height, width)` after resizing.
 
     Returns:
-        `torch.Tensor`: uint8 of shape `(3, side, side)`; the image starts at `(side - height) // 2`,
-        `(side - width) // 2`.
+        `torch.Tensor`: uint8 of shape `(3, *size)`, on the GPU if the image is on a CUDA device, else on the CPU.
+    """
+    if image.device.type == "cuda":
+        return resize_by_products(image, size)
+    picture = PIL.Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+    for new_size in ((size[1], picture.height), (size[1], size[0])):
+        picture = picture.resize(new_size, PIL.Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def resize_by_products(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Do the same as one matrix product per axis: what a GPU is good at, and slow on a CPU.
+
+    Args:
+        image (`torch.Tensor`): uint8 of shape `(channels, height, width)`, on a device that has float64.
+        size (`tuple[int, int]`): `(height, width)` after resizing.
+
+    Returns:
+        `torch.Tensor`: uint8 of shape `(channels, *size)`.
+    """
+    values = image.double()
+    if image.shape[2] != size[1]:  # Pillow leaves an axis that keeps its length alone
+        values = _round(values @ _weights(image.shape[2], size[1], image.device).T)
+    if image.shape[1] != size[0]:
+        values = _round(_weights(image.shape[1], size[0], image.device) @ values)
+    return values.to(torch.uint8)
+
+
+def _round(values: torch.Tensor) -> torch.Tensor:
+    return ((values + _PRECISION // 2) / _PRECISION).floor_().clamp_(0, 255)
+
+
+def resize_in_square(
+    image: torch.Tensor,
+    side: int,
+    fill: Sequence[int],
+    resize: Callable[[torch.Tensor, tuple[int, int]], torch.Tensor],
+    precision: int | None,
+) -> torch.Tensor:
+    """Resize an image in the middle of a square of one color, which is never made.
+
+    The result equals that of padding to the square first, to the bit: resizing takes the horizontal axis first and
+    rounds to 8 bits in between, and what has one color keeps it. The square of a 12000 x 40 image has 300 times as
+    many pixels as the image.
+
+    Args:
+        image (`torch.Tensor`): uint8 RGB of shape `(3, height, width)`, on the CPU.
+        side (`int`): Length of both sides of the square after resizing.
+        fill (`Sequence[int]`): Color of the square, one value per channel.
+        resize (`Callable`): The bicubic resize to a `(height, width)`; called for the long axis only.
+        precision (`int`, *optional*): Bits of that resize's integer weights; `None`: as many as let the largest weight
+            fit into 15 bits, as PyTorch chooses them.
+
+    Returns:
+        `torch.Tensor`: uint8 of shape `(3, side, side)`.
     """
     height, width = image.shape[1:]
-    side = max(height, width)
     square = image.new_tensor(fill)[:, None, None].repeat(1, side, side)
-    top, left = (side - height) // 2, (side - width) // 2
-    square[:, top : top + height, left : left + width] = image
+    if width >= height:
+        rows = resize(image, (height, side)).numpy().transpose(1, 0, 2)
+        start, rows = _resize_between(rows, width, side, fill, precision)
+        square[:, start : start + len(rows)] = torch.from_numpy(rows).permute(1, 0, 2)
+    else:
+        columns = image.numpy().transpose(2, 0, 1)
+        start, columns = _resize_between(columns, height, side, fill, precision)
+        strip = torch.from_numpy(columns).permute(1, 2, 0).contiguous()
+        square[:, :, start : start + len(columns)] = resize(strip, (side, len(columns)))
     return square
 
 
-def _short_side(size: SizeDict) -> int:
-    if not size.shortest_edge or size.longest_edge:
-        raise ValueError(f"`size` must be given as {{'shortest_edge': pixels}}, got {dict(size)}.")
-    return int(size.shortest_edge)
+def _resize_between(
+    image: np.ndarray, length: int, new_length: int, fill: Sequence[int], precision: int | None
+) -> tuple[int, np.ndarray]:
+    """Resize the first axis of `(n, 3, m)` in the middle of `length` samples of one color.
+
+    Returns the part of the new samples that the image reaches, and the index where it starts.
+    """
+    offset = (length - len(image)) // 2
+    first, weights = _bicubic(length, new_length)
+    if precision is None:
+        precision = next(bits for bits in range(22, -1, -1) if int(weights.max() * 2**bits + 0.5) < 2**15)
+    whole = np.trunc(weights * 2**precision + np.where(weights < 0, -0.5, 0.5)).astype(np.int32)
+    end = first + whole.shape[1]
+    start, stop = np.searchsorted(end, offset, "right"), np.searchsorted(first, offset + len(image), "left")
+    # As if all samples had the color, and then the difference where the image is.
+    color = np.array(fill, np.int32)[:, None]
+    total = 2**precision // 2 + whole[start:stop].sum(axis=1, dtype=np.int32)[:, None, None] * color
+    total = np.repeat(total, image.shape[2], axis=2)
+    for sample, values in enumerate(image, start=offset):
+        reached = slice(np.searchsorted(end, sample, "right"), np.searchsorted(first, sample, "right"))
+        weight = whole[reached][np.arange(reached.stop - reached.start), sample - first[reached]]
+        total[reached.start - start : reached.stop - start] += weight[:, None, None] * (values - color)
+    return int(start), np.clip(total >> precision, 0, 255).astype(np.uint8)
+
+
+@lru_cache(maxsize=8)
+def _bicubic(length: int, new_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Make the weights of one axis, widened when shrinking: the first sample of each new one, and `(new, taps)`."""
+    scale = length / new_length
+    stretch = max(scale, 1.0)
+    centers = (np.arange(new_length) + 0.5) * scale
+    first = np.maximum((centers - 2 * stretch + 0.5).astype(np.int64), 0)
+    end = np.minimum((centers + 2 * stretch + 0.5).astype(np.int64), length)
+    samples = first[:, None] + np.arange(int((end - first).max()))
+    x = np.abs((samples - centers[:, None] + 0.5) * (1 / stretch))
+    weights = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, (((x - 5) * x + 8) * x - 4) * -0.5, 0.0))
+    weights = np.where(samples < end[:, None], weights, 0.0)
+    return first, weights / np.cumsum(weights, axis=1)[:, -1:]  # added one after the other, as C does
+
+
+__all__ = [
+    "IMAGE_KEYS",
+    "UnreadableImageError",
+    "as_rgb",
+    "fetch_upright",
+    "flat_images",
+    "group_sizes",
+    "image_block",
+    "load_upright",
+    "open_image",
+    "open_images",
+    "resize_by_products",
+    "resize_in_square",
+    "resize_like_pil",
+    "upright",
+]
