@@ -17,7 +17,7 @@ from rich.console import Console
 from torch.utils.data import ConcatDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from mgllava.conversion.vocabulary import load_tokenizer
+from mgllava.model_files.vocabulary import load_tokenizer
 from small_world.frames import Frame, centered_frame, cornered_frame, squeezed_frame
 from small_world.pictures import Pictures
 from small_world.texts import conversation_texts

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from .errors import MGLlavaError
+
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 10.0
@@ -26,7 +28,7 @@ _SETTLING_SECONDS = 1.0
 _MAX_BYTES = 1 << 16
 
 
-class FolderLockedError(OSError):
+class FolderLockedError(MGLlavaError, OSError):
     """Another run holds the lock, or the lock was lost to one; the message says what to do."""
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from typer.testing import CliRunner
 
 from mgllava.cli import app
 from mgllava.commands.console import printable
+from mgllava.conversion import ConversionError, convert_checkpoint
+from tests.model_files.torch_archives import flip, places, repack
 
 DEEP = "[" * 100_000
 
@@ -238,3 +241,39 @@ def test_broken_deepspeed_folder(tmp_path, sources, content, with_optimizer):
 def test_messages_hold_nothing_that_a_terminal_obeys():
     assert printable("a\x1b[2Jb\udc80\r\x9bc\n") == "a\\x1b[2Jb\\udc80\\r\\x9bc\n"
     assert printable("größe 大きさ — 🙂") == "größe 大きさ — 🙂"
+
+
+def test_compressed_checkpoint_converts_to_the_same_weights(tmp_path, golden, sources, converted):
+    checkpoint = repack(golden / "xtuner" / "iter_10.pth", tmp_path / "iter_10.pth", zipfile.ZIP_DEFLATED)
+    output = convert_checkpoint(checkpoint, **sources, output=tmp_path / "out")
+    assert (output / "model.safetensors").read_bytes() == (converted / "model.safetensors").read_bytes()
+
+
+def test_flipped_byte_of_a_weight_stops_a_conversion_before_it_writes(tmp_path, golden, sources):
+    path = shutil.copy(golden / "xtuner" / "iter_10.pth", tmp_path / "iter_10.pth")
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size).filename
+    (place,) = places(path, largest)
+    flip(path, place[len(place) // 2])
+    with pytest.raises(ConversionError, match=rf"{largest} does not have the checksum"):
+        convert_checkpoint(path, **sources, output=tmp_path / "out")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["iter_10.pth"]
+
+
+@pytest.mark.parametrize("argument", ["high_res_tower", "llm"])
+def test_flipped_byte_of_another_source_is_noticed(tmp_path, golden, sources, argument):
+    folder = tmp_path / "source"
+    shutil.copytree(sources[argument], folder)
+    if argument == "llm":
+        from safetensors.torch import load_file
+
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    (path,) = folder.glob("*.bin")
+    place = max(places(path, "/data/"), key=len)
+    flip(path, place[5])
+    with pytest.raises(ConversionError, match="does not have the checksum"):
+        convert_checkpoint(
+            golden / "xtuner" / "iter_5_pretrain.pth", **{**sources, argument: folder}, output=tmp_path / "out"
+        )
+    assert not (tmp_path / "out").exists()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mgllava.conversion import ConversionError, read_checkpoint
-from mgllava.conversion.tensor_files import open_weights
+from mgllava.model_files.tensor_files import open_weights
 
 from .zero_folders import write_zero
 

@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 from mgllava import MGLlavaForConditionalGeneration
 from mgllava.cli import app
 from mgllava.commands.convert import PromptTemplate
-from mgllava.conversion.vocabulary import STOP_WORDS
+from mgllava.model_files.vocabulary import STOP_WORDS
 from mgllava.processing import CHAT_TEMPLATES
 
 

@@ -416,7 +416,7 @@ def test_open_clip_safetensors_and_local_dir_schema(tmp_path, sources, golden, c
 
 
 def test_hub_ids_are_resolved_in_two_steps(monkeypatch, golden, sources, tmp_path, converted):
-    from mgllava.conversion import sources as module
+    from mgllava.model_files import sources as module
 
     asked = []
 

@@ -200,7 +200,7 @@ def test_dtype_and_shards(tmp_path):
 
 
 def test_interrupted_conversion_shows_nothing_and_goes_on(tmp_path, monkeypatch):
-    from mgllava.conversion import repository_writer as engine
+    from mgllava.model_files import repository_writer as engine
 
     write, count = engine.write_shard, 0
 

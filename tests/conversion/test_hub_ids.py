@@ -18,6 +18,7 @@ from mgllava.conversion import PRESETS, ConversionError, sources
 from mgllava.conversion.convert_ram_plus import TAG_LIST_URL, THRESHOLDS_URL
 from mgllava.conversion.sources import fetch_checkpoint
 from mgllava.hub.known_models import LICENCES
+from mgllava.model_files import sources as model_sources
 from tests.ram_plus.golden import SOURCES
 
 
@@ -71,7 +72,7 @@ class FakeHub:
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     hub = FakeHub(tmp_path / "hub", tmp_path / "cache")
-    monkeypatch.setattr(sources, "snapshot_download", hub.snapshot_download)
+    monkeypatch.setattr(model_sources, "snapshot_download", hub.snapshot_download)
     monkeypatch.setattr(sources, "HfApi", lambda: hub)
     return hub
 

@@ -3,7 +3,7 @@ import torch
 
 from mgllava.conversion import ConversionError
 from mgllava.conversion.lora import lora_scaling, merge_lora, read_lora_settings, split_lora
-from mgllava.conversion.tensor_files import from_tensor
+from mgllava.model_files.tensor_files import from_tensor
 
 
 def _lazy(*shape, dtype=torch.float32):

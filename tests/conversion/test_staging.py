@@ -12,9 +12,10 @@ import pytest
 from safetensors.torch import load_file
 
 from mgllava import RamPlusForImageTagging
-from mgllava.conversion import ConversionError, convert_ram_plus, staging
-from mgllava.conversion.staging import StagingFolder
+from mgllava.conversion import ConversionError, convert_ram_plus
 from mgllava.folder_lock import FolderLock
+from mgllava.model_files import staging
+from mgllava.model_files.staging import StagingFolder
 from tests.ram_plus.golden import SOURCES
 
 

@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 
 from mgllava import MGLlavaImageProcessor, MGLlavaProcessor
 from mgllava.box_files import write_boxes
-from mgllava.conversion.vocabulary import load_tokenizer
+from mgllava.model_files.vocabulary import load_tokenizer
 from mgllava.processing import CHAT_TEMPLATES
 from tests.golden_cases import GOLDEN, IMAGE_ID, VOCAB_SIZE
 from tests.tiny import IMAGE_SIZE, NUM_FUSED_TOKENS, tiny_model

@@ -1,7 +1,9 @@
 """The errors of box files."""
 
+from mgllava.errors import MGLlavaError
 
-class BoxFileError(ValueError):
+
+class BoxFileError(MGLlavaError, ValueError):
     """A box file cannot be read, written or made; the message says what to do about it."""
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 from transformers import DynamicCache, GenerationConfig, TextStreamer
 
+from mgllava.errors import MGLlavaError
 from mgllava.modeling import CACHE_NAME
 from mgllava.processing.boxes_mgllava import limit_boxes, nms_per_label, read_boxes_of_image
 from mgllava.processing.images_common import as_rgb, load_upright
@@ -20,7 +21,7 @@ from mgllava.user_text import encode_conversation
 _MAX_NEW_TOKENS = 512
 
 
-class ChatError(ValueError):
+class ChatError(MGLlavaError, ValueError):
     """Something that the user can mend; the conversation is as it was before."""
 
 

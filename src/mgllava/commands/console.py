@@ -21,7 +21,7 @@ from rich.progress import (
 @contextmanager
 def errors_as_messages(*kinds: type[Exception]) -> Iterator[None]:
     """Print what went wrong in one message, and exit with 1."""
-    from mgllava.conversion import ConversionError
+    from mgllava.model_files.errors import ConversionError
 
     expected: tuple[type[Exception], ...] = (ConversionError, OSError, *kinds)
     try:

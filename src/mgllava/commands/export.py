@@ -36,10 +36,10 @@ def export(
 ) -> None:
     """Write a complete repository: it loads without this package, and has a model card."""
     with errors_as_messages():
-        from mgllava.conversion import ConversionError
         from mgllava.hub import export_repository, upload_repository
         from mgllava.hub.export import default_tag
         from mgllava.hub.upload import check_destination
+        from mgllava.model_files.errors import ConversionError
 
         tag = tag or default_tag()
         if push is not None:

@@ -1,9 +1,10 @@
 """Checkpoints in, safetensors repositories out, and the way back."""
 
+from mgllava.model_files.errors import ConversionError
+
 from .checkpoint_reader import XTunerCheckpoint, read_checkpoint
 from .convert import convert_checkpoint
 from .convert_ram_plus import convert_ram_plus
-from .errors import ConversionError
 from .export_xtuner import export_xtuner
 from .presets import PRESETS
 

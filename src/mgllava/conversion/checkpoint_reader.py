@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import ConversionError
-from .tensor_files import LazyTensor, tensors_of
-from .torch_files import open_torch_file
+from mgllava.model_files.errors import ConversionError
+from mgllava.model_files.tensor_files import LazyTensor, tensors_of
+from mgllava.model_files.torch_files import open_torch_file
+
 from .zero import meta_of, open_zero_folder
 
 

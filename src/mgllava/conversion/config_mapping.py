@@ -6,12 +6,12 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from mgllava.model_files.errors import ConversionError
+from mgllava.model_files.tensor_files import LazyTensor
+from mgllava.model_files.vocabulary import Vocabulary
 from mgllava.modeling import MGLlavaConfig
 
-from .errors import ConversionError
 from .sources import HighResTower
-from .tensor_files import LazyTensor
-from .vocabulary import Vocabulary
 
 # Side of the high-resolution input of every published checkpoint, for files whose config text does not say it.
 _PUBLISHED_IMAGE_SIZE = 768

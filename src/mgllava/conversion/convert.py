@@ -1,7 +1,7 @@
 """From an XTuner checkpoint and the repositories it was trained from to one MG-LLaVA repository."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,10 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
-from mgllava.modeling import MGLlavaConfig, MGLlavaForConditionalGeneration
-from mgllava.processing import CHAT_TEMPLATES, MGLlavaImageProcessor, MGLlavaProcessor
-
-from .checkpoint_reader import XTunerCheckpoint, read_checkpoint
-from .config_mapping import build_config, read_image_size
-from .errors import ConversionError
-from .key_mapping import XTUNER_TO_MODEL, XTUNER_TOWERS_TO_MODEL, model_drop_reason, rename, to_xtuner
-from .lora import check_lora_alpha, lora_scaling, merge_lora, split_lora
-from .presets import PRESETS
-from .repository_writer import (
+from mgllava.model_files.errors import ConversionError
+from mgllava.model_files.json_files import write_json
+from mgllava.model_files.processors import make_processor
+from mgllava.model_files.repository_writer import (
     DEFAULT_SHARD_SIZE,
     FLOAT_DTYPES,
     REPORT_NAME,
@@ -30,20 +24,20 @@ from .repository_writer import (
     match_tensors,
     write_weights,
 )
-from .shard_writer import plan_shards, write_json
-from .sources import (
-    Source,
-    clip_config,
-    clip_weights,
-    fetch_checkpoint,
-    language_model_config,
-    language_model_weights,
-    one_line,
-    open_high_res_tower,
-)
-from .staging import StagingFolder
-from .tensor_files import LazyTensor
-from .vocabulary import Vocabulary, generation_config, grow_table, load_tokenizer, plan_vocabulary
+from mgllava.model_files.shard_writer import plan_shards
+from mgllava.model_files.sources import clip_config, language_model_config, one_line
+from mgllava.model_files.staging import StagingFolder
+from mgllava.model_files.tensor_files import LazyTensor
+from mgllava.model_files.vocabulary import Vocabulary, generation_config, grow_table, load_tokenizer, plan_vocabulary
+from mgllava.modeling import MGLlavaConfig, MGLlavaForConditionalGeneration
+from mgllava.processing import CHAT_TEMPLATES
+
+from .checkpoint_reader import XTunerCheckpoint, read_checkpoint
+from .config_mapping import build_config, read_image_size
+from .key_mapping import XTUNER_TO_MODEL, XTUNER_TOWERS_TO_MODEL, model_drop_reason, rename, to_xtuner
+from .lora import check_lora_alpha, lora_scaling, merge_lora, split_lora
+from .presets import PRESETS
+from .sources import Source, clip_weights, fetch_checkpoint, language_model_weights, open_high_res_tower
 
 _EMBEDDING = "model.language_model.embed_tokens.weight"
 _TABLES = (_EMBEDDING, "lm_head.weight", "lm_head.bias")
@@ -344,36 +338,6 @@ def _keep_box_detector(staging: StagingFolder) -> None:
         write_json(staging.path / name, {**new, key: old[key]})
 
 
-def make_processor(
-    config: Any, tokenizer: Any, image_settings: Mapping[str, Any], prompt_template: str
-) -> MGLlavaProcessor:
-    """Make the processor of a model.
-
-    Args:
-        config ([`MGLlavaConfig`]): The model's configuration.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, which knows the placeholder.
-        image_settings (`Mapping`): Of CLIP's image processor; `image_mean` and `image_std` are taken from it.
-        prompt_template (`str`): A key of `CHAT_TEMPLATES`.
-
-    Returns:
-        [`MGLlavaProcessor`]: The processor.
-
-    Raises:
-        ValueError: If the tokenizer cannot hold the placeholder.
-    """
-    side = config.high_res_vision_config.image_size
-    statistics = {name: image_settings[name] for name in ("image_mean", "image_std") if name in image_settings}
-    return MGLlavaProcessor(
-        image_processor=MGLlavaImageProcessor(
-            size={"shortest_edge": side}, crop_size={"height": side, "width": side}, **statistics
-        ),
-        tokenizer=tokenizer,
-        image_seq_length=config.image_seq_length,
-        num_tokens_per_box=config.num_tokens_per_box,
-        chat_template=CHAT_TEMPLATES[prompt_template],
-    )
-
-
 def _report(
     checkpoint: XTunerCheckpoint, gathered: _Gathered, config: MGLlavaConfig, vocabulary: Vocabulary
 ) -> dict[str, Any]:
@@ -406,4 +370,4 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (str, int, float, bool))
 
 
-__all__ = ["convert_checkpoint", "make_processor"]
+__all__ = ["convert_checkpoint"]

@@ -15,13 +15,9 @@ from urllib.request import urlopen
 import torch
 from transformers.dynamic_module_utils import custom_object_save
 
-from mgllava.ram_plus import RamPlusConfig, RamPlusForImageTagging, RamPlusImageProcessor
-from mgllava.ram_plus.configuration_ram_plus import DEFAULT_TAG_THRESHOLD
-
-from .errors import ConversionError
-from .json_files import read_json
-from .key_mapping import drop_reason, rename
-from .repository_writer import (
+from mgllava.model_files.errors import ConversionError
+from mgllava.model_files.json_files import read_json, write_json
+from mgllava.model_files.repository_writer import (
     DEFAULT_SHARD_SIZE,
     REPORT_NAME,
     Progress,
@@ -31,11 +27,16 @@ from .repository_writer import (
     match_tensors,
     write_weights,
 )
-from .shard_writer import plan_shards, write_json
-from .sources import fetch_checkpoint, one_line
-from .staging import StagingFolder
-from .tensor_files import LazyTensor, tensors_of
-from .torch_files import StoredTensor, open_torch_file
+from mgllava.model_files.shard_writer import plan_shards
+from mgllava.model_files.sources import one_line
+from mgllava.model_files.staging import StagingFolder
+from mgllava.model_files.tensor_files import LazyTensor, tensors_of
+from mgllava.model_files.torch_files import StoredTensor, open_torch_file
+from mgllava.ram_plus import RamPlusConfig, RamPlusForImageTagging, RamPlusImageProcessor
+from mgllava.ram_plus.configuration_ram_plus import DEFAULT_TAG_THRESHOLD
+
+from .key_mapping import drop_reason, rename
+from .sources import fetch_checkpoint
 
 _ORIGINAL = "https://raw.githubusercontent.com/xinyu1205/recognize-anything/main/ram/data/"
 TAG_LIST_URL = _ORIGINAL + "ram_tag_list.txt"

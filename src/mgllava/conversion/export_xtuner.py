@@ -10,14 +10,14 @@ import torch
 import mgllava
 from mgllava.atomic_files import remove_partial, replacing
 from mgllava.folder_lock import FolderLock, FolderLockedError
+from mgllava.model_files.errors import ConversionError
+from mgllava.model_files.json_files import read_json
+from mgllava.model_files.repository_writer import REPORT_NAME, match_tensors
+from mgllava.model_files.shard_writer import check_disk_space
+from mgllava.model_files.tensor_files import LazyTensor, open_weights
 from mgllava.modeling import MGLlavaConfig, MGLlavaForConditionalGeneration
 
-from .errors import ConversionError
-from .json_files import read_json
 from .key_mapping import XTUNER_TO_MODEL, rename, to_xtuner
-from .repository_writer import REPORT_NAME, match_tensors
-from .shard_writer import check_disk_space
-from .tensor_files import LazyTensor, open_weights
 
 _TOWERS = ("model.vision_tower.", "model.high_res_vision_tower.")
 _EMBEDDING = "model.language_model.embed_tokens.weight"

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .errors import ConversionError
-from .tensor_files import LazyTensor
+from mgllava.model_files.errors import ConversionError
+from mgllava.model_files.tensor_files import LazyTensor
 
 _WRAPPER = "llm.base_model.model."
 _LOW_RANK = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.default\.weight$")

@@ -1,24 +1,21 @@
-"""The repositories that a checkpoint is completed from: language model, CLIP and open_clip, folders or Hub ids."""
+"""Checkpoints and the weights of the parts that complete them: language model, CLIP and open_clip."""
 
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
-from transformers import AutoConfig, PreTrainedConfig
+from huggingface_hub import HfApi
 
+from mgllava.model_files.errors import ConversionError
+from mgllava.model_files.json_files import read_json
+from mgllava.model_files.sources import fetch, fetch_weights
+from mgllava.model_files.tensor_files import LazyTensor, open_safetensors, open_weights, tensors_of
+from mgllava.model_files.torch_files import open_torch_file
 from mgllava.modeling.high_res_vision_mgllava import trunk_sizes
 
-from .errors import ConversionError
-from .json_files import read_json
 from .key_mapping import CLIP_DROPS, CLIP_TO_MODEL, OPEN_CLIP_DROPS, OPEN_CLIP_TO_MODEL, drop_reason, rename
-from .tensor_files import LazyTensor, open_safetensors, open_weights, tensors_of
-from .torch_files import open_torch_file
 
-_CONFIG_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
-_SAFETENSORS_FILES = ["model*.safetensors"]
-_PICKLED_FILES = ["pytorch_model*.bin"]
 _TOWER = "model.high_res_vision_tower."
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
 _OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -39,46 +36,6 @@ class Source:
     dropped: dict[str, str]
     unexpected: list[str]
     files: list[Path]
-
-
-def fetch(name: str | Path, argument: str, patterns: list[str], revision: str | None = None) -> Path:
-    """Find a repository on disk, or download parts of it from the Hub.
-
-    Args:
-        name (`str` or `Path`): A folder or a Hub id.
-        argument (`str`): The user's argument, for the error.
-        patterns (`list[str]`): Files to download.
-        revision (`str`, *optional*): Branch, tag or commit on the Hub.
-
-    Returns:
-        `Path`: The folder.
-
-    Raises:
-        ConversionError: If there is no such folder and no such repository.
-    """
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).startswith("."):
-        raise ConversionError(f"`{argument}` must be a folder or a Hub id (owner/name), but {name} is neither.")
-    try:
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns))
-    except Exception as error:  # those of the HTTP library have other names in each version of huggingface_hub
-        raise ConversionError(
-            f"`{argument}`: {name} is not a folder here, and it cannot be fetched from the Hub ({one_line(error)})."
-        ) from error
-
-
-def one_line(error: BaseException) -> str:
-    """Put the message of an error into one line.
-
-    Args:
-        error (`BaseException`): The error.
-
-    Returns:
-        `str`: Its message; its type if it has none.
-    """
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 # What checkpoints of XTuner and of RAM++ are called, and the files of DeepSpeed, which lie in a folder.
@@ -168,63 +125,6 @@ def _choose_checkpoint(files: list[str], inside: PurePosixPath, repository: str,
 _LISTED = 40
 
 
-def _fetch_weights(name: str | Path, argument: str) -> Path:
-    folder = fetch(name, argument, _CONFIG_FILES + _SAFETENSORS_FILES)
-    if Path(name).is_dir() or any(folder.glob("*.safetensors")):
-        return folder
-    return fetch(name, argument, _CONFIG_FILES + _PICKLED_FILES)
-
-
-def _read_config(folder: Path, name: str | Path, argument: str) -> PreTrainedConfig:
-    if not (folder / "config.json").is_file():
-        raise ConversionError(f"`{argument}`: {name} has no config.json, so it is not a transformers repository.")
-    read_json(folder / "config.json", argument)
-    try:
-        # Without a value for it, transformers asks on the terminal.
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # a config may be wrong in many ways
-        reason = one_line(error.__cause__ or error)
-        raise ConversionError(f"`{argument}`: config.json of {name} cannot be read ({reason}).") from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise ConversionError(f"`{argument}`: {name} is quantized. Give the repository that it was quantized from.")
-    return config
-
-
-def _check_sizes(config: PreTrainedConfig, names: tuple[str, ...], name: str | Path, argument: str) -> None:
-    """Check the sizes that a model is built from: with others, building it may take forever."""
-    for size in names:
-        value = getattr(config, size, None)
-        most = _MAX_LAYERS if size == "num_hidden_layers" else _MAX_SIZE
-        if type(value) is not int or not 1 <= value <= most:
-            raise ConversionError(
-                f"`{argument}`: `{size}` in config.json of {name} must be a number from 1 to {most}, got {value!r}."
-            )
-
-
-_MAX_LAYERS = 10_000
-_MAX_SIZE = 1 << 30
-
-
-def language_model_config(name: str | Path) -> tuple[PreTrainedConfig, Path]:
-    """Read the config of a language model.
-
-    Args:
-        name (`str` or `Path`): Its folder or Hub id.
-
-    Returns:
-        `tuple[PreTrainedConfig, Path]`: The config, and the folder with config and tokenizer.
-
-    Raises:
-        ConversionError: If it is not found or no language model.
-    """
-    folder = fetch(name, "llm", _CONFIG_FILES)
-    config = _read_config(folder, name, "llm")
-    if not hasattr(config, "vocab_size") or not hasattr(config, "hidden_size"):
-        raise ConversionError(f"`llm`: {name} has model type {config.model_type!r}, which is not a language model.")
-    _check_sizes(config, ("vocab_size", "hidden_size", "num_hidden_layers"), name, "llm")
-    return config, folder
-
-
 def language_model_weights(name: str | Path) -> tuple[dict[str, LazyTensor], list[Path]]:
     """Open the weights of a language model, under the names that they have in XTuner checkpoints.
 
@@ -237,37 +137,8 @@ def language_model_weights(name: str | Path) -> tuple[dict[str, LazyTensor], lis
     Raises:
         ConversionError: If a file is damaged or missing.
     """
-    tensors, files = open_weights(_fetch_weights(name, "llm"))
+    tensors, files = open_weights(fetch_weights(name, "llm"))
     return {f"llm.{key}": tensor for key, tensor in tensors.items()}, files
-
-
-def clip_config(name: str | Path) -> tuple[PreTrainedConfig, dict[str, Any]]:
-    """Read the config of a CLIP vision tower.
-
-    Args:
-        name (`str` or `Path`): Folder or Hub id of a CLIP model or of its vision tower.
-
-    Returns:
-        `tuple[PreTrainedConfig, dict[str, Any]]`: The vision tower's config, and the image processor's, if any.
-
-    Raises:
-        ConversionError: If it is not found or no CLIP.
-    """
-    folder = fetch(name, "vision_tower", _CONFIG_FILES)
-    config = _read_config(folder, name, "vision_tower")
-    if config.model_type == "clip":
-        config = config.vision_config
-    if config.model_type != "clip_vision_model":
-        raise ConversionError(f"`vision_tower` must be a CLIP, but {name} has model type {config.model_type!r}.")
-    _check_sizes(config, ("hidden_size", "num_hidden_layers", "image_size", "patch_size"), name, "vision_tower")
-    path = folder / "preprocessor_config.json"
-    settings = read_json(path, "vision_tower") if path.is_file() else {}
-    for statistic in ("image_mean", "image_std"):
-        value = settings.get(statistic, [0.5] * 3)
-        is_right = isinstance(value, list) and len(value) == 3
-        if not is_right or not all(isinstance(one, int | float) and -10 < one < 10 for one in value):
-            raise ConversionError(f"`vision_tower`: `{statistic}` in {path} must be three numbers, got {value!r}.")
-    return config, settings
 
 
 def clip_weights(name: str | Path) -> Source:
@@ -282,7 +153,7 @@ def clip_weights(name: str | Path) -> Source:
     Raises:
         ConversionError: If a file is damaged or missing.
     """
-    tensors, files = open_weights(_fetch_weights(name, "vision_tower"))
+    tensors, files = open_weights(fetch_weights(name, "vision_tower"))
     return _sort_out(tensors, CLIP_TO_MODEL, CLIP_DROPS, files)
 
 
@@ -405,12 +276,8 @@ def _sort_out(
 __all__ = [
     "HighResTower",
     "Source",
-    "clip_config",
     "clip_weights",
-    "fetch",
     "fetch_checkpoint",
-    "language_model_config",
     "language_model_weights",
-    "one_line",
     "open_high_res_tower",
 ]

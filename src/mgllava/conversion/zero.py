@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from .errors import ConversionError
-from .shard_writer import check_disk_space
-from .tensor_files import LazyTensor, tensors_of
-from .torch_files import materialize, open_torch_file
+from mgllava.model_files.errors import ConversionError
+from mgllava.model_files.shard_writer import check_disk_space
+from mgllava.model_files.tensor_files import LazyTensor, tensors_of
+from mgllava.model_files.torch_files import materialize, open_torch_file
 
 # Objects of deepspeed itself (loss scalers, address tables) lie in every one of its files; none of them is needed.
 _INERT_MODULES = ("deepspeed",)

@@ -15,13 +15,12 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
-from mgllava.conversion.errors import ConversionError
-from mgllava.conversion.json_files import read_json
-from mgllava.conversion.repository_writer import REPORT_NAME, Progress, match_tensors
-from mgllava.conversion.shard_writer import write_json
-from mgllava.conversion.sources import fetch, one_line
-from mgllava.conversion.staging import StagingFolder
-from mgllava.conversion.tensor_files import open_weights
+from mgllava.model_files.errors import ConversionError
+from mgllava.model_files.json_files import read_json, write_json
+from mgllava.model_files.repository_writer import REPORT_NAME, Progress, match_tensors
+from mgllava.model_files.sources import fetch, one_line
+from mgllava.model_files.staging import StagingFolder
+from mgllava.model_files.tensor_files import open_weights
 from mgllava.modeling import MGLlavaConfig, MGLlavaForConditionalGeneration
 from mgllava.processing import MGLlavaProcessor
 from mgllava.processing.box_detection_mgllava import DEFAULT_DETECTOR

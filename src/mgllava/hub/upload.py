@@ -6,8 +6,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
 import mgllava
-from mgllava.conversion.errors import ConversionError
-from mgllava.conversion.sources import one_line
+from mgllava.model_files.errors import ConversionError
+from mgllava.model_files.sources import one_line
 from mgllava.processing.box_detector_files_mgllava import BUNDLE_FOLDER, PARTS
 
 _HUB_FOLDERS = ("modeling", "processing", "ram_plus")

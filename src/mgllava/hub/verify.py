@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mgllava.conversion.errors import ConversionError
+from mgllava.model_files.errors import ConversionError
 
 _SCRIPT = Path(__file__).with_name("loading_check.py")
 _LINES_SHOWN = 15

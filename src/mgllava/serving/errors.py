@@ -5,8 +5,10 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from mgllava.errors import MGLlavaError
 
-class RequestError(Exception):
+
+class RequestError(MGLlavaError):
     """A request that cannot be answered.
 
     Args:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from huggingface_hub.utils import httpx
 
+from mgllava.errors import MGLlavaError
 from mgllava.serving.errors import RequestError
 from mgllava.serving.limits import MAX_LOOKUPS, ServingLimits
 
@@ -27,7 +28,7 @@ _NAT64 = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1:
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
-class _RefusedError(Exception):
+class _RefusedError(MGLlavaError):
     """A URL that must not be asked; the message continues "`url` ..."."""
 
 

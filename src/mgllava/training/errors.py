@@ -1,7 +1,9 @@
 """The errors of training."""
 
+from mgllava.errors import MGLlavaError
 
-class TrainingError(ValueError):
+
+class TrainingError(MGLlavaError, ValueError):
     """A recipe or its data cannot be used; the message says what to do about it."""
 
 

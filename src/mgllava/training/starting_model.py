@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from mgllava.conversion.convert import make_processor
-from mgllava.conversion.sources import clip_config, language_model_config
-from mgllava.conversion.staging import StagingFolder
-from mgllava.conversion.vocabulary import IMAGE_TOKEN, generation_config, load_tokenizer
+from mgllava.model_files.processors import make_processor
+from mgllava.model_files.sources import clip_config, language_model_config
+from mgllava.model_files.staging import StagingFolder
+from mgllava.model_files.vocabulary import IMAGE_TOKEN, generation_config, load_tokenizer
 from mgllava.modeling import MGLlavaForConditionalGeneration
 from mgllava.processing import CHAT_TEMPLATES
 

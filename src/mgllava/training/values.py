@@ -9,6 +9,8 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mgllava.errors import MGLlavaError
+
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 # transformers declares these more narrowly than what it takes.
 _WIDER: dict[str, Any] = {
@@ -21,7 +23,7 @@ _WIDER: dict[str, Any] = {
 }
 
 
-class WrongValueError(Exception):
+class WrongValueError(MGLlavaError):
     """A value is not what its field takes; the message says what it takes and what came."""
 
 

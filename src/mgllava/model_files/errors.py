@@ -1,7 +1,9 @@
-"""The one error of the converter."""
+"""The error of model files."""
+
+from mgllava.errors import MGLlavaError
 
 
-class ConversionError(ValueError):
+class ConversionError(MGLlavaError, ValueError):
     """A checkpoint or a repository cannot be converted; the message says what to do about it."""
 
 

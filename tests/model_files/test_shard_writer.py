@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load_file
 
 from mgllava.conversion import ConversionError
-from mgllava.conversion.shard_writer import check_disk_space, plan_shards, write_shard
-from mgllava.conversion.staging import StagingFolder
-from mgllava.conversion.tensor_files import LazyTensor, from_tensor
+from mgllava.model_files.shard_writer import check_disk_space, plan_shards, write_shard
+from mgllava.model_files.staging import StagingFolder
+from mgllava.model_files.tensor_files import LazyTensor, from_tensor
 
 TENSORS = {
     "half": torch.randn(3, 5).half(),

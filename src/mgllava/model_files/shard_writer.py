@@ -184,28 +184,10 @@ def check_disk_space(folder: Path, needed: int) -> None:
         )
 
 
-def write_json(path: Path, content: object) -> None:
-    """Write JSON under a temporary name first.
-
-    Args:
-        path (`Path`): The file.
-        content (`object`): What to write.
-    """
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    try:
-        data = text.encode("utf-8")
-    except UnicodeEncodeError:
-        # Names of files need not be text; JSON has an escape for what UTF-8 has not.
-        data = (json.dumps(content, indent=2) + "\n").encode("utf-8")
-    with replacing(path) as partial:
-        partial.write_bytes(data)
-
-
 __all__ = [
     "Shard",
     "ShardPlan",
     "check_disk_space",
     "plan_shards",
-    "write_json",
     "write_shard",
 ]

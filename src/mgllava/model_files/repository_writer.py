@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from .errors import ConversionError
-from .shard_writer import ShardPlan, write_json, write_shard
+from .json_files import write_json
+from .shard_writer import ShardPlan, write_shard
 from .staging import StagingFolder
 from .tensor_files import LazyTensor, sha256
 

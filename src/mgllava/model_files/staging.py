@@ -16,7 +16,8 @@ from mgllava.atomic_files import is_partial
 from mgllava.folder_lock import FolderLock, FolderLockedError
 
 from .errors import ConversionError
-from .shard_writer import Shard, check_disk_space, write_json
+from .json_files import write_json
+from .shard_writer import Shard, check_disk_space
 
 logger = logging.getLogger(__name__)
 

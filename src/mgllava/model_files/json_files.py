@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mgllava.atomic_files import replacing
+
 from .errors import ConversionError
 
 _MAX_BYTES = 1 << 28
@@ -37,4 +39,21 @@ def read_json(path: Path, argument: str | None = None) -> dict[str, Any]:
     return content
 
 
-__all__ = ["read_json"]
+def write_json(path: Path, content: object) -> None:
+    """Write JSON under a temporary name first.
+
+    Args:
+        path (`Path`): The file.
+        content (`object`): What to write.
+    """
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    try:
+        data = text.encode("utf-8")
+    except UnicodeEncodeError:
+        # Names of files need not be text; JSON has an escape for what UTF-8 has not.
+        data = (json.dumps(content, indent=2) + "\n").encode("utf-8")
+    with replacing(path) as partial:
+        partial.write_bytes(data)
+
+
+__all__ = ["read_json", "write_json"]

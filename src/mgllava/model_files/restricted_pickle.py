@@ -14,6 +14,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from mgllava.errors import MGLlavaError
+
 # Python's own reader allocates as many places as the largest number that a pickle gives to an object.
 _MEMO_OPCODES = {"PUT", "BINPUT", "LONG_BINPUT"}
 # A checkpoint with a thousand tensors has some ten thousand; to look through more takes long.
@@ -152,7 +154,7 @@ def unpickle(
         raise
 
 
-class ForeignNamesError(pickle.UnpicklingError):
+class ForeignNamesError(MGLlavaError, pickle.UnpicklingError):
     """The pickle names what is not part of weights, and cannot be read even with placeholders.
 
     Args:

@@ -13,8 +13,10 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from mgllava.conversion import ConversionError, convert_checkpoint, read_checkpoint
-from mgllava.conversion.torch_files import open_torch_file
+from mgllava.conversion import ConversionError, read_checkpoint
+from mgllava.model_files.torch_files import open_torch_file
+
+from .torch_archives import flip, repack
 
 DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8),
@@ -50,14 +52,6 @@ def _assert_same(tensors, state):
             .view(torch.uint8)
             .equal(value.detach().contiguous().flatten().view(torch.uint8))
         ), name
-
-
-def _repack(source, target, method, names=None):
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
-        for info in old.infolist():
-            chosen = method if names is None or info.filename.endswith(names) else zipfile.ZIP_STORED
-            new.writestr(info.filename, old.read(info), compress_type=chosen)
-    return target
 
 
 @pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4}])
@@ -97,39 +91,15 @@ def test_other_byte_order_is_swapped(tmp_path):
 def test_archive_that_was_packed_again_gives_the_same_tensors(tmp_path, method):
     # Packed by another tool, storages are compressed, or at least no longer aligned.
     torch.save(_state(), tmp_path / "a.pth")
-    repacked = _repack(tmp_path / "a.pth", tmp_path / "b.pth", method)
+    repacked = repack(tmp_path / "a.pth", tmp_path / "b.pth", method)
     _assert_same(read_checkpoint(repacked).tensors, torch.load(tmp_path / "a.pth", weights_only=True))
-
-
-def test_compressed_checkpoint_converts_to_the_same_weights(tmp_path, golden, sources, converted):
-    checkpoint = _repack(golden / "xtuner" / "iter_10.pth", tmp_path / "iter_10.pth", zipfile.ZIP_DEFLATED)
-    output = convert_checkpoint(checkpoint, **sources, output=tmp_path / "out")
-    assert (output / "model.safetensors").read_bytes() == (converted / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_other_compression_is_refused(tmp_path, method):
     torch.save(_state(), tmp_path / "a.pth")
     with pytest.raises(ConversionError, match="packed in a way that is not supported"):
-        read_checkpoint(_repack(tmp_path / "a.pth", tmp_path / "b.pth", method))
-
-
-def _flip(path, position):
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1 << (position % 8)
-    path.write_bytes(content)
-
-
-def _places(path, part):
-    """Say where the bytes of the entries lie whose names end so."""
-    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-        for info in archive.infolist():
-            if part in info.filename and info.file_size:
-                file.seek(info.header_offset + 26)
-                name, extra = struct.unpack("<HH", file.read(4))
-                yield range(
-                    info.header_offset + 30 + name + extra, info.header_offset + 30 + name + extra + info.compress_size
-                )
+        read_checkpoint(repack(tmp_path / "a.pth", tmp_path / "b.pth", method))
 
 
 @pytest.mark.parametrize("method", [None, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
@@ -137,47 +107,17 @@ def test_any_flipped_bit_is_an_error_or_changes_nothing(tmp_path, method):
     state = {name: value for name, value in _state().items() if not name.startswith("dtype.")}
     whole, path = tmp_path / "whole.pth", tmp_path / "a.pth"
     torch.save(state, path)
-    shutil.copy(path, whole) if method is None else _repack(path, whole, method)
+    shutil.copy(path, whole) if method is None else repack(path, whole, method)
     size, errors = whole.stat().st_size, 0
     for position in random.Random(0).sample(range(size), 150):
         shutil.copy(whole, path)
-        _flip(path, position)
+        flip(path, position)
         try:
             _assert_same(read_checkpoint(path).tensors, state)
         except ConversionError as error:
             assert str(path) in str(error) and "\n" not in str(error)
             errors += 1
     assert errors > 10
-
-
-def test_flipped_byte_of_a_weight_stops_a_conversion_before_it_writes(tmp_path, golden, sources):
-    path = shutil.copy(golden / "xtuner" / "iter_10.pth", tmp_path / "iter_10.pth")
-    with zipfile.ZipFile(path) as archive:
-        largest = max(archive.infolist(), key=lambda info: info.file_size).filename
-    (place,) = _places(path, largest)
-    _flip(path, place[len(place) // 2])
-    with pytest.raises(ConversionError, match=rf"{largest} does not have the checksum"):
-        convert_checkpoint(path, **sources, output=tmp_path / "out")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["iter_10.pth"]
-
-
-@pytest.mark.parametrize("argument", ["high_res_tower", "llm"])
-def test_flipped_byte_of_another_source_is_noticed(tmp_path, golden, sources, argument):
-    folder = tmp_path / "source"
-    shutil.copytree(sources[argument], folder)
-    if argument == "llm":
-        from safetensors.torch import load_file
-
-        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-        (folder / "model.safetensors").unlink()
-    (path,) = folder.glob("*.bin")
-    place = max(_places(path, "/data/"), key=len)
-    _flip(path, place[5])
-    with pytest.raises(ConversionError, match="does not have the checksum"):
-        convert_checkpoint(
-            golden / "xtuner" / "iter_5_pretrain.pth", **{**sources, argument: folder}, output=tmp_path / "out"
-        )
-    assert not (tmp_path / "out").exists()
 
 
 def test_file_without_checksums_is_read(tmp_path):
@@ -206,7 +146,7 @@ def test_every_file_that_is_cut_off_is_named(tmp_path):
 def test_announced_sizes_are_not_believed(tmp_path):
     # A storage that unpacks to a terabyte, and a tensor that reaches beyond its storage.
     torch.save({"a": torch.zeros(1 << 20)}, tmp_path / "a.pth")
-    deflated = _repack(tmp_path / "a.pth", tmp_path / "b.pth", zipfile.ZIP_DEFLATED, "data/0")
+    deflated = repack(tmp_path / "a.pth", tmp_path / "b.pth", zipfile.ZIP_DEFLATED, "data/0")
     content = deflated.read_bytes()
     size = struct.pack("<I", 4 << 20)
     assert content.count(size) == 2

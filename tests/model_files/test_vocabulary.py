@@ -6,7 +6,7 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from mgllava.conversion.vocabulary import load_tokenizer
+from mgllava.model_files.vocabulary import load_tokenizer
 from tests.golden_cases import GOLDEN
 
 TEXTS = [

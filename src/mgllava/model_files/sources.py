@@ -1,0 +1,145 @@
+"""Model folders and Hub repositories that a model is made from: downloads, and the configurations in them."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, PreTrainedConfig
+
+from .errors import ConversionError
+from .json_files import read_json
+
+_CONFIG_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
+_SAFETENSORS_FILES = ["model*.safetensors"]
+_PICKLED_FILES = ["pytorch_model*.bin"]
+
+
+def fetch(name: str | Path, argument: str, patterns: list[str], revision: str | None = None) -> Path:
+    """Find a repository on disk, or download parts of it from the Hub.
+
+    Args:
+        name (`str` or `Path`): A folder or a Hub id.
+        argument (`str`): The user's argument, for the error.
+        patterns (`list[str]`): Files to download.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        ConversionError: If there is no such folder and no such repository.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).startswith("."):
+        raise ConversionError(f"`{argument}` must be a folder or a Hub id (owner/name), but {name} is neither.")
+    try:
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns))
+    except Exception as error:  # those of the HTTP library have other names in each version of huggingface_hub
+        raise ConversionError(
+            f"`{argument}`: {name} is not a folder here, and it cannot be fetched from the Hub ({one_line(error)})."
+        ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """Put the message of an error into one line.
+
+    Args:
+        error (`BaseException`): The error.
+
+    Returns:
+        `str`: Its message; its type if it has none.
+    """
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def fetch_weights(name: str | Path, argument: str) -> Path:
+    """Find a model folder with its weights, or download it; pickled weights only where there are no safetensors."""
+    folder = fetch(name, argument, _CONFIG_FILES + _SAFETENSORS_FILES)
+    if Path(name).is_dir() or any(folder.glob("*.safetensors")):
+        return folder
+    return fetch(name, argument, _CONFIG_FILES + _PICKLED_FILES)
+
+
+def _read_config(folder: Path, name: str | Path, argument: str) -> PreTrainedConfig:
+    if not (folder / "config.json").is_file():
+        raise ConversionError(f"`{argument}`: {name} has no config.json, so it is not a transformers repository.")
+    read_json(folder / "config.json", argument)
+    try:
+        # Without a value for it, transformers asks on the terminal.
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a config may be wrong in many ways
+        reason = one_line(error.__cause__ or error)
+        raise ConversionError(f"`{argument}`: config.json of {name} cannot be read ({reason}).") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConversionError(f"`{argument}`: {name} is quantized. Give the repository that it was quantized from.")
+    return config
+
+
+def _check_sizes(config: PreTrainedConfig, names: tuple[str, ...], name: str | Path, argument: str) -> None:
+    """Check the sizes that a model is built from: with others, building it may take forever."""
+    for size in names:
+        value = getattr(config, size, None)
+        most = _MAX_LAYERS if size == "num_hidden_layers" else _MAX_SIZE
+        if type(value) is not int or not 1 <= value <= most:
+            raise ConversionError(
+                f"`{argument}`: `{size}` in config.json of {name} must be a number from 1 to {most}, got {value!r}."
+            )
+
+
+_MAX_LAYERS = 10_000
+_MAX_SIZE = 1 << 30
+
+
+def language_model_config(name: str | Path) -> tuple[PreTrainedConfig, Path]:
+    """Read the config of a language model.
+
+    Args:
+        name (`str` or `Path`): Its folder or Hub id.
+
+    Returns:
+        `tuple[PreTrainedConfig, Path]`: The config, and the folder with config and tokenizer.
+
+    Raises:
+        ConversionError: If it is not found or no language model.
+    """
+    folder = fetch(name, "llm", _CONFIG_FILES)
+    config = _read_config(folder, name, "llm")
+    if not hasattr(config, "vocab_size") or not hasattr(config, "hidden_size"):
+        raise ConversionError(f"`llm`: {name} has model type {config.model_type!r}, which is not a language model.")
+    _check_sizes(config, ("vocab_size", "hidden_size", "num_hidden_layers"), name, "llm")
+    return config, folder
+
+
+def clip_config(name: str | Path) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """Read the config of a CLIP vision tower.
+
+    Args:
+        name (`str` or `Path`): Folder or Hub id of a CLIP model or of its vision tower.
+
+    Returns:
+        `tuple[PreTrainedConfig, dict[str, Any]]`: The vision tower's config, and the image processor's, if any.
+
+    Raises:
+        ConversionError: If it is not found or no CLIP.
+    """
+    folder = fetch(name, "vision_tower", _CONFIG_FILES)
+    config = _read_config(folder, name, "vision_tower")
+    if config.model_type == "clip":
+        config = config.vision_config
+    if config.model_type != "clip_vision_model":
+        raise ConversionError(f"`vision_tower` must be a CLIP, but {name} has model type {config.model_type!r}.")
+    _check_sizes(config, ("hidden_size", "num_hidden_layers", "image_size", "patch_size"), name, "vision_tower")
+    path = folder / "preprocessor_config.json"
+    settings = read_json(path, "vision_tower") if path.is_file() else {}
+    for statistic in ("image_mean", "image_std"):
+        value = settings.get(statistic, [0.5] * 3)
+        is_right = isinstance(value, list) and len(value) == 3
+        if not is_right or not all(isinstance(one, int | float) and -10 < one < 10 for one in value):
+            raise ConversionError(f"`vision_tower`: `{statistic}` in {path} must be three numbers, got {value!r}.")
+    return config, settings
+
+
+__all__ = ["clip_config", "fetch", "fetch_weights", "language_model_config", "one_line"]
