@@ -91,6 +91,25 @@ def mgllava(name, again=None, **options):
     return tensors, {"classes": classes(model, model.config, processor, processor.image_processor, *image_processors)}
 
 
+@torch.no_grad()
+def question(name, image):
+    """The boxes that the small model finds in its picture, and its answer to a question."""
+    model, processor = load(name)
+    content = [
+        {"type": "image", "image": Image.open(image)},
+        {"type": "text", "text": "what is left of the green ring?"},
+    ]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    answer = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    return {"boxes": inputs["boxes"], "answer": answer[:, inputs["input_ids"].shape[1] :]}, {"classes": classes(model)}
+
+
 def other_classes(name, **options):
     """What else loads a repository: other Auto classes, the processor on PIL, the tokenizer alone, a pipeline."""
     models = [
