@@ -16,7 +16,7 @@ from report import report
 from torch.nn import functional as F  # noqa: N812
 from torchvision.ops import roi_align
 
-from mgllava.modeling.regions_mgllava import pool_boxes
+from mgllava.modeling.vision_mgllava import pool_boxes
 
 WIDTHS, SIDES, IMAGE_SIZE, POOLED_SIZE = (192, 384, 768, 1536), (192, 96, 48, 24), 768, 56
 # The kernel counts pages per thread and adds them up now and then: what is less than this counts as this much.

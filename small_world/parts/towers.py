@@ -13,8 +13,7 @@ from transformers import CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from mgllava.modeling import MGLlavaHighResVisionConfig
-from mgllava.modeling.high_res_vision_mgllava import MGLlavaHighResVisionModel
-from mgllava.modeling.regions_mgllava import POOLED_SIZE, pool_boxes
+from mgllava.modeling.vision_mgllava import POOLED_SIZE, MGLlavaHighResVisionModel, pool_boxes
 
 from .architecture import (
     HIGH_RES_ARCHITECTURE,

@@ -14,9 +14,9 @@ from mgllava.modeling import (
     MGLlavaForConditionalGeneration,
     MGLlavaModel,
     MGLlavaPreTrainedModel,
-    quantization_config,
 )
 from mgllava.processing import COCO_80, BoxDetector, MGLlavaImageProcessor, MGLlavaImageProcessorPil, MGLlavaProcessor
+from mgllava.quantization import quantization_config
 from mgllava.ram_plus import RamPlusConfig, RamPlusForImageTagging, RamPlusImageProcessor, RamPlusImageProcessorPil
 
 __version__ = "0.1.0"

@@ -112,7 +112,7 @@ def test_what_does_not_load_gets_no_name(saved, tmp_path, monkeypatch):
 
     def save_other_code(model, folder):
         save_code(model, folder)
-        with (folder / "regions_mgllava.py").open("a") as file:
+        with (folder / "vision_mgllava.py").open("a") as file:
             file.write("\nimport mgllava\n")
 
     monkeypatch.setattr(export, "custom_object_save", save_other_code)

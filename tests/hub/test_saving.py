@@ -151,7 +151,7 @@ def test_push_to_hub_uploads_the_code(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *args, **kwargs: FakeUrl())
     monkeypatch.chdir(tmp_path)
     for saved, files in (
-        (tiny_model(), {"modeling_mgllava.py", "configuration_mgllava.py", "regions_mgllava.py"}),
+        (tiny_model(), {"modeling_mgllava.py", "configuration_mgllava.py", "vision_mgllava.py"}),
         (MGLlavaImageProcessor(), {"image_processing_mgllava.py", "images_common.py", "boxes_mgllava.py"}),
     ):
         saved.push_to_hub("org/name")

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from mgllava import MGLlavaForConditionalGeneration
-from mgllava.modeling.fusion_mgllava import FUSIONS
+from mgllava.modeling.vision_mgllava import FUSIONS
 from tests.golden_cases import load_tensors
 from tests.tiny import tiny_config, tiny_model
 

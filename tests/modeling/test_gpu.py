@@ -5,7 +5,7 @@ import torch
 
 import mgllava
 from mgllava import MGLlavaForConditionalGeneration
-from mgllava.modeling.regions_mgllava import pool_boxes
+from mgllava.modeling.vision_mgllava import pool_boxes
 from tests.tiny import random_boxes, tiny_inputs, tiny_model
 
 pytestmark = [

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from mgllava import MGLlavaConfig, MGLlavaForConditionalGeneration
 from mgllava.modeling import CACHE_NAME
-from mgllava.modeling.language_model_mgllava import UnsupportedLanguageModelError, load_language_model
+from mgllava.modeling.language_model_common import UnsupportedLanguageModelError, load_language_model
 from tests.tiny import IMAGE_SIZE, tiny_config
 
 from .causal_types import ROWS, TYPES, small_config

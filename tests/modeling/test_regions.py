@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 from torchvision.ops import roi_align
 
-from mgllava.modeling.regions_mgllava import pool_boxes
+from mgllava.modeling.vision_mgllava import pool_boxes
 
 IMAGE_SIZE = 768
 

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
-from mgllava.modeling.regions_mgllava import MGLlavaBoxProjector
+from mgllava.modeling.vision_mgllava import MGLlavaBoxProjector
 from mgllava.training import load_recipe, run, train
 
 

@@ -12,7 +12,7 @@ from mgllava.model_files.json_files import read_json
 from mgllava.model_files.sources import fetch, fetch_weights
 from mgllava.model_files.tensor_files import LazyTensor, open_safetensors, open_weights, tensors_of
 from mgllava.model_files.torch_files import open_torch_file
-from mgllava.modeling.high_res_vision_mgllava import trunk_sizes
+from mgllava.modeling.vision_mgllava import trunk_sizes
 
 from .key_mapping import CLIP_DROPS, CLIP_TO_MODEL, OPEN_CLIP_DROPS, OPEN_CLIP_TO_MODEL, drop_reason, rename
 

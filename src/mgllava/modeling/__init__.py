@@ -3,9 +3,7 @@
 A folder that the Hub gets as it is: its files import each other as siblings only.
 """
 
-from .cache_mgllava import CACHE_NAME
 from .configuration_mgllava import MGLlavaConfig, MGLlavaHighResVisionConfig
-from .high_res_vision_mgllava import MGLlavaHighResVisionModel
 from .modeling_mgllava import (
     MGLlavaCausalLMOutputWithPast,
     MGLlavaForConditionalGeneration,
@@ -13,7 +11,8 @@ from .modeling_mgllava import (
     MGLlavaModelOutputWithPast,
     MGLlavaPreTrainedModel,
 )
-from .quantization_mgllava import quantization_config
+from .pretrained_common import CACHE_NAME
+from .vision_mgllava import MGLlavaHighResVisionModel
 
 __all__ = [
     "CACHE_NAME",
@@ -25,5 +24,4 @@ __all__ = [
     "MGLlavaModel",
     "MGLlavaModelOutputWithPast",
     "MGLlavaPreTrainedModel",
-    "quantization_config",
 ]

@@ -5,8 +5,9 @@ import re
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import CONFIG_MAPPING, AutoConfig
-from transformers.configuration_utils import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
+
+from .pretrained_common import read_sub_config
 
 # Where remote code finds the model, by the Auto classes that load it.
 _REMOTE_CLASSES = dict.fromkeys(
@@ -58,23 +59,6 @@ class MGLlavaHighResVisionConfig(PreTrainedConfig):
             raise ValueError(
                 f"`image_size` must be a multiple of 32 (the last stage's stride), got {self.image_size}."
             )
-
-
-def _read_sub_config(value: Any, name: str, model_type: str, **defaults: Any) -> PreTrainedConfig:
-    """Build the sub configuration `name` from nothing, a dictionary (left as it is) or a configuration."""
-    if value is None:
-        return CONFIG_MAPPING[model_type](**defaults)
-    if isinstance(value, dict):
-        model_type = value.get("model_type", model_type)
-        if model_type not in CONFIG_MAPPING:
-            raise ValueError(
-                f"`{name}`: this release of transformers has no model of type {model_type!r}. A newer release may "
-                "have it; code of others is used after `AutoConfig.register` and `AutoModelForCausalLM.register`."
-            )
-        return CONFIG_MAPPING[model_type](**{**value, "model_type": model_type})
-    if isinstance(value, PreTrainedConfig):
-        return value
-    raise TypeError(f"`{name}` must be a configuration or a dictionary, got {type(value).__name__}.")
 
 
 @strict
@@ -158,8 +142,8 @@ class MGLlavaConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        self.text_config = _read_sub_config(self.text_config, "text_config", "llama", vocab_size=32064)
-        self.vision_config = _read_sub_config(
+        self.text_config = read_sub_config(self.text_config, "text_config", "llama", vocab_size=32064)
+        self.vision_config = read_sub_config(
             self.vision_config,
             "vision_config",
             "clip_vision_model",

@@ -18,7 +18,6 @@ from transformers import (
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers import initialization as init
@@ -33,20 +32,21 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple, logging, torch_compilable_check
 
-from .attention_mgllava import MGLlavaCrossAttention
-from .cache_mgllava import CACHE_NAME, either_cache
 from .configuration_mgllava import MGLlavaConfig
-from .fusion_mgllava import FUSIONS, MGLlavaResampler
-from .high_res_vision_mgllava import MGLlavaHighResVisionModel
-from .language_model_mgllava import LanguageModelHead, load_language_model
-from .projector_mgllava import MGLlavaProjector
-from .quantization_mgllava import leave_unpackable_layers, with_skipped_modules
-from .regions_mgllava import MGLlavaBoxProjector, check_box_dtype
+from .language_model_common import LanguageModelHead, load_language_model
+from .pretrained_common import CACHE_NAME, ImageTextPreTrainedModel, either_cache
+from .vision_mgllava import (
+    FUSIONS,
+    MGLlavaBoxProjector,
+    MGLlavaCrossAttention,
+    MGLlavaHighResVisionModel,
+    MGLlavaProjector,
+    MGLlavaResampler,
+    check_box_dtype,
+)
 
 logger = logging.get_logger(__name__)
 
-# Arguments of `from_pretrained` that say where a repository is.
-_LOCATION_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # Arguments of `from_pretrained` that `from_pretrained_parts` hands on, to all parts or to the language model; what it
 # takes of the configuration; and what needs a repository that is complete.
 _PART_LOCATION = ("cache_dir", "force_download", "local_files_only", "token")
@@ -248,15 +248,12 @@ def _single_device(device_map: Any) -> torch.device | None:
         ) from None
 
 
-class MGLlavaPreTrainedModel(PreTrainedModel):
-    """What all MG-LLaVA models share: configuration, capabilities, initialization."""
+class MGLlavaPreTrainedModel(ImageTextPreTrainedModel):
+    """Configuration, capabilities and initialization of all MG-LLaVA models."""
 
     config: MGLlavaConfig
     config_class = MGLlavaConfig
-    base_model_prefix = "model"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    # Each of these meets tensors of several sources, which must lie on one device.
+    # Each of these combines tensors of several sources, which must lie on one device.
     _no_split_modules = [
         "MGLlavaConvFusion",
         "MGLlavaPatchInfoMining",
@@ -265,101 +262,19 @@ class MGLlavaPreTrainedModel(PreTrainedModel):
         "MGLlavaProjector",
         "MGLlavaCrossAttention",
     ]
-    _skip_keys_device_placement = ["past_key_values", "cache"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args, **kwargs
-    ) -> "MGLlavaPreTrainedModel":
-        """Load a model; a `quantization_config` that names no modules to skip quantizes the language model alone.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or repository id.
-            *model_args: See the base class.
-            **kwargs: See the base class.
-
-        Returns:
-            `MGLlavaPreTrainedModel`: The model, in evaluation mode.
-        """
-        quantization_config = kwargs.get("quantization_config")
-        if quantization_config is not None:
-            config = kwargs.get("config")
-            if not isinstance(config, PreTrainedConfig):
-                location = {name: kwargs[name] for name in _LOCATION_ARGUMENTS if name in kwargs}
-                config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **location)
-            # What is stored quantized knows its own list, which a list given here could overrule.
-            if getattr(config, "quantization_config", None) is None:
-                kwargs["quantization_config"] = with_skipped_modules(quantization_config)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        leave_unpackable_layers(loaded[0] if isinstance(loaded, tuple) else loaded)
-        return loaded
-
-    def post_init(self):
-        """Initialize the weights, and note what this variant of the model consists of."""
-        super().post_init()
-        # FSDP refuses to start where one of these names is not that of a module.
-        self._no_split_modules = set(self._no_split_modules) & {type(module).__name__ for module in self.modules()}
-
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Embedding:
-        """Resize the embedding table; all of the first `new_num_tokens` rows count as vocabulary from then on.
-
-        It is needed for each token that is new to the tokenizer, also when the padded table has a row for it.
-
-        Args:
-            new_num_tokens (`int`, *optional*): New number of tokens. By default that of the rows.
-            pad_to_multiple_of (`int`, *optional*): Add rows until the table is a multiple of this. They are not words.
-            mean_resizing (`bool`, *optional*, defaults to `True`): Start new rows from the mean of the old.
-
-        Returns:
-            `nn.Embedding`: the table.
-
-        Raises:
-            ValueError: If the placeholder would be cut off.
-        """
-        if new_num_tokens is not None and new_num_tokens <= self.config.image_token_id:
-            raise ValueError(
-                f"`new_num_tokens` must be greater than the id of the placeholder (`config.image_token_id`, "
-                f"{self.config.image_token_id}), got {new_num_tokens}. Pass the `len` of this model's tokenizer."
-            )
-        unpadded, unused = self.config.unpadded_vocab_size, set(self.config.unused_token_ids)
-        rows = self.config.text_config.vocab_size
-        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        if new_num_tokens is not None:
-            unpadded = new_num_tokens
-        elif unpadded is None and self.config.text_config.vocab_size > rows:
-            unpadded = rows
-        self.config.unpadded_vocab_size = unpadded
-        if (generation_config := getattr(self, "generation_config", None)) is not None:
-            others = set(generation_config.suppress_tokens or ()) - unused
-            generation_config.suppress_tokens = sorted(others | set(self.config.unused_token_ids))
-        return embeddings
-
-    @torch.no_grad()
-    @init.guard_torch_init_functions()
-    def initialize_weights(self):
-        """Initialize what no file had, also what the language model's body computes for its layers (Falcon-H1)."""
-        super().initialize_weights()
-        # The base class passes by a module without weights of its own, if the whole model is not one of transformers.
-        body = self.base_model.language_model
-        body._init_weights(body)
+    unquantized_modules = (
+        "vision_tower",
+        "high_res_vision_tower",
+        "fusion",
+        "multi_modal_projector",
+        "box_projector",
+        "object_attention",
+    )
+    modules_without_int8 = ("high_res_vision_tower",)
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        # transformers passes by modules of outside packages that own no parameter themselves, so what a block wants
-        # for its layers is noted on the layers.
-        initialization = getattr(module, "initialization", None)
-        if initialization == "xavier_uniform":
-            init.xavier_uniform_(module.weight)
-        elif initialization == "zeros":
-            init.zeros_(module.weight)
-        elif isinstance(module, MGLlavaResampler):
+        if isinstance(module, MGLlavaResampler):
             init.normal_(module.queries, std=0.02)
 
 

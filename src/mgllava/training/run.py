@@ -17,8 +17,9 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, get_schedu
 
 from mgllava.box_files import detection_settings, open_detector
 from mgllava.folder_lock import FolderLock
-from mgllava.modeling import MGLlavaForConditionalGeneration, quantization_config
+from mgllava.modeling import MGLlavaForConditionalGeneration
 from mgllava.processing import MGLlavaProcessor
+from mgllava.quantization import quantization_config
 
 from .account import (
     PARTIAL,

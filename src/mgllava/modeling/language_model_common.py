@@ -13,10 +13,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .cache_mgllava import CACHE_NAME
+from .pretrained_common import CACHE_NAME
 
-# What `generate` calls on a model and a language model may do in a way of its own, without a loss here: see
-# `LanguageModelHead.prepare_inputs` and `MGLlavaForConditionalGeneration.create_masks_for_generate`.
+# What `generate` calls on a model and a language model may do in a way of its own, without a loss here.
 _DELEGATED_HOOKS = {"prepare_inputs_for_generation", "_supports_default_dynamic_cache"}
 # What the class of a language model needs, to be given embeddings of images and to continue.
 _ARGUMENTS = ("attention_mask", "inputs_embeds", CACHE_NAME)
@@ -41,7 +40,7 @@ _READS_IDS_IF = ("hidden_size_per_layer_input", "ple_layer_ids")
 
 
 class UnsupportedLanguageModelError(ValueError):
-    """A language model that MG-LLaVA cannot use without changing what it computes."""
+    """A language model that cannot be part of a model for images without a change of what it computes."""
 
     def __init__(self, model_type: str, reason: str):
         super().__init__(
@@ -114,8 +113,8 @@ def _forward_arguments(model_class: type) -> list[str]:
 class LanguageModelHead:
     """What the class of a language model computes around its body: scores, scales, caps, losses of experts.
 
-    The class's own `forward` runs, with MG-LLaVA in the place of its body. It owns no weights: those of the head are
-    `lm_head` of the model that it is part of.
+    The class's own `forward` runs, with the body of the whole model instead of its own. It owns no weights: those of
+    the head are `lm_head` of the whole model.
 
     Args:
         model (`PreTrainedModel`): A causal language model. It is taken apart: what holds weights is gone from it.
@@ -162,7 +161,7 @@ class LanguageModelHead:
         return parts
 
     def _new_name(self, name: str) -> str:
-        """Name of a weight of the language model in a MG-LLaVA model."""
+        """Name of a weight of the language model in the whole model."""
         for part, new in ((self.body_name, "model.language_model"), (self.head_name, "lm_head")):
             if name.startswith(f"{part}."):
                 return new + name.removeprefix(part)
