@@ -1,48 +1,55 @@
-# Every command sets up what it needs: `.venv` with the package and its development tools.
+# Every target first installs what it needs into `.venv`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The same packages with the oldest release of transformers that setup.cfg allows.
+# The same packages, but the oldest release of transformers that setup.cfg allows.
 FLOOR := build/venv-floor
 FLOOR_RELEASE := $(shell sed -n 's/.*transformers>=\([0-9.]*\).*/\1/p' setup.cfg)
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 SOURCES := src tests examples benchmarks small_world
 ABLATION_WORLD := small-ablation
-# Half of the shipped model's training, two runs at a time.
+# Half as much training as the shipped model had, two runs in parallel.
 ABLATION := --world $(ABLATION_WORLD) --alignment 0.5 --tuning 0.5 --bf16 --jobs 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all test-mixins hub-check lint format bench bench-pooling bench-convert bench-detector \
-	bench-quantization bench-generation bench-train bench-import refresh-code small-model ablation clean
+	bench-quantization bench-generation bench-train bench-import bench-real-size refresh-code small-model ablation clean
 
-help:  ## list the commands
+help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | column -t -s '	'
 
-setup: $(VENV)/.installed  ## install the package and its tools into .venv
+setup: $(VENV)/.installed  ## install the package and all development tools into .venv
 
-$(VENV)/.installed: setup.cfg pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+$(VENV)/.installed: $(VENV)/.package
 	$(BIN)/python -m pip install --editable .[dev]
 	touch $@
 
-demo: setup  ## let the small model that the repository ships answer questions about new pictures
+# The package without development tools. On Linux x86-64, PyTorch with its CUDA libraries is most of the download.
+$(VENV)/.package: setup.cfg pyproject.toml
+	@test -e $(BIN)/python || echo "Installing mgllava and its 67 dependencies into $(VENV)." \
+		"On Linux x86-64 this downloads 3.1 GB and takes 3.5 GB of disk."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --editable .
+	touch $@
+
+demo: $(VENV)/.package  ## answer questions about new pictures with the small model of this git repository
 	HF_HUB_OFFLINE=1 $(BIN)/python -m small_world.demo
 
 test: setup  ## run the fast tests
 	$(PYTEST) -n 2 -m "not slow and not gpu"
 
-test-all: setup  ## run all tests, slow ones and (where there is a GPU) those for a GPU included
+test-all: setup  ## run all tests, including slow ones and, on a GPU, those that need one
 	$(PYTEST)
 
 test-mixins: setup  ## run transformers' own test mixins, from its git tag or TRANSFORMERS_SOURCE
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.transformers_mixins -n 2
 
-hub-check: setup $(FLOOR)/.installed  ## load exported repositories without the package, on two releases of transformers
+hub-check: setup $(FLOOR)/.installed  ## load exported models without the package, on two releases of transformers
 	MGLLAVA_OTHER_PYTHON=$(FLOOR)/bin/python $(PYTEST) -n 2 tests/hub tests/test_structure.py
 	HF_HUB_OFFLINE=1 MGLLAVA_OTHER_PYTHON=$(BIN)/python $(FLOOR)/bin/python -m pytest -n 2 tests/hub tests/test_structure.py
 
-# One package is installed, the others are those of .venv.
+# Only transformers is installed; all other packages come from .venv.
 $(FLOOR)/.installed: $(VENV)/.installed
 	$(BIN)/python -m venv --clear $(FLOOR)
 	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
@@ -50,50 +57,53 @@ $(FLOOR)/.installed: $(VENV)/.installed
 	$(FLOOR)/bin/python -m pip install --quiet transformers==$(FLOOR_RELEASE)
 	touch $@
 
-lint: setup  ## check style and types, change nothing
+lint: setup  ## check style and types without changing anything
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 
-format: setup  ## fix style
+format: setup  ## fix style and formatting
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
 
-bench: bench-pooling bench-convert bench-detector bench-quantization bench-import  ## run all benchmarks; results go to benchmarks/results/
+bench: bench-pooling bench-convert bench-detector bench-quantization bench-import  ## run the quick benchmarks; results are written to benchmarks/results/
 
-bench-pooling: setup  ## box pooling against upsampling, RoI-align and mean
+bench-pooling: setup  ## compare box pooling with upsampling, RoI-align and mean
 	$(BIN)/python benchmarks/pooling.py
 
-bench-convert: setup  ## peak memory of converting a checkpoint of several GB
+bench-convert: setup  ## measure the peak memory of converting a 6 GB checkpoint
 	$(BIN)/python benchmarks/convert_memory.py
 
-bench-detector: setup  ## tags and boxes against a path of the original's shape
+bench-detector: setup  ## compare the box detector with the original's algorithm
 	$(BIN)/python benchmarks/detector.py
 
-bench-quantization: setup  ## accuracy and memory of quantized models
+bench-quantization: setup  ## measure the accuracy and memory of quantized models
 	$(BIN)/python benchmarks/quantization.py
 
-bench-generation: setup  ## memory, first token and tokens per second at real size, on a GPU
+bench-generation: setup  ## measure generation at real size on a GPU: memory, first token, tokens per second
 	$(BIN)/python benchmarks/generation.py
 
-bench-train: setup  ## training at real size on a GPU (tiny without one), and whether the processor keeps up
+bench-train: setup  ## measure training on a GPU (a tiny model without one), and the data loading
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/processor.py
 
-bench-import: setup  ## import time beyond torch and transformers
+bench-real-size: setup  ## convert, load and run a 7B model with random weights on a CPU (minutes; 32 GB of disk)
+	$(BIN)/python benchmarks/real_size.py
+
+bench-import: setup  ## measure the import time in addition to torch and transformers
 	$(BIN)/python benchmarks/import_time.py
 
-refresh-code: setup  ## copy the code in src into the shipped model, which carries it like every saved repository
+refresh-code: setup  ## copy the code in src into the small model, which includes it like every saved model
 	HF_HUB_OFFLINE=1 $(BIN)/python -m small_world.refresh_code
 
-small-model: setup  ## make the small model from nothing, in small-world/ (hours; goes on where it was)
+small-model: setup  ## train the small model from scratch in small-world/ (hours; resumes)
 	$(MAKE) -f small_world/Makefile
 
-ablation: setup  ## the paper's ablations at the size of the small model, from its parts (hours; goes on where it was)
+ablation: setup  ## run the paper's ablations on the small model (hours; resumes)
 	$(MAKE) -f small_world/Makefile pictures WORLD=$(ABLATION_WORLD)
 	$(BIN)/python -m small_world.unbundle small_world/model --output $(ABLATION_WORLD)/parts
 	$(BIN)/python -m small_world.ablation main --seeds 3 $(ABLATION)
 	$(BIN)/python -m small_world.ablation fusion merging boxes $(ABLATION)
 
-clean:  ## remove .venv and what the commands left
+clean:  ## remove .venv and all outputs
 	rm -rf $(VENV) demo-output build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

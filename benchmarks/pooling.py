@@ -78,7 +78,7 @@ def measure_bytes(method, num_boxes: int, device: str, connection) -> None:
         method(maps, boxes)
         connection.send(torch.cuda.max_memory_allocated() - before)
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
         before = _memory("VmRSS")
         method(maps, boxes)
         connection.send(max(_memory("VmHWM") - before, CPU_RESOLUTION))

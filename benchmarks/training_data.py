@@ -47,7 +47,7 @@ _CONTRAST, _COLOR, _FINEST = 22, 10, 6
 
 
 def draw_photo(size: tuple[int, int], generator: np.random.Generator) -> Image.Image:
-    """Draw noise of all octaves; colours have none of the finer ones, as the eye and cameras have it."""
+    """Draw noise of all octaves; colors have none of the finer ones, as the eye and cameras have it."""
     width, height = size
     pixels = np.full((height, width, 3), 118, dtype=np.float32)
 
@@ -118,7 +118,7 @@ def write_data(folder: Path, sizes: Sequence[tuple[int, int]], num_photos: int, 
 def start_workers_as_usual() -> None:
     """Forget, in a process that was spawned for a measurement, that its own children are to be spawned too.
 
-    A command's workers are forked on Linux (Python up to 3.13); spawned ones would first import everything anew.
+    A command's workers are forked on Linux (Python up to 3.13); spawned ones would first import everything again.
     """
     multiprocessing.set_start_method(None, force=True)
 

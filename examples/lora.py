@@ -51,7 +51,7 @@ def main() -> None:
     batch = processor.apply_chat_template(
         CONVERSATION, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
     ).to(base.device)
-    # Only the tokens of the answer are learnt.
+    # Only the tokens of the answer are learned.
     labels = batch["input_ids"].masked_fill(batch.pop("assistant_masks") == 0, -100)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     model.train()

@@ -3,9 +3,9 @@
     python -m small_world.ablation main --seeds 3
 
 Groups: `main` (low resolution only, objects, objects and Conv-Gate fusion), `fusion` (each way of fusing), `merging`
-(each way of merging objects), `boxes` (which boxes the model is given). Every run goes through both stages from the
-parts in `small-world/parts` (see `small_world.unbundle` for those of the shipped model), then answers the questions
-about the test pictures. Runs that are done are kept, and an interrupted one goes on. Results go to
+(each way of merging objects), `boxes` (which boxes the model is given). Every run trains both stages from the parts in
+`small-world/parts` (`small_world.unbundle` writes those of the shipped model), then answers the questions about the
+test pictures. Finished runs are kept, and an interrupted run is resumed. Results are written to
 `small_world/results/ablation.json`.
 
 With `--jobs 2` two runs share the cores, which takes less time than one after the other.
@@ -30,13 +30,14 @@ from rich.table import Table
 from mgllava import MGLlavaConfig
 from mgllava.atomic_files import replacing
 
+from .parts import Part
 from .questions import KINDS
 from .scenes import ANY_SHAPE, SHAPES
 
 _HERE = Path(__file__).parent
 RESULTS = _HERE / "results" / "ablation.json"
 _FUSIONS, _MERGINGS = (get_args(MGLlavaConfig.__annotations__[name]) for name in ("fusion_type", "object_merging"))
-# As COCO's 80 classes know some of what a picture shows, half of the shapes here.
+# The classes of COCO cover some of the objects in a picture; here a fixed list covers half of the shapes.
 _FIXED_LIST = SHAPES[::2]
 
 
@@ -44,7 +45,7 @@ _FIXED_LIST = SHAPES[::2]
 class Row:
     """A row of a table.
 
-    Args:
+    Attributes:
         fusion (`str`): `fusion_type` of `MGLlavaConfig`.
         merging (`str`): `object_merging` of `MGLlavaConfig`.
         boxes (`str`): Which boxes: `ram-plus`, `fixed-list` or `no-tags`.
@@ -74,14 +75,14 @@ GROUPS: dict[str, dict[str, Row]] = {
 
 @dataclass(frozen=True)
 class Effort:
-    """How long the models of a table are trained, all alike.
+    """How long every model of a table is trained.
 
-    Args:
+    Attributes:
         alignment (`float`): Passes of stage 1 over the captions.
         tuning (`float`): Passes of stage 2 over questions and captions.
         bf16 (`bool`): Whether matrix products are computed in bfloat16.
         pictures (`int`): Number of test pictures.
-        threads (`int`): Threads of a run.
+        threads (`int`): Threads per run.
     """
 
     alignment: float
@@ -92,16 +93,9 @@ class Effort:
 
 
 def run(row: Row, seed: int, world: Path, effort: Effort) -> dict[str, float]:
-    """Train and test one model.
+    """Train and test one model; return its share of right answers by kind.
 
-    Args:
-        row (`Row`): What it is like.
-        seed (`int`): Of fusion, projectors and the order of samples.
-        world (`Path`): Folder with parts, pictures and boxes.
-        effort (`Effort`): How long it is trained.
-
-    Returns:
-        `dict`: Share of right answers by kind.
+    The seed determines the initial fusion and projectors and the order of samples.
     """
     passes = f"{effort.alignment:g}-{effort.tuning:g}-{'bf16' if effort.bf16 else 'fp32'}"
     name = "-".join([*row.config.values(), row.boxes, f"seed{seed}", passes])
@@ -109,8 +103,8 @@ def run(row: Row, seed: int, world: Path, effort: Effort) -> dict[str, float]:
     result = folder / "accuracy.json"
     if not result.exists():
         train, test = world / "train", world / "test"
-        parts = {"llm": "language-model", "vision_tower": "vision-tower", "high_res_tower": "high-res-tower"}
-        start = [f"model.parts.{key}={world / 'parts' / part}" for key, part in parts.items()]
+        parts = {"llm": Part.LANGUAGE_MODEL, "vision_tower": Part.VISION_TOWER, "high_res_tower": Part.HIGH_RES_TOWER}
+        start = [f"model.parts.{key}={_part(world, part)}" for key, part in parts.items()]
         start += [f"model.parts.config.{key}={value}" for key, value in row.config.items()]
         captions, conversations = train / "captions.json", train / "conversations.json"
         shared = [f"data.images={train / 'images'}", f"data.boxes={_box_file(train, row.boxes)}"]
@@ -134,25 +128,23 @@ def run(row: Row, seed: int, world: Path, effort: Effort) -> dict[str, float]:
 
 
 def find_boxes(world: Path, split: str, kind: str) -> None:
-    """Find the boxes of a split, unless there is a file that has them.
-
-    Args:
-        world (`Path`): Folder with parts and pictures.
-        split (`str`): `train` or `test`.
-        kind (`str`): See [`Row`].
-    """
+    """Detect the boxes of a split, unless their file exists; `kind` is `Row.boxes`."""
     output = _box_file(world / split, kind)
     if not output.exists():
         tags = {
-            "ram-plus": ["--tagger", world / "parts" / "tagger"],
+            "ram-plus": ["--tagger", _part(world, Part.TAGGER)],
             "fixed-list": ["--labels", ",".join(_FIXED_LIST)],
             "no-tags": ["--labels", ANY_SHAPE],
         }[kind]
-        options = ["--image-folder", world / split / "images", "--detector", world / "parts" / "detector"]
+        options = ["--image-folder", world / split / "images", "--detector", _part(world, Part.DETECTOR)]
         options += ["--mode", "clean"]
         _call(
             "mgllava.cli", "detect", world / split / "captions.json", *options, *tags, "--output", output, "--resume"
         )
+
+
+def _part(world: Path, part: Part) -> Path:
+    return world / "parts" / part.value
 
 
 def _box_file(folder: Path, kind: str) -> Path:
@@ -165,11 +157,7 @@ def _call(module: str, *arguments: object, threads: int | None = None) -> None:
 
 
 def summarize(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
-    """Show mean and standard deviation over seeds, in percent.
-
-    Args:
-        results (`Mapping`): Shares by row, seed and kind.
-    """
+    """Show mean and standard deviation over seeds in percent, from shares by row, seed and kind."""
     table = Table(title="right answers, %")
     for column in ("row", "seeds", *KINDS, "all"):
         table.add_column(column, justify="left" if column == "row" else "right")
@@ -184,19 +172,17 @@ def summarize(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table
 
 
 def main(
-    groups: Annotated[list[str], typer.Argument(help=f"Of {', '.join(GROUPS)}.")],
-    seeds: Annotated[int, typer.Option(help="How many seeds.")] = 1,
+    groups: Annotated[list[str], typer.Argument(help=f"Groups to run: {', '.join(GROUPS)}.")],
+    seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 1,
     world: Annotated[Path, typer.Option(help="Folder with parts and pictures.")] = Path("small-world"),
     alignment: Annotated[float, typer.Option(help="Passes of stage 1.")] = 1,
     tuning: Annotated[float, typer.Option(help="Passes of stage 2.")] = 1,
-    bf16: Annotated[
-        bool, typer.Option("--bf16", help="Matrix products in bfloat16, if the processor has them.")
-    ] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute matrix products in bfloat16.")] = False,
     pictures: Annotated[int, typer.Option(help="Number of test pictures.")] = 600,
-    jobs: Annotated[int, typer.Option(help="Runs at a time; they share the cores.")] = 1,
-    output: Annotated[Path, typer.Option(help="JSON file of all results; new ones are added.")] = RESULTS,
+    jobs: Annotated[int, typer.Option(help="Number of parallel runs, which share the cores.")] = 1,
+    output: Annotated[Path, typer.Option(help="JSON file that the results are added to.")] = RESULTS,
 ) -> None:
-    """Train and test the models of some tables."""
+    """Train and test the models of one or more tables."""
     for group in groups:
         if group not in GROUPS:
             raise typer.BadParameter(f"expected some of {', '.join(GROUPS)}, got {group!r}", param_hint="groups")
@@ -206,14 +192,14 @@ def main(
         file = json.loads(output.read_text(encoding="utf-8"))
         if file["settings"] != settings:
             raise typer.BadParameter(
-                f"{output} has results of {file['settings']}, and {settings} were asked for; results of both do not "
-                "compare, so name another --output",
+                f"{output} has results with the settings {file['settings']}, which cannot be compared with results "
+                f"with {settings}; name another --output",
                 param_hint="--output",
             )
     results = file["results"]
     console = Console()
     effort = Effort(**settings, threads=max(1, (os.cpu_count() or 1) // jobs))
-    # Tables share rows, and a row is trained once.
+    # Tables share rows; each row is trained once.
     places: dict[tuple[int, Row], list[tuple[str, str]]] = {}
     for seed in range(seeds):
         for group in groups:

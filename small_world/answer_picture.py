@@ -1,4 +1,4 @@
-"""Pictures with boxes, questions and answers, to look at."""
+"""A drawing of pictures with their boxes, questions and answers."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,17 +15,10 @@ _INK, _RIGHT, _WRONG = (30, 30, 30), (20, 120, 50), (190, 30, 30)
 
 
 def draw_answers(answers: Sequence[Answer], boxes: Mapping[str, Any], images: Path) -> Image.Image:
-    """Draw pictures side by side, each with its boxes and, below it, what was asked about it.
+    """Draw pictures side by side, each with its boxes, and below it the questions about it and their answers.
 
-    Right answers are green; wrong ones are red, with the right one behind them.
-
-    Args:
-        answers (`Sequence[Answer]`): Answers about a few pictures.
-        boxes (`Mapping[str, Any]`): What to draw, by the name of the picture: `boxes` and `labels`.
-        images (`Path`): Folder of the pictures.
-
-    Returns:
-        `PIL.Image.Image`: The drawing.
+    Right answers are green. Wrong ones are red and followed by the right one. `boxes` holds the `boxes` and `labels`
+    to draw by the name of the picture.
     """
     names = list(dict.fromkeys(answer.image for answer in answers))
     pictures = []

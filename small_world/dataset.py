@@ -5,7 +5,7 @@
 
 FOLDER gets `images/*.jpg`, `captions.json` (one caption for each picture: alignment), `conversations.json` (questions
 and answers: instruction tuning), `questions.jsonl` (the same questions one by one with their kind: evaluation) and
-`boxes.json` (the true boxes, labelled with the shapes). Pictures that are there already are kept, so a run that was
+`boxes.json` (the true boxes, labeled with the shapes). Pictures that are there already are kept, so a run that was
 interrupted goes on where it was.
 """
 
@@ -47,7 +47,7 @@ def make_sample(split: Split, number: int, images: Path, questions: int) -> dict
     path = images / f"{number:06d}.jpg"
     if not path.exists():
         encoded = io.BytesIO()
-        # Full chroma: halved, small objects would lose their colours, not only their sharpness.
+        # Full chroma: halved, small objects would lose their colors, not only their sharpness.
         picture.save(encoded, format="JPEG", quality=92, subsampling=0)
         partial_path = path.with_suffix(".partial")
         partial_path.write_bytes(encoded.getvalue())
@@ -119,7 +119,7 @@ def _write_json(path: Path, values: Iterable[Any]) -> None:
 def main(
     folder: Annotated[Path, typer.Argument(help="Folder to write.")],
     split: Annotated[
-        Split, typer.Option(help="Which scenes; unseen has the pairs of shape and colour that the others lack.")
+        Split, typer.Option(help="Which scenes; unseen has the pairs of shape and color that the others lack.")
     ] = "train",
     count: Annotated[int, typer.Option(help="Number of pictures.")] = 20_000,
     questions: Annotated[int, typer.Option(help="Questions about each picture, at most.")] = 10,

@@ -1,9 +1,9 @@
-"""The main job, end to end: the small model answers questions about pictures that nobody has seen (`make demo`).
+"""The demo (`make demo`): the small model answers questions about new pictures, with and without boxes.
 
     python -m small_world.demo [FOLDER]
 
-Pictures are drawn into FOLDER, `demo-output` by default; the model finds the boxes itself. FOLDER/answers.png shows
-some of the answers, FOLDER/accuracy.json has all of them.
+The pictures are drawn into FOLDER (`demo-output` by default), and the model finds the boxes itself. FOLDER/answers.png
+shows some of the answers, FOLDER/accuracy.json lists all of them.
 """
 
 from itertools import islice
@@ -13,20 +13,31 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import track
+from rich.table import Table
+from transformers.utils import logging
 
 from mgllava.chat import ChatSession
 
 from .answer_picture import draw_answers
 from .dataset import write_dataset
-from .evaluation import accuracy_table, answer_questions, detect_boxes, load_model, read_questions, write_answers
+from .evaluation import (
+    Answer,
+    accuracy_table,
+    answer_questions,
+    detect_boxes,
+    load_model,
+    read_questions,
+    write_answers,
+)
 
 MODEL = Path(__file__).parent / "model"
-# Seeds that no training and no test used.
+# No training and no test used these seeds.
 _FIRST_SEED = 1_000_000
-# About each picture.
-_QUESTIONS = 4
-# Answers are shown of the first pictures with something to see and room to see it: their number, and numbers of boxes.
-_SHOWN, _FEW, _MANY = 3, 3, 10
+_QUESTIONS_PER_PICTURE = 4
+# The drawing shows the first pictures that have more boxes than _FEW and fewer than _MANY.
+_DRAWN, _FEW, _MANY = 3, 3, 10
+# A small low-resolution tower hardly sees shapes and characters, so these answers depend on boxes most.
+_COMPARED_KINDS, _COMPARED = ("shape", "reading"), 8
 
 
 def main(
@@ -34,32 +45,48 @@ def main(
     model: Annotated[Path, typer.Option(help="Folder of a model with its processor.")] = MODEL,
     pictures: Annotated[int, typer.Option(help="Number of new pictures.")] = 200,
 ) -> None:
-    """Draw new pictures, find their boxes, answer questions about them and count what is right."""
-    console = Console()
+    """Draw new pictures, find the boxes, answer questions with and without them, and count the right answers."""
+    logging.disable_progress_bar()
+    console = Console(highlight=False)
     console.rule("1. Load the model")
     loaded, processor = load_model(model)
     console.print(f"  {type(loaded).__name__}, {loaded.num_parameters():,} parameters, {type(processor).__name__}")
 
     console.rule(f"2. Draw {pictures} new pictures")
-    write_dataset(folder / "pictures", "test", pictures, questions=_QUESTIONS, first=_FIRST_SEED)
+    write_dataset(folder / "pictures", "test", pictures, questions=_QUESTIONS_PER_PICTURE, first=_FIRST_SEED)
     questions, images = read_questions(folder / "pictures"), folder / "pictures" / "images"
 
-    console.rule("3. Find their boxes, answer questions about them")
+    console.rule("3. Find the boxes, answer questions")
     boxes = detect_boxes(processor, questions, images)
-    answering = answer_questions(loaded, processor, questions, images, boxes)
-    answers = list(track(answering, "Answering", total=len(questions)))
+    answers, without = (
+        list(track(answer_questions(loaded, processor, questions, images, given), text, total=len(questions)))
+        for given, text in ((boxes, "With boxes"), ({key: [] for key in boxes}, "Without boxes"))
+    )
+    console.print(_comparison(answers, without))
+    console.print(accuracy_table(f"{pictures} new pictures", {"with boxes": answers, "without boxes": without}))
+
     session = ChatSession(loaded, processor)
     ids = {row["image"]: row["image_id"] for row in questions}
     given = ((image, session.add_image(images / image, boxes[key]).objects) for image, key in ids.items())
-    objects = dict(islice((pair for pair in given if _FEW < len(pair[1]["boxes"]) < _MANY), _SHOWN))
-    some = [answer for answer in answers if answer.image in objects]
-    draw_answers(some, objects, images).save(folder / "answers.png")
-    for answer in some:
-        console.print(f"  {answer.image}  {answer.question}  [bold]{answer.answer}[/bold]", highlight=False)
-
-    console.print(accuracy_table(answers, f"{pictures} new pictures"))
+    objects = dict(islice((pair for pair in given if _FEW < len(pair[1]["boxes"]) < _MANY), _DRAWN))
+    drawn = [answer for answer in answers if answer.image in objects]
+    draw_answers(drawn, objects, images).save(folder / "answers.png")
     write_answers(folder / "accuracy.json", answers)
-    console.print(f"Pictures with boxes and answers: {folder / 'answers.png'}", highlight=False)
+    console.print(f"Pictures with boxes and answers: {folder / 'answers.png'}")
+
+
+def _comparison(answers: list[Answer], without: list[Answer]) -> Table:
+    """Show the first questions about shapes and characters whose answers depend on boxes; mark wrong answers."""
+    table = Table(title="Shapes and characters: the first questions that are answered differently without boxes")
+    for column in ("picture", "question", "right answer", "with boxes", "without boxes"):
+        table.add_column(column)
+    pairs = (
+        (a, b) for a, b in zip(answers, without, strict=True) if a.kind in _COMPARED_KINDS and a.answer != b.answer
+    )
+    for pair in islice(pairs, _COMPARED):
+        marked = (a.answer if a.is_right else f"[red]{a.answer} (wrong)[/red]" for a in pair)
+        table.add_row(pair[0].image, pair[0].question, pair[0].expected, *marked)
+    return table
 
 
 if __name__ == "__main__":

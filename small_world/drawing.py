@@ -57,7 +57,7 @@ def _background(scene: Scene) -> Image.Image:
 
 
 def _sprite(item: SceneObject, unit: float) -> tuple[tuple[int, int], Image.Image, Image.Image]:
-    """Left and top corner in the picture, colours, and coverage of one object.
+    """Left and top corner in the picture, colors, and coverage of one object.
 
     Args:
         item (`SceneObject`): The object.

@@ -1,9 +1,9 @@
-"""How many questions about new pictures a model answers right.
+"""The share of questions about new pictures that a model answers right.
 
     python -m small_world.evaluation small-world/stage-2 --data small-world/test --boxes detector
 
-Boxes: `detector` (the model's own, as users have it), `file` (another `--box-file`, or the true ones of the data set)
-or `none`. An answer is right if it equals the only right one; case and spaces around it do not count.
+Boxes: `detector` (the model's own), `file` (`--box-file`, or the true boxes of the data set) or `none`. An answer is
+right if it matches the reference answer; case and surrounding spaces are ignored.
 """
 
 import json
@@ -33,7 +33,7 @@ _ANSWER_TOKENS = 8
 
 
 class Boxes(str, Enum):
-    """Where boxes come from."""
+    """Source of the boxes."""
 
     DETECTOR = "detector"
     FILE = "file"
@@ -42,7 +42,7 @@ class Boxes(str, Enum):
 
 @dataclass(frozen=True)
 class Answer:
-    """A question with what the model said."""
+    """A question and the model's answer."""
 
     question_id: str
     image: str
@@ -53,20 +53,13 @@ class Answer:
 
     @property
     def is_right(self) -> bool:
-        """Whether the answer is the only right one."""
+        """Whether the answer matches the reference answer."""
         return self.answer.strip().lower() == self.expected.lower()
 
 
 def load_model(folder: Path, bits: int | None = None) -> tuple[Any, Any]:
-    """Load a model, in float32 where there is no GPU: half precision is many times slower on a CPU.
-
-    Args:
-        folder (`Path`): Folder of a model with its processor.
-        bits (`int`, *optional*): 4 or 8: quantized.
-
-    Returns:
-        Model and processor.
-    """
+    """Load a model, quantized if `bits` is given, and its processor."""
+    # Half precision is many times slower than float32 on a CPU.
     options = {} if bits is None else {"quantization_config": mgllava.quantization_config(bits)}
     dtype = "auto" if torch.cuda.is_available() else torch.float32
     model = AutoModel.from_pretrained(folder, dtype=dtype, device_map="auto", **options).eval()
@@ -74,14 +67,9 @@ def load_model(folder: Path, bits: int | None = None) -> tuple[Any, Any]:
 
 
 def read_questions(folder: Path, count: int | None = None) -> list[dict[str, str]]:
-    """Read the questions about the first pictures of a data set.
+    """Read the questions about the first `count` pictures of a data set.
 
-    Args:
-        folder (`Path`): A data set of `small_world.dataset`.
-        count (`int`, *optional*): Number of pictures; all by default.
-
-    Returns:
-        `list[dict]`: With `question_id`, `image_id`, `image`, `kind`, `text`, `answer`.
+    Each has the keys `question_id`, `image_id`, `image`, `kind`, `text` and `answer`.
     """
     rows = [json.loads(line) for line in (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
     kept = set(islice(dict.fromkeys(row["image_id"] for row in rows), count))
@@ -97,18 +85,9 @@ def answer_questions(
     boxes: dict[str, Any] | None,
     batch_size: int = 32,
 ) -> Iterator[Answer]:
-    """Let a model answer questions.
+    """Answer questions in their order.
 
-    Args:
-        model ([`MGLlavaForConditionalGeneration`]): The model.
-        processor ([`MGLlavaProcessor`]): Its processor.
-        questions (`Sequence[dict]`): See [`read_questions`].
-        images (`Path`): Folder of the pictures.
-        boxes (`dict`, *optional*): Boxes by the id of the picture; `None`: the processor's detector finds them.
-        batch_size (`int`, *optional*, defaults to 32): Questions at a time.
-
-    Yields:
-        `Answer`: In the order of the questions.
+    `boxes` are keyed by the id of the picture; `None` lets the processor's box detector find them.
     """
     if boxes is None:
         boxes = detect_boxes(processor, questions, images)
@@ -152,15 +131,15 @@ def answer_questions(
 
 
 def embed_prompts(model: Any, inputs: Mapping[str, torch.Tensor], same_as: Sequence[int]) -> torch.Tensor:
-    """Embed prompts of one image each, with each picture encoded once however often it is asked about.
+    """Embed prompts of one image each; a picture that occurs several times is encoded once.
 
     Args:
         model ([`MGLlavaForConditionalGeneration`]): The model.
-        inputs (`Mapping`): What its processor made of the prompts.
-        same_as (`Sequence[int]`): For each prompt the number of the first one that has its picture and boxes.
+        inputs (`Mapping`): The processor's output for the prompts.
+        same_as (`Sequence[int]`): For each prompt, the index of the first prompt with the same picture and boxes.
 
     Returns:
-        `torch.Tensor` of shape `(num_prompts, length, hidden_size)`: For `inputs_embeds`.
+        `torch.Tensor` of shape `(num_prompts, length, hidden_size)`: `inputs_embeds`.
     """
     first = sorted(set(same_as))
     images = {name: inputs[name][first] for name in ("pixel_values", "boxes", "num_boxes")}
@@ -174,17 +153,7 @@ def embed_prompts(model: Any, inputs: Mapping[str, torch.Tensor], same_as: Seque
 def detect_boxes(
     processor: Any, questions: Sequence[dict[str, str]], images: Path, batch_size: int = 16
 ) -> dict[str, Any]:
-    """Find the boxes of each picture once.
-
-    Args:
-        processor ([`MGLlavaProcessor`]): With a box detector.
-        questions (`Sequence[dict]`): They name the pictures.
-        images (`Path`): Folder of the pictures.
-        batch_size (`int`, *optional*, defaults to 16): Pictures at a time.
-
-    Returns:
-        `dict`: What the detector found, by the id of the picture.
-    """
+    """Detect the boxes of all pictures that are asked about, keyed by the id of the picture."""
     files = {row["image_id"]: str(images / row["image"]) for row in questions}
     found = processor.detect(list(files.values()), batch_size=batch_size)
     return dict(zip(files, found, strict=True))
@@ -204,24 +173,25 @@ def write_answers(path: Path, answers: Sequence[Answer]) -> None:
         partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def accuracy_table(answers: Sequence[Answer], title: str) -> Table:
-    """Show what [`accuracy`] computes."""
+def accuracy_table(title: str, columns: Mapping[str, Sequence[Answer]]) -> Table:
+    """Show the accuracy of one or several sets of answers to the same questions, by the title of their column."""
     table = Table(title=title)
-    for name in ("kind", "questions", "right"):
+    for name in ("kind", "questions", *columns):
         table.add_column(name, justify="left" if name == "kind" else "right")
-    for kind, share in accuracy(answers).items():
-        asked = sum(kind in (answer.kind, "all") for answer in answers)
-        table.add_row(kind, str(asked), f"{100 * share:.1f} %")
+    shares = [accuracy(answers) for answers in columns.values()]
+    for kind in shares[0]:
+        asked = sum(kind in (answer.kind, "all") for answer in next(iter(columns.values())))
+        table.add_row(kind, str(asked), *(f"{100 * share[kind]:.1f} %" for share in shares))
     return table
 
 
 def main(
     model: Annotated[Path, typer.Argument(help="Folder of a model with its processor.")],
     data: Annotated[Path, typer.Option(help="Data set, see small_world.dataset.")],
-    boxes: Annotated[Boxes, typer.Option(help="Where boxes come from.")] = Boxes.DETECTOR,
-    box_file: Annotated[Path | None, typer.Option(help="With --boxes file: by default the true ones.")] = None,
+    boxes: Annotated[Boxes, typer.Option(help="Source of the boxes.")] = Boxes.DETECTOR,
+    box_file: Annotated[Path | None, typer.Option(help="For --boxes file; by default the true boxes.")] = None,
     count: Annotated[int | None, typer.Option(help="Number of pictures; all by default.")] = None,
-    bits: Annotated[int | None, typer.Option(help="4 or 8: quantized.")] = None,
+    bits: Annotated[int | None, typer.Option(help="Quantize the language model to 4 or 8 bits.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for all answers and the accuracy.")] = None,
 ) -> None:
     """Ask a model about new pictures and print the share of right answers."""
@@ -239,7 +209,7 @@ def main(
         )
     )
     console = Console()
-    console.print(accuracy_table(answers, f"{model}, boxes: {boxes.value}"))
+    console.print(accuracy_table(f"{model}, boxes: {boxes.value}", {"right": answers}))
     if output is not None:
         write_answers(output, answers)
 

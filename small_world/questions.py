@@ -173,7 +173,7 @@ def _reading(scene: Scene) -> list[Question]:
 
 
 def _named(scene: Scene) -> list[tuple[SceneObject, str]]:
-    """Objects that colour and shape together single out."""
+    """Objects that color and shape together single out."""
     pairs = [(item.shape, item.color) for item in scene.objects]
     return [
         (item, f"{item.color} {item.shape}")

@@ -34,7 +34,7 @@ CROWD_GRID = 5
 # A ring and a moon have no middle to print on.
 PRINTABLE_SHAPES = frozenset(SHAPES) - {"ring", "moon"}
 
-# Pairs that training never shows, so that a test can ask whether shape and colour are understood apart.
+# Pairs that training never shows, so that a test can ask whether shape and color are understood apart.
 HELD_OUT = frozenset(
     (shape, color) for i, shape in enumerate(SHAPES) for j, color in enumerate(COLORS) if (3 * i + j) % 8 == 0
 )
@@ -94,7 +94,7 @@ def make_scene(split: Split, number: int) -> Scene:
     """Draw the scene of a seed.
 
     Args:
-        split (`str`): One of `Split`. `unseen` shows pairs of shape and colour from `HELD_OUT`
+        split (`str`): One of `Split`. `unseen` shows pairs of shape and color from `HELD_OUT`
             only, the others never show them. `crowded` has as many objects as fit, which teaches the towers more in
             the same time.
         number (`int`): Seed within the split.
@@ -110,12 +110,12 @@ def make_scene(split: Split, number: int) -> Scene:
     # Sizes are relative to the long side, since that is what the model's square is scaled to.
     unit = max(width, height) / 256
     wanted = rng.randint(1, MAX_OBJECTS) if rng.random() < 0.5 else rng.randint(1, 6)
-    # Repeating a shape or a colour makes questions of counting and of telling apart worth asking.
-    favourite_shape, favourite_color = rng.choice(SHAPES), rng.choice(list(COLORS))
-    favoured = [pair for pair in pairs if favourite_shape in pair or favourite_color in pair] or pairs
+    # Repeating a shape or a color makes questions of counting and of telling apart worth asking.
+    favorite_shape, favorite_color = rng.choice(SHAPES), rng.choice(list(COLORS))
+    favored = [pair for pair in pairs if favorite_shape in pair or favorite_color in pair] or pairs
     objects: list[SceneObject] = []
     for _ in range(wanted):
-        shape, color = rng.choice(favoured if rng.random() < 0.35 else pairs)
+        shape, color = rng.choice(favored if rng.random() < 0.35 else pairs)
         placed = _place(rng, width, height, unit, objects)
         if placed is None:
             continue

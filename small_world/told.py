@@ -50,7 +50,7 @@ class Lesson:
     max_objects: int
 
 
-# Few objects and few kinds of question first. All at once, one way to look something up was learned soon (by colour),
+# Few objects and few kinds of question first. All at once, one way to look something up was learned soon (by color),
 # and the other (by shape) not within 29,000 scenes; in this order, both within 10,000.
 LESSONS = (
     Lesson(0.12, ("color", "shape"), 4),
@@ -105,13 +105,13 @@ class ToldScenes(Dataset):
         told = GRID**2 + len(found)
         ids, answers, kinds, conversations = [], [], [], []
         for number, turn in enumerate(turns):
-            of_turn, learnt = self._encode(turn)
+            of_turn, learned = self._encode(turn)
             position = of_turn.index(self.processor.image_token_id)
             if number == 0:
                 ids = of_turn[:position] + [of_turn[position]] * told
                 answers, conversations, kinds = [0] * len(ids), [0] * len(ids), [-1] * len(ids)
             ids += of_turn[position + 1 :]
-            answers += learnt[position + 1 :]
+            answers += learned[position + 1 :]
             conversations += [number + 1] * (len(ids) - len(conversations))
             kinds += [ANSWERS.index(turn.kind)] * (len(ids) - len(kinds))
         input_ids, learns = torch.tensor(ids), torch.tensor(answers).bool()
@@ -148,9 +148,9 @@ class ToldScenes(Dataset):
         question = [{"type": "image"}, {"type": "text", "text": turn.text}]
         answer = [{"type": "text", "text": turn.answer}]
         conversation = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        ids, learnt = encode_text(self.processor, conversation)
-        assert learnt is not None  # the template marks answers
-        return ids, learnt
+        ids, learned = encode_text(self.processor, conversation)
+        assert learned is not None  # the template marks answers
+        return ids, learned
 
 
 def _found(scene: Scene) -> list[int]:

@@ -1,11 +1,11 @@
-"""Take the shipped model apart, for those who want to train its two stages and not its parts.
+"""Take the shipped model apart, to train its two stages without training its parts.
 
     python -m small_world.unbundle small_world/model --output small-world/parts
 
-Towers, tagger and detector come out where `small_world.parts` writes them, in float32 again but rounded to half
-precision. Stage 2 tunes the language model, so as it was before it saw pictures it is shipped beside the model, in
-`small_world/language_model`. Of CLIP only what the model uses was kept: its text model is missing, and the last layer
-of its vision tower, which nobody reads, is drawn anew.
+Towers, tagger and detector are written where `small_world.parts` writes them, in float32 but rounded to float16.
+Stage 2 tunes the language model, so the one that both stages start from is shipped separately, in
+`small_world/language_model`. The model keeps only a part of CLIP: the text model is missing, and the last layer of the
+vision tower, whose output is not used, gets random weights.
 """
 
 import shutil
@@ -22,37 +22,32 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from mgllava import MGLlavaForConditionalGeneration
 
 from .bundle import LANGUAGE_MODEL
+from .parts import Part
 from .parts.towers import save_high_res_tower
 
 
 def unbundle(model: Path, output: Path, language_model: Path = LANGUAGE_MODEL) -> None:
-    """Write the parts of a bundle; a part that is there already is kept.
-
-    Args:
-        model (`Path`): Folder that [`small_world.bundle`] wrote.
-        output (`Path`): Folder of the parts.
-        language_model (`Path`, *optional*): The language model that both stages start from.
-    """
+    """Write the parts of a model that [`small_world.bundle`] wrote, except those that `output` has already."""
     whole = MGLlavaForConditionalGeneration.from_pretrained(model, dtype=torch.float32).model
     boxes = model / "box_detector"
-    parts: dict[str, Callable[[Path], object]] = {
-        "language-model": lambda folder: shutil.copytree(language_model, folder),
-        "vision-tower": lambda folder: _clip(whole.vision_tower).save_pretrained(folder),
-        "high-res-tower": lambda folder: save_high_res_tower(whole.high_res_vision_tower, folder),
-        "tagger": lambda folder: shutil.copytree(boxes / "tagger", folder),
-        "detector": lambda folder: shutil.copytree(boxes / "detector", folder),
+    parts: dict[Part, Callable[[Path], object]] = {
+        Part.LANGUAGE_MODEL: lambda folder: shutil.copytree(language_model, folder),
+        Part.VISION_TOWER: lambda folder: _clip(whole.vision_tower).save_pretrained(folder),
+        Part.HIGH_RES_TOWER: lambda folder: save_high_res_tower(whole.high_res_vision_tower, folder),
+        Part.TAGGER: lambda folder: shutil.copytree(boxes / "tagger", folder),
+        Part.DETECTOR: lambda folder: shutil.copytree(boxes / "detector", folder),
     }
     output.mkdir(parents=True, exist_ok=True)
-    for name, write in parts.items():
-        folder = output / name
+    for part, write in parts.items():
+        folder = output / part.value
         if not folder.exists():
-            with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=output) as partial:
-                write(Path(partial) / name)
-                (Path(partial) / name).rename(folder)
+            with tempfile.TemporaryDirectory(prefix=f".{part.value}-", dir=output) as partial:
+                write(Path(partial) / part.value)
+                (Path(partial) / part.value).rename(folder)
 
 
 def _clip(tower: nn.Module) -> CLIPVisionModel:
-    """Give a vision tower the layer back that the model leaves out."""
+    """Add the last layer, which the model leaves out, to a vision tower."""
     used = tower.config.num_hidden_layers
     config = CLIPVisionConfig(**{**tower.config.to_dict(), "num_hidden_layers": used + 1})
     clip = CLIPVisionModel(config)

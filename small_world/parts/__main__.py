@@ -3,12 +3,11 @@
     python -m small_world.parts high-res-tower --data small-world/train --data small-world/crowded \
         --test small-world/test --output parts
 
-Parts: `tokenizer`, `language-model`, `vision-tower`, `high-res-tower`, `detector`, `tagger`. The first comes first,
-since the second and the third need it; the last needs the second. The language model makes its own samples.
-`OUTPUT/PART` gets the part, `OUTPUT/PART-checkpoints` what an interrupted training goes on from.
+The language model and the vision tower need the tokenizer, and the tagger needs the language model. The language model
+makes its own samples. The part is written to `OUTPUT/PART`, and the checkpoints that an interrupted training resumes
+from to `OUTPUT/PART-checkpoints`.
 """
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +22,7 @@ from small_world.pictures import Pictures
 from small_world.texts import conversation_texts
 from small_world.told import LESSONS, ToldScenes, collate_told
 
+from . import Part
 from .architecture import DETECTOR_IMAGE_SIZE, IMAGE_SIZE, TAGGER_IMAGE_SIZE
 from .detector import DetectorTraining
 from .language_model import LanguageModelTraining
@@ -30,18 +30,6 @@ from .tagger import TaggerTraining
 from .tokenizer import train_tokenizer
 from .towers import HighResTowerTraining, VisionTowerTraining
 from .training import collate_pictures, train_part
-
-
-class Part(str, Enum):
-    """What can be trained."""
-
-    TOKENIZER = "tokenizer"
-    LANGUAGE_MODEL = "language-model"
-    VISION_TOWER = "vision-tower"
-    HIGH_RES_TOWER = "high-res-tower"
-    DETECTOR = "detector"
-    TAGGER = "tagger"
-
 
 _SETTINGS: dict[Part, dict[str, Any]] = {
     Part.LANGUAGE_MODEL: {"learning_rate": 7e-4, "per_device_train_batch_size": 16},
@@ -55,22 +43,22 @@ _TOLD_TESTS = 100
 
 
 def main(
-    part: Annotated[Part, typer.Argument(help="What to train.")],
+    part: Annotated[Part, typer.Argument(help="Part to train.")],
     data: Annotated[
         list[Path] | None,
         typer.Option(help="Data sets to train on, see small_world.dataset. Not for the language model."),
     ] = None,
-    test: Annotated[Path | None, typer.Option(help="Data set to test on, for what sees pictures.")] = None,
+    test: Annotated[Path | None, typer.Option(help="Data set to test on, for the parts that see pictures.")] = None,
     output: Annotated[Path, typer.Option(help="Folder of the parts.")] = Path("parts"),
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 5,
-    max_steps: Annotated[int, typer.Option(help="Steps, in place of epochs.")] = -1,
+    max_steps: Annotated[int, typer.Option(help="Number of steps, instead of epochs.")] = -1,
 ) -> None:
-    """Train one part of the small model on the small world; a run that was interrupted goes on."""
+    """Train one part of the small model on the small world, or resume a training that was interrupted."""
     if part is Part.LANGUAGE_MODEL:
         _train_language_model(output, max_steps if max_steps > 0 else _TOLD_STEPS)
         return
     if not data:
-        raise typer.BadParameter(f"{part.value} is trained on data sets: name one at least", param_hint="--data")
+        raise typer.BadParameter(f"{part.value} is trained on data sets: name at least one", param_hint="--data")
     if part is Part.TOKENIZER:
         texts = (text for folder in data for text in conversation_texts(folder))
         train_tokenizer(texts).save_pretrained(output / part.value)
@@ -95,7 +83,7 @@ def main(
 
 
 def _train_language_model(output: Path, steps: int) -> None:
-    """Train on told scenes, which are made as they are needed."""
+    """Train on told scenes, which are generated on the fly."""
     part = Part.LANGUAGE_MODEL
     tokenizer = load_tokenizer(_part_folder(output, Part.TOKENIZER))
     module = LanguageModelTraining(tokenizer)
@@ -124,14 +112,14 @@ def _train_language_model(output: Path, steps: int) -> None:
 
 
 def _report(part: Part, metrics: dict[str, float]) -> None:
-    """Print what a part can do, also of one that was trained before."""
+    """Print the metrics of a part."""
     shares = [f"{name} {100 * share:.1f} %" for name, share in metrics.items() if name != "loss"]
-    told = ", ".join([f"loss {metrics['loss']:.3f}", *shares])
-    Console().print(f"{part.value}, on new samples: {told}", highlight=False)
+    text = ", ".join([f"loss {metrics['loss']:.3f}", *shares])
+    Console().print(f"{part.value}, on new samples: {text}", highlight=False)
 
 
 def _picture_part(part: Part, output: Path) -> tuple[Any, Frame]:
-    """Make what is trained on pictures, and say how it sees them."""
+    """Make the module that trains a part on pictures, and the frame that the part sees pictures in."""
     if part is Part.DETECTOR:
         return DetectorTraining(), cornered_frame(DETECTOR_IMAGE_SIZE)
     if part is Part.TAGGER:

@@ -10,7 +10,7 @@ from small_world.frames import cells_of_centers
 from small_world.pictures import ATTRIBUTES, CHARACTERS
 from small_world.scenes import COLORS, SHAPES
 
-# What a cell of the grid can hold: shapes, colours, characters.
+# What a cell of the grid can hold: shapes, colors, characters.
 CELL_LABELS = len(SHAPES) + len(COLORS) + len(CHARACTERS)
 
 

@@ -104,7 +104,7 @@ def test_results_of_different_efforts_are_not_mixed(tmp_path, monkeypatch):
     output = tmp_path / "ablation.json"
     ablation.main(["main"], output=output, seeds=1, jobs=1, **EFFORT)
     before = output.read_text()
-    with pytest.raises(typer.BadParameter, match="results of both do not compare"):
+    with pytest.raises(typer.BadParameter, match="which cannot be compared"):
         ablation.main(["main"], output=output, seeds=1, jobs=1, **{**EFFORT, "tuning": 2})
     assert output.read_text() == before
 

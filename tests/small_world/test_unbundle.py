@@ -1,5 +1,8 @@
 """The parts that the shipped model comes apart into are those that it was put together from, and go together again."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -8,7 +11,10 @@ from transformers import AutoModel
 from mgllava import BoxDetector, MGLlavaForConditionalGeneration
 from small_world.bundle import LANGUAGE_MODEL, bundle, write_language_model
 from small_world.demo import MODEL
+from small_world.parts import Part
 from small_world.unbundle import unbundle
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +71,11 @@ def test_parts_that_are_there_are_kept(parts, tmp_path):
     unbundle(MODEL, tmp_path / "parts")
     assert not list(kept.iterdir())
     assert {folder.name for folder in (tmp_path / "parts").iterdir()} == {folder.name for folder in parts.iterdir()}
+
+
+def test_recipe_and_makefile_name_the_folders_of_the_parts():
+    recipe, makefile = (
+        (ROOT / name).read_text() for name in ("small_world/recipes/small_stage_1.yaml", "small_world/Makefile")
+    )
+    for text in (recipe.replace("small-world/parts/", "$(PARTS)/"), makefile):
+        assert set(re.findall(r"\$\(PARTS\)/([\w-]+)", text)) <= {part.value for part in Part}
