@@ -5,15 +5,17 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from starlette.responses import JSONResponse
 
-from mgllava.serving import app as application
-from mgllava.serving.app import AllowedHosts, build_app
+from mgllava.serving import bodies
+from mgllava.serving.app import build_app
+from mgllava.serving.gate import AllowedHosts
 from mgllava.serving.limits import ServingLimits
 
 
 class Handler:
     async def handle_request(self, body, request_id, respond):
-        await respond(application.JSONResponse({"got": len(json.dumps(body))}))
+        await respond(JSONResponse({"got": len(json.dumps(body))}))
 
 
 def make_app(api_keys=(), failure=None, **limits):
@@ -108,7 +110,7 @@ def test_names_that_are_none_are_refused_at_the_start(name):
 
 
 def test_slow_bodies_time_out_and_the_slowest_goes_when_memory_is_short(monkeypatch):
-    monkeypatch.setattr(application, "BODY_PAUSE", 0.2)
+    monkeypatch.setattr(bodies, "BODY_PAUSE", 0.2)
     app = make_app(request_bytes=1000, concurrent_requests=2)  # 2,000 bytes may arrive at a time
 
     async def endless():
@@ -118,7 +120,7 @@ def test_slow_bodies_time_out_and_the_slowest_goes_when_memory_is_short(monkeypa
     async def run():
         status, body = await call(app, "/v1/x", endless())
         assert status == 408, body
-        monkeypatch.setattr(application, "BODY_PAUSE", 30)
+        monkeypatch.setattr(bodies, "BODY_PAUSE", 30)
         slow = [asyncio.ensure_future(call(app, "/v1/x", endless())) for _ in range(2)]
         await asyncio.sleep(0.05)
         status, body = await asyncio.wait_for(call(app, "/v1/x", b"{" + b" " * 900 + b"}"), 20)

@@ -83,7 +83,8 @@ def connections(monkeypatch):
 
 
 def download(url, hosts="public", **limits):
-    return asyncio.run(download_image(url, "url", ImageHosts.parse(hosts), ServingLimits(**limits)))
+    room = image_urls.DownloadRoom(2**20)
+    return asyncio.run(download_image(url, "url", ImageHosts.parse(hosts), ServingLimits(**limits), room))
 
 
 def test_connection_goes_to_the_checked_address_when_the_name_changes_it(monkeypatch, connections):
@@ -111,7 +112,7 @@ def test_all_addresses_are_tried(monkeypatch, connections):
 def test_unlisted_public_host_is_refused_without_public(monkeypatch, connections):
     names = NameServer(monkeypatch, ["8.8.8.8"])
     for hosts in ("none", "pictures.internal"):
-        with pytest.raises(RequestError, match="host that this server asks"):
+        with pytest.raises(RequestError, match="host from which this server downloads"):
             download("https://pictures.test/a.png", hosts)
     assert not connections and not names.asked
 
@@ -164,7 +165,8 @@ def test_names_that_nobody_answers_hold_up_nothing_else(monkeypatch):
     async def run():
         hosts, limits = ImageHosts(), ServingLimits(image_timeout=0.3)
         urls = [f"http://host{number}.test/a.png" for number in range(2 * image_urls.MAX_LOOKUPS)]
-        downloads = [asyncio.ensure_future(download_image(url, "url", hosts, limits)) for url in urls]
+        room = image_urls.DownloadRoom(0)
+        downloads = [asyncio.ensure_future(download_image(url, "url", hosts, limits, room)) for url in urls]
         await asyncio.sleep(0.1)
         assert await asyncio.wait_for(asyncio.to_thread(lambda: "free"), 20) == "free"
         for error in await asyncio.gather(*downloads, return_exceptions=True):

@@ -1,7 +1,7 @@
-"""`mgllava serve`: MG-LLaVA (arXiv 2406.17770) behind an OpenAI-compatible API.
+"""`mgllava serve`: an image-text model behind an OpenAI-compatible API.
 
-Generation is that of transformers, one answer at a time. What is here: the API's requests and answers, boxes in
-requests, images from untrusted clients, limits, and clients that leave.
+transformers generates, one answer at a time. This folder adds the API's requests and answers, boxes in requests,
+images from untrusted clients, limits, and the handling of clients that disconnect.
 
 Needs `pip install 'mgllava[serve]'`.
 """

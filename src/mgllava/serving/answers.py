@@ -1,40 +1,32 @@
-"""Texts of answers: tokens become text piece by piece, in one way for streams and whole answers."""
+"""The text of answers: tokens become text piece by piece, in the same way for streams and whole answers."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from transformers.generation.streamers import BaseStreamer
 
-# Tokens of the text before that are decoded with new ones: a tokenizer may write a token in another way at the start.
+# Earlier tokens that are decoded with new ones: a tokenizer may write a token differently at the start of a text.
 _CONTEXT_TOKENS = 6
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-# A character has at most four bytes, so more tokens than that which end in none are bytes that form no character.
+# A character has at most four bytes; more tokens than this without a complete one are bytes that form no character.
 _MOST_INCOMPLETE = 8
 
 
 class AnswerFinishedError(Exception):
-    """Ends `generate` from within, where a stop string is complete or nobody waits for the answer."""
+    """Ends `generate` from within: a stop string is complete, or the client has disconnected."""
 
 
 class AnswerWriter(BaseStreamer):
-    """Receives the tokens of an answer and hands on its text, for `generate(streamer=...)`.
+    """Streamer for `generate` that receives the tokens of an answer and passes its text to `on_text`.
 
-    Text is held back while it may be the beginning of a stop string or of a character. Nothing of a stop string, and
-    nothing after it, is handed on.
-
-    Args:
-        tokenizer: The tokenizer; nothing else may use it at the same time.
-        end_tokens (`Iterable[int]`): Tokens with which the model ends an answer.
-        stop (`Sequence[str]`): Strings that end it.
-        on_text (`Callable[[str], None]`): Called with each piece of text.
-        is_cancelled (`Callable[[], bool]`): Whether nobody waits for the answer.
-        before (`Sequence[int]`, *optional*): Tokens that the text continues. Without them it is an answer of its own,
-            and white space at its start is dropped.
+    Text is held back while it may be the beginning of a stop string or of a character. A stop string and what follows
+    it are never passed on. `before` are tokens that the text continues; without them the text is an answer of its own,
+    and white space at its start is dropped.
     """
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: Any,  # used by nothing else at the same time
         end_tokens: Iterable[int],
         stop: Sequence[str],
         on_text: Callable[[str], None],
@@ -45,32 +37,21 @@ class AnswerWriter(BaseStreamer):
         self._on_text, self._is_cancelled = on_text, is_cancelled
         self._is_continuation = before is not None
         self._tokens = list(before or ())[-_CONTEXT_TOKENS:]
-        # The text of the tokens before `_read` has been written.
+        # Tokens are decoded from `_start`; the text of those before `_read` has been written.
         self._start, self._read = 0, len(self._tokens)
-        self._held, self._text = "", ""
+        self._held = ""
         self._is_prompt = True
         self._has_ended = self._has_stopped = False
+        self.text = ""
         self.num_tokens = 0
 
     @property
-    def text(self) -> str:
-        """The text so far."""
-        return self._text
-
-    @property
     def finish_reason(self) -> Literal["stop", "length"]:
-        """Why the answer ended: as the model or a stop string has it, or because of its length."""
+        """`"stop"` if the model or a stop string ended the answer."""
         return "stop" if self._has_ended or self._has_stopped else "length"
 
     def put(self, value: Any) -> None:
-        """Receive tokens; the first ones are the prompt.
-
-        Args:
-            value (`torch.Tensor`): Token ids.
-
-        Raises:
-            AnswerFinishedError: If no more are needed.
-        """
+        """Receive a tensor of token ids; the first one is the prompt."""
         if self._is_cancelled():
             raise AnswerFinishedError
         if self._is_prompt:
@@ -79,14 +60,7 @@ class AnswerWriter(BaseStreamer):
         self.add(value.flatten().tolist())
 
     def add(self, tokens: Iterable[int]) -> None:
-        """Receive tokens of the answer.
-
-        Args:
-            tokens (`Iterable[int]`): Token ids.
-
-        Raises:
-            AnswerFinishedError: If a stop string is complete.
-        """
+        """Receive tokens of the answer; raise `AnswerFinishedError` after a complete stop string."""
         for token in tokens:
             if self._has_ended:  # what follows is padding
                 return
@@ -100,7 +74,7 @@ class AnswerWriter(BaseStreamer):
                 raise AnswerFinishedError
 
     def end(self) -> None:
-        """Hand on what was held back; transformers calls it where nothing ended the answer from within."""
+        """Write the text that was held back; transformers calls this unless `AnswerFinishedError` ended the answer."""
         if not self._has_stopped:
             self._hold(self._new_text(is_last=True))
         if not self._has_stopped:
@@ -114,7 +88,7 @@ class AnswerWriter(BaseStreamer):
         is_complete = len(text) > len(known) and not text.endswith(_INCOMPLETE)
         if not is_complete and not is_last and len(self._tokens) - self._read < _MOST_INCOMPLETE:
             return ""
-        # The next window begins where a character does: tokens of single bytes form no text from its middle on.
+        # The next window starts where a character starts: from its middle, tokens of single bytes form no text.
         self._start, self._read = self._read, len(self._tokens)
         return text[len(known) :]
 
@@ -135,13 +109,16 @@ class AnswerWriter(BaseStreamer):
         self._held = self._held[len(self._held) - kept :]
 
     def _write(self, text: str) -> None:
-        if not self._text and not self._is_continuation:
+        if not self.text and not self._is_continuation:
             text = text.lstrip()
         if text:
-            self._text += text
+            self.text += text
             self._on_text(text)
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of a text that a string begins with."""
+    """Return the length of the longest end of a text that is a beginning of a stop string."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+__all__ = ["AnswerFinishedError", "AnswerWriter"]

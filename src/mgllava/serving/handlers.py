@@ -1,30 +1,23 @@
-"""The endpoints that generate: OpenAI's chat completions, responses and completions."""
+"""The endpoints that generate text: OpenAI's chat completions, responses and completions."""
 
 import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from transformers.utils import logging
 
-from mgllava.serving.errors import RequestError, error_body
-from mgllava.serving.generation import Answer, DeviceHealth, Generator
-from mgllava.serving.limits import MAX_PROMPTS, ServingLimits
-from mgllava.serving.messages import Conversation, check_text_length, read_messages, shown
-from mgllava.serving.options import (
-    CHAT_FIELDS,
-    COMPLETION_FIELDS,
-    RESPONSE_FIELDS,
-    Fields,
-    Options,
-    check_fields,
-    read_options,
-)
-from mgllava.serving.prompts import PromptMaker
+from .errors import RequestError, error_body
+from .generation import Answer, DeviceHealth, Generator
+from .limits import MAX_PROMPTS
+from .messages import Conversation, MessageReader, check_text_length
+from .options import CHAT_FIELDS, COMPLETION_FIELDS, RESPONSE_FIELDS, Fields, Options, check_fields, read_options
+from .prompts import PromptMaker
+from .values import shown
 
 logger = logging.get_logger(__name__)
 
@@ -36,20 +29,17 @@ class ServedModel:
     """The one model of a server.
 
     Attributes:
-        model_id (`str`): What the operator asked for: folder or Hub id.
-        name (`str`): How clients call it.
-        model ([`MGLlavaForConditionalGeneration`]): The model.
-        prompts ([`PromptMaker`]): Makes its inputs.
-        generator ([`Generator`]): Makes its answers.
-        health ([`DeviceHealth`]): Whether its device works.
-        vocab_size (`int`): Number of token ids.
-        context_length (`int`): Tokens that a prompt and its answer may have together.
-        compile (`bool`): Whether to decode with a static cache.
+        model_id: The folder or Hub id that the operator named.
+        name: How clients call it.
+        vocab_size: Number of token ids.
+        context_length: Tokens that a prompt and its answer may have together.
+        compile: Whether to decode with a static cache.
     """
 
     model_id: str
     name: str
     model: Any
+    messages: MessageReader
     prompts: PromptMaker
     generator: Generator
     health: DeviceHealth
@@ -59,32 +49,18 @@ class ServedModel:
 
 
 class _Handler:
-    """What the endpoints share.
-
-    Args:
-        served ([`ServedModel`]): The model.
-        limits ([`ServingLimits`]): What a request may cost.
-    """
+    """What the endpoints share."""
 
     fields: Fields
     id_prefix: str
 
-    def __init__(self, served: ServedModel, limits: ServingLimits):
-        self._served, self._limits = served, limits
+    def __init__(self, served: ServedModel):
+        self._served = served
 
     async def handle_request(self, body: dict[str, Any], request_id: str, respond: Respond) -> None:
-        """Answer a request.
-
-        Args:
-            body (`dict`): The request.
-            request_id (`str`): Its id.
-            respond (`Callable`): Sends the answer.
-
-        Raises:
-            RequestError: If the request is not as it must be.
-        """
+        """Answer a request through `respond`; raise a `RequestError` if it is invalid."""
         self._served.health.check()
-        # In a thread: checking the longest requests takes time.
+        # In a thread, as checking the longest requests takes time.
         options, content = await asyncio.to_thread(self._read, body)
         frame = {"id": f"{self.id_prefix}{request_id}", "created": int(time.time()), "model": self._served.name}
         async with AsyncExitStack() as stack:
@@ -97,7 +73,7 @@ class _Handler:
                 await respond(JSONResponse(await self._whole(frame, body, prompts, options)))
 
     def _read(self, body: dict[str, Any]) -> tuple[Options, Any]:
-        """Check a whole request."""
+        """Check a request as a whole."""
         served = self._served
         check_fields(body, self.fields)
         if body.get("model") not in (None, served.name, served.model_id):
@@ -114,7 +90,7 @@ class _Handler:
         raise NotImplementedError
 
     async def _make_prompts(self, content: Any, stack: AsyncExitStack) -> list[Any]:
-        """Make the inputs; what has to be given back afterwards goes to the stack."""
+        """Make the model's inputs; what has to be released after the answer goes on the stack."""
         raise NotImplementedError
 
     async def _whole(self, frame: dict[str, Any], body: dict[str, Any], prompts: list[Any], options: Options) -> Any:
@@ -125,14 +101,14 @@ class _Handler:
     ) -> AsyncGenerator[Any, None]:
         raise NotImplementedError
 
-    def _with_room(self, options: Options, inputs: Any) -> Options:
-        """Cut the length of the answer to what the context has left."""
-        options.max_tokens = min(options.max_tokens, self._served.context_length - inputs["input_ids"].shape[-1])
-        return options
+    def _cut(self, options: Options, inputs: Any) -> Options:
+        """Limit the length of the answer to what the prompt leaves of the context."""
+        room = self._served.context_length - inputs["input_ids"].shape[-1]
+        return replace(options, max_tokens=min(options.max_tokens, room))
 
 
 class _ConversationHandler(_Handler):
-    """What the endpoints share that take messages."""
+    """What the endpoints that take messages share."""
 
     async def _make_prompts(self, content: Conversation, stack: AsyncExitStack) -> list[Any]:
         await self._served.prompts.download(content)
@@ -148,10 +124,10 @@ class ChatCompletionHandler(_ConversationHandler):
     id_prefix = "chatcmpl-"
 
     def _read_content(self, body: dict[str, Any]) -> Conversation:
-        return read_messages(body.get("messages"), self._limits, boxes=body.get("boxes"))
+        return self._served.messages.read(body.get("messages"), boxes=body.get("boxes"))
 
     async def _whole(self, frame: dict[str, Any], body: dict[str, Any], prompts: list[Any], options: Options) -> Any:
-        answer = await self._served.generator.answer(prompts[0], self._with_room(options, prompts[0]))
+        answer = await self._served.generator.answer(prompts[0], self._cut(options, prompts[0]))
         message = {"role": "assistant", "content": answer.text, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}
         return {**frame, "object": "chat.completion", "choices": [choice], "usage": _usage([answer])}
@@ -166,7 +142,7 @@ class ChatCompletionHandler(_ConversationHandler):
             return {**frame, "choices": [choice]}
 
         yield chunk({"role": "assistant", "content": ""})
-        pieces = self._served.generator.stream(prompts[0], self._with_room(options, prompts[0]))
+        pieces = self._served.generator.stream(prompts[0], self._cut(options, prompts[0]))
         async with aclosing(pieces):
             async for piece in pieces:
                 if isinstance(piece, str):
@@ -178,7 +154,7 @@ class ChatCompletionHandler(_ConversationHandler):
 
 
 class CompletionHandler(_Handler):
-    """`/v1/completions`: text only, as it is; also several prompts, one choice each."""
+    """`/v1/completions`: raw text without images; several prompts get one choice each."""
 
     fields = COMPLETION_FIELDS
     id_prefix = "cmpl-"
@@ -212,7 +188,7 @@ class CompletionHandler(_Handler):
 
     async def _whole(self, frame: dict[str, Any], body: dict[str, Any], prompts: list[Any], options: Options) -> Any:
         answers = [
-            await self._served.generator.answer(inputs, self._of_prompt(options, inputs), is_continuation=True)
+            await self._served.generator.answer(inputs, self._cut(options, inputs), is_continuation=True)
             for inputs in prompts
         ]
         choices = [
@@ -220,9 +196,6 @@ class CompletionHandler(_Handler):
             for index, answer in enumerate(answers)
         ]
         return {**frame, "object": "text_completion", "choices": choices, "usage": _usage(answers)}
-
-    def _of_prompt(self, options: Options, inputs: Any) -> Options:
-        return self._with_room(Options(**vars(options)), inputs)
 
     async def _events(
         self, frame: dict[str, Any], body: dict[str, Any], prompts: list[Any], options: Options
@@ -235,7 +208,7 @@ class CompletionHandler(_Handler):
 
         answers: list[Answer] = []
         for index, inputs in enumerate(prompts):
-            pieces = self._served.generator.stream(inputs, self._of_prompt(options, inputs), is_continuation=True)
+            pieces = self._served.generator.stream(inputs, self._cut(options, inputs), is_continuation=True)
             async with aclosing(pieces):
                 async for piece in pieces:
                     if isinstance(piece, str):
@@ -266,12 +239,12 @@ class ResponseHandler(_ConversationHandler):
         if isinstance(given, str):
             given = [{"role": "user", "content": given}]
         elif isinstance(given, list) and given and all(isinstance(item, dict) for item in given):
-            # Parts alone are the content of one message.
+            # Parts without a message are the content of one message.
             if not any("role" in item or item.get("type") == "message" for item in given):
                 given = [{"role": "user", "content": given}]
         else:
             raise RequestError(f"`input` must be a string or a list of objects, got {shown(given)}.", "input")
-        return read_messages(given, self._limits, "input", instructions, body.get("boxes"))
+        return self._served.messages.read(given, "input", instructions, body.get("boxes"))
 
     def _response(self, frame: dict[str, Any], body: dict[str, Any], status: str, **fields: Any) -> dict[str, Any]:
         return {
@@ -319,7 +292,7 @@ class ResponseHandler(_ConversationHandler):
         return {"id": f"msg_{name}", "type": "message", "status": status, "role": "assistant", "content": content}
 
     async def _whole(self, frame: dict[str, Any], body: dict[str, Any], prompts: list[Any], options: Options) -> Any:
-        answer = await self._served.generator.answer(prompts[0], self._with_room(options, prompts[0]))
+        answer = await self._served.generator.answer(prompts[0], self._cut(options, prompts[0]))
         return self._finished(frame, body, answer)
 
     async def _events(
@@ -338,7 +311,7 @@ class ResponseHandler(_ConversationHandler):
             yield event(f"response.{state}", response=self._response(frame, body, "in_progress"))
         yield event("response.output_item.added", output_index=0, item=message)
         yield event("response.content_part.added", **place, part=_text_part(""))
-        pieces = self._served.generator.stream(prompts[0], self._with_room(options, prompts[0]))
+        pieces = self._served.generator.stream(prompts[0], self._cut(options, prompts[0]))
         try:
             async with aclosing(pieces):
                 async for piece in pieces:
@@ -351,7 +324,7 @@ class ResponseHandler(_ConversationHandler):
                     yield event("response.output_item.done", output_index=0, item=finished["output"][0])
                     yield event(f"response.{finished['status']}", response=finished)
         except Exception as error:
-            told = _told(error)["error"]
+            told = _told(error)
             yield event("error", message=told["message"], code=told["code"] or told["type"], param=told["param"])
             failure = {"code": "server_error", "message": told["message"]}
             yield event("response.failed", response=self._response(frame, body, "failed", error=failure))
@@ -374,18 +347,18 @@ def _usage(answers: list[Answer]) -> dict[str, int]:
 def _last_chunks(
     last: dict[str, Any], frame: dict[str, Any], answers: list[Answer], options: Options
 ) -> list[dict[str, Any]]:
-    """Tell the number of tokens: as the client asks for it, or in the last chunk, as `transformers serve` does."""
+    """Add the numbers of tokens as the client asks for them, by default to the last chunk as `transformers serve`."""
     if options.usage_in_stream:
         return [last, {**frame, "choices": [], "usage": _usage(answers)}]
     return [last] if options.usage_in_stream is False else [{**last, "usage": _usage(answers)}]
 
 
 def _told(error: Exception) -> dict[str, Any]:
-    """What a client may know of an error that came after the answer had begun."""
-    if isinstance(error, RequestError):
-        return error_body(error.message, error.status, error.param, error.code)
-    logger.error("Generation failed.", exc_info=error)
-    return error_body("The server failed on this request; its log says why.", 500)
+    """Return what a client may know of an error after its answer has begun."""
+    if not isinstance(error, RequestError):
+        logger.error("Generation failed.", exc_info=error)
+    told: dict[str, Any] = error_body(error)["error"]
+    return told
 
 
 async def _as_text(events: AsyncGenerator[Any, None]) -> AsyncGenerator[str, None]:
@@ -397,4 +370,7 @@ async def _as_text(events: AsyncGenerator[Any, None]) -> AsyncGenerator[str, Non
                 kind = f"event: {event['type']}\n" if isinstance(event, dict) and "type" in event else ""
                 yield f"{kind}data: {data}\n\n"
         except Exception as error:
-            yield f"data: {json.dumps(_told(error))}\n\n"
+            yield f"data: {json.dumps({'error': _told(error)})}\n\n"
+
+
+__all__ = ["ChatCompletionHandler", "CompletionHandler", "ResponseHandler", "ServedModel"]

@@ -1,7 +1,7 @@
-"""Downloading images from URLs that clients name, without becoming their way into the operator's network.
+"""Download images from URLs that clients name, without giving them access to the operator's network.
 
-A name is resolved once, every address that it has is checked, and the connection goes to a checked address. So a name
-that changes its address between check and connection gains nothing, and neither do redirects, which take the same way.
+A name is resolved once, all of its addresses are checked, and the connection goes to a checked address. So a name that
+changes its address between check and connection gains nothing; redirects are checked in the same way.
 """
 
 import asyncio
@@ -17,19 +17,20 @@ from dataclasses import dataclass
 from huggingface_hub.utils import httpx
 
 from mgllava.errors import MGLlavaError
-from mgllava.serving.errors import RequestError
-from mgllava.serving.limits import MAX_LOOKUPS, ServingLimits
+
+from .errors import RequestError
+from .limits import MAX_LOOKUPS, ServingLimits
 
 _MAX_REDIRECTS = 4
 _STANDARD_PORTS = {"http": 80, "https": 443}
-# Prefixes under which IPv6 carries IPv4 addresses, beyond those that `ipaddress` unwraps.
+# IPv6 networks that embed IPv4 addresses, beyond those that `ipaddress` unwraps.
 _NAT64 = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48"))
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class _RefusedError(MGLlavaError):
-    """A URL that must not be asked; the message continues "`url` ..."."""
+    """A URL that must not be requested; its message follows the name of the field."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ class ImageHosts:
     """Which hosts images may come from.
 
     Attributes:
-        public (`bool`): Whether all hosts with public addresses are allowed.
-        listed (`frozenset[tuple[str, int | None]]`): Hosts that are allowed whatever their address, each with its port
-            (`None`: 80 for http, 443 for https).
+        public: Whether all hosts with public addresses are allowed.
+        listed: Hosts that are allowed regardless of their addresses, each with its port (`None`: 80 for http, 443 for
+            https).
     """
 
     public: bool = True
@@ -47,17 +48,7 @@ class ImageHosts:
 
     @classmethod
     def parse(cls, text: str) -> "ImageHosts":
-        """Read the operator's list.
-
-        Args:
-            text (`str`): `"none"`, or names separated by commas: `public`, `host` or `host:port`.
-
-        Returns:
-            [`ImageHosts`]: The hosts.
-
-        Raises:
-            ValueError: If an entry is no host.
-        """
+        """Read `"none"`, or a list of `public`, `host` and `host:port` separated by commas."""
         entries = [entry.strip().lower() for entry in text.split(",")]
         if entries == ["none"]:
             return cls(public=False)
@@ -78,14 +69,7 @@ class ImageHosts:
         return cls("public" in entries, frozenset(listed))
 
     def lists(self, url: httpx.URL) -> bool:
-        """Tell whether the operator listed the host of a URL.
-
-        Args:
-            url (`httpx.URL`): An http(s) URL.
-
-        Returns:
-            `bool`: Whether it is listed, with its port.
-        """
+        """Tell whether the operator listed the host and port of an http(s) URL."""
         standard = _STANDARD_PORTS[url.scheme]
         port = url.port or standard
         host = url.raw_host.decode("ascii")
@@ -95,12 +79,8 @@ class ImageHosts:
 def is_public(address: str) -> bool:
     """Tell whether an IP address belongs to the public internet.
 
-    Args:
-        address (`str`): IPv4 or IPv6.
-
-    Returns:
-        `bool`: `False` for private, loopback, link-local, multicast, reserved and unspecified addresses, and for IPv6
-        addresses that carry such an IPv4 address or have a zone.
+    Private, loopback, link-local, multicast, reserved and unspecified addresses do not, nor do IPv6 addresses that
+    embed such an IPv4 address or have a zone.
     """
     try:
         parsed: _Address = ipaddress.ip_address(address)
@@ -109,19 +89,19 @@ def is_public(address: str) -> bool:
     if isinstance(parsed, ipaddress.IPv6Address):
         if parsed.scope_id is not None:
             return False
-        carried = [parsed.ipv4_mapped, parsed.sixtofour, *(parsed.teredo or ())]
+        embedded = [parsed.ipv4_mapped, parsed.sixtofour, *(parsed.teredo or ())]
         if any(parsed in network for network in _NAT64):
-            carried.append(ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF))
-        if any(ipv4 is not None for ipv4 in carried):
-            return all(is_public(str(ipv4)) for ipv4 in carried if ipv4 is not None)
+            embedded.append(ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF))
+        if any(ipv4 is not None for ipv4 in embedded):
+            return all(is_public(str(ipv4)) for ipv4 in embedded if ipv4 is not None)
     return parsed.is_global and not (parsed.is_multicast or parsed.is_reserved or parsed.is_unspecified)
 
 
 class _Lookups:
-    """Resolves names in threads of its own, as the system's resolver can take half a minute and cannot be stopped.
+    """Resolves names in its own threads, as the system's resolver can take half a minute and cannot be interrupted.
 
-    Neither the threads of asyncio nor those of other work wait for it; where all of its own do, further names wait
-    until the download's time is over.
+    The threads of asyncio stay free for other work. While all lookup threads are busy, further names wait until their
+    downloads time out.
     """
 
     def __init__(self, most: int):
@@ -129,7 +109,7 @@ class _Lookups:
 
     async def resolve(self, host: str, port: int) -> list[str]:
         """List the addresses of a host."""
-        await self._room.acquire()  # given back by the thread, not by a caller that waits no longer
+        await self._room.acquire()  # released by the thread, even if the caller was cancelled
         loop = asyncio.get_running_loop()
         result: asyncio.Future[list[str]] = loop.create_future()
 
@@ -148,7 +128,7 @@ class _Lookups:
             with suppress(RuntimeError):  # the server has ended
                 loop.call_soon_threadsafe(finish, addresses, failure)
 
-        # A daemon: the end of the server does not wait for it.
+        # A daemon, so that the server can end without it.
         threading.Thread(target=look_up, name="lookup", daemon=True).start()
         return await result
 
@@ -157,7 +137,7 @@ _lookups = _Lookups(MAX_LOOKUPS)
 
 
 class _CheckedTransport(httpx.AsyncBaseTransport):
-    """Resolves, checks, and connects to what was checked; redirects of the client come through here as well."""
+    """Resolves and checks hosts, and connects to checked addresses; httpx also sends redirects through here."""
 
     def __init__(self, hosts: ImageHosts):
         self._hosts = hosts
@@ -171,7 +151,7 @@ class _CheckedTransport(httpx.AsyncBaseTransport):
             raise _RefusedError("must not hold a user name or password.")
         failure: Exception = httpx.ConnectError("no address")
         for address in await self._addresses(url):
-            # Host header and certificate stay those of the name.
+            # The Host header and the certificate remain those of the name.
             pinned = httpx.Request(
                 request.method,
                 url.copy_with(host=address),
@@ -188,7 +168,7 @@ class _CheckedTransport(httpx.AsyncBaseTransport):
     async def _addresses(self, url: httpx.URL) -> Iterable[str]:
         listed = self._hosts.lists(url)
         if not (listed or self._hosts.public):
-            raise _RefusedError(f"must be at a host that this server asks, got {url.host[:200]!r}.")
+            raise _RefusedError(f"must be at a host from which this server downloads images, got {url.host[:200]!r}.")
         try:
             addresses = await _lookups.resolve(url.raw_host.decode("ascii"), url.port or _STANDARD_PORTS[url.scheme])
         except (OSError, UnicodeError):
@@ -206,52 +186,24 @@ def _ssl_context() -> ssl.SSLContext:
     return httpx.create_ssl_context()
 
 
-@dataclass
 class DownloadRoom:
-    """How many bytes the images of a request may still have together.
+    """How many bytes the images of a request may have together."""
 
-    Attributes:
-        size (`int`): The number.
-    """
-
-    size: int
+    def __init__(self, most: int):
+        self._most = self._left = most
 
     def take(self, size: int) -> None:
-        """Count bytes.
-
-        Args:
-            size (`int`): How many there are.
-
-        Raises:
-            RequestError: If there is no room for them.
-        """
-        self.size -= size
-        if self.size < 0:
+        """Count bytes; raise a `RequestError` if they are too many."""
+        self._left -= size
+        if self._left < 0:
             raise RequestError(
-                "The images of a request must have at most --max-request-bytes together, got more.",
+                f"The images of a request must have at most {self._most:,} bytes together, got more.",
                 code="image_too_large",
             )
 
 
-async def download_image(
-    url: str, param: str, hosts: ImageHosts, limits: ServingLimits, room: DownloadRoom | None = None
-) -> bytes:
-    """Download an image.
-
-    Args:
-        url (`str`): http or https.
-        param (`str`): The field of the request that held it.
-        hosts ([`ImageHosts`]): Where it may come from.
-        limits ([`ServingLimits`]): How large it may be and how long it may take.
-        room ([`DownloadRoom`], *optional*): What all images of the request share; by default that of one request.
-
-    Returns:
-        `bytes`: What the host sent; not yet known to be an image.
-
-    Raises:
-        RequestError: If the URL is refused, or the download fails.
-    """
-    room = room or DownloadRoom(limits.request_bytes)
+async def download_image(url: str, param: str, hosts: ImageHosts, limits: ServingLimits, room: DownloadRoom) -> bytes:
+    """Return the bytes that a host sends for an http(s) URL; `param` is the field of the request that held it."""
     try:
         return await asyncio.wait_for(_download(url, hosts, limits, room), limits.image_timeout)
     except _RefusedError as error:
@@ -264,8 +216,8 @@ async def download_image(
 
 
 async def _download(url: str, hosts: ImageHosts, limits: ServingLimits, room: DownloadRoom) -> bytes:
-    # A client of its own for each image: cookies must not travel from one request to another. `trust_env=False`: a
-    # proxy of the environment would resolve names itself.
+    # A new client for each image: cookies must not pass from one request to another. `trust_env=False`: a proxy of the
+    # environment would resolve names itself.
     client = httpx.AsyncClient(
         transport=_CheckedTransport(hosts),
         trust_env=False,
@@ -291,3 +243,6 @@ async def _download(url: str, hosts: ImageHosts, limits: ServingLimits, room: Do
         if too_large:
             raise _RefusedError(f"must be an image of at most {limits.image_bytes:,} bytes, got more.")
     return bytes(data)
+
+
+__all__ = ["DownloadRoom", "ImageHosts", "download_image", "is_public"]

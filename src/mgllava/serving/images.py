@@ -1,33 +1,23 @@
-"""Images from untrusted clients: bytes to pixels."""
+"""Images from untrusted clients: from bytes to pixels."""
 
 import base64
 import binascii
 import io
+import math
 
 import PIL.Image
 
 from mgllava.processing.images_common import load_upright
-from mgllava.serving.errors import RequestError
-from mgllava.serving.limits import ServingLimits
 
-# Few decoders, as each of them reads what strangers send.
+from .errors import RequestError
+from .limits import ServingLimits
+
+# Few decoders, as each of them reads untrusted bytes.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
 def read_data_url(url: str, param: str, limits: ServingLimits) -> bytes:
-    """Decode a data URL.
-
-    Args:
-        url (`str`): `data:image/...;base64,...`.
-        param (`str`): The field of the request that held it.
-        limits ([`ServingLimits`]): How large it may be.
-
-    Returns:
-        `bytes`: The image file; not yet known to be one.
-
-    Raises:
-        RequestError: If it is no data URL of an image, or too large.
-    """
+    """Return the file in a data URL of the form `data:image/...;base64,...`; `param` is the field that held it."""
     head, comma, payload = url.partition(",")
     kind = head.lower()
     if not comma or not kind.startswith("data:image/") or not kind.endswith(";base64"):
@@ -49,31 +39,22 @@ def read_data_url(url: str, param: str, limits: ServingLimits) -> bytes:
         raise RequestError(f"`{param}` must be encoded as base64: {error}.", param, "invalid_base64_image") from None
 
 
-def decode_image(data: bytes, param: str, limits: ServingLimits) -> PIL.Image.Image:
-    """Decode an image file whose header promises a bearable size, and turn it upright.
+def decode_image(data: bytes, param: str, limits: ServingLimits, pixels_left: int) -> PIL.Image.Image:
+    """Decode an image file to RGB and turn it upright; refuse it if its header promises too many pixels.
 
-    Args:
-        data (`bytes`): The file.
-        param (`str`): The field of the request that held it.
-        limits ([`ServingLimits`]): How many pixels it may have.
-
-    Returns:
-        `PIL.Image.Image`: The image, decoded, RGB.
-
-    Raises:
-        RequestError: If it is no image of a known format, broken, or too large.
+    `pixels_left` is what the earlier images of the request have left of `limits.pixels`.
     """
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
-        side = max(image.size)
-        if side <= limits.image_side:
+        side: float = max(image.size)
+        if side <= min(limits.image_side, math.isqrt(pixels_left)):
             upright: PIL.Image.Image = load_upright(image)
             return upright
     except PIL.Image.DecompressionBombError:
-        side = None
+        side = math.inf
     except MemoryError:
         raise
-    except Exception as error:  # broken files make decoders raise whatever comes, struct.error and IndexError included
+    except Exception as error:  # decoders raise anything on broken files, struct.error and IndexError included
         known = ", ".join(_FORMATS)
         raise RequestError(
             f"`{param}` must be an image ({known}), got {len(data):,} bytes that cannot be read: "
@@ -81,8 +62,15 @@ def decode_image(data: bytes, param: str, limits: ServingLimits) -> PIL.Image.Im
             param,
             "invalid_image",
         ) from None
-    raise RequestError(
-        f"`{param}` must be at most {limits.image_side} pixels wide and high, got {side or 'far more'}.",
-        param,
-        "image_too_large",
-    )
+    if side > limits.image_side:
+        got = "far more" if side == math.inf else side
+        message = f"`{param}` must be at most {limits.image_side} pixels wide and high, got {got}."
+    else:
+        message = (
+            f"The images of a request must have at most {limits.pixels:,} pixels together, each counted as the square "
+            f"of its longer side. `{param}` has {side**2:,}, and the images before it left {pixels_left:,}."
+        )
+    raise RequestError(message, param, "image_too_large")
+
+
+__all__ = ["decode_image", "read_data_url"]

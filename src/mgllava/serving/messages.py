@@ -1,27 +1,23 @@
-"""Messages in OpenAI's form, checked, as a conversation for the processor."""
+"""Messages in OpenAI's form: checked, and turned into a conversation for the processor."""
 
 import itertools
-import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mgllava.processing.boxes_mgllava import read_boxes
-from mgllava.serving.errors import RequestError
-from mgllava.serving.limits import MAX_MESSAGES, MAX_PARTS, MAX_TEXT_CHARACTERS, ServingLimits
+from .errors import RequestError
+from .limits import MAX_MESSAGES, MAX_PARTS, MAX_TEXT_CHARACTERS, ServingLimits
+from .values import is_number, shown
 
-# "developer" is OpenAI's newer name for it.
+# "developer" is OpenAI's newer name for "system".
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 _IMAGE_PARTS = ("image_url", "input_image", "image")
 _BOX_KEYS = {"boxes", "labels", "scores"}
 _DETAILS = ("auto", "low", "high", "original")
-# What a message may have apart from its role and content. `name`, `id` and `status` do not change the answer; the
-# others come along, empty, where a client sends an answer back as it got it.
+# `name`, `id` and `status` do not change the answer. Others are accepted if they are empty: clients that send an
+# answer back send all keys that it came with.
 _MESSAGE_KEYS = {"role", "content", "name", "id", "type", "status"}
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 80
 
 
 @dataclass
@@ -29,11 +25,11 @@ class ImageSource:
     """An image of a request, before it is loaded.
 
     Attributes:
-        url (`str`): http(s) URL or data URL.
-        param (`str`): The field of the request.
-        boxes: Its boxes; `None`: to be found.
-        boxes_param (`str`): The field of the request that has them.
-        data (`bytes`, *optional*): The file, once it is downloaded.
+        url: http(s) URL or data URL.
+        param: The field of the request that has it.
+        boxes: Its boxes; `None` if the detector should find them.
+        boxes_param: The field of the request that has the boxes.
+        data: The file, once it is downloaded.
     """
 
     url: str
@@ -48,70 +44,138 @@ class Conversation:
     """A conversation for the processor.
 
     Attributes:
-        messages (`list[dict]`): As [`MGLlavaProcessor.apply_chat_template`] takes them, without the images themselves.
-        images (`list[ImageSource]`): Its images, in order.
+        param: The field of the request that has it.
+        messages: Messages for `apply_chat_template`, in which the image blocks have no images.
+        images: The images of these blocks, in order.
     """
 
+    param: str
     messages: list[dict[str, Any]] = field(default_factory=list)
     images: list[ImageSource] = field(default_factory=list)
 
 
-def read_messages(
-    messages: Any,
-    limits: ServingLimits,
-    root: str = "messages",
-    instructions: str | None = None,
-    boxes: Any = None,
-) -> Conversation:
-    """Check the messages of a request, and give them the order that MG-LLaVA was trained on.
+class MessageReader:
+    """Reads the messages of requests.
 
-    Image parts may have `boxes`: a list of rows x1, y1, x2, y2, or a mapping with `boxes`, `labels` and `scores`; in
-    pixels of the upright image. Without `boxes`, the processor's detector finds them.
-
-    MG-LLaVA knows one system message at the start, then turns of user and assistant. So system messages are joined
-    at the start, several messages of one role are joined with a line break, and an empty user message comes before an
-    assistant that speaks first and after one that speaks last.
-
-    Args:
-        messages: The field of the request.
-        limits ([`ServingLimits`]): How many images and boxes there may be.
-        root (`str`, *optional*, defaults to `"messages"`): Name of the field.
-        instructions (`str`, *optional*): A system message that comes before those in the field.
-        boxes (`list`, *optional*): The field `boxes` of the request: one entry per image, for clients that cannot
-            write them into image parts.
-
-    Returns:
-        [`Conversation`]: The conversation; its images are not loaded.
-
-    Raises:
-        RequestError: If something is not as it must be.
+    Image parts may have `boxes` if the model takes them: a list of rows x1, y1, x2, y2, or a mapping with `boxes`,
+    `labels` and `scores`; in pixels of the upright image. Without `boxes`, the processor's box detector finds them.
     """
-    if not isinstance(messages, list) or not messages:
-        raise RequestError(f"`{root}` must be a list with at least one message, got {shown(messages)}.", root)
-    if len(messages) > MAX_MESSAGES:
-        raise RequestError(f"`{root}` must have at most {MAX_MESSAGES} messages, got {len(messages)}.", root)
-    conversation = Conversation()
-    turns: list[dict[str, Any]] = []
-    characters = parts = 0
-    for index, message in enumerate(messages):
-        param = f"{root}[{index}]"
-        role, content = _read_message(message, param)
-        parts += len(content)
-        if parts > MAX_PARTS:
-            raise RequestError(f"`{root}` must have at most {MAX_PARTS} parts in all messages, got more.", root)
-        blocks = [
-            _read_part(part, f"{param}.content[{place}]", role, conversation.images, limits)
-            for place, part in enumerate(content)
-        ]
-        characters += sum(len(block.get("text", "")) for block in blocks)
-        turns.append({"role": role, "content": blocks})
-    check_text_length(characters, root)
-    if boxes is not None:
-        _hand_out_boxes(boxes, conversation.images, limits)
-    if instructions is not None:
-        turns.insert(0, {"role": "system", "content": [_text(instructions)]})
-    conversation.messages = _in_trained_order(turns)
-    return conversation
+
+    def __init__(self, limits: ServingLimits, has_boxes: bool):
+        self._limits, self._has_boxes = limits, has_boxes
+
+    def read(
+        self, messages: Any, root: str = "messages", instructions: str | None = None, boxes: Any = None
+    ) -> Conversation:
+        """Check messages and bring them into the order that chat templates expect, see [`_in_trained_order`].
+
+        `root` is the field that has them; `instructions` is a system message that comes first. `boxes` is the field
+        `boxes` of the request, one entry per image, for clients that cannot write boxes into image parts.
+        """
+        if not isinstance(messages, list) or not messages:
+            raise RequestError(f"`{root}` must be a list with at least one message, got {shown(messages)}.", root)
+        if len(messages) > MAX_MESSAGES:
+            raise RequestError(f"`{root}` must have at most {MAX_MESSAGES} messages, got {len(messages)}.", root)
+        conversation = Conversation(root)
+        turns: list[dict[str, Any]] = []
+        characters = parts = 0
+        for index, message in enumerate(messages):
+            param = f"{root}[{index}]"
+            role, content = _read_message(message, param)
+            parts += len(content)
+            if parts > MAX_PARTS:
+                raise RequestError(f"`{root}` must have at most {MAX_PARTS} parts in all messages, got more.", root)
+            blocks = [
+                self._read_part(part, f"{param}.content[{place}]", role, conversation.images)
+                for place, part in enumerate(content)
+            ]
+            characters += sum(len(block.get("text", "")) for block in blocks)
+            turns.append({"role": role, "content": blocks})
+        check_text_length(characters, root)
+        if boxes is not None:
+            self._distribute_boxes(boxes, conversation.images)
+        if instructions is not None:
+            turns.insert(0, {"role": "system", "content": [_text(instructions)]})
+        conversation.messages = _in_trained_order(turns)
+        return conversation
+
+    def _read_part(self, part: Any, param: str, role: str, images: list[ImageSource]) -> dict[str, Any]:
+        """Return a part as a block of the conversation; append an image to `images`."""
+        if not isinstance(part, Mapping):
+            raise RequestError(f"`{param}` must be an object with a type, got {shown(part)}.", param)
+        kind = part.get("type")
+        if isinstance(kind, str) and kind in _TEXT_PARTS:
+            key = "refusal" if kind == "refusal" else "text"
+            if not isinstance(text := part.get(key), str):
+                raise RequestError(f"`{param}.{key}` must be a string, got {shown(text)}.", f"{param}.{key}")
+            _check_keys(part, {"type", key}, param)
+            return _text(text)
+        if not isinstance(kind, str) or kind not in _IMAGE_PARTS:
+            kinds = ", ".join(map(repr, (*_TEXT_PARTS, *_IMAGE_PARTS)))
+            raise RequestError(f"`{param}.type` must be one of {kinds}, got {shown(kind)}.", f"{param}.type")
+        if role != "user":
+            raise RequestError(f"`{param}` must be text: only messages of the user may have images.", param)
+        if len(images) == self._limits.images:
+            raise RequestError(f"`{param}` must be absent: a request has at most {self._limits.images} images.", param)
+        source = _read_image_block(part, param) if kind == "image" else _read_image_url(part, param)
+        if not source.url.lower().startswith(("http://", "https://", "data:")):
+            raise RequestError(
+                f"`{source.param}` must be an http(s) URL or a data URL, got {shown(source.url)}.",
+                source.param,
+                "invalid_image_url",
+            )
+        if source.boxes is not None:
+            self._check_boxes(source.boxes, source.boxes_param)
+        images.append(source)
+        return {"type": "image"}
+
+    def _distribute_boxes(self, boxes: Any, images: list[ImageSource]) -> None:
+        """Assign the boxes in the request's own field to its images."""
+        if not isinstance(boxes, list) or len(boxes) != len(images):
+            got = f"{len(boxes)} entries" if isinstance(boxes, list) else shown(boxes)
+            raise RequestError(
+                f"`boxes` must be a list with one entry per image (null if its boxes should be found), got {got} for "
+                f"{len(images)} images.",
+                "boxes",
+            )
+        for index, (entry, image) in enumerate(zip(boxes, images, strict=True)):
+            if entry is None:
+                continue
+            if image.boxes is not None:
+                raise RequestError(f"`boxes[{index}]` must be null: there is `{image.boxes_param}` already.", "boxes")
+            image.boxes, image.boxes_param = entry, f"boxes[{index}]"
+            self._check_boxes(entry, image.boxes_param)
+
+    def _check_boxes(self, boxes: Any, param: str) -> None:
+        """Check the types and the number of boxes; the processor checks the rest once it has the image."""
+        if not self._has_boxes:
+            raise RequestError(f"`{param}` must be absent: this model has no boxes.", param, "unsupported")
+        rows: Any = boxes
+        if isinstance(boxes, Mapping):
+            if unknown := sorted(set(boxes) - _BOX_KEYS):
+                known = ", ".join(sorted(_BOX_KEYS))
+                raise RequestError(f"`{param}` may have {known}, got also {str(unknown)[:80]}.", param)
+            rows, labels, scores = boxes.get("boxes"), boxes.get("labels"), boxes.get("scores")
+            if not _is_list(labels, lambda label: isinstance(label, str | int)):
+                raise RequestError(
+                    f"`{param}.labels` must be a list of strings, got {shown(labels)}.", f"{param}.labels"
+                )
+            if not _is_list(scores, is_number):
+                raise RequestError(
+                    f"`{param}.scores` must be a list of numbers, got {shown(scores)}.", f"{param}.scores"
+                )
+        if not isinstance(rows, list):
+            raise RequestError(f"`{param}` must be a list of x1, y1, x2, y2, got {shown(rows)}.", param)
+        if len(rows) > self._limits.boxes:
+            raise RequestError(f"`{param}` must have at most {self._limits.boxes} boxes, got {len(rows)}.", param)
+        for index, row in enumerate(rows):
+            if not isinstance(row, list) or not all(map(is_number, row)):
+                raise RequestError(f"`{param}[{index}]` must be four numbers, got {shown(row)}.", param)
+
+
+def _is_list(value: Any, is_valid: Callable[[Any], bool]) -> bool:
+    """Tell whether an optional value is a list of valid values."""
+    return value is None or (isinstance(value, list) and all(map(is_valid, value)))
 
 
 def _read_message(message: Any, param: str) -> tuple[str, list[Any]]:
@@ -124,7 +188,7 @@ def _read_message(message: Any, param: str) -> tuple[str, list[Any]]:
         raise RequestError(f"`{param}.role` must be one of {roles}, got {shown(role)}.", f"{param}.role")
     for key, value in message.items():
         if key not in _MESSAGE_KEYS and value not in (None, "", [], {}):
-            reason = "MG-LLaVA calls no tools" if key == "tool_calls" else "this server does not know it"
+            reason = "this model does not call tools" if key == "tool_calls" else "this server does not know it"
             raise RequestError(f"`{param}.{key[:50]}` must be absent: {reason}.", f"{param}.{key[:50]}")
     for key in ("name", "id", "status"):
         if not isinstance(message.get(key), str | None):
@@ -143,26 +207,12 @@ def _read_message(message: Any, param: str) -> tuple[str, list[Any]]:
     return _ROLES[role], content
 
 
-def _hand_out_boxes(boxes: Any, images: list[ImageSource], limits: ServingLimits) -> None:
-    """Give the boxes of the request's own field to its images."""
-    if not isinstance(boxes, list) or len(boxes) != len(images):
-        got = f"{len(boxes)} entries" if isinstance(boxes, list) else shown(boxes)
-        raise RequestError(
-            f"`boxes` must be a list with one entry per image, null where they are to be found, got {got} for "
-            f"{len(images)} images.",
-            "boxes",
-        )
-    for index, (entry, image) in enumerate(zip(boxes, images, strict=True)):
-        if entry is None:
-            continue
-        if image.boxes is not None:
-            raise RequestError(f"`boxes[{index}]` must be null: there is `{image.boxes_param}` already.", "boxes")
-        image.boxes, image.boxes_param = entry, f"boxes[{index}]"
-        _check_boxes(entry, image.boxes_param, limits)
-
-
 def _in_trained_order(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Join what comes twice, and make the turns alternate; see [`read_messages`]."""
+    """Bring turns into the order of training: at most one system message, then user and assistant in turn.
+
+    System messages are joined at the start; several messages of one role are joined with a line break; an empty user
+    message comes before an assistant that speaks first and after one that speaks last.
+    """
     ordered: list[dict[str, Any]] = []
     system = [turn for turn in turns if turn["role"] == "system"]
     for turn in [*system, *(turn for turn in turns if turn["role"] != "system")]:
@@ -191,7 +241,7 @@ def _text(text: str) -> dict[str, Any]:
 
 
 def _with_texts_joined(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Join neighboring texts: templates add piece by piece, which takes time by the square of their number."""
+    """Join neighboring texts: templates append piece by piece, which takes quadratic time."""
     joined: list[dict[str, Any]] = []
     for kind, group in itertools.groupby(blocks, lambda block: block["type"]):
         members = list(group)
@@ -200,15 +250,7 @@ def _with_texts_joined(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def check_text_length(characters: int, param: str) -> None:
-    """Refuse texts that no context holds before they cost anything.
-
-    Args:
-        characters (`int`): Length.
-        param (`str`): The field of the request.
-
-    Raises:
-        RequestError: If there are too many.
-    """
+    """Refuse texts that are too long for any context before they cost anything."""
     if characters > MAX_TEXT_CHARACTERS:
         raise RequestError(
             f"`{param}` must have at most {MAX_TEXT_CHARACTERS:,} characters of text, got {characters:,}.",
@@ -217,39 +259,8 @@ def check_text_length(characters: int, param: str) -> None:
         )
 
 
-def _read_part(part: Any, param: str, role: str, images: list[ImageSource], limits: ServingLimits) -> dict[str, Any]:
-    if not isinstance(part, Mapping):
-        raise RequestError(f"`{param}` must be an object with a type, got {shown(part)}.", param)
-    kind = part.get("type")
-    if isinstance(kind, str) and kind in _TEXT_PARTS:
-        key = "refusal" if kind == "refusal" else "text"
-        if not isinstance(text := part.get(key), str):
-            raise RequestError(f"`{param}.{key}` must be a string, got {shown(text)}.", f"{param}.{key}")
-        _check_keys(part, {"type", key}, param)
-        return _text(text)
-    if not isinstance(kind, str) or kind not in _IMAGE_PARTS:
-        kinds = ", ".join(map(repr, (*_TEXT_PARTS, *_IMAGE_PARTS)))
-        raise RequestError(f"`{param}.type` must be one of {kinds}, got {shown(kind)}.", f"{param}.type")
-
-    if role != "user":
-        raise RequestError(f"`{param}` must be text: images belong to messages of the user.", param)
-    if len(images) == limits.images:
-        raise RequestError(f"`{param}` must not be there: a request has at most {limits.images} images.", param)
-    source = _read_image_block(part, param) if kind == "image" else _read_image_url(part, param)
-    if not source.url.lower().startswith(("http://", "https://", "data:")):
-        raise RequestError(
-            f"`{source.param}` must be an http(s) URL or a data URL, got {shown(source.url)}.",
-            source.param,
-            "invalid_image_url",
-        )
-    if source.boxes is not None:
-        _check_boxes(source.boxes, source.boxes_param, limits)
-    images.append(source)
-    return {"type": "image"}
-
-
 def _read_image_url(part: Mapping[str, Any], param: str) -> ImageSource:
-    """Read OpenAI's parts; `boxes` may be next to `image_url` or within it, where some clients leave what they get."""
+    """Read OpenAI's parts; `boxes` may be next to `image_url` or inside it, which is where some clients put them."""
     _check_keys(part, {"type", "image_url", "detail", "boxes"}, param)
     url, url_param = part.get("image_url"), f"{param}.image_url"
     found = [(f"{param}.boxes", part.get("boxes"))]
@@ -263,14 +274,14 @@ def _read_image_url(part: Mapping[str, Any], param: str) -> ImageSource:
 
 
 def _read_image_block(part: Mapping[str, Any], param: str) -> ImageSource:
-    """Read LangChain's blocks: `url`, or `base64` (formerly `data`) with `mime_type`."""
+    """Read LangChain's blocks, which have `url`, or `base64` (formerly `data`) with `mime_type`."""
     _check_keys(
         part,
         {"type", "url", "base64", "data", "mime_type", "source_type", "boxes", "extras", "id", "index"},
         param,
     )
     found = [(f"{param}.boxes", part.get("boxes"))]
-    if (extras := part.get("extras")) is not None:  # where LangChain keeps what it does not know
+    if (extras := part.get("extras")) is not None:  # LangChain puts keys there that it does not know
         if not isinstance(extras, Mapping):
             raise RequestError(f"`{param}.extras` must be an object, got {shown(extras)}.", f"{param}.extras")
         _check_keys(extras, {"boxes", "detail"}, f"{param}.extras")
@@ -306,7 +317,7 @@ def _image_source(url: Any, url_param: str, found: list[tuple[str, Any]]) -> Ima
 
 
 def _check_keys(part: Mapping[str, Any], known: set[str], param: str) -> None:
-    """Refuse keys that would be ignored; empty ones come along where answers are sent back."""
+    """Refuse keys that would be ignored, unless they are empty as in an answer that is sent back."""
     for key, value in part.items():
         if key not in known and value not in (None, "", [], {}):
             name = f"{param}.{key[:50]}"
@@ -316,60 +327,10 @@ def _check_keys(part: Mapping[str, Any], known: set[str], param: str) -> None:
 
 
 def _check_detail(part: Mapping[str, Any], param: str) -> None:
-    """Check OpenAI's `detail`, which has no effect: MG-LLaVA always looks at images in both resolutions."""
+    """Check OpenAI's `detail`, which has no effect: the processor alone decides about the resolution."""
     if (detail := part.get("detail")) is not None and detail not in _DETAILS:
         kinds = ", ".join(map(repr, _DETAILS))
         raise RequestError(f"`{param}.detail` must be one of {kinds}, got {shown(detail)}.", f"{param}.detail")
 
 
-def _check_boxes(boxes: Any, param: str, limits: ServingLimits) -> None:
-    """Check what the processor checks too, under the name that the client knows."""
-    rows: Any = boxes
-    if isinstance(boxes, Mapping):
-        if unknown := sorted(set(boxes) - _BOX_KEYS):
-            known = ", ".join(sorted(_BOX_KEYS))
-            raise RequestError(f"`{param}` may have {known}, got also {str(unknown)[:80]}.", param)
-        rows = boxes.get("boxes")
-        labels = boxes.get("labels")
-        if labels is not None and not (
-            isinstance(labels, list) and all(isinstance(label, str | int) for label in labels)
-        ):
-            raise RequestError(f"`{param}.labels` must be a list of strings, got {shown(labels)}.", f"{param}.labels")
-        scores = boxes.get("scores")
-        if scores is not None and not (isinstance(scores, list) and all(map(is_number, scores))):
-            raise RequestError(f"`{param}.scores` must be a list of numbers, got {shown(scores)}.", f"{param}.scores")
-    if not isinstance(rows, list):
-        raise RequestError(f"`{param}` must be a list of x1, y1, x2, y2, got {shown(rows)}.", param)
-    if len(rows) > limits.boxes:
-        raise RequestError(f"`{param}` must have at most {limits.boxes} boxes, got {len(rows)}.", param)
-    for index, row in enumerate(rows):
-        if isinstance(row, list) and not all(map(is_number, row)):
-            raise RequestError(f"`{param}[{index}]` must be four numbers, got {shown(row)}.", param)
-    try:
-        read_boxes(boxes, param)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise RequestError(str(error), param) from None
-
-
-def is_number(value: Any) -> bool:
-    """Tell whether a value of a request is a number that fp32 holds.
-
-    Args:
-        value (`Any`): The value.
-
-    Returns:
-        `bool`: Whether it is a finite number, and no boolean.
-    """
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 3e38
-
-
-def shown(value: Any) -> str:
-    """Describe a value of a request in few characters, whatever its size.
-
-    Args:
-        value (`Any`): The value.
-
-    Returns:
-        `str`: Its type and its beginning.
-    """
-    return f"{type(value).__name__} {_SHORT.repr(value)[:80]}" if value is not None else "nothing"
+__all__ = ["Conversation", "ImageSource", "MessageReader", "check_text_length"]

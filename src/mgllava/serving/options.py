@@ -1,4 +1,4 @@
-"""The options of a request that decide about generation, checked before anything is computed."""
+"""The generation options of a request, checked before anything is computed."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -8,15 +8,15 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from mgllava.serving.errors import RequestError
-from mgllava.serving.limits import MAX_BEAMS, MAX_STOP_CHARACTERS, MAX_STOP_STRINGS
-from mgllava.serving.messages import is_number, shown
+from .errors import RequestError
+from .limits import MAX_BEAMS, MAX_STOP_CHARACTERS, MAX_STOP_STRINGS
+from .values import is_number, shown
 
-# Where neither the request nor the model says how long an answer may be.
+# Longest answer if neither the request nor the model sets it.
 _MAX_TOKENS = 1024
 _MAX_TOKEN_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
-# Logits are below 1e4, and fp32 ends at 3e38: divided by these temperatures, or scaled by these penalties, they stay
-# finite. Ends included; 0 is a temperature too, and means greedy.
+# Logits are below 1e4, and float32 ends at 3e38: divided by these temperatures, or scaled by these penalties, they
+# stay finite. Both ends are included. A temperature of 0 is allowed too, and means greedy.
 _RANGES = {
     "temperature": (1e-6, 2.0),
     "top_p": (0.0, 1.0),
@@ -58,16 +58,21 @@ _WITHOUT_EFFECT = {
     "user",
 }
 _COMMON_UNSUPPORTED: dict[str, tuple[Any, ...]] = {"chat_template_kwargs": ({},), "best_of": (1,), "n": (1,)}
+_REASONS = {
+    "best_of": "send several requests",
+    "chat_template_kwargs": "the operator sets them",
+    "n": "send several requests",
+}
 
 
 @dataclass(frozen=True)
 class Fields:
-    """What a request to an endpoint may have.
+    """The fields of requests to an endpoint.
 
     Attributes:
-        used (`set[str]`): Fields that are read, beyond those that all endpoints have.
-        unsupported (`dict`): Fields whose effect the server does not have, each with the values that ask for none;
-            `None` always does.
+        used: Fields that are read, in addition to those that all endpoints have.
+        unsupported: Fields that the server does not support, each with the values that are accepted because they have
+            no effect; `None` always is.
     """
 
     used: set[str]
@@ -117,16 +122,9 @@ class Options:
     """How to generate an answer.
 
     Attributes:
-        config ([`GenerationConfig`]): What transformers does itself; it never samples.
-        temperature (`float`): 0 takes the best token each time.
-        top_p, top_k, min_p, typical_p: Limits to sampling; `None`: no limit.
-        frequency_penalty, presence_penalty (`float`): As in OpenAI's API.
-        logit_bias (`dict[int, float]`): Added to logits of tokens.
-        seed (`int`, *optional*): Of sampling.
-        stop (`tuple[str, ...]`): Strings that end the answer.
-        max_tokens (`int`): Longest answer.
-        is_stream (`bool`): Whether to stream.
-        usage_in_stream (`bool`, *optional*): Whether the stream tells the number of tokens; `None`: in its last chunk.
+        config: What transformers does itself; it never samples.
+        temperature: 0 means greedy.
+        usage_in_stream: Whether the numbers of tokens come in a chunk of their own; `None`: in the last chunk.
     """
 
     config: GenerationConfig
@@ -146,15 +144,7 @@ class Options:
 
 
 def check_fields(body: Mapping[str, Any], fields: Fields) -> None:
-    """Refuse what would be ignored.
-
-    Args:
-        body (`Mapping`): The request.
-        fields ([`Fields`]): What it may have.
-
-    Raises:
-        RequestError: If it has an unknown field, or asks for something that the server does not have.
-    """
+    """Refuse unknown fields, and values whose effect the server does not support."""
     unsupported = {**_COMMON_UNSUPPORTED, **fields.unsupported}
     for name, value in body.items():
         if name in fields.used or name in _COMMON or name in _WITHOUT_EFFECT or value is None:
@@ -162,10 +152,9 @@ def check_fields(body: Mapping[str, Any], fields: Fields) -> None:
         if name not in unsupported:
             message = f"`{name[:50]}` must be absent: this server does not know it."
             raise RequestError(message, name[:50], "unknown_parameter", 422)
-        # As JSON: in Python 1 is True, and 0 is False.
+        # Compared as JSON: in Python, 1 equals True and 0 equals False.
         if _canonical(value) not in map(_canonical, unsupported[name]):
-            reason = "send several requests" if name in ("n", "best_of") else "this server does not support it"
-            reason = "the operator sets them" if name == "chat_template_kwargs" else reason
+            reason = _REASONS.get(name, "this server does not support it")
             allowed = "".join(f" or {_canonical(neutral)}" for neutral in unsupported[name][:1])
             raise RequestError(f"`{name}` must be absent{allowed}, got {shown(value)}: {reason}.", name, "unsupported")
 
@@ -175,19 +164,9 @@ def _canonical(value: Any) -> str:
 
 
 def read_options(body: Mapping[str, Any], model_config: GenerationConfig, vocab_size: int, compile: bool) -> Options:
-    """Read the options of a request.
+    """Read and check the options of a request; `model_config` has the defaults.
 
-    Args:
-        body (`Mapping`): The request.
-        model_config ([`GenerationConfig`]): Of the model: what holds where the request says nothing.
-        vocab_size (`int`): Number of token ids.
-        compile (`bool`): Whether to decode with a static cache.
-
-    Returns:
-        [`Options`]: The options.
-
-    Raises:
-        RequestError: If an option is not as it must be.
+    `compile` means to decode with a static cache.
     """
     config = deepcopy(model_config)
     given = _read_generation_config(body.get("generation_config"), vocab_size)
@@ -198,7 +177,7 @@ def read_options(body: Mapping[str, Any], model_config: GenerationConfig, vocab_
             sampling[name] = body[name]
 
     does_sample = sampling.get("do_sample", config.do_sample)
-    if "temperature" in body and body["temperature"] is not None:
+    if body.get("temperature") is not None:
         does_sample = body["temperature"] > 0
     elif "do_sample" not in given:
         does_sample = does_sample or any(sampling.get(name) is not None for name in ("top_p", "top_k", "min_p"))
@@ -208,7 +187,7 @@ def read_options(body: Mapping[str, Any], model_config: GenerationConfig, vocab_
     }
     temperature = 1.0 if limits["temperature"] is None else float(limits["temperature"])
 
-    # Never by transformers, whose sampling draws from one generator for all requests.
+    # transformers never samples itself: it would draw from one generator for all requests.
     config.update(do_sample=False, temperature=None, top_p=None, top_k=None, min_p=None, typical_p=None)
     suppressed = [*(config.suppress_tokens or []), *(given.pop("suppress_tokens", None) or [])]
     config.update(**{name: value for name, value in given.items() if name in _CHECKS_OF_CONFIG})
@@ -218,14 +197,14 @@ def read_options(body: Mapping[str, Any], model_config: GenerationConfig, vocab_
     if does_sample and temperature > 0 and (config.num_beams or 1) > 1:
         raise RequestError("`generation_config.num_beams` must be 1 for sampling.", "generation_config")
 
-    max_tokens = max(config.max_new_tokens or _MAX_TOKENS, _MAX_TOKENS)
-    max_tokens = given.get("max_new_tokens") or max_tokens
+    # As in `transformers serve`, the model's own limit only counts if it is higher.
+    max_tokens = given.get("max_new_tokens") or max(config.max_new_tokens or 0, _MAX_TOKENS)
     for name in reversed(_MAX_TOKEN_FIELDS):
         if body.get(name) is not None:
             if not _is_whole(body[name], 1, _INT64[1]):
                 raise RequestError(f"`{name}` must be a whole number, at least 1, got {shown(body[name])}.", name)
             max_tokens = body[name]
-    # The length of an answer is limited, not that of the conversation.
+    # `max_tokens` limits the answer; `max_length` would limit the whole conversation.
     config.max_length, config.stop_strings = None, None
     if compile and config.cache_implementation is None:
         config.cache_implementation = "static"
@@ -269,15 +248,15 @@ def _is_ids(value: Any, vocab_size: int, most: int) -> bool:
 
 _TOKEN = ("a token id", lambda value, vocab_size: _is_whole(value, 0, vocab_size - 1))
 _BOOLEAN = ("true or false", lambda value, _: isinstance(value, bool))
-# For each option what it must be, in words and as a function of the value and the vocabulary's size.
+# What each option must be, in words and as a function of the value and the size of the vocabulary.
 _CHECKS_OF_SAMPLING: dict[str, tuple[str, Callable[[Any, int], bool]]] = {
     "do_sample": _BOOLEAN,
     "top_k": _whole(-1, _INT64[1]),
     "seed": _whole(*_INT64),
     **{name: _in_range(name) for name in _RANGES if name != "length_penalty"},
 }
-# What a request may set in a `generation_config`, which `transformers chat` sends: nothing that chooses code, files,
-# caches or outputs.
+# What a request may also set in a `generation_config`, which `transformers chat` sends: nothing that chooses code,
+# files, caches or outputs.
 _CHECKS_OF_CONFIG: dict[str, tuple[str, Callable[[Any, int], bool]]] = {
     "bad_words_ids": (
         f"at most {_MAX_WORDS} lists of token ids",
@@ -388,5 +367,8 @@ def _read_stream(body: Mapping[str, Any]) -> dict[str, Any]:
     if not all(isinstance(value, bool | None) for value in options.values()):
         raise RequestError(f"`stream_options` must hold true or false, got {shown(options)}.", "stream_options")
     if not is_stream:
-        raise RequestError("`stream_options` must be absent where `stream` is not true.", "stream_options")
+        raise RequestError("`stream_options` must be absent unless `stream` is true.", "stream_options")
     return {"is_stream": True, "usage_in_stream": options.get("include_usage")}
+
+
+__all__ = ["CHAT_FIELDS", "COMPLETION_FIELDS", "RESPONSE_FIELDS", "Fields", "Options", "check_fields", "read_options"]

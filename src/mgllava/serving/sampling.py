@@ -1,8 +1,8 @@
-"""Choosing tokens: with penalties and biases as in OpenAI's API, and with a generator of its own for each request.
+"""Token selection with penalties and biases as in OpenAI's API, and with a random generator for each request.
 
-transformers samples with the process's generator, which all requests share: then an answer depends on who else asks.
-Here the chosen token gets the highest score, and transformers takes that: adding Gumbel noise to log-probabilities and
-taking the best one is the same as drawing from them.
+transformers samples with the generator of the process, which all requests would share: an answer would then depend on
+other requests. Here a logits processor draws the token (Gumbel-max trick: the best of log-probabilities with Gumbel
+noise is a draw from them), and transformers, which is greedy, takes the highest score.
 """
 
 import torch
@@ -16,21 +16,12 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from mgllava.serving.errors import RequestError
-from mgllava.serving.options import Options
+from .errors import RequestError
+from .options import Options
 
 
 def logits_processors(options: Options, prompt_length: int, seed: int) -> LogitsProcessorList:
-    """Make what turns logits into the choice that a request asks for.
-
-    Args:
-        options ([`Options`]): Of the request.
-        prompt_length (`int`): Tokens of the prompt, to which the penalties of OpenAI's API do not apply.
-        seed (`int`): Of sampling.
-
-    Returns:
-        `LogitsProcessorList`: For greedy generation of transformers.
-    """
+    """Return logits processors with which greedy generation takes the tokens that the options ask for."""
     processors = LogitsProcessorList()
     if options.frequency_penalty or options.presence_penalty:
         processors.append(_Penalties(options.frequency_penalty, options.presence_penalty, prompt_length))
@@ -52,7 +43,7 @@ def logits_processors(options: Options, prompt_length: int, seed: int) -> Logits
 
 
 class _Penalties(LogitsProcessor):
-    """Lowers the logits of tokens that the answer has already, also by how often it has them."""
+    """Lowers the logits of tokens that the answer already has; as in OpenAI's API, the prompt does not count."""
 
     def __init__(self, frequency: float, presence: float, prompt_length: int):
         self._frequency, self._presence, self._prompt_length = frequency, presence, prompt_length
@@ -64,37 +55,42 @@ class _Penalties(LogitsProcessor):
 
 
 class _Bias(LogitsProcessor):
-    """Adds numbers to the logits of some tokens."""
+    """Adds biases to the logits of some tokens."""
 
     def __init__(self, bias: dict[int, float]):
         self._ids, self._values = torch.tensor(list(bias)), torch.tensor(list(bias.values()))
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        # Once on the accelerator, not in every step.
+        # Kept, so that only the first step moves them to the accelerator.
         self._ids, self._values = self._ids.to(scores.device), self._values.to(scores)
         return scores.index_add(1, self._ids, self._values.expand(len(scores), -1))
 
 
 class _Check(LogitsProcessor):
-    """Refuses to choose where there is no choice."""
+    """Raises an error if no token can be chosen."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         best = scores.max().item()
         if best == -float("inf"):
-            raise RequestError("The options must leave a token to choose, but they exclude all.", "generation_config")
+            raise RequestError(
+                "The options must leave a token to choose, but they exclude all tokens.", "generation_config"
+            )
         if not best < float("inf"):
-            raise RuntimeError(f"The model computed {best} as a logit. Another dtype may help: --dtype float32.")
+            raise RuntimeError(f"The model computed {best} as a logit. Another dtype may help, for example float32.")
         return scores
 
 
 class _Draw(LogitsProcessor):
-    """Draws a token, and gives it the highest score."""
+    """Draws a token by giving it the highest score."""
 
     def __init__(self, seed: int):
-        # On the CPU whatever the device is: the same seed gives the same numbers everywhere.
+        # On the CPU, so that a seed gives the same numbers on every device.
         self._generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         noise = torch.empty(scores.shape, dtype=torch.float32).exponential_(generator=self._generator)
         noise.clamp_(min=torch.finfo(torch.float32).tiny)
         return scores.log_softmax(-1) - noise.log_().to(scores.device)
+
+
+__all__ = ["logits_processors"]

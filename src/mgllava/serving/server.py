@@ -15,12 +15,15 @@ from transformers.utils import logging
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import mgllava
-from mgllava.serving.app import AllowedHosts, build_app
-from mgllava.serving.generation import DeviceHealth, Generator
-from mgllava.serving.handlers import ChatCompletionHandler, CompletionHandler, ResponseHandler, ServedModel
-from mgllava.serving.image_urls import ImageHosts
-from mgllava.serving.limits import HEAD_TIMEOUT, ServingLimits
-from mgllava.serving.prompts import PromptMaker
+
+from .app import build_app
+from .gate import AllowedHosts
+from .generation import DeviceHealth, Generator
+from .handlers import ChatCompletionHandler, CompletionHandler, ResponseHandler, ServedModel
+from .image_urls import ImageHosts
+from .limits import HEAD_TIMEOUT, ServingLimits
+from .messages import MessageReader
+from .prompts import PromptMaker
 
 # Seconds that answers may still take after the server was told to stop.
 _SHUTDOWN_TIMEOUT = 30
@@ -167,11 +170,13 @@ def run_server(
 
     health = DeviceHealth(loaded.device)
     context_length = int(loaded.config.get_text_config().max_position_embeddings)
+    prompts = PromptMaker(processor, context_length, limits, hosts, health, template_kwargs)
     served = ServedModel(
         model,
         served_model_name or (Path(os.path.abspath(model)).name if os.path.isdir(model) else model),
         loaded,
-        PromptMaker(processor, context_length, limits, hosts, health, template_kwargs),
+        MessageReader(limits, prompts.has_boxes),
+        prompts,
         Generator(loaded, processor.tokenizer, health, default_seed),
         health,
         vocab_size=len(processor.tokenizer),
@@ -179,9 +184,9 @@ def run_server(
         compile=compile,
     )
     handlers = {
-        "/v1/chat/completions": ChatCompletionHandler(served, limits),
-        "/v1/responses": ResponseHandler(served, limits),
-        "/v1/completions": CompletionHandler(served, limits),
+        "/v1/chat/completions": ChatCompletionHandler(served),
+        "/v1/responses": ResponseHandler(served),
+        "/v1/completions": CompletionHandler(served),
     }
     app = build_app(handlers, served, limits, enable_cors, names, api_keys)
     _allow_many_connections()
@@ -214,3 +219,6 @@ def _allow_many_connections() -> None:
 
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+__all__ = ["run_server"]

@@ -1,0 +1,20 @@
+"""Values of requests: what they are, and how errors show them."""
+
+import reprlib
+from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a value is a finite number that float32 can hold, and not a boolean."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 3e38
+
+
+def shown(value: Any) -> str:
+    """Return the type and the beginning of a value, in few characters even for huge values."""
+    return f"{type(value).__name__} {_SHORT.repr(value)[:80]}" if value is not None else "nothing"
+
+
+__all__ = ["is_number", "shown"]
