@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mgllava import MGLlavaImageProcessor, MGLlavaProcessor
 from mgllava.processing import CHAT_TEMPLATES
-from mgllava.training.collator import encode_text
+from mgllava.training.samples import encode_text
 
 from .frames import cells_of_centers
 from .pictures import object_attributes

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaTokenizer
 from transformers.utils import logging as transformers_logging
 
 from mgllava.processing import CHAT_TEMPLATES, MGLlavaProcessor
-from mgllava.training.collator import encode_text
+from mgllava.training.samples import encode_text
 
 FAMILIES = list(CHAT_TEMPLATES)
 GUARD = "\U000ff4d2"

@@ -127,7 +127,7 @@ def test_missing_boxes_may_be_taken_for_none(folder, small_processor):
 
 
 def test_what_is_no_list_of_samples_is_refused(tmp_path, small_processor):
-    for content, problem in (("{}", "a list"), ("[3]", "dictionary"), ("[", "no JSON"), ("[]", "no samples")):
+    for content, problem in (("{}", "a list"), ("[3]", "dictionary"), ("[", "not JSON"), ("[]", "no samples")):
         (tmp_path / "s.json").write_text(content)
         with pytest.raises(TrainingError, match=problem):
             ConversationDataset([open_source(tmp_path / "s.json", None, None)], small_processor)

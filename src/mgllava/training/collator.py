@@ -1,28 +1,27 @@
 """From samples to batches: what the original's dataset and collate function make of them."""
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from mgllava.processing.boxes_mgllava import take_boxes_from_text
-from mgllava.processing.text_chunks_common import BOUNDARY_NAMES, encode_chunks, split_text, writes_boundaries
-
 from .errors import SampleError
-from .samples import MissingBoxes, sample_id, sample_images, to_conversation
+from .samples import (
+    BadSamples,
+    MissingBoxes,
+    longest_text,
+    sample_id,
+    sample_images,
+    takes_boxes,
+    to_conversation,
+)
 
 logger = logging.getLogger(__name__)
 
-BadSamples = Literal["error", "skip"]
-
-# Of the published models: 2048 tokens less those of an image.
-MAX_TEXT_LENGTH = 1472
-# A text that has at least so many tokens less than its limit leaves little room for boxes.
+# A text that ends fewer than this many tokens before its limit leaves little room for boxes.
 _NEAR_LIMIT = 50
 _IGNORED = -100
 
@@ -75,7 +74,7 @@ class MGLlavaDataCollator:
     def __init__(
         self,
         processor: Any,
-        max_text_length: int = MAX_TEXT_LENGTH,
+        max_text_length: int | None = None,
         on_bad_sample: BadSamples = "error",
         missing_boxes: MissingBoxes = "error",
         pad_to_multiple_of: int | None = None,
@@ -87,9 +86,9 @@ class MGLlavaDataCollator:
                 f"{'one without' if processor.chat_template else 'none'}. See mgllava.processing.CHAT_TEMPLATES."
             )
         self.processor = processor
-        self.max_text_length = max_text_length
+        self.max_text_length = longest_text(processor) if max_text_length is None else max_text_length
         self.on_bad_sample = on_bad_sample
-        self.missing_boxes = missing_boxes
+        self.missing_boxes: MissingBoxes | None = missing_boxes if takes_boxes(processor) else None
         self.pad_to_multiple_of = pad_to_multiple_of
         self.return_sample_ids = return_sample_ids
         self._has_seen_boxes = self._has_warned = False
@@ -230,34 +229,4 @@ def _join(images: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     }
 
 
-def encode_text(processor: Any, conversation: list[dict[str, Any]]) -> tuple[list[int], list[int] | None]:
-    """Tokenize a conversation without looking at its images.
-
-    Args:
-        processor ([`MGLlavaProcessor`]): The processor.
-        conversation (`list[dict]`): Messages, see [`to_conversation`].
-
-    Returns:
-        `tuple`: Ids, with one placeholder for each image, and a mask of those that are learnt; `None` instead of the
-        mask if the chat template does not mark boundaries.
-
-    Raises:
-        ValueError: If a message holds what the chat template would leave out.
-    """
-    template = processor.chat_template
-    has_boundaries = isinstance(template, str) and writes_boundaries(template)
-    text = processor.apply_chat_template(conversation, tokenize=False, **(BOUNDARY_NAMES if has_boundaries else {}))
-    placeholder = re.compile(re.escape(processor.image_token))
-    text, _ = take_boxes_from_text(text, placeholder)
-    runs = repeat((processor.image_token, 1))
-    chunks = split_text(text, placeholder, runs, processor.tokenizer.bos_token)
-    encoded = encode_chunks(
-        processor.tokenizer,
-        [chunks],
-        image_token_id=processor.image_token_id,
-        return_assistant_tokens_mask=has_boundaries,
-    )
-    return encoded["input_ids"][0], encoded["assistant_masks"][0] if has_boundaries else None
-
-
-__all__ = ["MAX_TEXT_LENGTH", "BadSamples", "MGLlavaDataCollator", "encode_text"]
+__all__ = ["MGLlavaDataCollator"]

@@ -1,4 +1,4 @@
-"""The samples of a training: LLaVA's JSON and box files, through the datasets library."""
+"""Training samples from LLaVA's JSON and box files, through the datasets library."""
 
 import hashlib
 import json
@@ -14,27 +14,33 @@ import torch
 
 from mgllava.box_files import BoxFile, read_boxes
 
-from .collator import MAX_TEXT_LENGTH, BadSamples, encode_text
 from .errors import SampleError, TrainingError
-from .samples import MissingBoxes, sample_images, to_conversation
+from .samples import (
+    BadSamples,
+    MissingBoxes,
+    encode_text,
+    longest_text,
+    sample_images,
+    takes_boxes,
+    to_conversation,
+)
 
 logger = logging.getLogger(__name__)
 
 # How many bad samples a message names.
 _NAMED = 5
-# Threads that look whether images are there: on network file systems each look takes a while.
+# Threads that check whether images exist, because each check takes a while on network file systems.
 _LOOKING_UP = 16
 
 
 @dataclass(frozen=True)
 class SampleSource:
-    """Samples that lie together.
+    """A file of samples, with its images and boxes.
 
-    Args:
-        samples (`Path`): LLaVA's JSON (`.json`, a list) or one sample per line (`.jsonl`).
-        images (`Path`, *optional*): Where paths of images start; by default the folder of `samples`.
-        boxes (`BoxFile`, *optional*): The boxes of the images by the ids of the samples; `None`: the samples have
-            their own, or none.
+    Attributes:
+        samples: LLaVA's JSON: a list (`.json`) or one sample per line (`.jsonl`).
+        images: Folder that image paths are relative to; by default the folder of `samples`.
+        boxes: The boxes of the images by the ids of the samples; `None` if the samples have their own, or none.
     """
 
     samples: Path
@@ -43,31 +49,38 @@ class SampleSource:
 
     @property
     def image_folder(self) -> Path:
-        """Where paths of images start."""
+        """Folder that image paths are relative to."""
         return self.samples.parent if self.images is None else self.images
 
 
 class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """Samples for [`MGLlavaDataCollator`], with the length of each.
 
-    Rows are kept by the datasets library, on disk where it caches, and images are not opened before the collator
-    does. What can be seen without opening them is checked at once: paths, boxes, turns, and whether an answer is left
-    within the limit.
+    The datasets library keeps the rows, in its cache on disk; images are opened by the collator only. Whatever can be
+    checked without opening them is checked at once: paths, boxes, turns, and whether an answer is left within the
+    limit. Texts are tokenized for this and for their lengths, which must be known before the first batch, and again
+    by the collator: ids in the cache would multiply its size, and the collator also reads samples that were never
+    measured.
 
     Args:
         sources (`Sequence[SampleSource]`): The samples.
-        processor ([`MGLlavaProcessor`]): Tells the lengths.
-        max_text_length (`int`): Tokens of a text, an image counting as one.
-        on_bad_sample (`str`): `"error"`, or `"skip"`: leave bad samples out, and say how many.
-        missing_boxes (`str`): What an image without boxes is, see [`to_conversation`].
-        processes (`int`, *optional*): How many read and tokenize.
+        processor ([`MGLlavaProcessor`]): Processor of the model, whose tokenizer gives the lengths.
+        max_text_length (`int`, *optional*): Longest text in tokens, where an image counts as one; by default that of
+            the model family (1472 for MG-LLaVA).
+        on_bad_sample (`str`, *optional*, defaults to `"error"`): What to do with bad samples: raise an `"error"`, or
+            `"skip"` them with a warning.
+        missing_boxes (`str`, *optional*, defaults to `"error"`): What an image without boxes is: an `"error"`, or
+            `"empty"`, an image without objects. Ignored for models that take no boxes.
+        processes (`int`, *optional*): Number of processes that tokenize; by default this one alone.
 
     Attributes:
-        lengths (`list[int]`): Tokens of each text, an image counting as one; negative where there is no image.
-        skipped (`int`): Bad samples that were left out.
+        lengths (`list[int]`): Tokens of each text, where an image counts as one; negative if there is no image.
+        skipped (`int`): Number of bad samples that were left out.
 
     Raises:
-        TrainingError: If there are no samples, or bad ones that are not to be skipped.
+        TrainingError: If there are no samples, bad ones that are not to be skipped, or boxes for a model that takes
+            none.
+        ValueError: If the family of the processor is not known and `max_text_length` is not given.
         ImportError: If the datasets library is not installed.
         OSError: If a file cannot be read.
     """
@@ -76,14 +89,18 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
         self,
         sources: Sequence[SampleSource],
         processor: Any,
-        max_text_length: int = MAX_TEXT_LENGTH,
+        max_text_length: int | None = None,
         on_bad_sample: BadSamples = "error",
         missing_boxes: MissingBoxes = "error",
         processes: int | None = None,
     ):
         datasets = _import_datasets()
-        self._missing_boxes = missing_boxes
         self.sources = list(sources)
+        self._missing_boxes = missing_boxes if takes_boxes(processor) else None
+        if self._missing_boxes is None and (
+            given := [source.boxes for source in self.sources if source.boxes is not None]
+        ):
+            raise TrainingError(f"`boxes` must not be given for a model that takes none, got {given[0].name}.")
         stamps = [_stamp(source.samples) for source in self.sources]
         rows = _generate(
             datasets,
@@ -92,6 +109,7 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
                     "id": datasets.Value("string"),
                     "source": datasets.Value("int32"),
                     "image": datasets.List(datasets.Value("string")),
+                    # As JSON, because the forms of samples differ within a file, and Arrow has one for a column.
                     "turns": datasets.Value("string"),
                 }
             ),
@@ -101,23 +119,23 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
                 "stamps": stamps,
             },
         )
-        measure = _Measure(processor, max_text_length)
+        measure = _Measure(processor, longest_text(processor) if max_text_length is None else max_text_length)
         rows = rows.map(
             measure,
             num_proc=processes,
-            # By hand: a pickled tokenizer has another fingerprint in each process.
+            # The library would hash the pickled tokenizer, which differs between processes.
             new_fingerprint=hashlib.sha256(f"{stamps}{measure.fingerprint}".encode()).hexdigest()[:16],
             desc="Measuring samples",
         )
-        problems = list(self._problems(rows, missing_boxes))
+        problems = list(self._problems(rows))
         self.skipped = len(problems)
         if problems:
             kinds = "; ".join(f"{count} {kind}" for kind, count in Counter(kind for _, kind, _ in problems).items())
             named = " ".join(text for _, _, text in problems[:_NAMED])
-            message = f"{len(problems)} of {len(rows)} samples cannot be learnt from ({kinds}): {named}"
+            message = f"{len(problems)} of {len(rows)} samples cannot be learned from ({kinds}): {named}"
             if on_bad_sample == "error":
-                raise TrainingError(f"{message} Mend them, or pass `on_bad_sample=skip` to leave them out.")
-            logger.warning("Left out: %s", message)
+                raise TrainingError(f"{message} Fix them, or set `on_bad_sample` to skip to leave them out.")
+            logger.warning("Skipped: %s", message)
             bad = {row for row, _, _ in problems}
             rows = rows.select([row for row in range(len(rows)) if row not in bad])
             if len(rows) == 0:
@@ -127,33 +145,32 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of ids, images and lengths of the samples, in hexadecimal; where the files lie is not part of it."""
+        """SHA-256 of the ids, images and lengths of the samples, in hexadecimal; the folders are not part of it."""
         content = hashlib.sha256()
         for row in zip(self._rows["id"], self._rows["image"], self.lengths, strict=True):
             content.update(json.dumps(row).encode())
         return content.hexdigest()
 
-    def _problems(self, rows: Any, missing_boxes: MissingBoxes) -> Iterator[tuple[int, str, str]]:
-        """Yield row, kind and message of each bad sample; what files there are is looked up anew each time."""
-        columns = [rows[name] for name in ("id", "source", "image", "problem", "has_boxes")]
+    def _problems(self, rows: Any) -> Iterator[tuple[int, str, str]]:
+        """Yield row, kind and message of each bad sample; files are checked again each time, as they may be gone."""
+        columns = [rows[name] for name in ("id", "source", "image", "kind", "problem", "has_boxes")]
         pictures: dict[tuple[int, str], list[str]] = {}
         with ThreadPoolExecutor(_LOOKING_UP) as pool:
             absent = list(pool.map(self._absent_image, columns[1], columns[2], chunksize=256))
-        for row, (key, source, images, problem, has_boxes) in enumerate(zip(*columns, strict=True)):
+        for row, (key, source, images, kind, problem, has_boxes) in enumerate(zip(*columns, strict=True)):
             boxes = self.sources[source].boxes
-            if problem:
-                kind, _, text = problem.partition("|")
-                yield row, kind, text
+            if kind:
+                yield row, kind, problem
             elif absent[row]:
                 yield row, "without an image", f"Sample {key}: there is no image {absent[row]}."
-            elif (
-                images and not has_boxes and boxes is not None and pictures.setdefault((source, key), images) != images
-            ):
+            elif not images or has_boxes:
+                continue
+            elif boxes is not None and pictures.setdefault((source, key), images) != images:
                 text = (
                     f"Sample {key} has another image than an earlier one of this id, and {boxes.name} knows ids alone."
                 )
                 yield row, "with the id of another image", text
-            elif images and not has_boxes and (problem := _box_problem(key, images, boxes, missing_boxes)):
+            elif problem := _box_problem(key, images, boxes, self._missing_boxes):
                 yield row, "without boxes", f"Sample {key} {problem}."
 
     def _absent_image(self, source: int, images: list[str]) -> Path | None:
@@ -172,19 +189,19 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def stream_samples(sources: Sequence[SampleSource]) -> Any:
-    """Read samples as they are needed, without looking at them first.
+    """Read samples when they are needed, without checking them first.
 
     Args:
         sources (`Sequence[SampleSource]`): The samples.
 
     Returns:
-        `datasets.IterableDataset`: Samples for [`MGLlavaDataCollator`]; their lengths are not known.
+        `datasets.IterableDataset`: Samples for [`MGLlavaDataCollator`], of unknown lengths.
 
     Raises:
         ImportError: If the datasets library is not installed.
     """
     datasets = _import_datasets()
-    # Lists are what workers share out among them.
+    # The library divides lists among the workers of a DataLoader.
     return datasets.IterableDataset.from_generator(_stream, gen_kwargs={"sources": list(sources)})
 
 
@@ -195,23 +212,12 @@ def _stream(sources: list[SampleSource]) -> Iterator[dict[str, Any]]:
 
 
 def complete_row(row: Mapping[str, Any], source: SampleSource) -> dict[str, Any]:
-    """Make a sample of a row.
-
-    Args:
-        row (`Mapping`): What [`read_samples`] gives.
-        source (`SampleSource`): Where it comes from.
-
-    Returns:
-        `dict`: A sample with full paths and, if it has images, the boxes of each.
-
-    Raises:
-        SampleError: If the box file has no record of its own for each of several images, or two for one.
-    """
+    """Make a sample of a row of [`read_samples`]: with full paths and, if it has images, the boxes of each."""
     sample: dict[str, Any] = {"id": row["id"], **json.loads(row["turns"])}
     if row["image"]:
         sample["images"] = [str(source.image_folder / image) for image in row["image"]]
         if "boxes" not in sample and source.boxes is not None:
-            # Of a stream, nobody has looked at the samples before.
+            # The samples of a stream were not checked before.
             if problem := _box_problem(row["id"], row["image"], source.boxes, "empty"):
                 raise SampleError(f"Sample {row['id']} {problem}.")
             keys = _box_keys(row["id"], row["image"])
@@ -221,12 +227,12 @@ def complete_row(row: Mapping[str, Any], source: SampleSource) -> dict[str, Any]
 
 
 def _box_keys(key: str, images: Sequence[str]) -> list[str]:
-    """What a box file calls the images of a sample: its id for the only one, their paths for several."""
+    """Return the record names of a sample's images in a box file: its id for one image, their paths for several."""
     return [key] if len(images) == 1 else list(images)
 
 
-def _box_problem(key: str, images: Sequence[str], boxes: BoxFile | None, missing_boxes: MissingBoxes) -> str:
-    """Say why the images of a sample have no boxes of their own; empty if they have, or need none."""
+def _box_problem(key: str, images: Sequence[str], boxes: BoxFile | None, missing_boxes: MissingBoxes | None) -> str:
+    """Say why the images of a sample have no boxes of their own; empty if they have some, or need none."""
     if boxes is None:
         return "has no boxes: no box file is given" if missing_boxes == "error" else ""
     keys = _box_keys(key, images)
@@ -246,19 +252,10 @@ def _box_problem(key: str, images: Sequence[str], boxes: BoxFile | None, missing
 
 
 def read_samples(files: Iterable[str], numbers: Iterable[int], stamps: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
-    """Read the samples of some files in a form that is the same for all.
+    """Read files of JSON or JSON lines as rows of `id`, `source`, `image` (a list of paths) and `turns` (JSON).
 
-    Args:
-        files (`Iterable[str]`): JSON or JSON lines.
-        numbers (`Iterable[int]`): What `source` shall be for each file.
-        stamps (`Sequence[str]`): Not used; what caching tells changed files by.
-
-    Yields:
-        `dict`: `id`, `source`, `image` (list of paths) and `turns` (the rest, as JSON: the forms
-        of samples differ within a file, which Arrow cannot hold).
-
-    Raises:
-        TrainingError: If a file holds something else.
+    `numbers` has the `source` of each file. `stamps` is not used here: it is part of what the datasets library caches
+    by, so that a changed file is read again.
     """
     for number, file in zip(numbers, files, strict=True):
         row = -1
@@ -266,11 +263,13 @@ def read_samples(files: Iterable[str], numbers: Iterable[int], stamps: Sequence[
             if not isinstance(sample, dict):
                 raise TrainingError(f"{file}: sample {row} must be a dictionary, got {type(sample).__name__}.")
             images = [str(image) for image in sample_images(sample)]
-            rest = {name: sample[name] for name in ("conversations", "messages", "boxes") if name in sample}
+            rest = {
+                name: sample[name] for name in ("conversations", "messages", "boxes") if sample.get(name) is not None
+            }
             key = str(sample.get("id", f"{Path(file).name}:{row}"))
             yield {"id": key, "source": number, "image": images, "turns": json.dumps(rest, ensure_ascii=False)}
         if row < 0:
-            raise TrainingError(f"{file} holds no samples.")
+            raise TrainingError(f"{file} has no samples.")
 
 
 def _read_json(path: Path) -> Iterator[Any]:
@@ -282,7 +281,7 @@ def _read_json(path: Path) -> Iterator[Any]:
             samples = json.load(file)
     except ValueError as error:
         raise TrainingError(
-            f"{path} is no JSON ({error}). Name a file with one sample per line .jsonl, and one with a list .json."
+            f"{path} is not JSON ({error}). Name a file of one sample per line .jsonl, a list .json."
         ) from error
     if not isinstance(samples, list):
         raise TrainingError(f"{path} must hold a list of samples, got {type(samples).__name__}.")
@@ -290,7 +289,7 @@ def _read_json(path: Path) -> Iterator[Any]:
 
 
 def _generate(datasets: Any, **options: Any) -> Any:
-    """Read samples into a cache on disk; what is wrong with them is said as it is."""
+    """Read samples into a cache on disk, and raise the error of a bad file instead of the library's own."""
     try:
         return datasets.Dataset.from_generator(read_samples, **options)
     except datasets.exceptions.DatasetGenerationError as error:
@@ -303,44 +302,46 @@ def _stamp(path: Path) -> str:
 
 
 class _Measure:
-    """Adds `length`, `problem` (empty: none) and `has_boxes` to a row."""
+    """Adds `length`, `kind` and `problem` (both empty for a good sample) and `has_boxes` to a row."""
 
     def __init__(self, processor: Any, max_text_length: int):
         self.processor, self.max_text_length = processor, max_text_length
+        self._missing_boxes: MissingBoxes | None = "empty" if takes_boxes(processor) else None
 
     @property
     def fingerprint(self) -> str:
         tokenizer = self.processor.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         words = backend.to_str() if backend is not None else str(sorted(tokenizer.get_vocab().items()))
-        return f"{words}{self.processor.chat_template}{self.max_text_length}"
+        return f"{words}{self.processor.chat_template}{self.max_text_length}{self._missing_boxes}"
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         sample = {"id": row["id"], **json.loads(row["turns"]), "images": row["image"]}
-        has_boxes, length, problem = "boxes" in sample, 1, ""
+        length, kind, problem = 1, "", ""
         try:
-            conversation = to_conversation(sample, missing_boxes="empty")
-            ids, learnt = encode_text(self.processor, conversation)
+            ids, learned = encode_text(self.processor, to_conversation(sample, self._missing_boxes))
             length = min(len(ids), self.max_text_length)
-            if learnt is not None and not any(learnt[: self.max_text_length]):
-                problem = (
-                    f"without an answer|Sample {row['id']} has no answer to learn within {self.max_text_length} "
-                    "tokens of text."
-                )
+            if learned is not None and not any(learned[: self.max_text_length]):
+                kind = "without an answer"
+                problem = f"Sample {row['id']} has no answer to learn within {self.max_text_length} tokens of text."
         except SampleError as error:
-            problem = f"of another form|{error}"
+            kind, problem = "of another form", str(error)
         except Exception as error:  # a template refuses in its own way
-            problem = f"of another form|Sample {row['id']}: {error}"
-        return {"length": length if row["image"] else -length, "problem": problem, "has_boxes": has_boxes}
+            kind, problem = "of another form", f"Sample {row['id']}: {error}"
+        measured = {"length": length if row["image"] else -length, "kind": kind, "problem": problem}
+        return {**measured, "has_boxes": "boxes" in sample}
 
 
-def open_source(samples: str | Path, images: str | Path | None, boxes: str | Path | None) -> SampleSource:
-    """Name where samples are, and read their boxes.
+def open_source(
+    samples: str | Path, images: str | Path | None, boxes: str | Path | None, *, section: str = ""
+) -> SampleSource:
+    """Check that the files of samples exist, and read their boxes.
 
     Args:
         samples (`str` or `Path`): JSON or JSON lines.
-        images (`str` or `Path`, *optional*): Folder that paths of images start in.
+        images (`str` or `Path`, *optional*): Folder that image paths are relative to; by default that of `samples`.
         boxes (`str` or `Path`, *optional*): Box file.
+        section (`str`, *optional*, defaults to `""`): Section of the recipe that has these keys, for error messages.
 
     Returns:
         `SampleSource`: The source.
@@ -352,7 +353,7 @@ def open_source(samples: str | Path, images: str | Path | None, boxes: str | Pat
     """
     for argument, path in (("samples", samples), ("images", images), ("boxes", boxes)):
         if path is not None and not Path(path).exists():
-            raise TrainingError(f"`{argument}`: there is no {path}.")
+            raise TrainingError(f"`{section and section + '.'}{argument}`: there is no {path}.")
     opened = None if boxes is None else read_boxes(boxes)
     return SampleSource(Path(samples), None if images is None else Path(images), opened)
 

@@ -1,25 +1,43 @@
-"""One sample: from LLaVA's JSON, or TRL's messages, to the conversation that a chat template takes."""
+"""One sample: from LLaVA's JSON or TRL's messages to a conversation, and from that to ids without its images."""
 
+import re
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from typing import Any, Literal
 
+from mgllava.families import FAMILIES
 from mgllava.processing.boxes_mgllava import flatten_boxes
+from mgllava.processing.text_chunks_common import BOUNDARY_NAMES, encode_chunks, split_text, writes_boundaries
 
 from .errors import SampleError
 
 IMAGE_TOKEN = "<image>"
+BadSamples = Literal["error", "skip"]
 MissingBoxes = Literal["error", "empty"]
+_IMAGE_BLOCKS = ("image", "image_url")
+
+
+def takes_boxes(processor: Any) -> bool:
+    """Tell whether the images of a model come with boxes."""
+    # Asked of the class, because the property of an object loads the box detector.
+    return hasattr(type(processor), "box_detector")
+
+
+def longest_text(processor: Any) -> int:
+    """Return the longest training text, in tokens, of the family that a processor belongs to."""
+    # By the names of its classes, because remote code has classes of its own.
+    names = {kind.__name__ for kind in type(processor).__mro__}
+    for family in FAMILIES.values():
+        if family.processor and family.max_text_length and family.processor.partition(":")[2] in names:
+            return family.max_text_length
+    raise ValueError(
+        f"`max_text_length` must be given for a processor of type {type(processor).__name__}, which is not one of a "
+        "family of this package."
+    )
 
 
 def sample_id(sample: Mapping[str, Any]) -> str:
-    """Name a sample in messages.
-
-    Args:
-        sample (`Mapping`): A sample.
-
-    Returns:
-        `str`: Its `id` or, if it has none, how its first turn starts.
-    """
+    """Return the `id` of a sample or, if it has none, the start of its first turn, for messages."""
     if sample.get("id") is not None:
         return str(sample["id"])
     turns = sample.get("messages") or sample.get("conversations") or [""]
@@ -27,39 +45,34 @@ def sample_id(sample: Mapping[str, Any]) -> str:
 
 
 def sample_images(sample: Mapping[str, Any]) -> list[Any]:
-    """List the images of a sample.
-
-    Args:
-        sample (`Mapping`): A sample with `image` or `images`: one image, a list of them, or nothing.
-
-    Returns:
-        `list`: Paths, PIL images or whatever else the processor takes.
-    """
+    """List the images of a sample: paths, PIL images or whatever else the processor takes."""
     images = sample.get("images") if sample.get("images") is not None else sample.get("image")
     if images is None or images == "":
         return []
     return list(images) if isinstance(images, list | tuple) else [images]
 
 
-def to_conversation(sample: Mapping[str, Any], missing_boxes: MissingBoxes = "error") -> list[dict[str, Any]]:
-    """Turn a sample into messages whose image blocks hold the images and their boxes.
+def to_conversation(sample: Mapping[str, Any], missing_boxes: MissingBoxes | None = "error") -> list[dict[str, Any]]:
+    """Turn a sample into messages, each with `role` and a list of blocks; image blocks hold images and their boxes.
+
+    As in the original, leading answers and a last question without an answer are left out, and several questions in a
+    row are joined.
 
     Args:
         sample (`Mapping`): Either LLaVA's form, `conversations` with turns of `from` and `value`, or `messages` with
             `role` and `content`; images in `image` or `images` in the order of their `<image>`, or in the blocks;
             `boxes` with the boxes of the image (or a list of one entry for each image), as the processor takes them,
             or boxes in the blocks too.
-        missing_boxes (`str`): What an image without an entry is: an `"error"`, or `"empty"`, one without objects.
-
-    Returns:
-        `list[dict]`: Messages with `role` and a list of blocks. Leading answers and a last question without answer
-        are left out; several questions in a row are one. So does the original.
+        missing_boxes (`str`, *optional*): What an image without boxes is: an `"error"`, or `"empty"`, an image without
+            objects. `None`: the model takes no boxes, so that boxes are an error.
 
     Raises:
         SampleError: If turns, images and boxes do not fit each other, or there is no answer.
     """
     name = sample_id(sample)
     images, boxes = sample_images(sample), sample.get("boxes")
+    if boxes is not None and missing_boxes is None:
+        raise SampleError(_no_boxes(name))
     try:
         entries = flatten_boxes(boxes, len(images)) if images else []
     except (TypeError, ValueError) as error:
@@ -93,19 +106,32 @@ def to_conversation(sample: Mapping[str, Any], missing_boxes: MissingBoxes = "er
                 if entry is not None and block.get("boxes") is not None:
                     raise SampleError(f"Sample {name} must have boxes in `boxes` or in its image blocks, got both.")
                 block, used = {"boxes": entry, **block, "image": image}, used + 1
-            if block["type"] == "image" and block.get("boxes") is None:
-                if missing_boxes == "error":
-                    raise SampleError(
-                        f"Sample {name} has an image without boxes. Run the detector on it (`mgllava detect`), or "
-                        'pass `missing_boxes="empty"` to train on it as on one without objects. If the dataset has '
-                        "them, the trainer dropped them: pass it `remove_unused_columns=False`."
-                    )
-                block = {**block, "boxes": []}
-            content.append(block)
+            content.append(_with_boxes(block, missing_boxes, name) if block["type"] in _IMAGE_BLOCKS else block)
         conversation.append({"role": role, "content": content})
     if used != len(images):
         raise SampleError(f"Sample {name} has {len(images)} images, but {used} {IMAGE_TOKEN} in its questions.")
     return conversation
+
+
+def _with_boxes(block: dict[str, Any], missing_boxes: MissingBoxes | None, name: str) -> dict[str, Any]:
+    """Give an image block boxes if the model takes them, and none otherwise."""
+    if missing_boxes is None:
+        if block.get("boxes") is not None:
+            raise SampleError(_no_boxes(name))
+        return {key: value for key, value in block.items() if key != "boxes"}
+    if block.get("boxes") is not None:
+        return block
+    if missing_boxes == "error":
+        raise SampleError(
+            f"Sample {name} has an image without boxes. Run the detector on it (`mgllava detect`), or set "
+            "`missing_boxes` to empty to train on it as on an image without objects. If the dataset has boxes, the "
+            "trainer dropped them: pass it `remove_unused_columns=False`."
+        )
+    return {**block, "boxes": []}
+
+
+def _no_boxes(name: str) -> str:
+    return f"Sample {name} has boxes, but this model takes none. Remove `boxes` from the samples."
 
 
 def _read_turn(turn: Mapping[str, Any], name: str) -> tuple[str, list[dict[str, Any]]]:
@@ -121,13 +147,13 @@ def _read_message(message: Mapping[str, Any], name: str) -> tuple[str, list[dict
         raise SampleError(f"Sample {name} must have messages with `role` and `content`, got {dict(message)}.")
     if isinstance(content, str):
         return role, _split(content) if role == "user" else [{"type": "text", "text": content}]
-    # Arrow fills the keys that other blocks have with None.
+    # Arrow adds the keys of other blocks, with None.
     blocks = [{key: value for key, value in block.items() if value is not None} for block in content]
     return role, [part for block in blocks for part in (_split(block["text"]) if "text" in block else [block])]
 
 
 def _split(text: str) -> list[dict[str, Any]]:
-    """Turn each `<image>` into a block, in front: there the chat template puts it anyway."""
+    """Turn each `<image>` into a block in front of the text, where the chat template puts it anyway."""
     blocks: list[dict[str, Any]] = [{"type": "image"} for _ in range(text.count(IMAGE_TOKEN))]
     return [*blocks, {"type": "text", "text": text.replace(IMAGE_TOKEN, "")}]
 
@@ -150,4 +176,46 @@ def _in_turn(turns: Sequence[tuple[str, list[dict[str, Any]]]]) -> list[tuple[st
     return result
 
 
-__all__ = ["IMAGE_TOKEN", "MissingBoxes", "sample_id", "sample_images", "to_conversation"]
+def encode_text(processor: Any, conversation: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int] | None]:
+    """Tokenize a conversation without reading its images.
+
+    Returns:
+        `tuple`: Ids with one placeholder for each image, and a mask of the learned ones; `None` instead of the mask
+        if the chat template does not mark boundaries.
+    """
+    template = processor.chat_template
+    has_boundaries = isinstance(template, str) and writes_boundaries(template)
+    messages = [
+        message
+        if isinstance(message["content"], str)
+        else {
+            **message,
+            "content": [
+                {"type": "image"} if block.get("type") in _IMAGE_BLOCKS else block for block in message["content"]
+            ],
+        }
+        for message in conversation
+    ]
+    text = processor.apply_chat_template(messages, tokenize=False, **(BOUNDARY_NAMES if has_boundaries else {}))
+    placeholder = re.compile(re.escape(processor.image_token))
+    chunks = split_text(text, placeholder, repeat((processor.image_token, 1)), processor.tokenizer.bos_token)
+    encoded = encode_chunks(
+        processor.tokenizer,
+        [chunks],
+        image_token_id=processor.image_token_id,
+        return_assistant_tokens_mask=has_boundaries,
+    )
+    return encoded["input_ids"][0], encoded["assistant_masks"][0] if has_boundaries else None
+
+
+__all__ = [
+    "IMAGE_TOKEN",
+    "BadSamples",
+    "MissingBoxes",
+    "encode_text",
+    "longest_text",
+    "sample_id",
+    "sample_images",
+    "takes_boxes",
+    "to_conversation",
+]
