@@ -36,8 +36,10 @@ from training_data import make_parts, open_data, start_workers_as_usual, write_d
 from transformers import TrainerCallback
 
 from mgllava import MGLlavaConfig
+from mgllava.families import FAMILIES
 from mgllava.training import MGLlavaDataCollator, MGLlavaTrainer, Recipe, load_recipe
-from mgllava.training.run import load_model, training_arguments
+from mgllava.training.arguments import training_arguments
+from mgllava.training.run import load_model
 from mgllava.training.trainable import trained_parameters
 
 PHOTO_SIZES, PHOTOS = ((640, 480), (480, 640), (1920, 1080)), 48
@@ -121,7 +123,7 @@ def count_flops(recipe: Recipe, args: Any, config: MGLlavaConfig) -> tuple[list[
     # 4 bits have the products of 16.
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, bits=None))
     with random_weights(config, "meta"):
-        trained = load_model(recipe, "random weights", args)
+        trained = load_model(recipe, "random weights", args, FAMILIES["mgllava"])
     # Not in training mode, where a text alone has an empty image.
     trained.to(torch.bfloat16).eval()
     model = trained.get_base_model() if recipe.lora is not None else trained
@@ -171,7 +173,7 @@ def measure(
     data = open_data(data_folder, processor)
     of_image, of_text = count_flops(recipe, args, config)
     with random_weights(config, device):
-        model = load_model(recipe, "random weights", args)
+        model = load_model(recipe, "random weights", args, FAMILIES["mgllava"])
     stopwatch = Stopwatch(seconds, device == "cuda")
     trainer = TimedTrainer(
         model=model,

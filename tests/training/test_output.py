@@ -79,7 +79,7 @@ def test_resuming_by_another_recipe_is_refused_with_the_differences(cpu_recipe, 
     for change, difference in OTHERS:
         with pytest.raises(TrainingError) as caught:
             run(cpu_recipe, *changes, change, resume=True)
-        assert "`--resume`" in str(caught.value) and difference in str(caught.value)
+        assert "`resume`" in str(caught.value) and difference in str(caught.value)
     # Other adapters too.
     adapters = ("lora.yaml", f"training.output_dir={tmp_path / 'adapters'}")
     run(cpu_recipe, *changes, *adapters)

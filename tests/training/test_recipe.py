@@ -31,7 +31,8 @@ def test_settings_are_the_papers(stage, model):
     assert training["num_train_epochs"] == 1 and training["bf16"] is True
     assert ("deepspeed" in training) == (model == "yi_34b")
     if stage == 1:
-        assert recipe.model.parts.llm and recipe.model.parts.prompt_template in ("vicuna", "llama3", "phi3", "yi")
+        parts = recipe.model.parts
+        assert parts["llm"] and parts["prompt_template"] in ("vicuna", "llama3", "phi3", "yi")
         following = load_recipe(f"stage_2_{model}.yaml")
         assert following.model.name == training["output_dir"]
 

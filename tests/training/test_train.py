@@ -85,7 +85,7 @@ def test_a_resumed_training_has_the_losses_of_an_uninterrupted_one(cpu_recipe, c
 
 def test_a_folder_with_checkpoints_is_not_overwritten(cpu_recipe):
     run(cpu_recipe, "training.max_steps=2")
-    with pytest.raises(TrainingError, match=r"checkpoint-2.*--resume"):
+    with pytest.raises(TrainingError, match=r"checkpoint-2.*Set `resume`"):
         run(cpu_recipe)
 
 

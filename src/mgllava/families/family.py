@@ -25,7 +25,8 @@ class Family:
         source_formats: Source formats, the checkpoint layouts that `mgllava convert` reads for this family.
         card: Function that writes the model card.
         parts: Names of the trained parts that a new model is put together from.
-        build: Function that puts a new model together from `parts`.
+        build: Function that builds a new model from `parts`. It is called with these, `prompt_template`, `dtype` and
+            arguments of the configuration, all by name, and returns the model and its processor.
         trained_whole: Modules, as attributes of the base model, that LoRA trains as a whole.
         max_text_length: Longest training text in tokens, where an image counts as one.
         images_depend_on_text: Whether the embeddings of an image depend on the text of the prompt. The KV cache behind

@@ -1,4 +1,4 @@
-"""What a folder of training holds: which recipe and samples it was run with, and whether it came to its end."""
+"""The record in a training's folder: its recipe and samples, and whether it finished."""
 
 import dataclasses
 import fnmatch
@@ -15,11 +15,11 @@ from .recipe import Recipe, load_recipe
 
 RECIPE = "recipe.yaml"
 RUN = "run.json"
-# The result is written here and moved when it is complete. Trainer uploads nothing that starts with `_`.
+# The result is written here and moved when it is complete. `Trainer` does not upload names that start with `_`.
 PARTIAL = "_saving.incomplete"
 _RESUMED = "# Resumed from "
 
-# These may change when a training is resumed: what is learned does not depend on them.
+# These may change when a training is resumed, because what is learned does not depend on them.
 _HARMLESS = (
     "data.allow_other_boxes",
     "data.processes",
@@ -50,22 +50,15 @@ _HARMLESS = (
     "training.torch_empty_cache_steps",
     "training.trackio_*",
 )
-# The length of a training decides about its learning rates, unless these are constant.
+# The learning rates depend on the length of a training, unless they are constant.
 _LENGTH = ("training.max_steps", "training.num_train_epochs")
-# Where the batches of a step are accumulated, their size is a matter of memory.
+# If `global_batch_size` is given, batches of any size are accumulated to it.
 _MICRO_BATCH = "training.per_device_train_batch_size"
-_LEFT_BY_A_START = ("start", "start.incomplete", RECIPE, RUN, PARTIAL, "runs")
+_LEFT_BY_A_START = ("start", "start.incomplete", "start.lock", RECIPE, RUN, PARTIAL, "runs")
 
 
 def refuse_other_files(output: Path) -> None:
-    """Refuse a folder that has more in it than a training leaves that did not get to its first checkpoint.
-
-    Args:
-        output (`Path`): The folder, which need not exist.
-
-    Raises:
-        TrainingError: If it is a file, or has other files.
-    """
+    """Refuse a folder that has more in it than a training leaves before its first checkpoint."""
     if output.exists() and not output.is_dir():
         raise TrainingError(f"`training.output_dir`: {output} is a file. Choose another folder.")
     names = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
@@ -85,23 +78,15 @@ def refuse_other_files(output: Path) -> None:
 def check_same_training(recipe: Recipe, samples: str | None, output: Path, checkpoint: str) -> list[str]:
     """Refuse to resume a training by another recipe, or with other samples.
 
-    Args:
-        recipe (`Recipe`): The recipe to resume by.
-        samples (`str`, *optional*): Digest of the samples; `None` if it is not known.
-        output (`Path`): The folder of the training.
-        checkpoint (`str`): Name of the checkpoint to resume from, for messages.
-
-    Returns:
-        `list[str]`: The differences that do not matter, such as `training.logging_steps: 10 -> 1`.
-
-    Raises:
-        TrainingError: If there are others, with a list of them, or the folder does not say what it was run with.
-        ImportError: If the recipe has adapters and peft is not installed.
+    `samples` is their digest, `None` if it is not known. The result lists the differences that do not matter, such as
+    `training.logging_steps: 10 -> 1`.
     """
     try:
         before = _flat(load_recipe(output / RECIPE))
     except (TrainingError, OSError) as error:
-        raise TrainingError(f"{output} does not say what it was run with, so it cannot be resumed: {error}") from error
+        raise TrainingError(
+            f"{output} cannot be resumed, because the recipe that it was run with cannot be read: {error}"
+        ) from error
     now = _flat(recipe)
     changed = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
     harmless = list(_HARMLESS)
@@ -117,22 +102,14 @@ def check_same_training(recipe: Recipe, samples: str | None, output: Path, check
         found.append("the contents of the files of samples or boxes")
     if found:
         raise TrainingError(
-            f"`--resume`: {output / checkpoint} was trained by another recipe: {'; '.join(found)}. Resume with the "
-            f"old values ({output / RECIPE} has them all), or start in another `training.output_dir`."
+            f"`resume`: {output / checkpoint} was trained by another recipe: {'; '.join(found)}. Resume with the old "
+            f"values ({output / RECIPE} has them all), or start in another `training.output_dir`."
         )
     return [described[name] for name in changed if name not in matter]
 
 
 def write_start(recipe: Recipe, samples: str | None, output: Path, resumed: str | None, changes: list[str]) -> None:
-    """Note what a training is run with.
-
-    Args:
-        recipe (`Recipe`): The recipe.
-        samples (`str`, *optional*): Digest of the samples.
-        output (`Path`): The folder of the training.
-        resumed (`str`, *optional*): Name of the checkpoint that it is resumed from.
-        changes (`list[str]`): How the recipe differs from that of the start.
-    """
+    """Record what a training is run with, and the checkpoint that it is resumed from, with changes of the recipe."""
     path, comments = output / RECIPE, []
     if resumed is not None:
         comments = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith(_RESUMED)]
@@ -143,26 +120,13 @@ def write_start(recipe: Recipe, samples: str | None, output: Path, resumed: str 
 
 
 def write_end(output: Path, steps: int) -> None:
-    """Note that a training came to its end and everything is saved.
-
-    Args:
-        output (`Path`): The folder of the training.
-        steps (`int`): How many steps it had.
-    """
+    """Record that a training finished and that everything is saved."""
     _write_run(output, {**_read_run(output), "finished": True, "steps": steps})
 
 
-def samples_digest(parts: list[str], files: list[Path]) -> str:
-    """Identify what is learned from.
-
-    Args:
-        parts (`list[str]`): Digests of the samples.
-        files (`list[Path]`): Box files.
-
-    Returns:
-        `str`: SHA-256 in hexadecimal.
-    """
-    content = hashlib.sha256(json.dumps(parts).encode())
+def samples_digest(samples: str, files: list[Path]) -> str:
+    """Return the SHA-256, in hexadecimal, of the digest of samples and of box files."""
+    content = hashlib.sha256(json.dumps([samples]).encode())
     for path in files:
         with path.open("rb") as file:
             while block := file.read(1 << 20):
@@ -171,15 +135,7 @@ def samples_digest(parts: list[str], files: list[Path]) -> str:
 
 
 def same_parts(start: Path, parts: Mapping[str, Any]) -> bool:
-    """Tell whether the model in a folder was put together from some parts.
-
-    Args:
-        start (`Path`): The folder.
-        parts (`Mapping`): The parts, plain values.
-
-    Returns:
-        `bool`: Whether it says so.
-    """
+    """Tell whether the model in a folder was built from these parts."""
     try:
         noted = json.loads((start / "parts.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -188,12 +144,7 @@ def same_parts(start: Path, parts: Mapping[str, Any]) -> bool:
 
 
 def note_parts(start: Path, parts: Mapping[str, Any]) -> None:
-    """Note which parts the model in a folder was put together from.
-
-    Args:
-        start (`Path`): The folder.
-        parts (`Mapping`): The parts, plain values.
-    """
+    """Record the parts that the model in a folder was built from."""
     with replacing(start / "parts.json") as partial:
         partial.write_text(json.dumps(parts, indent=1) + "\n", encoding="utf-8")
 
@@ -212,7 +163,7 @@ def _write_run(output: Path, content: dict[str, Any]) -> None:
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
-    """The values of a recipe by their dotted names, with the defaults of what it leaves out."""
+    """Return the values of a recipe by their dotted names, with defaults for what it does not set."""
     from transformers import TrainingArguments
 
     values = dataclasses.asdict(recipe)

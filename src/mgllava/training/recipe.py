@@ -1,4 +1,4 @@
-"""Recipes: YAML that says what a training is made of."""
+"""Recipes: YAML files that describe a training."""
 
 import dataclasses
 import difflib
@@ -12,32 +12,29 @@ from typing import Any
 
 import yaml
 
-from .collator import MAX_TEXT_LENGTH
+from mgllava.families import FAMILIES, resolve
+
 from .errors import TrainingError
 from .values import WrongValueError, read_value
 
 _EXTENDS = "extends"
 
 
-@dataclass
-class Parts:
-    """The trained parts that a model is put together from: folders or Hub ids."""
-
-    llm: str | None = None
-    vision_tower: str | None = None
-    high_res_tower: str | None = None
-    # vicuna, llama3, phi3 or yi
-    prompt_template: str | None = None
-    # Arguments of MGLlavaConfig, such as fusion_type.
-    config: dict[str, Any] = field(default_factory=dict)
+# Of a new model that is built from parts.
+DEFAULT_FAMILY = "mgllava"
 
 
 @dataclass
 class ModelOptions:
-    """The model to start from: a repository (`name`), or `parts`."""
+    """The model to start from: a model folder or Hub id (`name`), or `parts` that a new one is built from."""
 
     name: str | None = None
-    parts: Parts | None = None
+    # Of the new model; None: MG-LLaVA. Next to `name` it is only checked.
+    family: str | None = None
+    # The parts of the family (folders or Hub ids), `prompt_template`, and as `config` arguments of its configuration.
+    parts: dict[str, Any] | None = None
+    # What the configuration of the model that is loaded is changed to.
+    config: dict[str, Any] = field(default_factory=dict)
     dtype: str = "bfloat16"
     attn_implementation: str | None = None
     # 4 or 8: the language model is quantized (QLoRA).
@@ -46,7 +43,7 @@ class ModelOptions:
 
 @dataclass
 class DetectorOptions:
-    """The detector that must have made the boxes, in the words of `mgllava detect`."""
+    """The box detector that must have found the boxes; the names are those of the options of `mgllava detect`."""
 
     tagger: str | None = None
     detector: str | None = None
@@ -57,34 +54,35 @@ class DetectorOptions:
 
 @dataclass
 class DataOptions:
-    """Samples, images and boxes; each may be a list, of files that belong together by their position."""
+    """Samples, images and boxes; each may be a list, and entries at the same position belong together."""
 
     samples: str | list[str] | None = None
     images: str | list[str] | None = None
     boxes: str | list[str] | None = None
-    # None: the one of the model's processor.
+    # None: that of the model's processor.
     detector: DetectorOptions | None = None
     allow_other_boxes: bool = False
     missing_boxes: str = "error"
     on_bad_sample: str = "error"
-    max_text_length: int = MAX_TEXT_LENGTH
+    # None: that of the model family.
+    max_text_length: int | None = None
     streaming: bool = False
-    # Processes that read and tokenize before the training starts.
+    # Processes that tokenize before the training starts.
     processes: int | None = None
 
 
 @dataclass
 class Recipe:
-    """Everything that a training is made of.
+    """A training.
 
-    Args:
-        model (`ModelOptions`): What to start from.
-        train (`list[str]`): Modules that are trained.
-        data (`DataOptions`): What to learn.
-        evaluation (`DataOptions`, *optional*): What to evaluate on.
-        lora (`dict`, *optional*): Arguments of `peft.LoraConfig`; `None`: no adapters.
-        global_batch_size (`int`, *optional*): Samples of a step over all devices: accumulation follows from it.
-        training (`dict`): Arguments of `transformers.TrainingArguments`.
+    Attributes:
+        model: What to start from.
+        train: Modules that are trained.
+        data: What to learn.
+        evaluation: What to evaluate on.
+        lora: Arguments of `peft.LoraConfig`; `None` for no adapters.
+        global_batch_size: Samples of a step over all devices, from which the accumulation follows.
+        training: Arguments of `transformers.TrainingArguments`.
     """
 
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -96,15 +94,15 @@ class Recipe:
     training: dict[str, Any] = field(default_factory=dict)
 
     def to_yaml(self) -> str:
-        """Write the recipe as it was put together."""
+        """Return the recipe as YAML, with what it extends and all changes."""
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads `1e-3` as a number, and `no` as a word, as YAML 1.2 does, and refuses a key that occurs twice."""
+    """Reads `1e-3` as a number and `no` as a word, as YAML 1.2 does, and refuses a key that occurs twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Make a dictionary of a mapping."""
+        """Construct a dictionary from a node."""
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := sorted({key for key in keys if keys.count(key) > 1}):
             raise yaml.YAMLError(f"{', '.join(twice)} occurs twice{node.start_mark}")
@@ -128,11 +126,7 @@ _Loader.add_implicit_resolver(
 
 
 def recipe_names() -> list[str]:
-    """List the recipes that the package has.
-
-    Returns:
-        `list[str]`: File names.
-    """
+    """List the file names of the recipes of this package."""
     return sorted(entry.name for entry in _shipped().iterdir() if entry.name.endswith(".yaml"))
 
 
@@ -151,8 +145,8 @@ def load_recipe(*arguments: str | Path) -> Recipe:
         `Recipe`: The recipe.
 
     Raises:
-        TrainingError: If there is no such recipe, a key is unknown, or a value is not what its key takes: one line
-            for each, with the nearest known key.
+        TrainingError: If there is no such recipe, a key is unknown, or a value is not what its key takes. The message
+            has one line for each such key, with the nearest known one.
         ImportError: If the recipe has adapters and peft is not installed.
     """
     values: dict[str, Any] = {}
@@ -161,10 +155,10 @@ def load_recipe(*arguments: str | Path) -> Recipe:
         key, equals, value = text.partition("=")
         if equals and not key.endswith((".yaml", ".yml")):
             if not value.strip():
-                raise TrainingError(f"`{text}` has no value. Write null for none, or leave it out for the default.")
-            _merge(values, _nested(key.split("."), _parse(value, text)))
+                raise TrainingError(f"`{text}` has no value. Write null for none, or remove it for the default.")
+            merge(values, _nested(key.split("."), _parse(value, text)))
         else:
-            _merge(values, _read(Path(text), None, ()))
+            merge(values, _read(Path(text), None, ()))
     return _build(values)
 
 
@@ -182,9 +176,9 @@ def _nested(keys: Sequence[str], value: Any) -> dict[str, Any]:
     return result
 
 
-def _read(path: Path, beside: Path | None, chain: tuple[str, ...]) -> dict[str, Any]:
-    """Read a file with those that it extends; a name is looked for beside it, here, and in the package."""
-    candidates = [path] if beside is None else [beside / path, path]
+def _read(path: Path, folder: Path | None, chain: tuple[str, ...]) -> dict[str, Any]:
+    """Read a file with those that it extends, whose names are looked up next to it, here, and in the package."""
+    candidates = [path] if folder is None else [folder / path, path]
     found = next((candidate for candidate in candidates if candidate.is_file()), None)
     shipped = _shipped() / path.name
     if found is None and path.name == str(path) and shipped.is_file():
@@ -205,48 +199,38 @@ def _read(path: Path, beside: Path | None, chain: tuple[str, ...]) -> dict[str, 
     extended = content.pop(_EXTENDS, [])
     values: dict[str, Any] = {}
     for name in [extended] if isinstance(extended, str) else extended:
-        _merge(values, _read(Path(name), folder, (*chain, str(path))))
-    _merge(values, content)
+        merge(values, _read(Path(name), folder, (*chain, str(path))))
+    merge(values, content)
     return values
 
 
-def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
+def merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Change nested values in place."""
     for key, value in changes.items():
         if isinstance(value, dict) and isinstance(values.get(key), dict):
-            _merge(values[key], value)
+            merge(values[key], value)
         else:
             values[key] = value
 
 
 _SECTIONS: dict[str, type] = {"model": ModelOptions, "data": DataOptions, "evaluation": DataOptions}
-_SUBSECTIONS: dict[type, dict[str, type]] = {
-    ModelOptions: {"parts": Parts},
-    DataOptions: {"detector": DetectorOptions},
+# Sections in a section, which are read after it.
+_READ_LATER = {
+    "": {*_SECTIONS, "training", "lora"},
+    "model": {"parts"},
+    "data": {"detector"},
+    "evaluation": {"detector"},
 }
-# These may be null: there is none then.
-_OPTIONAL = ("evaluation", "lora", "parts", "detector")
 
 
 def checked_recipe(recipe: Recipe) -> Recipe:
-    """Check the values of a recipe that was made in Python, and read them by the types of their fields.
-
-    Args:
-        recipe (`Recipe`): The recipe.
-
-    Returns:
-        `Recipe`: The recipe, of plain values.
-
-    Raises:
-        TrainingError: If a value is not what its field takes; one line for each such value.
-        ImportError: If it has adapters and peft is not installed.
-    """
+    """Check the values of a recipe that was made in Python, and read them by the types of their fields."""
     return _build(dataclasses.asdict(recipe))
 
 
 def _build(values: dict[str, Any]) -> Recipe:
     problems: list[str] = []
-    known = {**typing.get_type_hints(Recipe), **_SECTIONS}
-    values = _read_fields(values, known, "", problems)
+    values = _read_fields(values, typing.get_type_hints(Recipe), "", problems)
     for name, kind in _SECTIONS.items():
         if name in values:
             values[name] = _section(values[name], kind, name, problems)
@@ -268,23 +252,43 @@ def _build(values: dict[str, Any]) -> Recipe:
 
 
 def _section(values: Any, kind: type, prefix: str, problems: list[str]) -> Any:
-    if values is None and prefix.rpartition(".")[2] in _OPTIONAL:
+    if values is None and prefix in ("evaluation", "data.detector", "evaluation.detector"):
         return None
-    below = _SUBSECTIONS.get(kind, {})
-    built = _read_fields(values, {**typing.get_type_hints(kind), **below}, prefix, problems)
-    for name in below:
-        if name in built:
-            built[name] = _section(built[name], below[name], f"{prefix}.{name}", problems)
+    known = typing.get_type_hints(kind)
+    if kind is ModelOptions:
+        families = tuple(name for name, family in FAMILIES.items() if family.build)
+        known["family"] = typing.Literal[families] | None
+    built = _read_fields(values, known, prefix, problems)
+    if kind is DataOptions and "detector" in built:
+        built["detector"] = _section(built["detector"], DetectorOptions, f"{prefix}.detector", problems)
+    if built.get("parts") is not None:
+        built["parts"] = _read_parts(built["parts"], built.get("family") or DEFAULT_FAMILY, problems)
     return kind(**built)
 
 
+def _read_parts(values: Any, family_name: str, problems: list[str]) -> dict[str, Any]:
+    """Read the parts that a new model of a family is built from; those that are not given are `None`."""
+    family = FAMILIES[family_name]
+    templates = tuple(resolve(str(family.chat_templates)))
+    types: dict[str, Any] = dict.fromkeys(family.parts, str | None)
+    types |= {"prompt_template": typing.Literal[templates] | None, "config": dict[str, Any]}
+    if isinstance(values, dict):
+        others = {part for other in FAMILIES.values() for part in other.parts} - types.keys()
+        for name in sorted(others & values.keys()):
+            problems.append(
+                f"`model.parts.{name}` is not a part of {family.title}, which is built from "
+                f"{' and '.join(family.parts)}. Remove it, or set `model.family`."
+            )
+        values = {name: value for name, value in values.items() if name not in others}
+    return {**dict.fromkeys(types), "config": {}, **_read_fields(values, types, "model.parts", problems)}
+
+
 def _read_fields(values: Any, types: Mapping[str, Any], prefix: str, problems: list[str]) -> dict[str, Any]:
-    """Read the values of a section by the types of its fields; sections in it are left for later."""
+    """Read the values of a section by the types of its fields, except for the sections in it."""
     if not isinstance(values, dict):
         problems.append(f"`{prefix}` must hold keys and values, got {values!r}.")
         return {}
     known = {name: kind for name, kind in types.items() if not name.startswith("_")}
-    sections = {*_SECTIONS, *(name for below in _SUBSECTIONS.values() for name in below), "training", "lora"}
     read = {}
     for key, value in values.items():
         name = f"{prefix}.{key}" if prefix else str(key)
@@ -293,7 +297,7 @@ def _read_fields(values: Any, types: Mapping[str, Any], prefix: str, problems: l
             path = f"{prefix}." if prefix else ""
             hint = f"Did you mean `{path}{near[0]}`?" if near else f"Known are {', '.join(sorted(known)[:20])}."
             problems.append(f"`{name}` is not a key of a recipe. {hint}")
-        elif key in sections and prefix not in ("training", "lora"):
+        elif key in _READ_LATER.get(prefix, ()):
             read[key] = value
         else:
             try:
@@ -304,12 +308,13 @@ def _read_fields(values: Any, types: Mapping[str, Any], prefix: str, problems: l
 
 
 __all__ = [
+    "DEFAULT_FAMILY",
     "DataOptions",
     "DetectorOptions",
     "ModelOptions",
-    "Parts",
     "Recipe",
     "checked_recipe",
     "load_recipe",
+    "merge",
     "recipe_names",
 ]

@@ -81,7 +81,6 @@ _RANGES = {
 }
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16", "float16"),
-    "model.parts.prompt_template": ("vicuna", "llama3", "phi3", "yi"),
     "data.missing_boxes": ("error", "empty"),
     "data.on_bad_sample": ("error", "skip"),
     "data.detector.mode": ("faithful", "clean"),
