@@ -1,4 +1,4 @@
-"""Training: both stages of the paper (arXiv 2406.17770, section 4.1), fine-tuning, adapters."""
+"""Training: both stages of the paper (arXiv 2406.17770, section 4.1), fine-tuning, and adapters."""
 
 from .collator import MGLlavaDataCollator
 from .dataset import ConversationDataset, SampleSource, open_source, stream_samples

@@ -1,4 +1,4 @@
-"""Which checkpoints are whole: a list of their files is written when they are."""
+"""Complete checkpoints, which have a list of their files, written last."""
 
 import json
 import logging
@@ -15,24 +15,13 @@ _MARKER = "complete.json"
 
 
 def mark_complete(checkpoint: Path) -> None:
-    """Note that all files of a checkpoint are there.
-
-    Args:
-        checkpoint (`Path`): Its folder.
-    """
+    """Write the list of the files of a checkpoint, which marks it as complete."""
     with replacing(checkpoint / _MARKER) as partial:
         partial.write_text(json.dumps(_sizes(checkpoint), indent=1) + "\n", encoding="utf-8")
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Tell whether a checkpoint was saved to its end, and not deleted in part since.
-
-    Args:
-        checkpoint (`Path`): Its folder.
-
-    Returns:
-        `bool`: Whether all files are there with the sizes that they had.
-    """
+    """Tell whether a checkpoint was saved to its end, and no file was removed or shortened since."""
     try:
         expected = json.loads((checkpoint / _MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -42,26 +31,18 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    # The marker comes last, and a file of its own name may be half written.
+    # The marker is not among them, and neither is a marker that is half written.
     files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(_MARKER))
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(files)}
 
 
 def last_complete_checkpoint(folder: str | Path) -> Path | None:
-    """Find the newest checkpoint that is whole.
-
-    Args:
-        folder (`str` or `Path`): The `output_dir` of a training.
-
-    Returns:
-        `Path`, *optional*: The checkpoint; `None` if there is none. Later ones that are not whole are passed by, with
-        a warning.
-    """
+    """Return the newest complete checkpoint, if there is one; later ones are skipped with a warning."""
     for step in sorted(_steps(Path(folder)), reverse=True):
         checkpoint = Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         if is_complete(checkpoint):
             return checkpoint
-        logger.warning("%s is not whole: its saving was interrupted. It is passed by.", checkpoint)
+        logger.warning("%s is skipped: it is incomplete, because its saving was interrupted.", checkpoint)
     return None
 
 
@@ -71,13 +52,9 @@ def _steps(folder: Path) -> list[int]:
 
 
 def clear_incomplete(checkpoint: Path) -> None:
-    """Remove what an interrupted save has left where a checkpoint is to be written.
-
-    Args:
-        checkpoint (`Path`): Its folder, which need not exist.
-    """
+    """Remove what an interrupted save left where a checkpoint is to be written."""
     if checkpoint.is_dir():
-        # Without its marker first: a half removed checkpoint is none.
+        # The marker goes first, so that a half removed checkpoint does not count as complete.
         (checkpoint / _MARKER).unlink(missing_ok=True)
         shutil.rmtree(checkpoint)
 

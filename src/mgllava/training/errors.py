@@ -8,7 +8,7 @@ class TrainingError(MGLlavaError, ValueError):
 
 
 class SampleError(TrainingError):
-    """A sample cannot be learnt from; the message starts with its id."""
+    """A sample cannot be learned from; the message starts with its id."""
 
 
 __all__ = ["SampleError", "TrainingError"]

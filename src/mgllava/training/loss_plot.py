@@ -1,4 +1,4 @@
-"""A picture of the loss."""
+"""The plot of the loss."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from mgllava.atomic_files import replacing
 
 
 def plot_losses(history: Sequence[Mapping[str, Any]], path: str | Path) -> Path | None:
-    """Draw the loss over the steps, in training and, where there was one, evaluation.
+    """Plot the loss over the steps, in training and, if there was one, evaluation.
 
     Args:
         history (`Sequence[Mapping]`): `trainer.state.log_history`.
@@ -30,7 +30,7 @@ def plot_losses(history: Sequence[Mapping[str, Any]], path: str | Path) -> Path 
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Plots need matplotlib: pip install 'mgllava[train]'.") from error
-    # Without pyplot, which would look for a screen.
+    # pyplot would look for a display.
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss")
     for label, points in curves.items():

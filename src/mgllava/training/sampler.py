@@ -1,4 +1,4 @@
-"""The order of samples in training: batches of one modality and of similar length."""
+"""The order of samples in training, in batches of one modality and of similar length."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,15 +10,15 @@ _BATCHES_TOGETHER = 50
 
 
 class ModalityLengthSampler(Sampler[int]):
-    """Groups samples with images, and samples without, by length, as the original does.
+    """Groups samples with images, and samples without images, by length, as the original does.
 
-    Every batch of all processes together holds one modality, but for the last one, which takes what is left over of
-    both. The group with the longest sample comes first, so that memory runs out at once or not at all.
+    Every batch (over all processes) has one modality, except for the last ones, which take what is left over of both.
+    The group with the longest sample comes first, so that memory runs out at once or not at all.
 
     Args:
         lengths (`Sequence[int]`): Length of each sample in tokens, negative for samples without an image.
-        batch_size (`int`): Samples of one step of the optimizer: over all processes and accumulated batches.
-        seed (`int`): What the order depends on, together with the epoch.
+        batch_size (`int`): Samples of one optimizer step, over all processes and accumulated batches.
+        seed (`int`, *optional*, defaults to 0): Random seed, to which the number of the epoch is added.
 
     Raises:
         ValueError: If a length is zero.
@@ -26,7 +26,7 @@ class ModalityLengthSampler(Sampler[int]):
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int = 0):
         if not all(lengths):
-            raise ValueError("`lengths` must not be zero, negative for samples without an image.")
+            raise ValueError("`lengths` must not be zero: positive for samples with an image, negative for others.")
         self.lengths = lengths
         self.batch_size = batch_size
         self.seed = seed

@@ -1,4 +1,4 @@
-"""What is trained: declared by name, set, checked, and told."""
+"""The trained parameters: chosen by name, checked, and shown."""
 
 import difflib
 import fnmatch
@@ -12,14 +12,7 @@ from .errors import TrainingError
 
 
 def part_of(name: str) -> str:
-    """Name the part of the model that a parameter belongs to.
-
-    Args:
-        name (`str`): Name of a parameter, also in a model that peft or a process group has wrapped.
-
-    Returns:
-        `str`: For example `fusion`, `language_model` or `lm_head`.
-    """
+    """Return the part (`fusion`, `lm_head`, …) of a parameter, also in a model that peft or FSDP has wrapped."""
     pieces = [piece for piece in name.split(".") if piece not in ("module", "base_model", "model", "_orig_mod")]
     return pieces[0]
 
@@ -28,9 +21,9 @@ def freeze_all_but(model: nn.Module, patterns: Sequence[str]) -> None:
     """Train the parameters that some patterns name, and no others.
 
     Args:
-        model ([`MGLlavaForConditionalGeneration`]): The model.
-        patterns (`Sequence[str]`): Names of modules, such as `fusion` or `language_model.layers.3*`, from the parts of
-            [`MGLlavaModel`] on; `*` stands for anything. A part that this variant of the model lacks is passed by.
+        model (`PreTrainedModel`): The model, with all heads.
+        patterns (`Sequence[str]`): Names of modules, such as `fusion` or `language_model.layers.3*`, without the
+            leading `model.`; `*` stands for anything. A part that this variant of the model lacks is ignored.
 
     Raises:
         TrainingError: If a pattern names nothing.
@@ -47,7 +40,7 @@ def freeze_all_but(model: nn.Module, patterns: Sequence[str]) -> None:
         parameter.requires_grad_(bool(matching))
         used.update(matching)
     for pattern in patterns:
-        # A fusion without parameters is there, and a baseline has no box projector.
+        # A variant may have a part without parameters, or lack it.
         if pattern not in used and pattern not in parts | absent:
             near = difflib.get_close_matches(pattern, sorted(parts), n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
@@ -67,10 +60,11 @@ def check_trained(model: nn.Module, patterns: Sequence[str], lora: bool = False)
     Args:
         model (`torch.nn.Module`): The model as it goes into training.
         patterns (`Sequence[str]`): See [`freeze_all_but`].
-        lora (`bool`): Whether the language model is trained through adapters, in place of its own weights.
+        lora (`bool`, *optional*, defaults to `False`): Whether the language model is trained through adapters instead
+            of its own weights.
 
     Raises:
-        TrainingError: If a parameter is trained that is not declared, or the other way round.
+        TrainingError: If a parameter is trained that is not declared, or declared and not trained.
     """
     wrong = []
     for name, parameter in model.named_parameters():
@@ -93,17 +87,10 @@ def check_trained(model: nn.Module, patterns: Sequence[str], lora: bool = False)
 
 
 def trained_parameters(model: nn.Module) -> list[tuple[str, int, int, str]]:
-    """Count the parameters of each part.
-
-    Args:
-        model (`torch.nn.Module`): The model.
-
-    Returns:
-        `list[tuple]`: Name, number of trained parameters, number of all, and their dtypes, for each part.
-    """
+    """List name, number of trained parameters, number of all parameters, and dtypes of each part."""
     counts: dict[str, list[Any]] = {}
     for name, parameter in model.named_parameters():
-        # A parameter that ZeRO-3 has shared out is empty here; one in 4 bits holds two in a byte.
+        # A parameter that ZeRO-3 has sharded is empty here; one in 4 bits has two values in a byte.
         size = getattr(parameter, "ds_numel", parameter.numel())
         if (quantization := getattr(parameter, "quant_state", None)) is not None:
             size = quantization.shape.numel()
@@ -115,14 +102,7 @@ def trained_parameters(model: nn.Module) -> list[tuple[str, int, int, str]]:
 
 
 def describe_trained(model: nn.Module) -> Table:
-    """Show what is trained.
-
-    Args:
-        model (`torch.nn.Module`): The model.
-
-    Returns:
-        `rich.table.Table`: A row for each part, and the sums.
-    """
+    """Make a table of what is trained, with a row for each part, and the sums."""
     rows = trained_parameters(model)
     table = Table("part", "dtype", title="What is trained", show_footer=True)
     sums = (sum(trained for _, trained, _, _ in rows), sum(total for _, _, total, _ in rows))

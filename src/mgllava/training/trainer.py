@@ -1,4 +1,4 @@
-"""transformers' Trainer, with what MG-LLaVA's training has beyond others."""
+"""transformers' `Trainer` for samples with images and without, in batches of any mix."""
 
 import logging
 import time
@@ -17,18 +17,18 @@ from .sampler import ModalityLengthSampler
 
 logger = logging.getLogger(__name__)
 
-# Of the collator; the model does not take them.
+# The collator adds these, and the model does not take them.
 _NOT_INPUTS = ("sample_ids", "skipped_samples")
 
 
 def _number_of_samples(inputs: dict[str, Any]) -> int:
-    """How many samples of a batch were not skipped, told without waiting for the device."""
+    """Return how many samples of a batch were not skipped, without waiting for the device."""
     ids = inputs.get("sample_ids")
     return len(inputs["attention_mask"]) if ids is None else len(ids)
 
 
 class _Learning(TrainerCallback):
-    """Looks whether anything was learned: from some sample, at some learning rate."""
+    """Callback that checks whether anything was learned: from some sample, at some learning rate."""
 
     def __init__(self, trainer: "MGLlavaTrainer"):
         self._trainer = trainer
@@ -36,7 +36,7 @@ class _Learning(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note where a resumed training begins, and when to log, evaluate and save by the present arguments."""
-        # A checkpoint brings those that it was written with.
+        # The state of a checkpoint has the arguments that it was written with.
         state.compute_steps(args, state.max_steps)
         self._trainer._first_step = state.global_step
         self._greatest_rate = 0.0
@@ -47,7 +47,7 @@ class _Learning(TrainerCallback):
         self._greatest_rate = max(self._greatest_rate, *rates)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say if all steps were too early in the warm-up to change a weight."""
+        """Warn if all steps were too early in the warm-up to change a weight."""
         steps = state.global_step - self._trainer._first_step
         if steps and not self._greatest_rate:
             logger.warning(
@@ -63,22 +63,21 @@ class _Learning(TrainerCallback):
 
 
 class MGLlavaTrainer(Trainer):
-    """Trains MG-LLaVA.
+    """Trainer of all model families of this package.
 
-    Beyond [`Trainer`]:
+    In addition to [`Trainer`]:
 
     - `train_sampling_strategy="group_by_length"` groups by modality and length, see [`ModalityLengthSampler`]; the
       dataset needs `lengths`.
-    - A checkpoint that was not saved to its end is never resumed from, and older ones are only deleted after that.
+    - An incomplete checkpoint is never resumed from, and older ones are deleted only after a new one is complete.
     - A loss that is NaN or infinite stops the training, with the ids of the samples.
-    - Samples that the collator skips have no weight, also where all samples of a step are skipped; their number and
-      that of such steps is logged. Where all samples of an epoch are skipped, training stops with an error.
-    - Tokens and images per second and the greatest memory of a GPU are logged next to the loss.
+    - Samples that the collator skips have no weight, even if all samples of a step are skipped; their number and that
+      of such steps are logged. If all samples of an epoch are skipped, training stops with an error.
+    - Tokens and images per second and the peak memory of a GPU are logged next to the loss.
 
     Args:
         *args: See the base class; `data_collator` is an [`MGLlavaDataCollator`] with `return_sample_ids=True`.
-        eval_data_collator ([`MGLlavaDataCollator`], *optional*): Makes the batches of evaluations; by default
-            the same.
+        eval_data_collator ([`MGLlavaDataCollator`], *optional*): Collator of evaluations; by default the same.
         **kwargs: See the base class.
 
     Attributes:
@@ -95,7 +94,7 @@ class MGLlavaTrainer(Trainer):
         self._device_tokens: torch.Tensor | None = None
         self._counting_since = time.perf_counter()
         self._learned_samples = 0
-        # Loss and samples of the batches of an evaluation, and whether one was without a sample.
+        # Loss and number of samples of each batch of an evaluation.
         self._evaluated: list[tuple[torch.Tensor, int]] | None = None
         self.skipped_samples = 0
         self.empty_steps = 0
@@ -111,14 +110,14 @@ class MGLlavaTrainer(Trainer):
         return ModalityLengthSampler(lengths, batch_size, seed)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        # In order: where there is nothing to learn, there is nothing to group for.
+        # In order, because grouping serves learning only.
         return SequentialSampler(eval_dataset)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         self._sample_ids = inputs.get("sample_ids", [])
         inputs = {name: value for name, value in inputs.items() if name not in _NOT_INPUTS}
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
-        # Keys and values of all layers, which nobody reads.
+        # Training does not read the KV cache.
         return {**prepared, "use_cache": False}
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -146,22 +145,22 @@ class MGLlavaTrainer(Trainer):
         if not bool(torch.isfinite(loss)):
             names = ", ".join(self._sample_ids) or "unknown (the collator needs return_sample_ids=True)"
             raise TrainingError(
-                f"The loss is {loss.item()} in step {self.state.global_step + 1}, with the samples {names}. Look at "
-                "these; if they are in order, lower `learning_rate` or use bf16 in place of fp16. Resume from the "
+                f"The loss is {loss.item()} in step {self.state.global_step + 1}, with the samples {names}. Check "
+                "these; if they are in order, lower `learning_rate` or use bf16 instead of fp16, and resume from the "
                 "last checkpoint."
             )
         return loss
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """Collect the batches of a step, and count the tokens that are learned in it.
+        """Collect the batches of a step, and count the tokens that are learned from in it.
 
         Args:
             *args: See the base class.
             **kwargs: See the base class.
 
         Returns:
-            `tuple`: The batches, and the number of tokens; 1 where all samples were skipped, because the losses are
-            divided by it.
+            `tuple`: The batches, and the number of tokens by which their losses are divided; 1 if all samples were
+            skipped.
         """
         batches, count = super().get_batch_samples(*args, **kwargs)
         if batches and count is not None and bool((torch.as_tensor(count) == 0).all()):
@@ -173,20 +172,20 @@ class MGLlavaTrainer(Trainer):
         return batches, count
 
     def check_learned(self) -> None:
-        """Check that some sample was not skipped so far; called by all processes.
+        """Check that not all samples were skipped so far; called by all processes.
 
         Raises:
-            TrainingError: If all were.
+            TrainingError: If all samples were skipped.
         """
         counts = torch.tensor([float(self._learned_samples)], device=self.args.device)
         if self.state.global_step and not bool(self.accelerator.reduce(counts, "sum").sum()):
             raise TrainingError(
                 "Nothing was learned: all samples were skipped (`on_bad_sample` is skip). The warnings above say what "
-                "is wrong with each."
+                "is wrong with each of them."
             )
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """Make the batches of an evaluation, with its own collator.
+        """Make the batches of an evaluation with its own collator.
 
         Args:
             *args: See the base class.
@@ -217,13 +216,13 @@ class MGLlavaTrainer(Trainer):
         learned = _number_of_samples(inputs)
         loss, *others = super().prediction_step(model, inputs, *args, **kwargs)
         if self._evaluated is not None and loss is not None:
-            # Without a sample it is 0 / 0.
+            # Without a sample, the loss is 0 / 0.
             loss = loss if learned else torch.zeros_like(loss)
             self._evaluated.append((loss, learned))
         return (loss, *others)
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss of a batch; in an evaluation its own mean, not a share of that of all processes.
+        """Compute the loss of a batch; in an evaluation the mean of this batch alone, not over all processes.
 
         Args:
             model (`torch.nn.Module`): The model.
@@ -238,7 +237,7 @@ class MGLlavaTrainer(Trainer):
         return super().compute_loss(model, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate; batches whose samples were all skipped do not count.
+        """Evaluate without the batches whose samples were all skipped.
 
         Args:
             *args: See the base class.
@@ -272,10 +271,10 @@ class MGLlavaTrainer(Trainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Write to the log, with the speed since the last time.
+        """Log values, with the speed since the last time.
 
         Args:
-            logs (`dict`): What to write.
+            logs (`dict`): The values.
             start_time (`float`, *optional*): See the base class.
         """
         if "loss" in logs and self._device_tokens is not None:
@@ -300,8 +299,7 @@ class MGLlavaTrainer(Trainer):
         """Train, see [`Trainer.train`].
 
         Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint, or `True` for the last one that is
-                whole.
+            resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint, or `True` for the last complete one.
             *args: See the base class.
             **kwargs: See the base class.
 
@@ -309,12 +307,14 @@ class MGLlavaTrainer(Trainer):
             `TrainOutput`: See the base class.
 
         Raises:
-            TrainingError: If there is no checkpoint that is whole, the loss is NaN, or all samples were skipped.
+            TrainingError: If there is no complete checkpoint, the loss is NaN, or all samples were skipped.
         """
         if resume_from_checkpoint is True:
             checkpoint = last_complete_checkpoint(str(self.args.output_dir))
             if checkpoint is None:
-                raise TrainingError(f"No checkpoint in {self.args.output_dir} is whole: there is nothing to resume.")
+                raise TrainingError(
+                    f"No checkpoint in {self.args.output_dir} is complete: there is nothing to resume."
+                )
             resume_from_checkpoint = str(checkpoint)
         self._counting_since = time.perf_counter()
         self._learned_samples = self._first_step = 0
@@ -329,7 +329,7 @@ class MGLlavaTrainer(Trainer):
         if self.args.should_save:
             clear_incomplete(checkpoint)
         self.accelerator.wait_for_everyone()
-        # The base class deletes old checkpoints before this one can be called whole.
+        # The base class would delete old checkpoints before this one is marked as complete.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
