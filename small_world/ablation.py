@@ -119,7 +119,7 @@ def run(row: Row, seed: int, world: Path, effort: Effort) -> dict[str, float]:
             if not (output / "config.json").exists():
                 recipe = _HERE / "recipes" / f"small_stage_{stage}.yaml"
                 changes += [*shared, f"training.num_train_epochs={epochs}", f"training.output_dir={output}"]
-                _call("mgllava.cli", "train", recipe, *changes, "--resume", threads=effort.threads)
+                _call("mgllava", "train", recipe, *changes, "--resume", threads=effort.threads)
         options = ["--data", test, "--boxes", "file", "--box-file", _box_file(test, row.boxes), "--output", result]
         options += ["--count", effort.pictures]
         _call("small_world.evaluation", folder / "stage-2", *options, threads=effort.threads)
@@ -139,7 +139,7 @@ def find_boxes(world: Path, split: str, kind: str) -> None:
         options = ["--image-folder", world / split / "images", "--detector", _part(world, Part.DETECTOR)]
         options += ["--mode", "clean"]
         _call(
-            "mgllava.cli", "detect", world / split / "captions.json", *options, *tags, "--output", output, "--resume"
+            "mgllava", "detect", world / split / "captions.json", *options, *tags, "--output", output, "--resume"
         )
 
 

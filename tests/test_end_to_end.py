@@ -34,7 +34,7 @@ def run(*command, **kwargs):
 def converted(tmp_path_factory):
     output = tmp_path_factory.mktemp("cli") / "model"
     run(
-        *("-m", "mgllava.cli", "convert"),
+        *("-m", "mgllava", "convert"),
         *("--checkpoint", GOLDEN / "xtuner" / "iter_10.pth", "--llm", GOLDEN / "llm"),
         *("--vision-tower", GOLDEN / "clip", "--high-res-tower", GOLDEN / "convnext"),
         *("--prompt-template", "vicuna", "--output", output),

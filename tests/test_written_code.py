@@ -170,7 +170,7 @@ def test_every_example_is_in_a_block_that_is_run():
 
 
 COMMANDS = typer.main.get_command(app)
-COMMAND = re.compile(r"\bmgllava(?:\.cli)? (?=[a-z])(.*)")
+COMMAND = re.compile(r"\bmgllava (?=[a-z])(.*)")
 
 
 def printed_commands():
@@ -200,7 +200,7 @@ def test_printed_command_has_options_that_exist(words):
 
 
 # Commands that need neither a Hub, nor other machines, nor a person; without the options that do.
-RUN = {"README.md": ("convert --checkpoint iter",), "detect.md": ("detect images/",), "hub.md": ("export --",)}
+RUN = {"README.md": ("convert --checkpoint iter",), "detect.md": ("detect images/",), "hub.md": ("export mg-",)}
 LEFT_OUT = ("--push", "org/name")
 
 

@@ -1,7 +1,10 @@
 """The command line: `mgllava …`."""
 
+from typing import Annotated
+
 import typer
 
+import mgllava
 from mgllava.commands.chat import chat
 from mgllava.commands.convert import convert, convert_ram_plus
 from mgllava.commands.detect import detect
@@ -12,8 +15,18 @@ from mgllava.commands.train import train
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mgllava {mgllava.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _mgllava() -> None:
+def _mgllava(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """MG-LLaVA for transformers."""
 
 
@@ -23,7 +36,7 @@ for _command in (convert, convert_ram_plus, export, chat, serve, detect, train):
 
 def main() -> None:
     """Run the command line."""
-    app()
+    app(prog_name="mgllava")
 
 
 if __name__ == "__main__":

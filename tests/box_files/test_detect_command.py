@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from mgllava import MGLlavaProcessor
 from mgllava.box_files import BoxFileError, detect_images, detection_settings, open_detector, read_boxes
-from mgllava.box_files.arguments import parse_array_task, parse_labels
 from mgllava.cli import app
+from mgllava.commands.detect import parse_array_task, parse_labels
 from mgllava.processing import COCO_80, BoxDetector
 from tests.golden_cases import GOLDEN
 
@@ -41,7 +41,7 @@ def images(tmp_path):
 def test_command_writes_what_the_detector_finds(images, tmp_path, extension):
     output = tmp_path / f"boxes.{extension}"
     options = ["--detector", OWLV2, "--labels", "cat,dog", "--threshold", "0.01", "--batch-size", "1"]
-    result = _run(images, "--output", output, *options, "--show", tmp_path / "shown")
+    result = _run(images, "--output", output, *options, "--save-boxes", tmp_path / "shown")
     assert result.exit_code == 0, result.output
     assert f"Wrote {output}: 3 records," in result.output
     detector = BoxDetector(detector=OWLV2)
@@ -122,11 +122,11 @@ def test_detector_without_a_name_is_refused():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--detector", OWLV2], "Nothing says what to look for: pass `labels`"),
-        (["--detector", "no/such-model", "--labels", "cat"], "`detector` must be a folder or a repository"),
+        (["--detector", OWLV2], "Nothing says what to look for: pass --labels"),
+        (["--detector", "no/such-model", "--labels", "cat"], "--detector must be a folder or a repository"),
         (["--detector", OWLV2.parent, "--labels", "cat"], "The detector cannot be loaded: Unrecognized model"),
-        (["--detector", OWLV2, "--labels", ","], "`labels` must have at least one label"),
-        (["--detector", OWLV2, "--labels", "cat", "--shard", "3/3"], "`shard` must be I/N with 0 <= I < N"),
+        (["--detector", OWLV2, "--labels", ","], "--labels must have at least one label"),
+        (["--detector", OWLV2, "--labels", "cat", "--shard", "3/3"], "--shard must be I/N with 0 <= I < N"),
         (["--processor", "x", "--tagger", "y"], "brings its own detector"),
         (["--detector", OWLV2, "--labels", "cat", "--output", "boxes.txt"], "must end in .json or .parquet"),
     ],
@@ -140,7 +140,7 @@ def test_wrong_use_is_one_message(images, tmp_path, options, said):
 
 def test_repository_without_detector_is_one_message(images, tmp_path, repository):
     result = _run(images, "--output", tmp_path / "boxes.json", "--processor", repository)
-    assert result.exit_code == 1 and "has no box detector. Pass `detector` and `tagger`" in result.output
+    assert result.exit_code == 1 and "has no box detector. Pass --detector and --tagger" in result.output
 
 
 def test_no_images_is_one_message(tmp_path):
@@ -175,7 +175,7 @@ def test_command_under_accelerate_is_the_same_as_without(images, tmp_path):
         sys.executable,
         *launch,
         "-m",
-        "mgllava.cli",
+        "mgllava",
         "detect",
         *arguments,
         "--output",
@@ -203,7 +203,7 @@ def test_killed_command_goes_on_and_makes_the_same_file(tmp_path):
     def command(name):
         options = ["--detector", OWLV2, "--labels", "cat,dog", "--threshold", "0.01", "--shard-size", "50"]
         arguments = ["detect", folder, "--output", tmp_path / name, *options, "--resume"]
-        return [sys.executable, "-m", "mgllava.cli", *map(str, arguments)]
+        return [sys.executable, "-m", "mgllava", *map(str, arguments)]
 
     start = time.monotonic()
     subprocess.run(command("undisturbed.json"), check=True, capture_output=True)

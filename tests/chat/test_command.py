@@ -50,31 +50,31 @@ def test_options_of_generation_go_before_those_of_the_model(model, own_config):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--bits", "3"], "`bits` must be 4 or 8, got 3"),
+        (["--bits", "3"], "--bits must be 4 or 8, got 3"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
         (["--temperature", "-1"], "--temperature must be 0 or between 1e-06 and 10000, got -1.0"),
         (["--top-p", "1.5"], "--top-p must be above 0 and at most 1, got 1.5"),
-        (["--temperature", "0", "--top-p", "0.5"], "--top-p has no effect with --temperature 0"),
+        (["--temperature", "0", "--top-p", "0.5"], "--top-p has no effect with a --temperature of 0"),
         (["--image", "absent.jpg"], "absent.jpg cannot be read as an image"),
         (["--boxes", "absent.json"], "absent.json"),
     ],
 )
 def test_mistakes_are_told_before_the_model_is_loaded(repository, monkeypatch, options, message):
     monkeypatch.setattr(command.AutoModelForImageTextToText, "from_pretrained", None)
-    result = CliRunner().invoke(app, ["chat", "--model", str(repository), *options])
+    result = CliRunner().invoke(app, ["chat", str(repository), *options])
     assert result.exit_code == 1
     assert message in " ".join(result.output.split())
 
 
 def test_other_models_are_refused(repository, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    result = CliRunner().invoke(app, ["chat", "--model", str(tmp_path)])
-    assert result.exit_code == 1 and "must be an MG-LLaVA repository" in result.output
+    result = CliRunner().invoke(app, ["chat", str(tmp_path)])
+    assert result.exit_code == 1 and "MODEL must be an MG-LLaVA repository" in result.output
     assert "'llama'" in result.output
 
 
 def arguments(repository, *options):
-    return [sys.executable, "-m", "mgllava.cli", "chat", "--model", str(repository), *map(str, options)]
+    return [sys.executable, "-m", "mgllava", "chat", str(repository), *map(str, options)]
 
 
 class Shown(TextStreamer):

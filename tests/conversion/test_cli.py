@@ -37,8 +37,8 @@ def test_convert_and_load(tmp_path, golden, sources, checkpoint, flags):
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
 
 
-def test_convert_to_xtuner(tmp_path, converted, golden_state):
-    result = _run("convert", "--to-xtuner", "--checkpoint", converted, "--output", tmp_path / "back.pth")
+def test_convert_to_original(tmp_path, converted, golden_state):
+    result = _run("convert", "--to-original", "--checkpoint", converted, "--output", tmp_path / "back.pth")
     assert result.exit_code == 0, result.output
     state = torch.load(tmp_path / "back.pth", weights_only=True)["state_dict"]
     assert list(state) == list(golden_state("iter_10.pth"))
@@ -48,8 +48,11 @@ def test_convert_to_xtuner(tmp_path, converted, golden_state):
     ("arguments", "said"),
     [
         (["--checkpoint", "x.pth", "--output", "out"], "A conversion needs --llm, --vision-tower"),
-        (["--checkpoint", "x", "--output", "y", "--to-xtuner", "--llm", "z"], "takes --checkpoint and --output only"),
-        (["--checkpoint", "x", "--output", "y", "--to-xtuner"], "must be the folder of an MG-LLaVA repository"),
+        (
+            ["--checkpoint", "x", "--output", "y", "--to-original", "--llm", "z"],
+            "takes --checkpoint and --output only",
+        ),
+        (["--checkpoint", "x", "--output", "y", "--to-original"], "must be the folder of an MG-LLaVA repository"),
     ],
 )
 def test_wrong_use_is_one_message(arguments, said):

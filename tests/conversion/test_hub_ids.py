@@ -206,7 +206,7 @@ def test_unknown_preset_and_options_of_the_other_way():
         ["--trust-pickle"],
         ["--max-shard-size", "1GB"],
     ):
-        result = _run("convert", "--checkpoint", "x", "--output", "y", "--to-xtuner", *option)
+        result = _run("convert", "--checkpoint", "x", "--output", "y", "--to-original", *option)
         assert result.exit_code == 1 and option[0] in result.output
 
 

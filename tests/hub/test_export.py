@@ -44,7 +44,7 @@ def copied(saved, tmp_path):
 
 def test_an_export_is_complete_and_changes_no_weights(saved, tmp_path):
     output = tmp_path / "out"
-    result = run("--model", saved, "--output", output)
+    result = run(saved, "--output", output)
     assert result.exit_code == 0 and f"Wrote {output}" in result.output, result.output
     names = {path.name for path in output.iterdir()}
     assert names >= {path.name for path in saved.iterdir()} | {"README.md"}
@@ -60,11 +60,11 @@ def test_an_export_is_complete_and_changes_no_weights(saved, tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert list(tmp_path.iterdir()) == [output]
 
-    result = run("--model", saved, "--output", output)
+    result = run(saved, "--output", output)
     assert result.exit_code == 1 and "exists. Choose another --output, or pass --overwrite" in result.output
     # Onto itself, which brings card and code up to date.
     (output / "modeling_mgllava.py").write_text("old")
-    assert run("--model", output, "--output", output, "--overwrite", "--no-verify").exit_code == 0
+    assert run(output, "--output", output, "--overwrite", "--no-verify").exit_code == 0
     assert {path.name for path in output.iterdir()} == names
     assert "class MGLlavaModel" in (output / "modeling_mgllava.py").read_text()
 
@@ -313,7 +313,7 @@ def test_push_creates_uploads_and_tags(saved, tmp_path, monkeypatch):
     api = FakeApi()
     monkeypatch.setattr(upload, "HfApi", api)
     output = tmp_path / "out"
-    result = run("--model", saved, "--output", output, "--push", "org/name", "--private", "--no-verify")
+    result = run(saved, "--output", output, "--push", "org/name", "--private", "--no-verify")
     assert result.exit_code == 0, result.output
     assert f"Uploaded to https://hub/org/name, tag {TAG}" in result.output
     create, sent, tag = api.calls
@@ -328,21 +328,21 @@ def test_push_creates_uploads_and_tags(saved, tmp_path, monkeypatch):
     [
         (FakeApi(True, tags=[TAG]), ["--push", "org/name"], f"has a tag {TAG}, which users may have pinned"),
         (FakeApi(True), ["--push", "org/name", "--private"], "org/name exists and is public"),
-        (FakeApi(), ["--private"], "--private is about the Hub, and needs --push"),
+        (FakeApi(), ["--private"], "--private applies to uploads: pass --push too"),
     ],
 )
 def test_uploads_that_cannot_be_are_refused_before_anything_is_written(
     api, options, message, saved, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(upload, "HfApi", api)
-    result = run("--model", saved, "--output", tmp_path / "out", *options)
+    result = run(saved, "--output", tmp_path / "out", *options)
     assert result.exit_code == 1 and message in result.output
     assert not api.calls and not list(tmp_path.iterdir())
 
 
 def test_names_that_are_nothing_are_named(tmp_path):
-    result = run("--model", "no/such-model", "--output", tmp_path / "out")
-    assert result.exit_code == 1 and "`model`: no/such-model is not a folder here" in result.output
+    result = run("no/such-model", "--output", tmp_path / "out")
+    assert result.exit_code == 1 and "MODEL: no/such-model is not a folder here" in result.output
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     with pytest.raises(ConversionError, match="It is an adapter: merge it"):
@@ -364,7 +364,7 @@ def test_hub_that_cannot_be_asked_is_one_message(saved, tmp_path, monkeypatch, e
             raise error
 
     monkeypatch.setattr(upload, "HfApi", Api)
-    result = run("--model", saved, "--output", tmp_path / "out", "--push", "org/name")
+    result = run(saved, "--output", tmp_path / "out", "--push", "org/name")
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
     assert "`push`: the Hub cannot be asked about org/name" in result.output and result.output.count("\n") == 1
     assert not (tmp_path / "out").exists()
@@ -375,18 +375,18 @@ def test_hub_that_cannot_be_asked_is_one_message(saved, tmp_path, monkeypatch, e
 )
 def test_broken_config_is_one_message(copied, tmp_path, content):
     (copied / "config.json").write_text(content)
-    result = run("--model", copied, "--output", tmp_path / "out")
+    result = run(copied, "--output", tmp_path / "out")
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit), repr(result.exception)
     assert "error: " in result.output and not (tmp_path / "out").exists()
 
 
 def test_a_card_that_a_person_wrote_into_the_output_stays(saved, tmp_path):
     for options in ([], ["--overwrite"]):
-        result = run("--model", saved, "--output", tmp_path / "out", "--no-verify", *options)
+        result = run(saved, "--output", tmp_path / "out", "--no-verify", *options)
         assert result.exit_code == 0, result.output
         (tmp_path / "out" / "README.md").write_text("my card")
         (tmp_path / "out" / "notes.txt").write_text("mine")
-    result = run("--model", saved, "--output", tmp_path / "out", "--no-verify", "--overwrite")
+    result = run(saved, "--output", tmp_path / "out", "--no-verify", "--overwrite")
     assert (tmp_path / "out" / "README.md").read_text() == "my card"
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

@@ -122,7 +122,7 @@ class Server:
     def __init__(self, repository, log, *options):
         self.port, self.log = free_port(), log
         self.url = f"http://localhost:{self.port}"
-        command = [sys.executable, "-m", "mgllava.cli", "serve", str(repository), "--port", str(self.port), *options]
+        command = [sys.executable, "-m", "mgllava", "serve", str(repository), "--port", str(self.port), *options]
         with open(log, "w") as file:
             environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
             self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)

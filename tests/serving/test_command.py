@@ -15,17 +15,17 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--allowed-image-hosts", "http://a"], "allowed_image_hosts"),
-        (["--max-images", "0"], "images"),
-        (["--log-level", "loud"], "log_level"),
-        (["--chat-template-kwargs", "[]"], "chat_template_kwargs"),
+        (["--allowed-image-hosts", "http://a"], "--allowed-image-hosts"),
+        (["--max-images", "0"], "--max-images"),
+        (["--log-level", "loud"], "--log-level"),
+        (["--chat-template-kwargs", "[]"], "--chat-template-kwargs"),
         (["--chat-template-kwargs", '{"tokenize": false}'], "tokenize"),
-        (["--allowed-hosts", "http://a"], "allowed_hosts"),
-        (["--api-key", ""], "api_key"),
-        (["--max-pixels", "-1"], "pixels"),
+        (["--allowed-hosts", "http://a"], "--allowed-hosts"),
+        (["--api-key", ""], "--api-key"),
+        (["--max-pixels", "-1"], "--max-pixels"),
         (["--dtype", "floof"], "floof"),
-        (["--image-timeout", "nan"], "image_timeout"),
-        (["--quantization", "bnb-3bit"], "bnb-3bit"),
+        (["--image-timeout", "nan"], "--image-timeout"),
+        (["--bits", "3"], "--bits must be 4 or 8, got 3"),
     ],
 )
 def test_bad_option_is_one_message(repository, options, message):

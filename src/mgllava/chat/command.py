@@ -23,7 +23,7 @@ def chat(
     *,
     bits: int | None = None,
     dtype: str = "auto",
-    device_map: str = "auto",
+    device: str = "auto",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     use_detector: bool = True,
@@ -36,38 +36,13 @@ def chat(
     top_p: float | None = None,
     seed: int | None = None,
 ) -> None:
-    """Load a model and answer the questions of the standard input.
-
-    Args:
-        model (`str`): Folder or Hub id.
-        images (`Sequence[str]`): Paths or URLs of images that the first question is about.
-        bits (`int`, *optional*): 4 or 8, to load the language model quantized.
-        dtype (`str`): As in `from_pretrained`, like the next two.
-        device_map (`str`): Where to put the model.
-        attn_implementation (`str`, *optional*): Which attention to use.
-        trust_remote_code (`bool`): Whether code of the repository may run.
-        use_detector (`bool`): Whether to look for objects.
-        detection_threshold (`float`, *optional*): Scores of boxes must be greater.
-        box_file (`Path`, *optional*): Boxes that are known already.
-        picture_folder (`Path`, *optional*): Where to draw the boxes.
-        system (`str`, *optional*): System message.
-        max_new_tokens (`int`, *optional*): Longest answer.
-        temperature (`float`, *optional*): 0 takes the best token each time; more samples.
-        top_p (`float`, *optional*): Sample among the best tokens with this total probability.
-        seed (`int`, *optional*): Of sampling.
-
-    Raises:
-        ChatError: If the repository is no MG-LLaVA model, or an image cannot be read.
-        OSError: If a repository or a file cannot be read.
-        ValueError: If an option is out of range.
-        ImportError: If a package is missing that the options need.
-    """
+    """Load a model and answer the questions of the standard input; the arguments are the options of the command."""
     # Loading takes minutes: what can be wrong without the model is found before.
     _check_generation_options(max_new_tokens, temperature, top_p, seed, detection_threshold)
     quantization = None if bits is None else quantization_config(bits)
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     if config.model_type != MGLlavaConfig.model_type:
-        raise ChatError(f"--model must be an MG-LLaVA repository, got {model}, a model of type {config.model_type!r}.")
+        raise ChatError(f"`model` must be an MG-LLaVA repository, got {model}, a model of type {config.model_type!r}.")
     pictures = [(source, read_picture(source)) for source in images]
     known_boxes = None if box_file is None else read_boxes(box_file)
     processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
@@ -76,7 +51,7 @@ def chat(
     loaded = AutoModelForImageTextToText.from_pretrained(
         model,
         dtype=dtype,
-        device_map=device_map,
+        device_map=int(device) if device.isdecimal() else device,
         attn_implementation=attn_implementation,
         quantization_config=quantization,
         trust_remote_code=trust_remote_code,
@@ -102,19 +77,21 @@ def _check_generation_options(
 ) -> None:
     """Refuse values that generation would refuse at the first question, ignore, or stumble over."""
     if max_new_tokens is not None and max_new_tokens < 1:
-        raise ChatError(f"--max-new-tokens must be at least 1, got {max_new_tokens}.")
+        raise ChatError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}.")
     if temperature is not None and not (temperature == 0 or _LEAST_TEMPERATURE <= temperature <= _MOST_TEMPERATURE):
         raise ChatError(
-            f"--temperature must be 0 or between {_LEAST_TEMPERATURE:g} and {_MOST_TEMPERATURE:g}, got {temperature}."
+            f"`temperature` must be 0 or between {_LEAST_TEMPERATURE:g} and {_MOST_TEMPERATURE:g}, got {temperature}."
         )
     if top_p is not None and not 0 < top_p <= 1:
-        raise ChatError(f"--top-p must be above 0 and at most 1, got {top_p}.")
+        raise ChatError(f"`top_p` must be above 0 and at most 1, got {top_p}.")
     if temperature == 0 and top_p is not None:
-        raise ChatError("--top-p has no effect with --temperature 0, which does not sample. Leave out one of them.")
+        raise ChatError(
+            "`top_p` has no effect with a `temperature` of 0, which does not sample. Leave out one of them."
+        )
     if seed is not None and not 0 <= seed < 2**32:
-        raise ChatError(f"--seed must be a whole number from 0 to {2**32 - 1}, got {seed}.")
+        raise ChatError(f"`seed` must be a whole number from 0 to {2**32 - 1}, got {seed}.")
     if detection_threshold is not None and not math.isfinite(detection_threshold):
-        raise ChatError(f"--detection-threshold must be a number, got {detection_threshold}.")
+        raise ChatError(f"`detection_threshold` must be a number, got {detection_threshold}.")
 
 
 def generation_config(

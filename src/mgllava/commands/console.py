@@ -1,9 +1,12 @@
-"""What the commands share: errors as messages, and progress."""
+"""What the commands share: errors as messages, progress bars, printable text."""
 
+import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -17,23 +20,58 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from mgllava.errors import MGLlavaError
 
-@contextmanager
-def errors_as_messages(*kinds: type[Exception]) -> Iterator[None]:
-    """Print what went wrong in one message, and exit with 1."""
-    from mgllava.model_files.errors import ConversionError
+_Command = TypeVar("_Command", bound=Callable[..., None])
 
-    expected: tuple[type[Exception], ...] = (ConversionError, OSError, *kinds)
-    try:
-        yield
-    except expected as error:
-        message = printable(f"error: {error}")
-        Console(stderr=True).print(message, style="red", soft_wrap=True, markup=False, highlight=False)
-        raise typer.Exit(1) from None
+
+def errors_as_messages(*kinds: type[Exception]) -> Callable[[_Command], _Command]:
+    """Let a command print expected errors as one message and exit with 1; arguments are named as its options."""
+    expected: tuple[type[Exception], ...] = (MGLlavaError, OSError, *kinds)
+
+    def decorate(command: _Command) -> _Command:
+        @functools.wraps(command)
+        def run(*arguments: Any, **options: Any) -> None:
+            try:
+                command(*arguments, **options)
+            except expected as error:
+                words = _words(command)
+                text = re.sub(
+                    r"`(\w+)(?:=(?:True|False))?`", lambda found: words.get(found[1], found[0]), f"error: {error}"
+                )
+                say(text, stderr=True, style="red")
+                raise typer.Exit(1) from None
+
+        return run  # type: ignore[return-value]
+
+    return decorate
+
+
+def _words(command: Callable[..., None]) -> dict[str, str]:
+    """Map the names of a command's parameters to what users type for them."""
+    app = typer.Typer(add_completion=False)
+    app.command()(command)
+    return {
+        parameter.name: parameter.metavar or parameter.name.upper()
+        if parameter.param_type_name == "argument"
+        else [*parameter.opts, *parameter.secondary_opts][0]
+        for parameter in typer.main.get_command(app).params
+        if parameter.name is not None
+    }
+
+
+def say(text: str, stderr: bool = False, style: str | None = None) -> None:
+    """Print a text without markup, in lines of any length."""
+    Console(stderr=stderr).print(printable(text), style=style, soft_wrap=True, markup=False, highlight=False)
+
+
+def is_main_process() -> bool:
+    """Tell whether this is the process that prints, of those that `accelerate launch` started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def printable(text: str) -> str:
-    """Escape what a terminal would obey or could not show: names in files of strangers may hold anything."""
+    """Escape control characters and what a terminal cannot show: names in downloaded files may hold anything."""
     return "".join(
         letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape").decode("ascii")
         for letter in text
@@ -57,9 +95,9 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
 
 @contextmanager
 def image_bar() -> Iterator[Callable[[int, int], None]]:
-    """Show one bar, that of the main process, which has as much to do as any other."""
+    """Show the progress of the main process, which has as much to do as any other."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(file=sys.stderr), disable=os.environ.get("RANK", "0") != "0") as bars:
+    with Progress(*columns, console=Console(file=sys.stderr), disable=not is_main_process()) as bars:
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         task = bars.add_task("images" if processes == 1 else f"images (process 1 of {processes})", total=None)
 
@@ -69,4 +107,4 @@ def image_bar() -> Iterator[Callable[[int, int], None]]:
         yield progress
 
 
-__all__ = ["errors_as_messages", "image_bar", "printable", "progress_bars"]
+__all__ = ["errors_as_messages", "image_bar", "is_main_process", "printable", "progress_bars", "say"]

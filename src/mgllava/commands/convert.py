@@ -5,9 +5,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from .console import errors_as_messages, printable, progress_bars
+from mgllava import conversion
+from mgllava.conversion import PRESETS, convert_checkpoint, export_xtuner
+from mgllava.conversion.convert_ram_plus import TAG_LIST_URL, THRESHOLDS_URL
+from mgllava.model_files.errors import ConversionError
+from mgllava.model_files.repository_writer import DEFAULT_SHARD_SIZE
+
+from .console import errors_as_messages, progress_bars, say
+from .options import Dtype, MaxShardSize, Output, Overwrite, TrustPickle
 
 
 class PromptTemplate(str, Enum):
@@ -29,35 +35,16 @@ class Preset(str, Enum):
     YI_34B = "yi-34b"
 
 
-# The converters' own default, which is not imported here, as that is slow.
-DEFAULT_SHARD_SIZE = "5GB"
-
-# Options that both converters have.
-DtypeOption = Annotated[str, typer.Option(help="auto (as in the checkpoint), float32, float16 or bfloat16.")]
-ShardSizeOption = Annotated[str, typer.Option(help="Size of the largest weight file.")]
-TrustPickleOption = Annotated[
-    bool,
-    typer.Option(
-        "--trust-pickle",
-        help="Read a checkpoint that holds pickled objects next to the weights. The objects are skipped; no code of "
-        "theirs is run even then.",
-    ),
-]
-OverwriteOption = Annotated[
-    bool,
-    typer.Option("--overwrite", help="Replace what an earlier conversion wrote; other files there stay."),
-]
-
-
+@errors_as_messages()
 def convert(
     checkpoint: Annotated[
         str,
         typer.Option(
-            help="XTuner checkpoint: a .pth file, a DeepSpeed folder, or a Hub id (owner/name, or owner/name/path if "
-            "it has several). With --to-xtuner: a repository."
+            help="Original checkpoint: a .pth file, a DeepSpeed folder, or a Hub id (owner/name, or "
+            "owner/name/path if it has several). With --to-original: a model folder."
         ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder to write. With --to-xtuner: the .pth file to write.")],
+    output: Annotated[Path, typer.Option(help="Folder to write. With --to-original: the .pth file to write.")],
     preset: Annotated[
         Preset | None,
         typer.Option(help="Published model: fills the next four options, as far as they are not given."),
@@ -70,18 +57,18 @@ def convert(
     prompt_template: Annotated[
         PromptTemplate | None, typer.Option(help="Chat template of the language model.")
     ] = None,
-    dtype: DtypeOption = "auto",
-    max_shard_size: ShardSizeOption = DEFAULT_SHARD_SIZE,
-    trust_pickle: TrustPickleOption = False,
+    dtype: Dtype = "auto",
+    max_shard_size: MaxShardSize = DEFAULT_SHARD_SIZE,
+    trust_pickle: TrustPickle = False,
     lora_alpha: Annotated[
         float | None, typer.Option(help="lora_alpha of a LoRA checkpoint whose config text does not say it.")
     ] = None,
-    overwrite: OverwriteOption = False,
-    to_xtuner: Annotated[
-        bool, typer.Option("--to-xtuner", help="The way back: from a repository to an XTuner .pth file.")
+    overwrite: Overwrite = False,
+    to_original: Annotated[
+        bool, typer.Option("--to-original", help="The way back: from a model folder to an original checkpoint (.pth).")
     ] = False,
 ) -> None:
-    """Convert an XTuner checkpoint into a repository for `from_pretrained`, or back."""
+    """Convert an original (XTuner) checkpoint into a model folder for `from_pretrained`, or back."""
     given = {
         "llm": llm,
         "vision_tower": vision_tower,
@@ -89,50 +76,42 @@ def convert(
         "prompt_template": None if prompt_template is None else prompt_template.value,
     }
     parts = {name: value for name, value in given.items() if value is not None}
-    with errors_as_messages():
-        from mgllava.conversion import PRESETS, ConversionError, convert_checkpoint, export_xtuner
-
-        if to_xtuner:
-            others = {
-                "preset": preset is not None,
-                **dict.fromkeys(parts, True),
-                "dtype": dtype != "auto",
-                "max_shard_size": max_shard_size != DEFAULT_SHARD_SIZE,
-                "trust_pickle": trust_pickle,
-                "lora_alpha": lora_alpha is not None,
-            }
-            superfluous = [_option(name) for name, is_given in others.items() if is_given]
-            if superfluous:
-                raise ConversionError(
-                    "--to-xtuner takes --checkpoint and --output only (and --overwrite), got "
-                    f"{', '.join(superfluous)}."
-                )
-            written = export_xtuner(checkpoint, output, overwrite=overwrite)
-            Console().print(printable(f"Wrote {written}"), soft_wrap=True, markup=False)
-            return
-        parts = {**(PRESETS[preset.value] if preset is not None else {}), **parts}
-        absent = [_option(name) for name in given if name not in parts]
-        if absent:
-            raise ConversionError(f"A conversion needs {', '.join(absent)}, or --preset for a published model.")
-        with progress_bars() as progress:
-            written = convert_checkpoint(
-                checkpoint,
-                **parts,
-                output=output,
-                dtype=dtype,
-                max_shard_size=max_shard_size,
-                trust_pickle=trust_pickle,
-                lora_alpha=lora_alpha,
-                overwrite=overwrite,
-                progress=progress,
+    if to_original:
+        others = {
+            "preset": preset is not None,
+            **dict.fromkeys(parts, True),
+            "dtype": dtype != "auto",
+            "max_shard_size": max_shard_size != DEFAULT_SHARD_SIZE,
+            "trust_pickle": trust_pickle,
+            "lora_alpha": lora_alpha is not None,
+        }
+        superfluous = [f"`{name}`" for name, is_given in others.items() if is_given]
+        if superfluous:
+            raise ConversionError(
+                f"`to_original` takes `checkpoint` and `output` only (and `overwrite`), got {', '.join(superfluous)}."
             )
-        _say_how_to_load(written, processor="AutoProcessor", model="AutoModelForImageTextToText")
+        say(f"Wrote {export_xtuner(checkpoint, output, overwrite=overwrite)}")
+        return
+    parts = {**(PRESETS[preset.value] if preset is not None else {}), **parts}
+    absent = [f"`{name}`" for name in given if name not in parts]
+    if absent:
+        raise ConversionError(f"A conversion needs {', '.join(absent)}, or `preset` for a published model.")
+    with progress_bars() as progress:
+        written = convert_checkpoint(
+            checkpoint,
+            **parts,
+            output=output,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            trust_pickle=trust_pickle,
+            lora_alpha=lora_alpha,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    _say_how_to_load(written, processor="AutoProcessor", model="AutoModelForImageTextToText")
 
 
-def _option(argument: str) -> str:
-    return f"--{argument.replace('_', '-')}"
-
-
+@errors_as_messages()
 def convert_ram_plus(
     checkpoint: Annotated[
         str,
@@ -141,7 +120,7 @@ def convert_ram_plus(
             "xinyu1205/recognize-anything-plus-model."
         ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    output: Output,
     tag_list: Annotated[
         str | None, typer.Option(help="Text file with one tag per line, or its URL.", show_default=False)
     ] = None,
@@ -150,49 +129,45 @@ def convert_ram_plus(
         typer.Option(help="Text file with one number per line, those of the tags, or its URL.", show_default=False),
     ] = None,
     swin_config: Annotated[
-        Path | None, typer.Option(help="JSON file with the sizes of the backbone. By default Swin-L at 384 pixels.")
+        Path | None,
+        typer.Option(help="JSON file with the sizes of the backbone.", show_default="Swin-L at 384 pixels"),
     ] = None,
     decoder_config: Annotated[
-        Path | None, typer.Option(help="JSON file with the sizes of the decoder. By default the released ones.")
+        Path | None, typer.Option(help="JSON file with the sizes of the decoder.", show_default="the released ones")
     ] = None,
-    dtype: DtypeOption = "auto",
-    max_shard_size: ShardSizeOption = DEFAULT_SHARD_SIZE,
-    trust_pickle: TrustPickleOption = False,
-    overwrite: OverwriteOption = False,
+    dtype: Dtype = "auto",
+    max_shard_size: MaxShardSize = DEFAULT_SHARD_SIZE,
+    trust_pickle: TrustPickle = False,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Convert a RAM++ checkpoint, the image tagger, into a repository for `from_pretrained`."""
-    with errors_as_messages():
-        from mgllava import conversion
-        from mgllava.conversion.convert_ram_plus import TAG_LIST_URL, THRESHOLDS_URL
-
-        if tag_list is None or thresholds is None:
-            raise conversion.ConversionError(
-                "A conversion needs --tag-list and --thresholds: files of the original's repository, or their URLs. "
-                f"Those of the released model: --tag-list {TAG_LIST_URL} --thresholds {THRESHOLDS_URL}"
-            )
-        with progress_bars() as progress:
-            written = conversion.convert_ram_plus(
-                checkpoint,
-                tag_list,
-                thresholds,
-                output,
-                swin_config=swin_config,
-                decoder_config=decoder_config,
-                dtype=dtype,
-                max_shard_size=max_shard_size,
-                trust_pickle=trust_pickle,
-                overwrite=overwrite,
-                progress=progress,
-            )
-        _say_how_to_load(written, image_processor="AutoImageProcessor", model="AutoModel")
+    """Convert a checkpoint of RAM++, the image tagger, into a model folder for `from_pretrained`."""
+    if tag_list is None or thresholds is None:
+        raise ConversionError(
+            "A conversion needs `tag_list` and `thresholds`: files of the original git repository, or their URLs. "
+            f"Those of the released model: --tag-list {TAG_LIST_URL} --thresholds {THRESHOLDS_URL}"
+        )
+    with progress_bars() as progress:
+        written = conversion.convert_ram_plus(
+            checkpoint,
+            tag_list,
+            thresholds,
+            output,
+            swin_config=swin_config,
+            decoder_config=decoder_config,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            trust_pickle=trust_pickle,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    _say_how_to_load(written, image_processor="AutoImageProcessor", model="AutoModel")
 
 
-def _say_how_to_load(repository: Path, **auto_classes: str) -> None:
+def _say_how_to_load(folder: Path, **auto_classes: str) -> None:
     """Print the lines that load what was written; `auto_classes` by the names of the variables."""
     lines = ["import mgllava", f"from transformers import {', '.join(sorted(auto_classes.values()))}"]
-    lines += [f'{variable} = {name}.from_pretrained("{repository}")' for variable, name in auto_classes.items()]
-    text = "\n  ".join([f"Wrote {repository}\nLoad it:", *lines])
-    Console().print(printable(text), soft_wrap=True, markup=False)
+    lines += [f'{variable} = {name}.from_pretrained("{folder}")' for variable, name in auto_classes.items()]
+    say("\n  ".join([f"Wrote {folder}\nLoad it:", *lines]))
 
 
 __all__ = ["Preset", "PromptTemplate", "convert", "convert_ram_plus"]

@@ -1,22 +1,26 @@
 """The command `mgllava detect`."""
 
+import re
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from .console import errors_as_messages, image_bar
+from mgllava.box_files import BoxFileError, detect_images, open_detector
+
+from .console import errors_as_messages, image_bar, say
+from .options import SAVE_BOXES_HELP, THRESHOLD_HELP, TrustRemoteCode
 
 
 class DetectionMode(str, Enum):
-    """What boxes a detector gives."""
+    """Which boxes a box detector returns."""
 
     FAITHFUL = "faithful"
     CLEAN = "clean"
 
 
+@errors_as_messages(ImportError)
 def detect(
     inputs: Annotated[
         list[Path],
@@ -28,10 +32,10 @@ def detect(
     ],
     output: Annotated[Path, typer.Option(help="Box file to write: .parquet, or .json as the original reads it.")],
     processor: Annotated[
-        str | None, typer.Option(help="MG-LLaVA repository with a box detector: folder or Hub id.")
+        str | None, typer.Option(help="MG-LLaVA model with a box detector: folder or Hub id.")
     ] = None,
     detector: Annotated[
-        str | None, typer.Option(help="Zero-shot detector: folder or Hub id.", show_default="OWLv2-L")
+        str | None, typer.Option(help="Zero-shot object detector: folder or Hub id.", show_default="OWLv2-L")
     ] = None,
     tagger: Annotated[
         str | None, typer.Option(help="Image tagger: folder or Hub id; coco80 for the labels of COCO.")
@@ -43,33 +47,31 @@ def detect(
         DetectionMode | None,
         typer.Option(help="faithful: boxes as the published weights expect. clean: clipped to the image."),
     ] = None,
-    threshold: Annotated[float, typer.Option(help="Scores must be greater.")] = 0.2,
+    threshold: Annotated[float, typer.Option(help=THRESHOLD_HELP)] = 0.2,
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 8,
     image_folder: Annotated[
-        Path | None, typer.Option(help="Where the paths of a JSON list start.", show_default="its folder")
+        Path | None, typer.Option(help="Folder that the paths of a JSON list start from.", show_default="its own")
     ] = None,
-    show: Annotated[Path | None, typer.Option(help="Folder to draw the images with their boxes in.")] = None,
+    show: Annotated[Path | None, typer.Option("--save-boxes", help=SAVE_BOXES_HELP)] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted job; start if there is none.")
+        bool, typer.Option("--resume", help="Resume an interrupted job; start if there is none.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again and replace the output.")] = False,
-    shard: Annotated[
-        str | None, typer.Option(metavar="I/N", help="Do the I-th of N parts (from 0), for arrays of cluster jobs.")
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over and replace the output.")] = False,
+    array_task: Annotated[
+        str | None,
+        typer.Option("--shard", metavar="I/N", help="Run as array task I of N (from 0) of a cluster's job array."),
     ] = None,
-    shard_size: Annotated[int, typer.Option(help="Images per shard; processes share out shards.")] = 512,
+    shard_size: Annotated[int, typer.Option(help="Images in a slice: processes take one slice after another.")] = 512,
     workers: Annotated[int, typer.Option(help="Threads that read images.")] = 4,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the code of repositories that bring their own.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Find the boxes of images and write them to a box file.
 
-    A job that was interrupted goes on with --resume. Several GPUs: accelerate launch -m mgllava.cli detect …
-    """
-    from mgllava.box_files import BoxFileError, detect_images, open_detector
-    from mgllava.box_files.arguments import parse_array_task, parse_labels
+    --resume continues an interrupted job.
 
-    with errors_as_messages(BoxFileError, ImportError), image_bar() as progress:
+    Several GPUs: accelerate launch -m mgllava detect …
+    """
+    with image_bar() as progress:
         summary = detect_images(
             list(inputs) if len(inputs) > 1 else inputs[0],
             output,
@@ -80,14 +82,36 @@ def detect(
             image_folder=image_folder,
             resume=resume,
             overwrite=overwrite,
-            array_task=parse_array_task(shard),
+            array_task=parse_array_task(array_task),
             shard_size=shard_size,
             show=show,
             workers=workers,
             progress=progress,
         )
     if summary is not None:
-        Console().print(str(summary), soft_wrap=True, markup=False, highlight=False)
+        say(str(summary))
 
 
-__all__ = ["DetectionMode", "detect"]
+def parse_labels(text: str | None) -> list[str] | None:
+    """Read labels: `cup,spoon`, or the name of a file with a label per line."""
+    if text is None:
+        return None
+    is_file = Path(text).is_file()
+    pieces = Path(text).read_text(encoding="utf-8").splitlines() if is_file else text.split(",")
+    labels = [piece.strip() for piece in pieces if piece.strip()]
+    if not labels:
+        raise BoxFileError(f"`labels` must have at least one label, got {text!r}.")
+    return labels
+
+
+def parse_array_task(text: str | None) -> tuple[int, int]:
+    """Read `I/N`; without a text, the only task of one."""
+    if text is None:
+        return 0, 1
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise BoxFileError(f"`array_task` must be I/N with 0 <= I < N, such as 0/16, got {text!r}.")
+    return int(match[1]), int(match[2])
+
+
+__all__ = ["DetectionMode", "detect", "parse_array_task", "parse_labels"]

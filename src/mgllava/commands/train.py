@@ -1,14 +1,13 @@
 """The command `mgllava train`."""
 
-import os
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from .console import errors_as_messages
+from .console import errors_as_messages, is_main_process, say
 
 
+@errors_as_messages(ValueError, ImportError)
 def train(
     recipe: Annotated[
         list[str],
@@ -18,20 +17,21 @@ def train(
         ),
     ],
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last whole checkpoint; start if there is none.")
+        bool, typer.Option("--resume", help="Resume from the last complete checkpoint; start if there is none.")
     ] = False,
 ) -> None:
     """Train a model as a recipe says.
 
-    For example: mgllava train stage_1_vicuna_7b.yaml data.samples=llava.json data.images=images
-    data.boxes=boxes.parquet data.detector.tagger=ram-plus. Several GPUs: accelerate launch -m mgllava.cli train …
-    """
-    with errors_as_messages(ValueError, ImportError):
-        from mgllava import training
+    For example: mgllava train stage_1_vicuna_7b.yaml data.samples=llava.json
+    data.images=images data.boxes=boxes.parquet data.detector.tagger=ram-plus
 
-        written = training.train(training.load_recipe(*recipe), resume=resume)
-    if os.environ.get("RANK", "0") == "0":
-        Console().print(f"Wrote {written}", soft_wrap=True, markup=False)
+    Several GPUs: accelerate launch -m mgllava train …
+    """
+    from mgllava import training
+
+    written = training.train(training.load_recipe(*recipe), resume=resume)
+    if is_main_process():
+        say(f"Wrote {written}")
 
 
 __all__ = ["train"]

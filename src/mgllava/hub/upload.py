@@ -52,7 +52,7 @@ def check_destination(repo_id: str, tag: str, private: bool) -> None:
     except Exception as error:  # those of the HTTP library have other names in each version of huggingface_hub
         raise ConversionError(
             f"`push`: the Hub cannot be asked about {repo_id} ({one_line(error)}). Check the name, the connection and "
-            "the login, or leave --push out and upload the folder later."
+            "the login, or leave `push` out and upload the folder later."
         ) from error
     if tag in tags:
         raise ConversionError(

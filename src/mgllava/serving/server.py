@@ -43,7 +43,6 @@ _TEMPLATE_ARGUMENTS = {
     "tokenize",
     "tools",
 }
-_BITS = {"bnb-4bit": 4, "bnb-8bit": 8}
 
 
 class _ImpatientProtocol(H11Protocol):
@@ -90,7 +89,7 @@ def run_server(
     allowed_hosts: Sequence[str] = (),
     api_keys: Sequence[str] = (),
     served_model_name: str | None = None,
-    box_detector: bool = True,
+    use_detector: bool = True,
     compile: bool = False,
     chat_template_kwargs: str | None = None,
     enable_cors: bool = False,
@@ -98,7 +97,7 @@ def run_server(
     default_seed: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
-    quantization: str | None = None,
+    bits: int | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
@@ -113,7 +112,7 @@ def run_server(
         allowed_hosts (`Sequence[str]`): Names of this server, see [`AllowedHosts`].
         api_keys (`Sequence[str]`): Keys of which requests must have one; without any, all may ask.
         served_model_name (`str`, *optional*): How clients call the model; by default the folder's name, or the id.
-        box_detector (`bool`): Whether to use the detector of the repository, if it has one.
+        use_detector (`bool`): Whether to use the box detector of the model, if it has one.
         compile (`bool`): Whether to compile decoding, with a static cache.
         chat_template_kwargs (`str`, *optional*): JSON object; variables of the chat template.
         enable_cors (`bool`): Whether web pages of all origins may send requests.
@@ -121,7 +120,7 @@ def run_server(
         default_seed (`int`, *optional*): Seed of sampling for requests that have none.
         device (`str`): `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"` or `"1"`.
         dtype (`str`): `"auto"`, or the name of a dtype of torch.
-        quantization (`str`, *optional*): `"bnb-4bit"` or `"bnb-8bit"`.
+        bits (`int`, *optional*): 4 or 8, to load the language model quantized.
         attn_implementation (`str`, *optional*): As in `from_pretrained`.
         trust_remote_code (`bool`): Whether code of the repository may run.
 
@@ -133,15 +132,14 @@ def run_server(
     hosts = ImageHosts.parse(allowed_image_hosts)
     names = AllowedHosts(host, allowed_hosts)
     if not all(key.strip() for key in api_keys):
-        raise ValueError("`api_key` must not be empty.")
+        raise ValueError("`api_keys` must not be empty.")
     limits = limits or ServingLimits()
     template_kwargs = _read_template_kwargs(chat_template_kwargs)
     if log_level.lower() not in logging.log_levels:
         raise ValueError(f"`log_level` must be one of {', '.join(logging.log_levels)}, got {log_level!r}.")
     for package in ("transformers", "mgllava"):
         logging.get_logger(package).setLevel(logging.log_levels[log_level.lower()])
-    if quantization is not None and quantization not in _BITS:
-        raise ValueError(f"`quantization` must be one of {', '.join(_BITS)}, got {quantization!r}.")
+    quantization = None if bits is None else mgllava.quantization_config(bits)
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"`dtype` must be 'auto' or a dtype of torch such as 'bfloat16', got {dtype!r}.")
     if default_seed is not None and not -(2**63) <= default_seed < 2**63:
@@ -156,7 +154,7 @@ def run_server(
             "Use `transformers serve` for other models."
         )
     processor = AutoProcessor.from_pretrained(name, **source)
-    if not box_detector:
+    if not use_detector:
         processor.box_detector = None
     processor.box_detector  # noqa: B018  (loads it: the first request should not wait)
     loaded = AutoModelForImageTextToText.from_pretrained(
@@ -164,7 +162,7 @@ def run_server(
         dtype=dtype,
         device_map=int(device) if device.isdecimal() else device,
         attn_implementation=attn_implementation,
-        quantization_config=None if quantization is None else mgllava.quantization_config(_BITS[quantization]),
+        quantization_config=quantization,
         **source,
     ).eval()
 

@@ -1,0 +1,5 @@
+"""`python -m mgllava`: the command line."""
+
+from mgllava.cli import main
+
+main()

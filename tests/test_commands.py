@@ -1,0 +1,71 @@
+"""The command line as a whole: its words, its version, and errors that name options. What commands do is elsewhere."""
+
+import subprocess
+import sys
+from typing import Annotated
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import mgllava
+from mgllava.cli import app
+from mgllava.commands.console import errors_as_messages
+
+COMMANDS = typer.main.get_command(app).commands
+# One word for one thing: these options read the same wherever they occur.
+SHARED = {
+    "--bits": {"chat", "serve"},
+    "--device": {"chat", "serve"},
+    "--attn-implementation": {"chat", "serve"},
+    "--no-detector": {"chat", "serve"},
+    "--save-boxes": {"chat", "detect"},
+    "--threshold": {"chat", "detect"},
+    "--dtype": {"chat", "serve", "convert", "convert-ram-plus"},
+    "--max-shard-size": {"convert", "convert-ram-plus"},
+    "--trust-pickle": {"convert", "convert-ram-plus"},
+    "--trust-remote-code": {"chat", "serve", "detect"},
+}
+
+
+@pytest.mark.parametrize("word", SHARED)
+def test_option_reads_the_same_in_every_command(word):
+    found = {
+        name: parameter.help
+        for name, command in COMMANDS.items()
+        for parameter in command.params
+        if word in (*parameter.opts, *parameter.secondary_opts)
+    }
+    assert found.keys() == SHARED[word]
+    assert len(set(found.values())) == 1
+
+
+def test_model_is_the_argument_of_all_commands_that_take_one():
+    positional = {
+        name: [parameter.metavar for parameter in command.params if parameter.param_type_name == "argument"]
+        for name, command in COMMANDS.items()
+    }
+    assert {name for name, words in positional.items() if words == ["MODEL"]} == {"chat", "serve", "export"}
+    assert not any("--model" in parameter.opts for command in COMMANDS.values() for parameter in command.params)
+
+
+def test_python_m_mgllava_prints_the_version():
+    done = subprocess.run([sys.executable, "-m", "mgllava", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"mgllava {mgllava.__version__}\n"
+
+
+def test_errors_name_options_where_functions_name_arguments():
+    @errors_as_messages(ValueError)
+    def command(
+        model: Annotated[str, typer.Argument(metavar="MODEL")],
+        box_file: Annotated[str, typer.Option("--boxes")] = "",
+        use_detector: Annotated[bool, typer.Option(" /--no-detector")] = True,
+        batch_size: Annotated[int, typer.Option()] = 1,
+    ):
+        raise ValueError(f"`model` {model}; `box_file`, `batch_size`, `use_detector=False`; `other`, `model.bits`")
+
+    alone = typer.Typer()
+    alone.command()(command)
+    result = CliRunner().invoke(alone, ["`model`\x1b"])
+    assert result.exit_code == 1
+    assert "MODEL MODEL\\x1b; --boxes, --batch-size, --no-detector; `other`, `model.bits`" in result.output
