@@ -366,7 +366,7 @@ def test_hub_that_cannot_be_asked_is_one_message(saved, tmp_path, monkeypatch, e
     monkeypatch.setattr(upload, "HfApi", Api)
     result = run(saved, "--output", tmp_path / "out", "--push", "org/name")
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
-    assert "`push`: the Hub cannot be asked about org/name" in result.output and result.output.count("\n") == 1
+    assert "--push: the Hub cannot be asked about org/name" in result.output and result.output.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
