@@ -138,9 +138,7 @@ def find_boxes(world: Path, split: str, kind: str) -> None:
         }[kind]
         options = ["--image-folder", world / split / "images", "--detector", _part(world, Part.DETECTOR)]
         options += ["--mode", "clean"]
-        _call(
-            "mgllava", "detect", world / split / "captions.json", *options, *tags, "--output", output, "--resume"
-        )
+        _call("mgllava", "detect", world / split / "captions.json", *options, *tags, "--output", output, "--resume")
 
 
 def _part(world: Path, part: Part) -> Path:

@@ -77,13 +77,13 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     _check_sharding(args)
     _check_optimizer(args)
     if args.n_gpu > 1:
-        logger.warning("One of %d GPUs is used. For all: accelerate launch -m mgllava.cli train …", args.n_gpu)
+        logger.warning("One of %d GPUs is used. For all: accelerate launch -m mgllava train …", args.n_gpu)
         # DataParallel would split batches by rows, and the number of images is not that of the rows.
         args._n_gpu = 1  # private, so it is checked
         if args.n_gpu != 1:
             raise RuntimeError(
                 "This release of transformers uses all GPUs in one process, which this training cannot. Start with "
-                "`accelerate launch -m mgllava.cli train …`."
+                "`accelerate launch -m mgllava train …`."
             )
     return args
 
@@ -112,7 +112,7 @@ def _check_sharding(args: TrainingArguments) -> None:
         processes = f"{state.num_processes} process{'es' if state.num_processes > 1 else ''} on {state.device.type}"
         raise TrainingError(
             f"`training.fsdp` shards among several processes with a GPU each, got {processes}, which would each hold "
-            "the whole model. Start with `accelerate launch -m mgllava.cli train …`, or remove it (fsdp2.yaml)."
+            "the whole model. Start with `accelerate launch -m mgllava train …`, or remove it (fsdp2.yaml)."
         )
 
 
