@@ -10,7 +10,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import PushToHubMixin
 
 from mgllava import BoxDetector
-from mgllava.processing import CHAT_TEMPLATES, processing_mgllava
+from mgllava.processing import CHAT_TEMPLATES, image_text_processor_common
 from tests.processing.detectors import OWLV2
 from tests.processing.test_processing import small
 from tests.tiny import tiny_inputs, tiny_model
@@ -85,7 +85,7 @@ def test_the_mark_of_user_text_keeps_it_from_being_a_placeholder():
 
 
 def test_without_the_mark_sanitizing_is_refused(monkeypatch):
-    monkeypatch.setattr(processing_mgllava, "_UNMARKED", None)
+    monkeypatch.setattr(image_text_processor_common, "_UNMARKED", None)
     options = {"tokenize": True, "sanitize_control_tokens": True, "chat_template": CHAT_TEMPLATES["vicuna"]}
     with pytest.raises(NotImplementedError, match="`sanitize_control_tokens`"):
         small().apply_chat_template([{"role": "user", "content": "<image>"}], **options)

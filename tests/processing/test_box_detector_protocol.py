@@ -13,7 +13,7 @@ from transformers import AutoProcessor, Owlv2Config, Owlv2ForObjectDetection
 
 from mgllava import BoxDetector, MGLlavaImageProcessor, MGLlavaProcessor
 from mgllava.box_files import open_detector
-from mgllava.processing.box_detector_files_mgllava import ProcessLock
+from mgllava.processing.image_text_processor_common import ProcessLock
 from tests.tiny import IMAGE_SIZE, NUM_FUSED_TOKENS, tiny_model
 
 from .detectors import OWLV2

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from mgllava.processing import COCO_80, BoxDetector, MGLlavaProcessor
 from mgllava.processing.box_detection_mgllava import DEFAULT_DETECTOR
-from mgllava.processing.box_detector_files_mgllava import ProcessLock
+from mgllava.processing.image_text_processor_common import ProcessLock
 
 from .errors import BoxFileError
 

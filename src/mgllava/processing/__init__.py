@@ -7,8 +7,7 @@ from .image_processing_mgllava import (
     MGLlavaImageProcessorKwargs,
     MGLlavaImageProcessorPil,
 )
-from .processing_mgllava import BoxDetectorProtocol, MGLlavaProcessor
-from .text_chunks_common import CHAT_TEMPLATES
+from .processing_mgllava import CHAT_TEMPLATES, BoxDetectorProtocol, MGLlavaProcessor
 
 __all__ = [
     "CHAT_TEMPLATES",

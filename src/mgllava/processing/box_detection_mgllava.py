@@ -18,7 +18,6 @@ from .box_detector_files_mgllava import (
     BUNDLE_FOLDER,
     PARTS,
     PROMPT_EMBEDS_FILE,
-    ProcessLock,
     ProcessorRepository,
     bundled_name,
     known_commit,
@@ -26,6 +25,7 @@ from .box_detector_files_mgllava import (
     locate_revision,
     store_parts,
 )
+from .image_text_processor_common import ProcessLock
 from .images_common import as_rgb, load_upright, resize_like_pil
 from .owlv2_detection_mgllava import GroundedDetector, Owlv2Detector
 

@@ -8,7 +8,6 @@ are for values that the user set: what a `processor_config.json` says never reac
 import copy
 import os
 import shutil
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -49,27 +48,6 @@ class ProcessorRepository:
         """Tell whether a value of the configuration comes from the repository's file."""
         written = self.written_config or {}
         return key in written and written[key] == value
-
-
-class ProcessLock:
-    """A reentrant lock that copies, pickles and forked processes do not share: each gets a lock that nobody holds."""
-
-    def __init__(self) -> None:
-        self._renew()
-
-    def _renew(self) -> None:
-        self._lock, self._process = threading.RLock(), os.getpid()
-
-    def __enter__(self) -> None:
-        if self._process != os.getpid():  # a thread that was not forked may have held it
-            self._renew()
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple[type["ProcessLock"], tuple[()]]:
-        return type(self), ()
 
 
 def bundled_name(part: str) -> str:

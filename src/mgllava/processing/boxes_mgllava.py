@@ -86,28 +86,63 @@ def prepare_boxes(
         ValueError: If shapes, values or lengths are wrong, a region does not lie in the image, or `limit_mode` is
             unknown.
     """
-    given, given_labels, scores = read_boxes_of_image(entry, image_size, name)
-    boxes, labels = given, [None] * len(given) if given_labels is None else given_labels
+    boxes, objects = select_objects(
+        entry,
+        image_size,
+        resize_to=resize_to,
+        crop_to=crop_to,
+        pad_to_square=pad_to_square,
+        iou_threshold=iou_threshold,
+        limit_mode=limit_mode,
+        limit=limit,
+        close_to_max_length=close_to_max_length,
+        name=name,
+    )
+    return (boxes, objects.get("labels", [])) if len(boxes) else (torch.zeros(1, 4, dtype=torch.int64), [])
 
+
+def select_objects(
+    entry: Any,
+    image_size: tuple[int, int],
+    *,
+    resize_to: int | None,
+    crop_to: tuple[int, int] | None,
+    pad_to_square: bool,
+    iou_threshold: float,
+    limit_mode: BoxLimitMode,
+    limit: int | None,
+    close_to_max_length: bool = False,
+    name: str = "boxes",
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Choose the boxes that the model gets; arguments and errors are those of [`prepare_boxes`].
+
+    Returns int64 boxes of shape `(n, 4)` in pixels of the model input, n >= 0; and of the same boxes `boxes` (fp32, in
+    pixels of the original image), and `labels` and `scores` if they were given.
+    """
+    given, labels, scores = read_boxes_of_image(entry, image_size, name)
+    boxes, kept = given, list(range(len(given)))
     if pad_to_square:
         boxes = boxes + padding_offset(image_size)
         image_size = (max(image_size), max(image_size))
     if scores is not None:
-        keep = nms_per_label(boxes, scores, labels, iou_threshold)
-        keep = [keep[i] for i in limit_boxes([labels[i] for i in keep], limit_mode, limit, close_to_max_length)]
-        boxes, labels = boxes[keep], [labels[i] for i in keep]
-    boxes, inside = to_model_frame(boxes, image_size, resize_to=resize_to, crop_to=crop_to)
+        names = labels or [None] * len(boxes)
+        kept = nms_per_label(boxes, scores, names, iou_threshold)
+        chosen = limit_boxes([names[row] for row in kept], limit_mode, limit, close_to_max_length)
+        kept = [kept[row] for row in chosen]
+    boxes, inside = to_model_frame(boxes[kept], image_size, resize_to=resize_to, crop_to=crop_to)
     if scores is None and not bool(inside.all()):
         index = int((~inside).nonzero()[0])
         raise ValueError(
             f"`{name}` must lie where the model looks, got {given[index].tolist()} at index {index}, which the crop "
             "of the center cuts off. Remove it, or pass `do_pad=True` to show the model the whole image."
         )
-    labels = [label for label, is_inside in zip(labels, inside.tolist(), strict=True) if is_inside]
-
-    if len(boxes) == 0:
-        return torch.zeros(1, 4, dtype=torch.int64), []
-    return boxes, [] if given_labels is None else labels
+    kept = [row for row, is_inside in zip(kept, inside.tolist(), strict=True) if is_inside]
+    objects: dict[str, Any] = {"boxes": given[kept]}
+    if labels is not None:
+        objects["labels"] = [labels[row] for row in kept]
+    if scores is not None:
+        objects["scores"] = scores[kept]
+    return boxes, objects
 
 
 def read_boxes_of_image(

@@ -21,7 +21,7 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 
-from .boxes_mgllava import BoxLimitMode, flatten_boxes, prepare_boxes
+from .boxes_mgllava import BoxLimitMode, flatten_boxes, prepare_boxes, select_objects
 from .images_common import as_rgb, fetch_upright, flat_images, group_sizes, resize_in_square
 
 # Above this ratio of its sides, an image is resized without making its square.
@@ -97,7 +97,7 @@ class MGLlavaImageProcessorMixin(BaseImageProcessor):
     do_normalize = True
     do_convert_rgb = True
     iou_threshold = 0.2
-    box_limit_mode = "per_category"
+    box_limit_mode: BoxLimitMode = "per_category"
     box_limit = 100
 
     def __init__(self, **kwargs: Unpack[MGLlavaImageProcessorKwargs]):
@@ -128,6 +128,18 @@ class MGLlavaImageProcessorMixin(BaseImageProcessor):
         """
         return fetch_upright(image_url_or_urls)
 
+    def objects(self, detections: Any, image_size: tuple[int, int]) -> dict[str, Any]:
+        """Choose the objects of an image that the model gets a token for, see [`MGLlavaProcessor.objects`]."""
+        return select_objects(
+            detections,
+            image_size,
+            **_frame(self.size, self.crop_size, self.do_resize, self.do_center_crop),
+            pad_to_square=self.do_pad,
+            iou_threshold=self.iou_threshold,
+            limit_mode=self.box_limit_mode,
+            limit=self.box_limit,
+        )[1]
+
     def _preprocess_image_like_inputs(  # type: ignore[override]  # the options by name
         self,
         images: Any,
@@ -151,14 +163,12 @@ class MGLlavaImageProcessorMixin(BaseImageProcessor):
                 f"`pad_boxes_to_multiple_of` must be a positive number, got {pad_boxes_to_multiple_of}. Pass None for "
                 "no padding beyond the image with the most boxes."
             )
-        size, crop_size = kwargs["size"], kwargs["crop_size"]
+        frame = _frame(kwargs["size"], kwargs["crop_size"], kwargs["do_resize"], kwargs["do_center_crop"])
         if kwargs["do_normalize"] and not kwargs["do_rescale"]:
             raise ValueError(
                 "`do_rescale` must be True when `do_normalize` is, got False. Images are kept in 8 bits until then; "
                 "floating point images between 0 and 1 are recognised."
             )
-        resize_to = _short_side(size) if kwargs["do_resize"] else None
-        crop_to = (crop_size.height, crop_size.width) if kwargs["do_center_crop"] else None
 
         opened = self.fetch_images(images)
         rgb = [as_rgb(image, input_data_format, f"images[{index}]") for index, image in enumerate(flat_images(opened))]
@@ -170,8 +180,7 @@ class MGLlavaImageProcessorMixin(BaseImageProcessor):
             prepare_boxes(
                 entry,
                 image_size,
-                resize_to=resize_to,
-                crop_to=crop_to,
+                **frame,
                 pad_to_square=do_pad,
                 iou_threshold=iou_threshold,
                 limit_mode=box_limit_mode,
@@ -185,7 +194,7 @@ class MGLlavaImageProcessorMixin(BaseImageProcessor):
         if do_pad:
             fill = [int(channel * 255) for channel in kwargs["image_mean"]]
             is_bicubic = kwargs["resample"] == PILImageResampling.BICUBIC
-            rgb = [self._as_square(image, fill, resize_to if is_bicubic else None) for image in rgb]
+            rgb = [self._as_square(image, fill, frame["resize_to"] if is_bicubic else None) for image in rgb]
         pixels = [
             self.process_image(image, do_convert_rgb=False, input_data_format=ChannelDimension.FIRST, device=device)
             for image in rgb
@@ -263,10 +272,15 @@ def pad_to_square(image: torch.Tensor, fill: Sequence[int]) -> torch.Tensor:
     return square
 
 
-def _short_side(size: SizeDict) -> int:
-    if not size.shortest_edge or size.longest_edge:
-        raise ValueError(f"`size` must be given as {{'shortest_edge': pixels}}, got {dict(size)}.")
-    return int(size.shortest_edge)
+def _frame(size: Any, crop_size: Any, do_resize: bool, do_center_crop: bool) -> dict[str, Any]:
+    """Say how long the short side gets, and what is cropped to, in the words of [`prepare_boxes`]."""
+    size, crop_size = dict(size), dict(crop_size)
+    if do_resize and (not size.get("shortest_edge") or size.get("longest_edge")):
+        raise ValueError(f"`size` must be given as {{'shortest_edge': pixels}}, got {size}.")
+    return {
+        "resize_to": int(size["shortest_edge"]) if do_resize else None,
+        "crop_to": (crop_size["height"], crop_size["width"]) if do_center_crop else None,
+    }
 
 
 __all__ = ["MGLlavaImageProcessor", "MGLlavaImageProcessorKwargs", "MGLlavaImageProcessorPil"]

@@ -410,6 +410,11 @@ def group_sizes(images: Any) -> list[int] | None:
     return None
 
 
+def is_image_block(value: Any) -> bool:
+    """Tell whether a part of a conversation is an image."""
+    return isinstance(value, Mapping) and value.get("type") in ("image", "image_url")
+
+
 def image_block(block: Mapping[str, Any]) -> dict[str, Any]:
     """Bring an image block of a conversation into the form that transformers reads.
 
@@ -576,6 +581,7 @@ __all__ = [
     "flat_images",
     "group_sizes",
     "image_block",
+    "is_image_block",
     "load_upright",
     "open_image",
     "open_images",

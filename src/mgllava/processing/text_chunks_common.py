@@ -33,6 +33,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 logger = logging.get_logger(__name__)
 
+IMAGE_TOKEN = "<image>"
+
 # Private-use characters: the boundaries that a template writes, and what breaks role words within a text.
 CHUNK_BOUNDARY = "\U000ff4d0"
 ANSWER_BOUNDARY = "\U000ff4d1"
@@ -47,10 +49,10 @@ _TEMPLATE = """
 {%- set system_start, system_end = SYSTEM_START, SYSTEM_END -%}
 {%- set user_start, user_end = USER_START, USER_END -%}
 {%- set generation_prompt, suffix, separator = GENERATION_PROMPT, SUFFIX, SEPARATOR -%}
-{%- set closed_by_eos = CLOSED_BY_EOS -%}
+{%- set closed_by_eos, image_end = CLOSED_BY_EOS, IMAGE_END -%}
 {%- set given = chunk_boundary | default('') -%}
 {%- set learnt = answer_boundary | default('') -%}
-{%- set state = namespace(system='', text='', images=0, expected='user') -%}
+{%- set state = namespace(system=DEFAULT_SYSTEM, text='', images=0, expected='user') -%}
 {%- if tools or documents -%}
   {{- raise_exception('This model was not trained with tools or documents: `tools` and `documents` must be empty.') -}}
 {%- endif -%}
@@ -94,9 +96,9 @@ _TEMPLATE = """
       {%- set state.text = state.text.replace('<image>', '') -%}
     {%- endif -%}
     {%- if state.images -%}
-      {%- set state.text = ('<image>\\n' * state.images + state.text.strip()).strip() -%}
+      {%- set state.text = (('<image>' + image_end) * state.images + state.text.strip()).strip() -%}
     {%- endif -%}
-    {%- set is_first_turn = loop.index0 == (1 if state.system else 0) -%}
+    {%- set is_first_turn = loop.index0 == (1 if messages[0]['role'] == 'system' else 0) -%}
     {%- if is_first_turn or closed_by_eos -%}
       {{- bos_token or "" -}}
     {%- endif -%}
@@ -119,7 +121,7 @@ _TEMPLATE = """
 """
 
 
-def _template(
+def chat_template(
     *,
     system: tuple[str, str],
     user: tuple[str, str],
@@ -127,61 +129,29 @@ def _template(
     suffix: str = "",
     separator: str = "",
     closed_by_eos: bool = False,
+    default_system: str = "",
+    image_end: str = "\n",
 ) -> str:
-    """Fill in the fields of one family; a JSON string is a Jinja string too."""
+    """Make the chat template of a language model; pairs are what stands before and after a text.
+
+    `default_system` is written in front of a conversation without a system message, and `image_end` after each image.
+    """
     fields = {
-        "SYSTEM_START": json.dumps(system[0]),
-        "SYSTEM_END": json.dumps(system[1]),
-        "USER_START": json.dumps(user[0]),
-        "USER_END": json.dumps(user[1]),
-        "GENERATION_PROMPT": json.dumps(generation_prompt),
-        "SUFFIX": json.dumps(suffix),
-        "SEPARATOR": json.dumps(separator),
-        "CLOSED_BY_EOS": json.dumps(closed_by_eos),
+        "SYSTEM_START": system[0],
+        "SYSTEM_END": system[1],
+        "USER_START": user[0],
+        "USER_END": user[1],
+        "GENERATION_PROMPT": generation_prompt,
+        "SUFFIX": suffix,
+        "SEPARATOR": separator,
+        "CLOSED_BY_EOS": closed_by_eos,
+        "DEFAULT_SYSTEM": default_system,
+        "IMAGE_END": image_end,
     }
     template = _TEMPLATE
     for name, value in fields.items():
-        template = template.replace(name, value)
+        template = template.replace(name, json.dumps(value))  # a JSON string is a Jinja string too
     return template.strip()
-
-
-CHAT_TEMPLATES: dict[str, str] = {
-    # Vicuna-1.5
-    "vicuna": _template(
-        system=(
-            "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-            "detailed, and polite answers to the user's questions. ",
-            "\n ",
-        ),
-        user=("USER: ", ""),
-        generation_prompt=" ASSISTANT:",
-        separator="\n",
-        closed_by_eos=True,
-    ),
-    # Llama-3-Instruct
-    "llama3": _template(
-        system=("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
-        user=("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
-        generation_prompt="<|start_header_id|>assistant<|end_header_id|>\n\n",
-        suffix="<|eot_id|>",
-    ),
-    # Phi-3-mini
-    "phi3": _template(
-        system=("<|system|>", "<|end|>\n"),
-        user=("<|user|>", "<|end|>\n"),
-        generation_prompt="<|assistant|>\n",
-        suffix="<|end|>",
-        separator="\n",
-    ),
-    # Yi-1.5-Chat (ChatML; the original calls it `qwen_chat`)
-    "yi": _template(
-        system=("<|im_start|>system\n", "<|im_end|>\n"),
-        user=("<|im_start|>user\n", "<|im_end|>\n"),
-        generation_prompt="<|im_start|>assistant\n",
-        suffix="<|im_end|>",
-        separator="\n",
-    ),
-}
 
 
 # A position in a text, and whether what follows is learned.
@@ -263,20 +233,17 @@ def _delimiter(marked: str) -> Delimiter:
     return Delimiter(text, tuple(cuts))
 
 
-def chat_formats(chat_template: Any, special_tokens: Mapping[str, Any]) -> tuple[ChatFormat, ...]:
-    """Tell which strings a processor can take apart.
+def chat_formats(
+    chat_template: Any, known_templates: Iterable[str], special_tokens: Mapping[str, Any]
+) -> tuple[ChatFormat, ...]:
+    """Tell which strings a processor can take apart, in the order in which the formats are tried.
 
-    Args:
-        chat_template (`str`, `dict[str, str]` or `None`): The processor's own template or templates. Those of this
-            package come after them, unless one of the own is of another kind: its strings may look like ours.
-        special_tokens (`Mapping`): The tokenizer's `special_tokens_map`.
-
-    Returns:
-        `tuple[ChatFormat, ...]`: The formats, in the order in which they are tried.
+    Known templates come after the processor's own, unless one of its own is of another kind: its strings may look like
+    theirs.
     """
     own = list(chat_template.values()) if isinstance(chat_template, Mapping) else [chat_template or ""]
     writing = [template for template in own if writes_boundaries(template)]
-    known = list(CHAT_TEMPLATES.values()) if len(writing) == len([template for template in own if template]) else []
+    known = list(known_templates) if len(writing) == len([template for template in own if template]) else []
     formats = [read_format(template, special_tokens) for template in [*writing, *known]]
     return tuple(dict.fromkeys(chat for chat in formats if chat is not None))
 
@@ -477,7 +444,7 @@ class TextChunk:
 def split_text(
     text: str,
     placeholder: re.Pattern[str],
-    runs: Iterator[tuple[str, int]],
+    lengths: Iterator[int],
     bos_token: str | None,
     chats: Sequence[ChatFormat] = (),
 ) -> list[TextChunk]:
@@ -486,7 +453,7 @@ def split_text(
     Args:
         text (`str`): The text with one placeholder per image.
         placeholder (`re.Pattern`): What marks an image.
-        runs (`Iterator`): Gives, image by image, the run of placeholders and its length in tokens.
+        lengths (`Iterator[int]`): How many placeholders image after image takes.
         bos_token (`str`, *optional*): The BOS token as text.
         chats (`Sequence[ChatFormat]`): How texts without boundary characters come apart, see [`chat_formats`].
 
@@ -507,8 +474,8 @@ def split_text(
         start = 0
         for cut in placeholder.finditer(piece):
             chunks.append(TextChunk(piece[start : cut.start()], is_answer=is_answer))
-            run, length = next(runs)
-            chunks.append(TextChunk(run, num_image_tokens=length))
+            length = next(lengths)
+            chunks.append(TextChunk(cut.group() * length, num_image_tokens=length))
             start = cut.end()
         chunks.append(TextChunk(piece[start:], is_answer=is_answer))
     return [chunk for chunk in chunks if chunk.text or chunk.is_bos]
@@ -651,3 +618,19 @@ def _pad_like(rows: list[list[Any]], padded: list[list[int]], value: Any, side: 
         padding = [value] * (len(target) - len(row))
         output.append(padding + row if side == "left" else row + padding)
     return output
+
+
+__all__ = [
+    "BOUNDARY_NAMES",
+    "IMAGE_TOKEN",
+    "PRIVATE_CHARACTERS",
+    "ChatFormat",
+    "TextChunk",
+    "chat_formats",
+    "chat_template",
+    "encode_chunks",
+    "protect_text",
+    "read_format",
+    "split_text",
+    "writes_boundaries",
+]
