@@ -14,7 +14,6 @@ from transformers import AutoTokenizer, LlamaTokenizer
 from transformers.utils import logging as transformers_logging
 
 from mgllava.processing import CHAT_TEMPLATES, MGLlavaProcessor
-from mgllava.training.samples import encode_text
 
 FAMILIES = list(CHAT_TEMPLATES)
 GUARD = "\U000ff4d2"
@@ -316,7 +315,7 @@ def test_masks_need_a_template_that_marks_answers(byte_level):
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATES["phi3"], OLD_TEMPLATE])
-def test_the_collator_measures_what_the_processor_encodes(processor, template):
+def test_text_without_images_is_encoded_as_with_them(processor, template):
     processor = using(processor, template)
     for seed in range(12):
         messages = random_conversation(seed, PLAIN + ROLE_WORDS)
@@ -324,7 +323,7 @@ def test_the_collator_measures_what_the_processor_encodes(processor, template):
         kept = [
             index for index, token in enumerate(ids) if token != processor.image_token_id or ids[index - 1] != token
         ]
-        measured, learned = encode_text(processor, messages)
+        measured, learned = processor.encode_text(messages)
         assert measured == [ids[index] for index in kept] and learned == [mask[index] for index in kept]
 
 

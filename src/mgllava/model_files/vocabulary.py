@@ -9,11 +9,11 @@ import torch
 from tokenizers import normalizers
 from transformers import AddedToken, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
+from mgllava.processing.text_chunks_common import IMAGE_TOKEN
+
 from .errors import ConversionError
 from .json_files import read_json
 from .tensor_files import LazyTensor
-
-IMAGE_TOKEN = "<image>"
 
 # Tensor cores and tensor-parallel engines like tables of this granularity, as other LLaVA repositories have.
 _ROW_MULTIPLE = 64
@@ -184,7 +184,6 @@ def generation_config(
 
 
 __all__ = [
-    "IMAGE_TOKEN",
     "STOP_WORDS",
     "Vocabulary",
     "generation_config",

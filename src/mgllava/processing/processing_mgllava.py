@@ -630,8 +630,22 @@ class MGLlavaProcessor(ImageTextProcessor):
         Returns:
             `list[int]`: One number per image, in order.
         """
-        counts = torch.as_tensor([] if inputs.get("num_boxes") is None else inputs["num_boxes"]).tolist()
-        return [self.image_seq_length + self.num_tokens_per_box * int(count) for count in counts]
+        counts = _unpack(inputs).get("num_boxes")
+        counts = [] if counts is None else torch.as_tensor(counts).tolist()
+        return [self.image_seq_length + self.num_tokens_per_box * count for count in counts]
+
+    def take_images(self, inputs: Mapping[str, Any], first: int, last: int | None = None) -> dict[str, torch.Tensor]:
+        """Take some images out of a batch.
+
+        Args:
+            inputs (`Mapping`): What the processor returned.
+            first (`int`): Which image is the first.
+            last (`int`, *optional*): Which one is the first that is not taken; by default all are.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `pixel_values`, `boxes` and `num_boxes`; empty if there is no such image.
+        """
+        return super().take_images(_unpack(inputs), first, last)
 
     def join_images(self, rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Join the images of several samples.
@@ -753,6 +767,15 @@ class MGLlavaProcessor(ImageTextProcessor):
             _take_boxes(messages, of_text)
             texts.append(write_boxes_into_text(text, self._placeholder, of_text))
         return texts[0] if is_single else texts
+
+
+def _unpack(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Give boxes and counts that are in one input, see `packs_boxes`, their usual form."""
+    if inputs.get("image_position_ids") is None:
+        return inputs
+    rows = [torch.as_tensor(row) for row in inputs["image_position_ids"]]
+    counts = [int((row[:, 0] >= 0).sum()) for row in rows]
+    return {**inputs, "boxes": [row.clamp(min=0) for row in rows], "num_boxes": counts}
 
 
 def _find_boxes(

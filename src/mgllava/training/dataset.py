@@ -18,7 +18,6 @@ from .errors import SampleError, TrainingError
 from .samples import (
     BadSamples,
     MissingBoxes,
-    encode_text,
     longest_text,
     sample_images,
     takes_boxes,
@@ -319,7 +318,7 @@ class _Measure:
         sample = {"id": row["id"], **json.loads(row["turns"]), "images": row["image"]}
         length, kind, problem = 1, "", ""
         try:
-            ids, learned = encode_text(self.processor, to_conversation(sample, self._missing_boxes))
+            ids, learned = self.processor.encode_text(to_conversation(sample, self._missing_boxes))
             length = min(len(ids), self.max_text_length)
             if learned is not None and not any(learned[: self.max_text_length]):
                 kind = "without an answer"

@@ -1,17 +1,14 @@
 """One sample: from LLaVA's JSON or TRL's messages to a conversation, and from that to ids without its images."""
 
-import re
 from collections.abc import Mapping, Sequence
-from itertools import repeat
 from typing import Any, Literal
 
 from mgllava.families import FAMILIES
 from mgllava.processing.boxes_mgllava import flatten_boxes
-from mgllava.processing.text_chunks_common import BOUNDARY_NAMES, encode_chunks, split_text, writes_boundaries
+from mgllava.processing.text_chunks_common import IMAGE_TOKEN
 
 from .errors import SampleError
 
-IMAGE_TOKEN = "<image>"
 BadSamples = Literal["error", "skip"]
 MissingBoxes = Literal["error", "empty"]
 _IMAGE_BLOCKS = ("image", "image_url")
@@ -176,43 +173,9 @@ def _in_turn(turns: Sequence[tuple[str, list[dict[str, Any]]]]) -> list[tuple[st
     return result
 
 
-def encode_text(processor: Any, conversation: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int] | None]:
-    """Tokenize a conversation without reading its images.
-
-    Returns:
-        `tuple`: Ids with one placeholder for each image, and a mask of the learned ones; `None` instead of the mask
-        if the chat template does not mark boundaries.
-    """
-    template = processor.chat_template
-    has_boundaries = isinstance(template, str) and writes_boundaries(template)
-    messages = [
-        message
-        if isinstance(message["content"], str)
-        else {
-            **message,
-            "content": [
-                {"type": "image"} if block.get("type") in _IMAGE_BLOCKS else block for block in message["content"]
-            ],
-        }
-        for message in conversation
-    ]
-    text = processor.apply_chat_template(messages, tokenize=False, **(BOUNDARY_NAMES if has_boundaries else {}))
-    placeholder = re.compile(re.escape(processor.image_token))
-    chunks = split_text(text, placeholder, repeat((processor.image_token, 1)), processor.tokenizer.bos_token)
-    encoded = encode_chunks(
-        processor.tokenizer,
-        [chunks],
-        image_token_id=processor.image_token_id,
-        return_assistant_tokens_mask=has_boundaries,
-    )
-    return encoded["input_ids"][0], encoded["assistant_masks"][0] if has_boundaries else None
-
-
 __all__ = [
-    "IMAGE_TOKEN",
     "BadSamples",
     "MissingBoxes",
-    "encode_text",
     "longest_text",
     "sample_id",
     "sample_images",

@@ -5,8 +5,9 @@ from typing import Any
 
 from mgllava.model_files.processors import make_processor
 from mgllava.model_files.sources import clip_config, language_model_config
-from mgllava.model_files.vocabulary import IMAGE_TOKEN, generation_config, load_tokenizer
+from mgllava.model_files.vocabulary import generation_config, load_tokenizer
 from mgllava.modeling import MGLlavaForConditionalGeneration
+from mgllava.processing.text_chunks_common import IMAGE_TOKEN
 
 
 def build_mgllava(

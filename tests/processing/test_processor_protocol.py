@@ -1,0 +1,190 @@
+"""What chat, serving and training ask of a processor, with MG-LLaVA's and with that of a family made up here."""
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from mgllava.processing.image_text_processor_common import ImageTextProcessor
+from mgllava.processing.text_chunks_common import chat_template
+
+PICTURES = [PIL.Image.new("RGB", (30, 20), color) for color in ("red", "green", "blue")]
+# Boxes of two images that overlap, lie outside or repeat, and those of a user.
+FOUND = {
+    "boxes": [[0, 0, 9, 9], [0, 0, 9, 8], [12, 2, 20, 9], [40, 2, 50, 9], [1, 9, 8, 19]],
+    "labels": ["cup", "cup", "spoon", "spoon", "cup"],
+    "scores": [0.5, 0.9, 0.8, 0.7, 0.6],
+}
+BOXES = [FOUND, [[3, 3, 9, 9]], []]
+# Neither covers the other, and none is outside: in the order of their scores.
+CHOSEN = [1, 2, 4]
+
+
+@pytest.fixture(scope="module", params=["lists", "tensors", "packed"])
+def inputs(request, sentencepiece_like):
+    processor = sentencepiece_like
+    processor.packs_boxes = request.param == "packed"
+    options = {} if request.param == "lists" else {"return_tensors": "pt"}
+    try:
+        return processor(PICTURES, "a <image> b <image> c <image>", boxes=BOXES, **options)
+    finally:
+        processor.packs_boxes = False
+
+
+def test_images_are_counted_and_taken(sentencepiece_like, inputs):
+    processor = sentencepiece_like
+    assert processor.count_images(inputs) == 3
+    assert processor.num_image_tokens(inputs) == [4 + 3, 4 + 1, 4 + 1]
+    (ids,) = inputs["input_ids"]
+    assert sum(processor.num_image_tokens(inputs)) == list(map(int, ids)).count(processor.image_token_id)
+    taken = processor.take_images(inputs, 1)
+    assert tuple(taken) == processor.image_inputs == ("pixel_values", "boxes", "num_boxes")
+    assert taken["pixel_values"].shape == (2, 3, 16, 16) and taken["num_boxes"].tolist() == [1, 1]
+    assert processor.take_images(inputs, 0, 1)["num_boxes"].tolist() == [3]
+    for first, last in ((3, None), (1, 1)):
+        assert processor.take_images(inputs, first, last) == {}
+
+
+def test_joined_images_are_those_of_one_call(sentencepiece_like, inputs):
+    processor = sentencepiece_like
+    whole = processor.take_images(inputs, 0)
+    one_by_one = [
+        processor(picture, boxes=[entry], return_tensors="pt") for picture, entry in zip(PICTURES, BOXES, strict=True)
+    ]
+    for rows in (one_by_one, [processor.take_images(inputs, i, i + 1) for i in range(3)]):
+        joined = processor.join_images([rows[0], {}, *rows[1:]])
+        assert joined.keys() == whole.keys()
+        assert all(torch.equal(joined[name], whole[name]) for name in whole)
+    assert processor.join_images([{}]) == processor.join_images([]) == {}
+
+
+def test_text_alone_has_no_images(sentencepiece_like):
+    inputs = sentencepiece_like(text="a")
+    assert sentencepiece_like.count_images(inputs) == 0 and sentencepiece_like.num_image_tokens(inputs) == []
+    assert sentencepiece_like.take_images(inputs, 0) == {}
+
+
+def test_processed_images_stand_for_images(sentencepiece_like):
+    """A server makes them one by one, and encodes the text when it has all of them."""
+    processor = sentencepiece_like
+    blocks = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Which is red?"}]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "chat_template": "vicuna"}
+    rows = [
+        processor(picture, boxes=[entry], return_tensors="pt")
+        for picture, entry in zip(PICTURES[:2], BOXES[:2], strict=True)
+    ]
+    got = processor.apply_chat_template(
+        [{"role": "user", "content": blocks}],
+        processor_kwargs={"processed_images": processor.join_images(rows)},
+        **options,
+    )
+    for block, picture, entry in zip(blocks[:2], PICTURES[:2], BOXES[:2], strict=True):
+        block.update(image=picture, boxes=entry)
+    expected = processor.apply_chat_template([{"role": "user", "content": blocks}], **options)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("images", "text", "error"),
+    [
+        (PICTURES[:1], "<image>", "`processed_images` must be None where `images` are given"),
+        (None, "<image> <image>", "got 2 placeholders and 1 images"),
+        (None, "a", "got 0 placeholders and 1 images"),
+    ],
+)
+def test_processed_images_must_fit_the_text(sentencepiece_like, images, text, error):
+    processed = sentencepiece_like(PICTURES[:1], boxes=[[]], return_tensors="pt")
+    with pytest.raises(ValueError, match=error):
+        sentencepiece_like(images, text, processed_images=processed)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"do_pad": False}, {"box_limit_mode": "per_image", "box_limit": 2}, {"iou_threshold": 0.95}]
+)
+def test_objects_are_those_that_the_model_gets(sentencepiece_like, options, monkeypatch):
+    for name, value in options.items():
+        monkeypatch.setattr(sentencepiece_like.image_processor, name, value)
+    objects = sentencepiece_like.objects(FOUND, (20, 30))
+    given = sentencepiece_like.image_processor(PICTURES[0], boxes=[FOUND], return_box_labels=True)
+    assert given["box_labels"] == [objects["labels"]] and given["num_boxes"] == [len(objects["boxes"])]
+    rows = [FOUND["boxes"].index(box) for box in objects["boxes"].tolist()]
+    if not options:
+        assert rows == CHOSEN
+    assert objects["labels"] == [FOUND["labels"][row] for row in rows]
+    assert objects["scores"].tolist() == pytest.approx([FOUND["scores"][row] for row in rows])
+    again = sentencepiece_like.image_processor(PICTURES[0], boxes=[objects["boxes"]])
+    assert np.array_equal(again["boxes"][0], given["boxes"][0])
+
+
+def test_objects_of_a_user_stay_in_their_order(sentencepiece_like):
+    objects = sentencepiece_like.objects([[3, 3, 9, 9], [3, 3, 9, 9], [0, 0, 33, 5]], (20, 30))
+    assert objects.keys() == {"boxes"} and objects["boxes"].tolist() == [[3, 3, 9, 9], [3, 3, 9, 9], [0, 0, 30, 5]]
+    assert len(sentencepiece_like.objects([], (20, 30))["boxes"]) == 0
+
+
+class Views:
+    """An image processor with one view for the whole image and one for each 10 pixels of its width."""
+
+    model_input_names = ("pixel_values", "image_grids")
+
+    def fetch_images(self, images):
+        return images
+
+    def __call__(self, images, **kwargs):
+        grids = [(1, image.width // 10) for image in images]
+        views = [np.full((3, 2, 2), index) for index, grid in enumerate(grids) for _ in range(1 + grid[0] * grid[1])]
+        return {"pixel_values": views, "image_grids": np.array(grids)}
+
+
+class ViewsProcessor(ImageTextProcessor):
+    image_inputs = ("pixel_values", "image_grids")
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+        super().__init__(image_processor, tokenizer, chat_template)
+
+    def check_argument_for_proper_class(self, argument_name, argument):
+        """Anything goes."""
+
+    def num_image_tokens(self, inputs):
+        return [2 + rows * columns for rows, columns in np.asarray(inputs.get("image_grids", ())).reshape(-1, 2)]
+
+    def count_images(self, inputs):
+        return len(inputs.get("image_grids", ()))
+
+
+@pytest.fixture
+def views(sentencepiece_like):
+    template = chat_template(
+        system=("", " "),
+        user=("USER: ", ""),
+        generation_prompt=" ASSISTANT:",
+        closed_by_eos=True,
+        default_system="Be brief. ",
+        image_end="",
+    )
+    return ViewsProcessor(Views(), sentencepiece_like.tokenizer, template)
+
+
+def test_another_family_needs_no_more(views):
+    blocks = [{"type": "image", "image": PICTURES[0]}, {"type": "text", "text": " What?"}]
+    conversation = [{"role": "user", "content": blocks}, {"role": "assistant", "content": "A cup."}]
+    assert views.apply_chat_template(conversation) == "<s>Be brief. USER: <image>What? ASSISTANT:A cup.</s>"
+    with_system = [{"role": "system", "content": "Hm."}, *conversation[:1]]
+    assert views.apply_chat_template(with_system, add_generation_prompt=True) == "<s>Hm. USER: <image>What? ASSISTANT:"
+    inputs = views.apply_chat_template(
+        conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
+    )
+    assert inputs["image_grids"].tolist() == [[1, 3]] and inputs["pixel_values"].shape == (4, 3, 2, 2)
+    ids, mask = inputs["input_ids"][0], inputs["assistant_masks"][0]
+    assert (ids == views.image_token_id).sum() == 5
+    assert views.decode(ids[mask.bool()]) == "A cup.</s>"
+    measured, learned = views.encode_text(conversation)
+    assert len(measured) == len(ids) - 4 and sum(learned) == mask.sum()
+    assert not hasattr(views, "box_detector")
+
+
+def test_labels_of_another_family_leave_out_its_placeholders(views):
+    inputs = views([PICTURES[0]], ["<s>Be brief. USER: <image>What? ASSISTANT:A cup.</s>"], return_tensors="pt")
+    inputs["labels"] = inputs["input_ids"].clone()
+    assert views.decode(inputs["labels"][inputs["labels"] >= 0]) == "A cup.</s>"
