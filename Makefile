@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The same packages, but the oldest release of transformers that setup.cfg allows.
 FLOOR := build/venv-floor
+# A clean environment with the wheel and, like FLOOR, the other packages of `.venv`.
+WHEEL := build/venv-wheel
+WHEEL_PACKAGES = `$(WHEEL)/bin/python -c "import site; print(site.getsitepackages()[0])"`
 FLOOR_RELEASE := $(shell sed -n 's/.*transformers>=\([0-9.]*\).*/\1/p' setup.cfg)
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 SOURCES := src tests examples benchmarks small_world
@@ -12,7 +15,7 @@ ABLATION_WORLD := small-ablation
 ABLATION := --world $(ABLATION_WORLD) --alignment 0.5 --tuning 0.5 --bf16 --jobs 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-mixins hub-check lint format bench bench-pooling bench-convert bench-detector \
+.PHONY: help setup demo test test-all test-mixins hub-check wheel-check lint format bench bench-pooling bench-convert bench-detector \
 	bench-quantization bench-generation bench-train bench-import bench-real-size refresh-code small-model ablation clean
 
 help:  ## list the targets
@@ -56,6 +59,16 @@ $(FLOOR)/.installed: $(VENV)/.installed
 		> `$(FLOOR)/bin/python -c "import site; print(site.getsitepackages()[0])"`/packages_of_venv.pth
 	$(FLOOR)/bin/python -m pip install --quiet transformers==$(FLOOR_RELEASE)
 	touch $@
+
+wheel-check: setup  ## build the wheel, install it into a clean environment, use it away from this checkout
+	rm -rf build/lib build/bdist.* build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(BIN)/python -m venv --clear $(WHEEL)
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+		> $(WHEEL_PACKAGES)/packages_of_venv.pth
+	$(WHEEL)/bin/python -m pip install --quiet --no-deps build/wheel/*.whl
+	cd / && HF_HUB_OFFLINE=1 PYTHONPATH= $(CURDIR)/$(WHEEL)/bin/python $(CURDIR)/tests/wheel_check.py \
+		$(CURDIR)/small_world/model $(CURDIR)/examples/shapes.jpg
 
 lint: setup  ## check style and types without changing anything
 	$(BIN)/ruff format --check $(SOURCES)

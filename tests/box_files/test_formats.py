@@ -171,5 +171,5 @@ def test_unknown_extension_is_refused(tmp_path):
 
 def test_missing_library_is_named_with_its_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(ImportError, match=r"pip install 'mgllava\[datasets\]'"):
+    with pytest.raises(ImportError, match=r"Parquet needs pyarrow \(.*pip install -e '\.\[datasets\]'"):
         write_boxes(tmp_path / "boxes.parquet", RECORDS)

@@ -142,7 +142,7 @@ def test_missing_deepspeed_names_the_extra(tmp_path, golden_state, monkeypatch):
     pytest.importorskip("deepspeed")
     folder = write_zero(tmp_path / "iter", golden_state("iter_5_pretrain.pth"), stage=2)
     monkeypatch.setitem(sys.modules, "deepspeed.utils", None)
-    with pytest.raises(ConversionError, match=r"pip install mgllava\[zero\]"):
+    with pytest.raises(ConversionError, match=r"pip install -e '\.\[zero\]'"):
         read_checkpoint(folder)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from mgllava.atomic_files import replacing
+from mgllava.extras import import_extra
 
 from .box_file import BoxFile, Missing, Record, settings_digest
 from .errors import BoxFileError
@@ -327,15 +328,8 @@ def _parse_metadata(content: bytes, path: Path) -> dict[str, Any]:
 
 
 def require_pyarrow() -> None:
-    """Check that Parquet can be read and written.
-
-    Raises:
-        ImportError: If pyarrow is not installed.
-    """
-    try:
-        import pyarrow.parquet  # noqa: F401
-    except ImportError as error:
-        raise ImportError("Parquet needs pyarrow: pip install 'mgllava[datasets]'.") from error
+    """Check that Parquet can be read and written; without pyarrow that is an ImportError."""
+    import_extra("pyarrow.parquet", "datasets", "Parquet")
 
 
 def _schema(integer_ids: bool, integer_boxes: bool, metadata: Mapping[str, Any]) -> "pyarrow.Schema":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from PIL import Image
 
+from mgllava.extras import import_extra
 from mgllava.processing.images_common import load_upright
 
 from .errors import BoxFileError
@@ -276,11 +277,7 @@ def _report_ambiguous_ids(entries: Sequence[ImageEntry], source: str) -> None:
 
 
 def _import_datasets() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError("Datasets need the datasets library: pip install 'mgllava[datasets]'.") from error
-    return datasets
+    return import_extra("datasets", "datasets", "Reading a dataset")
 
 
 def _load_from_disk(folder: Path) -> Any:

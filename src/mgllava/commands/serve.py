@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from mgllava.extras import install_hint
 from mgllava.serving.limits import ServingLimits
 
 from .console import errors_as_messages
@@ -92,7 +93,7 @@ def serve(
     from transformers.utils.import_utils import is_serve_available
 
     if not is_serve_available():
-        raise ImportError("Serving needs more packages. Install them: pip install 'mgllava[serve]'")
+        raise ImportError(f"Serving needs FastAPI and other packages. {install_hint('serve')}")
     from mgllava.serving.server import run_server
 
     limits = ServingLimits(**{field.name: options.pop(field.name) for field in fields(ServingLimits)})

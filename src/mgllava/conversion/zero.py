@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mgllava.extras import install_hint
 from mgllava.model_files.errors import ConversionError
 from mgllava.model_files.shard_writer import check_disk_space
 from mgllava.model_files.tensor_files import LazyTensor, tensors_of
@@ -127,7 +128,7 @@ def _consolidate(folder: Path, trust_pickle: bool, scratch: Path | None, archive
         from deepspeed.utils import zero_to_fp32
     except ImportError as error:
         raise ConversionError(
-            f"{folder} is a DeepSpeed ZeRO checkpoint; reading it needs deepspeed: pip install mgllava[zero]."
+            f"{folder} is a DeepSpeed ZeRO checkpoint; reading it needs deepspeed. {install_hint('zero')}"
         ) from error
     try:
         # The reader prints what it does and draws bars of its own.

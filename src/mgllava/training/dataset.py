@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mgllava.box_files import BoxFile, read_boxes
+from mgllava.extras import import_extra
 
 from .errors import SampleError, TrainingError
 from .samples import (
@@ -93,7 +94,7 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
         missing_boxes: MissingBoxes = "error",
         processes: int | None = None,
     ):
-        datasets = _import_datasets()
+        datasets = import_extra("datasets", "train", "Training")
         self.sources = list(sources)
         self._missing_boxes = missing_boxes if takes_boxes(processor) else None
         if self._missing_boxes is None and (
@@ -199,7 +200,7 @@ def stream_samples(sources: Sequence[SampleSource]) -> Any:
     Raises:
         ImportError: If the datasets library is not installed.
     """
-    datasets = _import_datasets()
+    datasets = import_extra("datasets", "train", "Training")
     # The library divides lists among the workers of a DataLoader.
     return datasets.IterableDataset.from_generator(_stream, gen_kwargs={"sources": list(sources)})
 
@@ -355,14 +356,6 @@ def open_source(
             raise TrainingError(f"`{section and section + '.'}{argument}`: there is no {path}.")
     opened = None if boxes is None else read_boxes(boxes)
     return SampleSource(Path(samples), None if images is None else Path(images), opened)
-
-
-def _import_datasets() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError("Training needs the datasets library: pip install 'mgllava[train]'.") from error
-    return datasets
 
 
 __all__ = ["ConversationDataset", "SampleSource", "open_source", "stream_samples"]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from mgllava.extras import import_extra
 from mgllava.families import FAMILIES, family_of
 
 from .recipe import DEFAULT_FAMILY
@@ -27,14 +28,11 @@ def lora_config(model: Any = None, **kwargs: Any) -> Any:
         ValueError: If the model is of no family of this package.
         ImportError: If peft is not installed.
     """
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ImportError("LoRA needs peft: pip install 'mgllava[train]'.") from error
+    peft = import_extra("peft", "train", "LoRA")
     family = FAMILIES[DEFAULT_FAMILY] if model is None else family_of(model.config)
     whole = [name for name in family.trained_whole if model is None or has_parameters(model, name)]
     options = {"target_modules": _TARGET_MODULES, "modules_to_save": whole, "task_type": "CAUSAL_LM", **kwargs}
-    return LoraConfig(**options)
+    return peft.LoraConfig(**options)
 
 
 def has_parameters(model: Any, name: str) -> bool:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mgllava.atomic_files import replacing
+from mgllava.extras import import_extra
 
 
 def plot_losses(history: Sequence[Mapping[str, Any]], path: str | Path) -> Path | None:
@@ -26,12 +27,10 @@ def plot_losses(history: Sequence[Mapping[str, Any]], path: str | Path) -> Path 
     }
     if not curves["training"]:
         return None
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'mgllava[train]'.") from error
     # pyplot would look for a display.
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = import_extra("matplotlib.figure", "train", "The plot of the loss").Figure(
+        figsize=(8, 4.5), layout="constrained"
+    )
     axes = figure.add_subplot(xlabel="step", ylabel="loss")
     for label, points in curves.items():
         if points:

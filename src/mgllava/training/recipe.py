@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from mgllava.extras import import_extra
 from mgllava.families import FAMILIES, resolve
 
 from .errors import TrainingError
@@ -238,11 +239,7 @@ def _build(values: dict[str, Any]) -> Recipe:
 
     arguments: dict[str, type] = {"training": TrainingArguments}
     if values.get("lora") is not None:
-        try:
-            from peft import LoraConfig
-        except ImportError as error:
-            raise ImportError("`lora` needs peft: pip install 'mgllava[train]'.") from error
-        arguments["lora"] = LoraConfig
+        arguments["lora"] = import_extra("peft", "train", "`lora`").LoraConfig
     for name, kind in arguments.items():
         if name in values:
             values[name] = _read_fields(values[name], typing.get_type_hints(kind), name, problems)
