@@ -99,6 +99,16 @@ def test_processed_images_must_fit_the_text(sentencepiece_like, images, text, er
         sentencepiece_like(images, text, processed_images=processed)
 
 
+def test_processed_images_must_be_complete_and_bring_nothing_else(sentencepiece_like):
+    processed = sentencepiece_like(PICTURES[:1], "another <image>", boxes=[[]], return_tensors="pt")
+    got = sentencepiece_like(text="<image> a", processed_images=processed, return_tensors="pt")
+    expected = sentencepiece_like(PICTURES[:1], "<image> a", boxes=[[]], return_tensors="pt")
+    assert all(torch.equal(got[name], expected[name]) for name in {*got, *expected})
+    del processed["num_boxes"]
+    with pytest.raises(ValueError, match="must have pixel_values, boxes, num_boxes, got none of num_boxes"):
+        sentencepiece_like(text="<image> a", processed_images=processed)
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"do_pad": False}, {"box_limit_mode": "per_image", "box_limit": 2}, {"iou_threshold": 0.95}]
 )

@@ -106,9 +106,7 @@ class ImageTextProcessor(ProcessorMixin):
         text = self.apply_chat_template(conversation, **boundaries)
         chunks = split_text(text, self._placeholder, repeat(1), self.tokenizer.bos_token)
         with self._tokenizer_lock:
-            encoded = encode_chunks(
-                self.tokenizer, [chunks], image_token_id=self.image_token_id, return_assistant_tokens_mask=True
-            )
+            encoded = encode_chunks(self.tokenizer, [chunks], self.image_token_id, return_assistant_tokens_mask=True)
         return encoded["input_ids"][0], encoded["assistant_masks"][0] if knows_answers else None
 
     def __call__(
@@ -122,7 +120,7 @@ class ImageTextProcessor(ProcessorMixin):
         return_assistant_tokens_mask: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Make the model's inputs; `processed_images` are those of all images, in place of `images`."""
+        """Make the model's inputs; `processed_images` may hold those of the images already."""
         if kwargs.get("sanitize_control_tokens") or (kwargs.get("text_kwargs") or {}).get("sanitize_control_tokens"):
             _check_sanitizing()
         images, texts, _, _ = self.prepare_inputs_layout(images=images, text=as_texts(images, text), **kwargs)
@@ -141,7 +139,7 @@ class ImageTextProcessor(ProcessorMixin):
             for name in ("return_mm_token_type_ids", "return_text_replacement_offsets")
         )
 
-        features: Mapping[str, Any] = processed_images or {}
+        features: Mapping[str, Any] = self.take_images(processed_images or {}, 0)
         targets = TrainingTargets(self)
         if flat_images(images):
             features = self._process(images, targets, **{**images_kwargs, "return_tensors": None})
@@ -186,7 +184,7 @@ class ImageTextProcessor(ProcessorMixin):
             encoded = encode_chunks(
                 self.tokenizer,
                 chunks,
-                image_token_id=self.image_token_id,
+                self.image_token_id,
                 return_assistant_tokens_mask=True,
                 **kwargs,
             )
@@ -215,6 +213,10 @@ class ImageTextProcessor(ProcessorMixin):
             if num_images:
                 raise ValueError("`processed_images` must be None where `images` are given, got both.")
             num_images = self.count_images(processed)
+            if absent := [name for name in self.image_inputs if not len(_given(processed, name))]:
+                raise ValueError(
+                    f"`processed_images` must have {', '.join(self.image_inputs)}, got none of {', '.join(absent)}."
+                )
         if text is None:
             return
         expected = [len(self._placeholder.findall(sample)) for sample in text]

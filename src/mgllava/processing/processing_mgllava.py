@@ -521,6 +521,9 @@ class MGLlavaProcessor(ImageTextProcessor):
         text: str | list[str] | None = None,
         videos: None = None,
         audio: None = None,
+        *,
+        processed_images: Mapping[str, Any] | None = None,
+        return_assistant_tokens_mask: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
         """Make the model's inputs.
@@ -537,6 +540,8 @@ class MGLlavaProcessor(ImageTextProcessor):
                 once, whether it stands in the text or not; with `add_special_tokens=False` it must stand there.
             videos: Not supported; `None` or empty.
             audio: Not supported; `None` or empty.
+            processed_images (`Mapping`, *optional*): Instead of `images`: `pixel_values`, `boxes` and `num_boxes` that
+                an earlier call returned for them.
             return_assistant_tokens_mask (`bool`): Whether to return `assistant_masks`, 1 for each token of an answer;
                 needs a chat template of this package, or one that writes boundaries as they do.
             **kwargs: `boxes` (one entry per image, xyxy in pixels of the original image) and the other options of the
@@ -558,7 +563,15 @@ class MGLlavaProcessor(ImageTextProcessor):
         if kwargs.get("boxes") is not None:
             kwargs["boxes"] = as_lists(kwargs["boxes"])  # generators are read once
         text, kwargs = self._take_boxes_of_text(text, kwargs)
-        return super().__call__(images, text, videos, audio, **kwargs)
+        return super().__call__(
+            images,
+            text,
+            videos,
+            audio,
+            processed_images=processed_images,
+            return_assistant_tokens_mask=return_assistant_tokens_mask,
+            **kwargs,
+        )
 
     def _take_boxes_of_text(self, text: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Take the boxes out of rendered conversations, and put them among the arguments."""
