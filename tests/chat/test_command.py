@@ -157,10 +157,10 @@ def test_terminal_survives_interrupts_and_ends_with_ctrl_d(repository, tmp_path)
     environment = {**os.environ, "TERM": "dumb", "HF_HUB_OFFLINE": "1"}
     terminal = Terminal(command, cwd=tmp_path, env=environment)
     try:
-        terminal.wait_for("/help tells more.")
+        terminal.wait_for("/help says more.")
         terminal.wait_for("> ")
         # More than once: one that comes right after the prompt was written is not noticed before the next key.
-        terminal.wait_for("(Ctrl-D or /exit leaves)", interrupting=True)
+        terminal.wait_for("(Ctrl-D or /exit quits)", interrupting=True)
         terminal.wait_for("> ")
         terminal.type(f"{COFFEE}\n")
         assert "600 x 400 pixels, 1 object" in terminal.wait_for("drawn in chat-boxes/coffee.jpg")

@@ -152,7 +152,7 @@ def test_errors_take_the_question_back(session, model, processor, ask_plainly, m
 def test_context_that_is_full_is_said_and_the_chat_goes_on(session, model, monkeypatch):
     session.ask("Hello.")
     monkeypatch.setattr(model.config.text_config, "max_position_embeddings", len(session._cached_ids) + 40)
-    with pytest.raises(ChatError, match=r"has \d+ tokens with this question, and the model reads \d+"):
+    with pytest.raises(ChatError, match=r"the conversation has \d+ tokens, but the model's context has \d+"):
         session.ask("What is this? " * 20)
     answer = session.ask("Hi")
     assert answer.finish == "length" and 0 < answer.num_tokens < 14

@@ -91,7 +91,7 @@ def test_mistakes_are_said_and_the_chat_goes_on(run, session, tmp_path):
     for said in (
         "absent.png cannot be read as an image",
         "/image needs a path or URL",
-        "/frobnicate is no command and no image file",
+        "/frobnicate is neither a command nor an image file",
         "text.png cannot be read as an image",
     ):
         assert said in notes

@@ -1,4 +1,4 @@
-"""Talking with a model about images: the conversation, and the terminal around it."""
+"""Conversations with a model about images, from Python and in a terminal."""
 
 from .session import Answer, ChatError, ChatImage, ChatSession
 

@@ -1,4 +1,4 @@
-"""A conversation: its turns, its images with their boxes, and what the model remembers of them."""
+"""A conversation: its turns, its images with their boxes, and the KV cache of what the model has read."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -12,17 +12,17 @@ from torchvision.transforms.v2.functional import to_pil_image
 from transformers import DynamicCache, GenerationConfig, TextStreamer
 
 from mgllava.errors import MGLlavaError
-from mgllava.modeling import CACHE_NAME
-from mgllava.processing.boxes_mgllava import limit_boxes, nms_per_label, read_boxes_of_image
+from mgllava.families import family_of
+from mgllava.modeling.pretrained_common import CACHE_NAME
 from mgllava.processing.images_common import as_rgb, load_upright
 from mgllava.user_text import encode_conversation
 
-# Longest answer where neither the caller nor the model's generation config names one.
+# Longest answer in tokens if neither the caller nor the model's generation config sets it.
 _MAX_NEW_TOKENS = 512
 
 
 class ChatError(MGLlavaError, ValueError):
-    """Something that the user can mend; the conversation is as it was before."""
+    """A mistake that the user can correct; the conversation is as it was before."""
 
 
 @dataclass
@@ -30,27 +30,27 @@ class ChatImage:
     """An image of a conversation.
 
     Attributes:
-        name: What it was called: a path, a URL, or `"image"`.
+        name: Its path or URL, or `"image"`.
         picture: The upright image, RGB.
-        detections: `{"boxes", "labels", "scores"}` as a detector gives them (labels and scores may be absent), xyxy in
-            pixels of `picture`.
-        objects: Those of the detections that the model gets a token for, in its order.
+        detections: `{"boxes", "labels", "scores"}` as a detector returns them (labels and scores may be absent); boxes
+            are xyxy in pixels of `picture`. `None` if the model has no boxes.
+        objects: The detections that get tokens in the model, in the model's order. `None` if the model has no boxes.
     """
 
     name: str
     picture: Image.Image
-    detections: Mapping[str, Any]
-    objects: Mapping[str, Any]
+    detections: Mapping[str, Any] | None
+    objects: Mapping[str, Any] | None
 
 
 @dataclass
 class Answer:
-    """What the model said.
+    """An answer of the model.
 
     Attributes:
         text: The answer, without control tokens.
-        finish: `"end"`: the model closed it. `"length"`: it reached `max_new_tokens` or the end of the context.
-            `"interrupted"`: the user stopped it.
+        finish: Why the answer ended: `"end"` if the model ended it, `"length"` if it reached `max_new_tokens` or the
+            end of the context, `"interrupted"` if the user stopped it.
         num_tokens: How many tokens were generated.
     """
 
@@ -60,21 +60,11 @@ class Answer:
 
 
 def read_picture(image: Any) -> Image.Image:
-    """Read an image that a user named.
-
-    Args:
-        image: In any form that the processor takes: path, URL, PIL image, array or tensor.
-
-    Returns:
-        `PIL.Image.Image`: The image, upright and RGB.
-
-    Raises:
-        ChatError: If it cannot be read.
-    """
+    """Return an image, in any form that the processor takes, upright and RGB."""
     name = os.fspath(image) if isinstance(image, str | os.PathLike) else "The image"
     try:
         return to_pil_image(as_rgb(load_upright(image)))
-    # Decoders and connections fail in more ways than can be listed, and none of them may end a chat.
+    # Decoders and connections fail in too many ways to list, and none of them may end a chat.
     except Exception as error:
         raise ChatError(f"{name[:200]} cannot be read as an image: {error}") from error
 
@@ -82,24 +72,31 @@ def read_picture(image: Any) -> Image.Image:
 class ChatSession:
     """Answers questions about images, turn by turn.
 
-    Every turn reads the ids of the whole conversation, as the model was trained on them, and runs only those behind
-    the longest beginning that is already in the cache: no image is looked at twice, and answers are those of a single
-    prompt with all turns.
+    Every turn encodes the whole conversation, as in training, but the model only runs the tokens after the longest
+    prefix that is already in the KV cache. So no image is encoded twice, and the answers are those to a single prompt
+    with all turns. If the model's embeddings of images depend on the text of the prompt, the prefix ends before the
+    first image.
 
     Example:
         ```python
         session = ChatSession(model, processor)
         session.add_image("table.jpg").objects["labels"]  # ["cup", "spoon"]
         session.ask("What is on the table?", on_text=lambda piece: print(piece, end="")).text
-        session.ask("What colour is it?")
+        session.ask("What color is it?")
         ```
 
     Args:
-        model ([`MGLlavaForConditionalGeneration`]): The model.
-        processor ([`MGLlavaProcessor`]): Its processor; its box detector finds the boxes of images.
+        model ([`MGLlavaForConditionalGeneration`]): A model of one of the families of this package.
+        processor ([`MGLlavaProcessor`]): The processor of the model; its box detector, if it has one, finds the boxes
+            of images.
         system (`str`, *optional*): System message.
-        generation_config ([`GenerationConfig`], *optional*): How to generate; by default the model's own.
-        detection_threshold (`float`, *optional*): Scores of boxes must be greater; by default the detector's own.
+        generation_config ([`GenerationConfig`], *optional*): Options of generation; by default the model's own.
+        detection_threshold (`float`, *optional*): Detections must have higher scores; by default the detector's own
+            threshold.
+
+    Raises:
+        ValueError: If the model belongs to no family of this package, or `detection_threshold` is given for a model
+            without boxes.
     """
 
     def __init__(
@@ -115,10 +112,15 @@ class ChatSession:
         self.processor = processor
         self.system = system
         self.generation_config = deepcopy(generation_config or model.generation_config)
-        # Each turn says itself how long the answer may be, and which cache it goes on with.
+        # Each turn sets the length of its answer and continues the session's cache.
         self.max_new_tokens = self.generation_config.max_new_tokens or _MAX_NEW_TOKENS
         self.generation_config.update(max_length=None, max_new_tokens=None, cache_implementation=None)
         self.detection_threshold = detection_threshold
+        # Boxes are a capability of the processor. `box_detector` would load the detector.
+        self.has_boxes = hasattr(processor, "objects")
+        if detection_threshold is not None and not self.has_boxes:
+            raise ValueError("`detection_threshold` must be None, because this model has no boxes.")
+        self._images_depend_on_text = family_of(model.config).images_depend_on_text
         self.reset()
 
     def reset(self) -> None:
@@ -127,70 +129,57 @@ class ChatSession:
         if self.system:
             self.messages.append({"role": "system", "content": self.system})
         self.images: list[ChatImage] = []
-        # Images that the next question comes with.
+        # Images that belong to the next question.
         self._waiting: list[ChatImage] = []
         self._forget()
 
     def _forget(self) -> None:
-        """Empty the cache; the next turn fills it again."""
+        """Empty the cache; the next turn fills it."""
         self._cache: DynamicCache | None = None
         self._cached_ids: list[int] = []
 
     def add_image(self, image: Any, boxes: Any = None, name: str | None = None) -> ChatImage:
-        """Show an image; the next question is the first one that sees it.
+        """Show an image to the model; the next question is the first that can be about it.
 
         Args:
-            image: In any form that the processor takes: path, URL, PIL image, array or tensor.
+            image: The image in any form that the processor takes: path, URL, PIL image, array or tensor.
             boxes (`Mapping` or array of shape `(num_boxes, 4)`, *optional*): xyxy in pixels of the upright image. By
-                default those that the processor's box detector finds, or none if it has no detector.
-            name (`str`, *optional*): What to call it; by default its path or URL.
+                default the processor's box detector finds them; without a detector there are none.
+            name (`str`, *optional*): Name of the image; by default its path or URL.
 
         Returns:
             [`ChatImage`]: The image with its boxes.
 
         Raises:
-            ChatError: If the image cannot be read, its boxes are no boxes, or the detector cannot be loaded.
-            torch.OutOfMemoryError: If the detector finds no memory.
+            ChatError: If the image cannot be read, its boxes are invalid, the model has no boxes but `boxes` is given,
+                or the detector cannot be loaded.
+            torch.OutOfMemoryError: If the memory does not suffice for the detector.
         """
+        if boxes is not None and not self.has_boxes:
+            raise ChatError("`boxes` must be None, because this model has no boxes.")
         if name is None:
             name = os.fspath(image) if isinstance(image, str | os.PathLike) else "image"
         picture = read_picture(image)
-        try:
-            if boxes is None and self.processor.box_detector is not None:
-                options = {} if self.detection_threshold is None else {"threshold": self.detection_threshold}
-                (boxes,) = self.processor.detect([picture], **options)
-            detections = boxes if isinstance(boxes, Mapping) else {"boxes": [] if boxes is None else boxes}
-            objects = self._objects(detections, (picture.height, picture.width))
-        except (OSError, TypeError, ValueError) as error:
-            raise ChatError(f"The objects in {name[:200]} cannot be found: {error}") from error
-        shown = ChatImage(name, picture, detections, objects)
+        shown = ChatImage(name, picture, None, None)
+        if self.has_boxes:
+            try:
+                if boxes is None and self.processor.box_detector is not None:
+                    options = {} if self.detection_threshold is None else {"threshold": self.detection_threshold}
+                    (boxes,) = self.processor.detect([picture], **options)
+                shown.detections = boxes if isinstance(boxes, Mapping) else {"boxes": [] if boxes is None else boxes}
+                shown.objects = self.processor.objects(shown.detections, (picture.height, picture.width))
+            except (OSError, TypeError, ValueError) as error:
+                raise ChatError(f"The objects in {name[:200]} cannot be found: {error}") from error
         self._waiting.append(shown)
         return shown
 
-    def _objects(self, detections: Mapping[str, Any], image_size: tuple[int, int]) -> dict[str, Any]:
-        """Choose the boxes that the processor keeps."""
-        boxes, labels, scores = read_boxes_of_image(detections, image_size)
-        kept = list(range(len(boxes)))
-        if scores is not None:
-            settings = self.processor.image_processor
-            of_boxes = labels or [None] * len(boxes)
-            kept = nms_per_label(boxes, scores, of_boxes, settings.iou_threshold)
-            chosen = limit_boxes([of_boxes[row] for row in kept], settings.box_limit_mode, settings.box_limit)
-            kept = [kept[row] for row in chosen]
-        objects: dict[str, Any] = {"boxes": boxes[kept]}
-        if labels is not None:
-            objects["labels"] = [labels[row] for row in kept]
-        if scores is not None:
-            objects["scores"] = scores[kept]
-        return objects
-
     def ask(self, question: str, on_text: Callable[[str], None] | None = None) -> Answer:
-        """Put a question and generate the answer.
+        """Ask a question and generate the answer.
 
-        Whatever the question, the system message and earlier answers hold is text: `</s>` ends nothing, and `<image>`
-        stands for no image.
+        The question, the system message and earlier answers are plain text: `</s>` in them does not end anything, and
+        `<image>` does not stand for an image.
 
-        A `KeyboardInterrupt` (Ctrl-C) ends the answer; what was said until then stays in the conversation. After any
+        A `KeyboardInterrupt` (Ctrl-C) ends the answer; what has been generated stays in the conversation. After any
         other error the conversation is as it was before.
 
         Args:
@@ -201,20 +190,21 @@ class ChatSession:
             [`Answer`]: The answer.
 
         Raises:
-            ChatError: If the conversation is longer than what the model can read.
-            KeyboardInterrupt: If the user stopped it before the first token; the question is taken back.
-            torch.OutOfMemoryError: If memory is short.
+            ChatError: If the conversation is longer than the model's context.
+            KeyboardInterrupt: If the user stopped the answer before its first token; the question is taken back.
+            torch.OutOfMemoryError: If the memory does not suffice.
         """
-        content: list[dict[str, Any]] = [
-            {"type": "image", "image": image.picture, "boxes": image.detections} for image in self._waiting
-        ]
+        content: list[dict[str, Any]] = []
+        for image in self._waiting:
+            block = {"type": "image", "image": image.picture}
+            content.append({**block, "boxes": image.detections} if self.has_boxes else block)
         content.append({"type": "text", "text": question})
         messages = [*self.messages, {"role": "user", "content": content}]
         inputs = encode_conversation(self.processor, messages)
         try:
             answer = self._generate(inputs, on_text)
         except BaseException:
-            # Not every layer may have got as far as the others, and the next question may come with other images.
+            # The layers may hold different numbers of tokens, and the next question may come with other images.
             self._forget()
             raise
         messages.append({"role": "assistant", "content": answer.text})
@@ -222,32 +212,27 @@ class ChatSession:
         return answer
 
     def _generate(self, inputs: Any, on_text: Callable[[str], None] | None) -> Answer:
-        """Generate the answer to a prompt that goes on from what is in the cache."""
+        """Generate the answer to a prompt, continuing from the prefix of it that is in the cache."""
         prompt: list[int] = inputs["input_ids"][0].tolist()
         limit = self.model.config.get_text_config().max_position_embeddings
         if len(prompt) >= limit:
             raise ChatError(
-                f"The conversation has {len(prompt)} tokens with this question, and the model reads {limit}. Ask a "
-                "shorter one, or reset the conversation."
+                f"With this question the conversation has {len(prompt)} tokens, but the model's context has {limit}. "
+                "Ask a shorter question, or reset the conversation."
             )
         self.generation_config.max_new_tokens = min(self.max_new_tokens, limit - len(prompt))
-        self._reuse(prompt)
-        # The cache begins with the images of earlier turns: only those behind it are encoded.
-        if self._cached_ids:
-            for name in ("pixel_values", "boxes", "num_boxes"):
-                if name in inputs:
-                    inputs[name] = inputs[name][len(self.images) :]
-            if "pixel_values" in inputs and len(inputs["pixel_values"]) == 0:
-                inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        cached_images = self._reuse(prompt)
+        of_text = {name: value for name, value in inputs.items() if name not in self.processor.image_inputs}
+        arguments = {**of_text, **self.processor.take_images(inputs, cached_images)}
         if self._cache is None:
-            # Without the model's config: it then keeps all keys and values, so that it can be cut anywhere. A model
-            # with a sliding window masks the old ones.
+            # Without the model's config it keeps all keys and values, so it can be cut anywhere. A model with a
+            # sliding window masks the old ones.
             self._cache = DynamicCache()
         streamer = _Listener(self.processor.tokenizer, on_text)
         finish: Literal["end", "length", "interrupted"] = "end"
         try:
             output = self.model.generate(
-                **{name: value.to(self.model.device) for name, value in inputs.items()},
+                **{name: value.to(self.model.device) for name, value in arguments.items()},
                 generation_config=self.generation_config,
                 streamer=streamer,
                 **{CACHE_NAME: self._cache},
@@ -257,8 +242,7 @@ class ChatSession:
                 raise
             streamer.end()
             finish = "interrupted"
-            # Some layers may have seen a token more than others, but all have seen the prompt; the next turn cuts
-            # off what is behind it.
+            # Some layers may have one token more than others, but all have the prompt; the next turn cuts the rest.
             self._cached_ids = prompt
         else:
             # The last token has not been run.
@@ -269,25 +253,28 @@ class ChatSession:
         text = self.processor.decode(streamer.tokens, skip_special_tokens=True).strip()
         return Answer(text, finish, len(streamer.tokens))
 
-    def _reuse(self, prompt: list[int]) -> None:
-        """Keep what the cache has in common with a prompt, at most all but the last token."""
+    def _reuse(self, prompt: list[int]) -> int:
+        """Cut the cache to its common prefix with a prompt, without the last token; count the images in it."""
         common = 0
         for cached, wanted in zip(self._cached_ids, prompt[:-1], strict=False):
             if cached != wanted:
                 break
             common += 1
         image_token = self.processor.image_token_id
-        if self._cached_ids[common:].count(image_token):
-            self._forget()
-        else:
-            self._cut(common)
+        # How many images a part of them is cannot be told from placeholders, so a prefix has all of them or none.
+        if self._images_depend_on_text or image_token in self._cached_ids[common:]:
+            first = prompt.index(image_token) if image_token in prompt else len(prompt)
+            common = min(common, first)
+        self._cut(common)
+        return len(self.images) if image_token in self._cached_ids else 0
 
     def _cut(self, length: int) -> None:
         """Shorten the cache to the first tokens."""
-        if self._cache is None:
+        if self._cache is None or length == 0:
+            self._forget()
             return
         self._cached_ids = self._cached_ids[:length]
-        # `Cache.crop` counts from the end, in every layer alike.
+        # `Cache.crop` counts from the end, the same number in every layer.
         for layer in self._cache.layers:
             for name in ("keys", "values"):
                 setattr(layer, name, getattr(layer, name)[..., :length, :])
@@ -298,7 +285,7 @@ class ChatSession:
 
 
 class _Listener(TextStreamer):
-    """Hands on text as soon as it is complete, and keeps the tokens."""
+    """Passes on text as soon as it is complete, and keeps the tokens."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -315,4 +302,4 @@ class _Listener(TextStreamer):
             self._on_text(text)
 
 
-__all__ = ["Answer", "ChatError", "ChatImage", "ChatSession"]
+__all__ = ["Answer", "ChatError", "ChatImage", "ChatSession", "read_picture"]

@@ -1,13 +1,13 @@
-"""The chat in a terminal, or in a pipe: answers go to stdout, everything else to stderr."""
+"""The chat in a terminal or a pipe: answers go to stdout, everything else to stderr."""
 
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import PIL.Image
 import torch
@@ -19,17 +19,17 @@ from mgllava.atomic_files import replacing
 from mgllava.box_files import BoxFile
 from mgllava.visualization import draw_boxes
 
-from .session import ChatError, ChatImage, ChatSession
+from .session import ChatError, ChatSession
 
 _HELP = """\
-A line is a question. Other lines:
+A line is a question, except for:
   /image PATH_OR_URL  show an image; the next question is about it (its path or URL alone does the same)
   /reset              forget all turns and images (also RESET)
-  /exit               leave (also EXIT, or Ctrl-D)
-  /help               this
-Ctrl-C stops an answer; what was said until then stays in the conversation."""
+  /exit               quit (also EXIT, or Ctrl-D)
+  /help               show this text
+Ctrl-C stops an answer; what has been generated stays in the conversation."""
 
-# More rows would push the question out of sight; the picture shows them all.
+# More rows would scroll the question out of view; the picture shows all of them.
 _MOST_ROWS = 20
 _URL = re.compile(r"https?://\S+")
 
@@ -37,10 +37,8 @@ _URL = re.compile(r"https?://\S+")
 class ChatTerminal:
     """Reads questions line by line and writes the answers as they come.
 
-    Args:
-        session ([`ChatSession`]): The conversation.
-        picture_folder (`Path`, *optional*): Where to save the images with their boxes; `None`: nowhere.
-        box_file ([`BoxFile`], *optional*): Boxes of images, by their paths or names; others go to the detector.
+    Images with their boxes are drawn to files in `picture_folder`. `box_file` has the boxes of images by their paths
+    or names; the boxes of other images come from the detector.
     """
 
     def __init__(self, session: ChatSession, picture_folder: Path | None = None, box_file: BoxFile | None = None):
@@ -52,24 +50,16 @@ class ChatTerminal:
         self._is_interactive = sys.stdin.isatty()
 
     def run(self, images: Sequence[tuple[str, PIL.Image.Image]] = ()) -> None:
-        """Show some images, then read lines until the end of the input.
-
-        Args:
-            images (`Sequence`): Name and image of each.
-
-        Raises:
-            TypeError: If an image of `images` is none.
-            ValueError: If boxes of an image do not lie in it.
-        """
+        """Show images, each with its name, then read lines until the end of the input."""
         for stream in (sys.stdin, sys.stdout, sys.stderr):
             _never_fail(stream)
         if self._is_interactive:
             _edit_lines()
-            self._say("/image shows an image, /reset starts again, /exit leaves, /help tells more.", "dim")
+            self._say("/image shows an image, /reset starts over, /exit quits, /help says more.", "dim")
         for name, picture in images:
             self._attempt(lambda name=name, picture=picture: self._show(name, picture))  # type: ignore[misc]
         while (line := self._read()) is not None:
-            if not self._obey(line.strip()):
+            if not self._follow(line.strip()):
                 break
 
     def _read(self) -> str | None:
@@ -80,13 +70,13 @@ class ChatTerminal:
             try:
                 return input("> ")
             except KeyboardInterrupt:
-                self._say("\n(Ctrl-D or /exit leaves)", "dim")
+                self._say("\n(Ctrl-D or /exit quits)", "dim")
             except EOFError:
                 self._say("")
                 return None
 
-    def _obey(self, line: str) -> bool:
-        """Do what a line says; return whether the chat goes on."""
+    def _follow(self, line: str) -> bool:
+        """Do what a line says; return whether the chat continues."""
         command, _, argument = line.partition(" ")
         word = line.lower()
         if word in ("exit", "quit", "/exit", "/quit"):
@@ -105,13 +95,13 @@ class ChatTerminal:
         elif image := find_image(line):
             self._attempt(lambda: self._show(image))
         elif line.startswith("/"):
-            self._say(f"{command[:200]} is no command and no image file; /help lists the commands.", "red")
+            self._say(f"{command[:200]} is neither a command nor an image file; /help lists the commands.", "red")
         elif line:
             self._attempt(lambda: self._answer(line))
         return True
 
     def _attempt(self, action: Callable[[], None]) -> None:
-        """Do something, and say what went wrong in place of ending the chat."""
+        """Do something; on a failure, report it instead of ending the chat."""
         try:
             action()
         except ChatError as error:
@@ -123,7 +113,7 @@ class ChatTerminal:
                 raise
             self._say(
                 f"Out of memory: {str(error).splitlines()[0] if str(error) else 'no memory is left'}\n"
-                "The question is taken back. /reset frees the conversation; --bits 4 makes the model smaller.",
+                "The question was taken back. /reset frees the conversation; --bits 4 makes the model smaller.",
                 "red",
             )
             if torch.accelerator.is_available():
@@ -147,39 +137,41 @@ class ChatTerminal:
     def _show(self, source: str, picture: PIL.Image.Image | None = None) -> None:
         """Add an image to the conversation, list its boxes and draw them."""
         boxes = self._boxes_in_file(source)
-        with self._notes.status("Looking for objects"):
+        with self._notes.status("Looking for objects") if self.session.has_boxes else nullcontext():
             image = self.session.add_image(source if picture is None else picture, boxes, source)
         width, height = image.picture.size
-        number = len(image.objects["boxes"])
-        title = f"{source}: {width} x {height} pixels, {number} {'object' if number == 1 else 'objects'}"
-        if boxes is None and self.session.processor.box_detector is None:
-            title += " (nothing looks for them: no box detector)"
+        title = f"{source}: {width} x {height} pixels"
+        if image.objects is not None:
+            number = len(image.objects["boxes"])
+            title += f", {number} {'object' if number == 1 else 'objects'}"
+            if boxes is None and self.session.processor.box_detector is None:
+                title += " (there is no box detector to find them)"
         self._say(title)
-        if number:
-            self._notes.print(_table(image))
-            self._save(image)
+        if image.objects is not None and number:
+            self._notes.print(_table(image.objects))
+            self._draw(image.name, image.picture, image.objects)
 
     def _boxes_in_file(self, source: str) -> dict[str, object] | None:
-        """Find the boxes of an image by its path, or else by its name."""
+        """Find the boxes of an image by its path or, failing that, by its name."""
         for key in (source, Path(source).name):
             if self.box_file is not None and key in self.box_file and "boxes" in (record := self.box_file[key]):
                 return record
         return None
 
-    def _save(self, image: ChatImage) -> None:
-        """Draw the boxes of an image into a file whose name nothing else in this chat has."""
+    def _draw(self, name: str, picture: PIL.Image.Image, objects: Mapping[str, Any]) -> None:
+        """Draw the boxes of an image into a file of its own."""
         if self.picture_folder is None:
             return
-        stem = re.sub(r"[^\w.-]+", "_", Path(image.name.split("?")[0]).stem)[:100] or "image"
-        name, number = stem, 1
-        while name in self._names:
+        stem = re.sub(r"[^\w.-]+", "_", Path(name.split("?")[0]).stem)[:100] or "image"
+        numbered, number = stem, 1
+        while numbered in self._names:
             number += 1
-            name = f"{stem}-{number}"
-        self._names.add(name)
-        path = self.picture_folder / f"{name}.jpg"
+            numbered = f"{stem}-{number}"
+        self._names.add(numbered)
+        path = self.picture_folder / f"{numbered}.jpg"
         try:
             with replacing(path) as partial:
-                draw_boxes(image.picture, image.objects).save(partial, format="JPEG", quality=92)
+                draw_boxes(picture, objects).save(partial, format="JPEG", quality=92)
         except OSError as error:
             self._say(f"The picture cannot be saved: {error}", "red")
         else:
@@ -190,13 +182,9 @@ class ChatTerminal:
 
 
 def find_image(line: str) -> str | None:
-    """Tell whether a line is nothing but an image: a URL, or the path of a file that is called one.
+    """Return the URL or path of an image if a line holds nothing else.
 
-    Args:
-        line (`str`): A line; the path may be quoted or escaped, as terminals write it when a file is dropped on them.
-
-    Returns:
-        `str`, *optional*: The URL or the path.
+    The path may be quoted or escaped, as terminals write it when a file is dropped on them.
     """
     line = line.strip()
     if _URL.fullmatch(line):
@@ -212,10 +200,10 @@ def find_image(line: str) -> str | None:
     return None
 
 
-def _table(image: ChatImage) -> Table:
-    """List the objects, best first as the model gets them."""
-    boxes = image.objects["boxes"].tolist()
-    labels, scores = image.objects.get("labels"), image.objects.get("scores")
+def _table(objects: Mapping[str, Any]) -> Table:
+    """List objects in the order of their tokens."""
+    boxes = objects["boxes"].tolist()
+    labels, scores = objects.get("labels"), objects.get("scores")
     table = Table(box=None, pad_edge=False)
     table.add_column("label", overflow="fold")
     for column in ("score", "x1", "y1", "x2", "y2"):
@@ -230,13 +218,13 @@ def _table(image: ChatImage) -> Table:
 
 
 def _never_fail(stream: TextIO) -> None:
-    """Replace what a stream's encoding cannot write or read."""
+    """Let a stream replace characters that its encoding cannot write or read."""
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="replace")
 
 
 def _edit_lines() -> None:
-    """Let `input` edit lines and remember them, where Python was built with readline."""
+    """Let `input` edit lines and remember them, if Python was built with readline."""
     with suppress(ImportError):
         import readline  # noqa: F401
 

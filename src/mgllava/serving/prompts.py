@@ -1,12 +1,9 @@
 """From checked messages to the model's inputs, image by image."""
 
 import asyncio
-import copy
 import re
 from typing import Any
 
-import PIL.Image
-import torch
 from jinja2 import TemplateError
 
 from mgllava.user_text import control_tokens, encode_conversation
@@ -40,8 +37,8 @@ class PromptMaker:
         # One thread each: tokenizers and the detector's cache of text embeddings are not thread-safe.
         self._image_worker, self._text_worker = Worker("images", health), Worker("texts", health)
         self._control_tokens = control_tokens(processor)
-        # A capability of the processor; on the class, as the attribute itself loads the detector.
-        self.has_boxes = hasattr(type(processor), "box_detector")
+        # Boxes are a capability of the processor.
+        self.has_boxes = hasattr(processor, "objects")
         # Held by a request with images from its first image until it is answered.
         self.room_for_pixels = asyncio.Semaphore(MAX_REQUESTS_WITH_PIXELS)
 
@@ -112,28 +109,15 @@ class PromptMaker:
         except (TypeError, ValueError) as error:
             message = str(error).replace("boxes[0]", image.boxes_param)
             raise RequestError(message, image.param if image.boxes is None else image.boxes_param) from error
-        return max(picture.size), features
+        return max(picture.size), self._processor.take_images(features, 0)
 
     def _encode_conversation(self, conversation: Conversation, features: list[Any]) -> Any:
         """Encode the text, and put the processed images in their places."""
-        stand_in: dict[str, Any] = {"image": PIL.Image.new("RGB", (1, 1))}
-        if self.has_boxes:
-            stand_in["boxes"] = []  # for which the processor looks for none
-        messages = [
-            {
-                **message,
-                "content": [
-                    {**block, **stand_in} if block["type"] == "image" else block for block in message["content"]
-                ],
-            }
-            for message in conversation.messages
-        ]
-        processor = self._processor
+        options = {**self._template_kwargs}
         if features:
-            processor = copy.copy(processor)
-            processor.image_processor = _ReadyImages(processor.image_processor, _join(features))
+            options["processor_kwargs"] = {"processed_images": self._processor.join_images(features)}
         try:
-            return encode_conversation(processor, messages, **self._template_kwargs)
+            return encode_conversation(self._processor, conversation.messages, **options)
         except (ValueError, TypeError, TemplateError) as error:
             raise RequestError(str(error), conversation.param) from error
 
@@ -165,28 +149,6 @@ class PromptMaker:
             param,
             "context_length_exceeded",
         )
-
-
-def _join(features: list[Any]) -> Any:
-    """Join the inputs of several images along their first dimension; those with fewer boxes get rows of zeros."""
-    joined = copy.copy(features[0])
-    for name in joined:
-        rows = [row for feature in features for row in feature[name]]
-        joined[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)
-    return joined
-
-
-class _ReadyImages:
-    """Stands in for an image processor whose work is done, and returns the result."""
-
-    def __init__(self, image_processor: Any, features: Any):
-        self._image_processor, self._features = image_processor, features
-
-    def __call__(self, images: Any, **kwargs: Any) -> Any:
-        return self._features
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._image_processor, name)
 
 
 __all__ = ["PromptMaker"]
