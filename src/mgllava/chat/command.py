@@ -1,31 +1,28 @@
-"""What `mgllava chat` does: load, then talk."""
+"""What `mgllava chat` does: load a model, then talk with it."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, set_seed
+from transformers import GenerationConfig, set_seed
 
-from mgllava import MGLlavaConfig, quantization_config
 from mgllava.box_files import read_boxes
 
+from .loading import load
 from .session import ChatError, ChatSession, read_picture
 from .terminal import ChatTerminal
 
-# Logits are divided by it, in fp32: below, they overflow; above, all tokens are equally likely.
+# Logits are divided by the temperature in float32: below this range they overflow, above it all tokens are equally
+# likely.
 _LEAST_TEMPERATURE, _MOST_TEMPERATURE = 1e-6, 1e4
+_PICTURE_FOLDER = Path("chat-boxes")
 
 
 def chat(
     model: str,
     images: Sequence[str] = (),
     *,
-    bits: int | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    attn_implementation: str | None = None,
-    trust_remote_code: bool = False,
     use_detector: bool = True,
     detection_threshold: float | None = None,
     box_file: Path | None = None,
@@ -35,26 +32,20 @@ def chat(
     temperature: float | None = None,
     top_p: float | None = None,
     seed: int | None = None,
+    **options: Any,
 ) -> None:
     """Load a model and answer the questions of the standard input; the arguments are the options of the command."""
-    # Loading takes minutes: what can be wrong without the model is found before.
+    # Loading takes minutes, so everything else is checked first.
     _check_generation_options(max_new_tokens, temperature, top_p, seed, detection_threshold)
-    quantization = None if bits is None else quantization_config(bits)
-    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    if config.model_type != MGLlavaConfig.model_type:
-        raise ChatError(f"`model` must be an MG-LLaVA repository, got {model}, a model of type {config.model_type!r}.")
     pictures = [(source, read_picture(source)) for source in images]
     known_boxes = None if box_file is None else read_boxes(box_file)
-    processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
-    if not use_detector:
-        processor.box_detector = None
-    loaded = AutoModelForImageTextToText.from_pretrained(
+    loaded, processor = load(
         model,
-        dtype=dtype,
-        device_map=int(device) if device.isdecimal() else device,
-        attn_implementation=attn_implementation,
-        quantization_config=quantization,
-        trust_remote_code=trust_remote_code,
+        use_detector=use_detector,
+        detection_threshold=detection_threshold,
+        box_file=box_file,
+        picture_folder=picture_folder,
+        **options,
     )
     session = ChatSession(
         loaded,
@@ -65,7 +56,7 @@ def chat(
     )
     if seed is not None:
         set_seed(seed)
-    ChatTerminal(session, picture_folder, known_boxes).run(pictures)
+    ChatTerminal(session, picture_folder or _PICTURE_FOLDER, known_boxes).run(pictures)
 
 
 def _check_generation_options(
@@ -75,7 +66,7 @@ def _check_generation_options(
     seed: int | None = None,
     detection_threshold: float | None = None,
 ) -> None:
-    """Refuse values that generation would refuse at the first question, ignore, or stumble over."""
+    """Refuse values that generation would refuse only at the first question, ignore, or fail on."""
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ChatError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}.")
     if temperature is not None and not (temperature == 0 or _LEAST_TEMPERATURE <= temperature <= _MOST_TEMPERATURE):
@@ -97,19 +88,12 @@ def _check_generation_options(
 def generation_config(
     model: Any, max_new_tokens: int | None = None, temperature: float | None = None, top_p: float | None = None
 ) -> GenerationConfig:
-    """Change a model's own generation config by the options that are given.
+    """Return a model's own generation config with the options that are given; `generate` completes it.
 
-    Args:
-        model ([`MGLlavaForConditionalGeneration`]): The model; `generate` completes a configuration from its own.
-        max_new_tokens (`int`, *optional*): Longest answer.
-        temperature (`float`, *optional*): 0: do not sample. More: sample.
-        top_p (`float`, *optional*): Sample among the best tokens with this total probability.
-
-    Returns:
-        `GenerationConfig`: The model's configuration.
+    A temperature of 0 means greedy; a higher one, or `top_p`, means to sample.
     """
     config: GenerationConfig = model.generation_config
-    # The length of an answer is limited, not that of the conversation.
+    # `max_new_tokens` limits the answer; `max_length` would limit the whole conversation.
     config.max_length = None
     if max_new_tokens is not None:
         config.max_new_tokens = max_new_tokens

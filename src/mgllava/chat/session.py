@@ -12,7 +12,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from transformers import DynamicCache, GenerationConfig, TextStreamer
 
 from mgllava.errors import MGLlavaError
-from mgllava.families import family_of
+from mgllava.families import family_of, takes_boxes
 from mgllava.modeling.pretrained_common import CACHE_NAME
 from mgllava.processing.images_common import as_rgb, load_upright
 from mgllava.user_text import encode_conversation
@@ -116,11 +116,11 @@ class ChatSession:
         self.max_new_tokens = self.generation_config.max_new_tokens or _MAX_NEW_TOKENS
         self.generation_config.update(max_length=None, max_new_tokens=None, cache_implementation=None)
         self.detection_threshold = detection_threshold
-        # Boxes are a capability of the processor. `box_detector` would load the detector.
-        self.has_boxes = hasattr(processor, "objects")
-        if detection_threshold is not None and not self.has_boxes:
-            raise ValueError("`detection_threshold` must be None, because this model has no boxes.")
-        self._images_depend_on_text = family_of(model.config).images_depend_on_text
+        family = family_of(model.config)
+        self._images_depend_on_text = family.images_depend_on_text
+        self.takes_boxes = takes_boxes(processor)
+        if detection_threshold is not None and not self.takes_boxes:
+            raise ValueError(f"`detection_threshold` must be None: {family.title} has no boxes.")
         self.reset()
 
     def reset(self) -> None:
@@ -155,13 +155,13 @@ class ChatSession:
                 or the detector cannot be loaded.
             torch.OutOfMemoryError: If the memory does not suffice for the detector.
         """
-        if boxes is not None and not self.has_boxes:
-            raise ChatError("`boxes` must be None, because this model has no boxes.")
+        if boxes is not None and not self.takes_boxes:
+            raise ChatError("`boxes` must be None: this model has no boxes.")
         if name is None:
             name = os.fspath(image) if isinstance(image, str | os.PathLike) else "image"
         picture = read_picture(image)
         shown = ChatImage(name, picture, None, None)
-        if self.has_boxes:
+        if self.takes_boxes:
             try:
                 if boxes is None and self.processor.box_detector is not None:
                     options = {} if self.detection_threshold is None else {"threshold": self.detection_threshold}
@@ -197,7 +197,7 @@ class ChatSession:
         content: list[dict[str, Any]] = []
         for image in self._waiting:
             block = {"type": "image", "image": image.picture}
-            content.append({**block, "boxes": image.detections} if self.has_boxes else block)
+            content.append({**block, "boxes": image.detections} if self.takes_boxes else block)
         content.append({"type": "text", "text": question})
         messages = [*self.messages, {"role": "user", "content": content}]
         inputs = encode_conversation(self.processor, messages)

@@ -137,7 +137,7 @@ class ChatTerminal:
     def _show(self, source: str, picture: PIL.Image.Image | None = None) -> None:
         """Add an image to the conversation, list its boxes and draw them."""
         boxes = self._boxes_in_file(source)
-        with self._notes.status("Looking for objects") if self.session.has_boxes else nullcontext():
+        with self._notes.status("Looking for objects") if self.session.takes_boxes else nullcontext():
             image = self.session.add_image(source if picture is None else picture, boxes, source)
         width, height = image.picture.size
         title = f"{source}: {width} x {height} pixels"

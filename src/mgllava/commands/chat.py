@@ -38,7 +38,9 @@ def chat(
         Path | None,
         typer.Option("--boxes", help="Box file of `mgllava detect`; the detector looks at other images only."),
     ] = None,
-    picture_folder: Annotated[Path, typer.Option("--save-boxes", help=SAVE_BOXES_HELP)] = Path("chat-boxes"),
+    picture_folder: Annotated[
+        Path | None, typer.Option("--save-boxes", help=SAVE_BOXES_HELP, show_default="chat-boxes")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Longest answer, in tokens.", show_default="the model's, or 512")

@@ -56,4 +56,10 @@ def resolve(name: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
-__all__ = ["Family", "resolve"]
+def takes_boxes(processor: Any) -> bool:
+    """Tell whether the images of a model come with boxes, which is a capability of its processor."""
+    # Asked of the class, because the property of an object loads the box detector.
+    return hasattr(type(processor), "box_detector")
+
+
+__all__ = ["Family", "resolve", "takes_boxes"]

@@ -61,8 +61,8 @@ class MessageReader:
     `labels` and `scores`; in pixels of the upright image. Without `boxes`, the processor's box detector finds them.
     """
 
-    def __init__(self, limits: ServingLimits, has_boxes: bool):
-        self._limits, self._has_boxes = limits, has_boxes
+    def __init__(self, limits: ServingLimits, takes_boxes: bool):
+        self._limits, self._takes_boxes = limits, takes_boxes
 
     def read(
         self, messages: Any, root: str = "messages", instructions: str | None = None, boxes: Any = None
@@ -148,7 +148,7 @@ class MessageReader:
 
     def _check_boxes(self, boxes: Any, param: str) -> None:
         """Check the types and the number of boxes; the processor checks the rest once it has the image."""
-        if not self._has_boxes:
+        if not self._takes_boxes:
             raise RequestError(f"`{param}` must be absent: this model has no boxes.", param, "unsupported")
         rows: Any = boxes
         if isinstance(boxes, Mapping):

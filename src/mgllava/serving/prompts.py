@@ -6,6 +6,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from mgllava.families import takes_boxes
 from mgllava.user_text import control_tokens, encode_conversation
 
 from .errors import RequestError
@@ -37,8 +38,7 @@ class PromptMaker:
         # One thread each: tokenizers and the detector's cache of text embeddings are not thread-safe.
         self._image_worker, self._text_worker = Worker("images", health), Worker("texts", health)
         self._control_tokens = control_tokens(processor)
-        # Boxes are a capability of the processor.
-        self.has_boxes = hasattr(processor, "objects")
+        self.takes_boxes = takes_boxes(processor)
         # Held by a request with images from its first image until it is answered.
         self.room_for_pixels = asyncio.Semaphore(MAX_REQUESTS_WITH_PIXELS)
 
@@ -100,7 +100,7 @@ class PromptMaker:
         image.data, image.url = None, ""  # only the pixels stay in memory
         picture = decode_image(data, image.param, self._limits, pixels_left)
         options = {}
-        if self.has_boxes:
+        if self.takes_boxes:
             options["boxes"] = [image.boxes]
             if image.boxes is None and self._processor.box_detector is not None:
                 options["boxes"] = self._processor.detect([picture])

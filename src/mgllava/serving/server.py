@@ -1,4 +1,4 @@
-"""Loading a model and serving it."""
+"""Load a model and serve it."""
 
 import asyncio
 import json
@@ -8,13 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 import uvicorn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-import mgllava
+from mgllava.chat.loading import load
+from mgllava.families import takes_boxes
 
 from .app import build_app
 from .gate import AllowedHosts
@@ -25,9 +24,9 @@ from .limits import HEAD_TIMEOUT, ServingLimits
 from .messages import MessageReader
 from .prompts import PromptMaker
 
-# Seconds that answers may still take after the server was told to stop.
+# Seconds that answers may still take after the server has been asked to stop.
 _SHUTDOWN_TIMEOUT = 30
-# Arguments of `apply_chat_template` that are no variables of the template.
+# Arguments of `apply_chat_template` that are not variables of the template.
 _TEMPLATE_ARGUMENTS = {
     "add_generation_prompt",
     "chat_template",
@@ -46,7 +45,7 @@ _TEMPLATE_ARGUMENTS = {
 
 
 class _ImpatientProtocol(H11Protocol):
-    """Hangs up where the head of a request does not arrive in time; uvicorn waits for ever."""
+    """Closes connections on which the head of a request does not arrive in time; uvicorn waits forever."""
 
     _head_timer: asyncio.TimerHandle | None = None
 
@@ -84,88 +83,36 @@ def run_server(
     *,
     host: str = "localhost",
     port: int = 8000,
-    limits: ServingLimits | None = None,
+    limits: ServingLimits,
     allowed_image_hosts: str = "public",
     allowed_hosts: Sequence[str] = (),
     api_keys: Sequence[str] = (),
     served_model_name: str | None = None,
-    use_detector: bool = True,
     compile: bool = False,
     chat_template_kwargs: str | None = None,
     enable_cors: bool = False,
     log_level: str = "warning",
     default_seed: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    bits: int | None = None,
-    attn_implementation: str | None = None,
-    trust_remote_code: bool = False,
+    **options: Any,
 ) -> None:
-    """Load a model and serve it until the process is told to stop.
-
-    Args:
-        model (`str`): MG-LLaVA repository: folder or Hub id, which may end in `@revision`.
-        host (`str`): Address to listen at.
-        port (`int`): Port to listen at.
-        limits ([`ServingLimits`], *optional*): What a request may cost.
-        allowed_image_hosts (`str`): See [`ImageHosts.parse`].
-        allowed_hosts (`Sequence[str]`): Names of this server, see [`AllowedHosts`].
-        api_keys (`Sequence[str]`): Keys of which requests must have one; without any, all may ask.
-        served_model_name (`str`, *optional*): How clients call the model; by default the folder's name, or the id.
-        use_detector (`bool`): Whether to use the box detector of the model, if it has one.
-        compile (`bool`): Whether to compile decoding, with a static cache.
-        chat_template_kwargs (`str`, *optional*): JSON object; variables of the chat template.
-        enable_cors (`bool`): Whether web pages of all origins may send requests.
-        log_level (`str`): Of transformers and this package.
-        default_seed (`int`, *optional*): Seed of sampling for requests that have none.
-        device (`str`): `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"` or `"1"`.
-        dtype (`str`): `"auto"`, or the name of a dtype of torch.
-        bits (`int`, *optional*): 4 or 8, to load the language model quantized.
-        attn_implementation (`str`, *optional*): As in `from_pretrained`.
-        trust_remote_code (`bool`): Whether code of the repository may run.
-
-    Raises:
-        OSError: If there is no such repository.
-        ValueError: If it is no MG-LLaVA, or an option has no such value.
-    """
-    # Loading takes minutes: what can be wrong without the model is found before.
+    """Load a model and serve it until the process is stopped; the arguments are the options of `mgllava serve`."""
+    # Loading takes minutes, so everything else is checked first.
     hosts = ImageHosts.parse(allowed_image_hosts)
     names = AllowedHosts(host, allowed_hosts)
     if not all(key.strip() for key in api_keys):
         raise ValueError("`api_keys` must not be empty.")
-    limits = limits or ServingLimits()
     template_kwargs = _read_template_kwargs(chat_template_kwargs)
     if log_level.lower() not in logging.log_levels:
         raise ValueError(f"`log_level` must be one of {', '.join(logging.log_levels)}, got {log_level!r}.")
     for package in ("transformers", "mgllava"):
         logging.get_logger(package).setLevel(logging.log_levels[log_level.lower()])
-    quantization = None if bits is None else mgllava.quantization_config(bits)
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"`dtype` must be 'auto' or a dtype of torch such as 'bfloat16', got {dtype!r}.")
     if default_seed is not None and not -(2**63) <= default_seed < 2**63:
         raise ValueError(f"`default_seed` must have 64 bits, got {default_seed}.")
 
     name, _, revision = (model, "", "") if os.path.exists(model) else model.partition("@")
-    source = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(name, **source)
-    if config.model_type != mgllava.MGLlavaConfig.model_type:
-        raise ValueError(
-            f"`model` must be an MG-LLaVA repository, got {model!r} of type {config.model_type!r}. "
-            "Use `transformers serve` for other models."
-        )
-    processor = AutoProcessor.from_pretrained(name, **source)
-    if not use_detector:
-        processor.box_detector = None
-    processor.box_detector  # noqa: B018  (loads it: the first request should not wait)
-    loaded = AutoModelForImageTextToText.from_pretrained(
-        name,
-        dtype=dtype,
-        device_map=int(device) if device.isdecimal() else device,
-        attn_implementation=attn_implementation,
-        quantization_config=quantization,
-        **source,
-    ).eval()
-
+    loaded, processor = load(name, revision=revision or "main", **options)
+    if takes_boxes(processor):
+        processor.box_detector  # noqa: B018  (loads it: the first request should not wait)
     health = DeviceHealth(loaded.device)
     context_length = int(loaded.config.get_text_config().max_position_embeddings)
     prompts = PromptMaker(processor, context_length, limits, hosts, health, template_kwargs)
@@ -173,7 +120,7 @@ def run_server(
         model,
         served_model_name or (Path(os.path.abspath(model)).name if os.path.isdir(model) else model),
         loaded,
-        MessageReader(limits, prompts.has_boxes),
+        MessageReader(limits, prompts.takes_boxes),
         prompts,
         Generator(loaded, processor.tokenizer, health, default_seed),
         health,
@@ -211,7 +158,7 @@ def _read_template_kwargs(text: str | None) -> dict[str, Any]:
 
 
 def _allow_many_connections() -> None:
-    """Raise the number of open files to what the system allows: clients that send nothing take some for a while."""
+    """Raise the number of open files to the system's limit: even clients that send nothing hold one for a while."""
     with suppress(ImportError, OSError, ValueError):
         import resource
 

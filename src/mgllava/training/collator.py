@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from mgllava.families import takes_boxes
+
 from .errors import SampleError
 from .samples import (
     BadSamples,
@@ -15,7 +17,6 @@ from .samples import (
     longest_text,
     sample_id,
     sample_images,
-    takes_boxes,
     to_conversation,
 )
 

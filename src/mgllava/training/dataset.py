@@ -14,6 +14,7 @@ import torch
 
 from mgllava.box_files import BoxFile, read_boxes
 from mgllava.extras import import_extra
+from mgllava.families import takes_boxes
 
 from .errors import SampleError, TrainingError
 from .samples import (
@@ -21,7 +22,6 @@ from .samples import (
     MissingBoxes,
     longest_text,
     sample_images,
-    takes_boxes,
     to_conversation,
 )
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import AutoConfig, PreTrainedModel, TrainingArguments, set_seed
 
 from mgllava.box_files import detection_settings, open_detector
-from mgllava.families import FAMILIES, Family, family_of, resolve
+from mgllava.families import FAMILIES, Family, family_of, resolve, takes_boxes
 from mgllava.folder_lock import FolderLock
 from mgllava.quantization import quantization_config
 
@@ -43,7 +43,6 @@ from .recipe import (
     checked_recipe,
     merge,
 )
-from .samples import takes_boxes
 from .starting_model import write_starting_model
 from .trainable import check_trained, describe_trained, freeze_all_but, part_of
 from .trainer import MGLlavaTrainer

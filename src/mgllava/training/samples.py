@@ -14,12 +14,6 @@ MissingBoxes = Literal["error", "empty"]
 _IMAGE_BLOCKS = ("image", "image_url")
 
 
-def takes_boxes(processor: Any) -> bool:
-    """Tell whether the images of a model come with boxes."""
-    # Asked of the class, because the property of an object loads the box detector.
-    return hasattr(type(processor), "box_detector")
-
-
 def longest_text(processor: Any) -> int:
     """Return the longest training text, in tokens, of the family that a processor belongs to."""
     # By the names of its classes, because remote code has classes of its own.
@@ -179,6 +173,5 @@ __all__ = [
     "longest_text",
     "sample_id",
     "sample_images",
-    "takes_boxes",
     "to_conversation",
 ]

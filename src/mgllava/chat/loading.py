@@ -1,0 +1,60 @@
+"""Loading a model and its processor to talk with, for the commands `chat` and `serve`."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from mgllava.families import family_of, takes_boxes
+from mgllava.quantization import quantization_config
+
+
+def load(
+    model: str,
+    *,
+    revision: str = "main",
+    bits: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    use_detector: bool = True,
+    **box_options: Any,
+) -> tuple[Any, Any]:
+    """Load a model and its processor; refuse the options of boxes that are not `None` if the model has no boxes."""
+    # Loading takes minutes, so everything else is checked first.
+    quantization = None
+    if bits is not None:
+        quantization = quantization_config(bits)
+        quantization.llm_int8_skip_modules = None  # `from_pretrained` fills in those of the model's class
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"`dtype` must be 'auto' or a dtype of torch such as 'bfloat16', got {dtype!r}.")
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(model, **source)
+    try:
+        family = family_of(config)
+    except ValueError as error:
+        raise ValueError(
+            f"`model`: {model} cannot be loaded. {error} For other models, use `transformers chat` and "
+            "`transformers serve`."
+        ) from error
+    processor = AutoProcessor.from_pretrained(model, **source)
+    if takes_boxes(processor):
+        if not use_detector:
+            processor.box_detector = None
+    else:
+        given = {"use_detector=False": None if use_detector else True, **box_options}
+        if refused := [f"`{name}`" for name, value in given.items() if value is not None]:
+            raise ValueError(f"{', '.join(refused)} must be left out: {family.title} has no boxes.")
+    loaded = AutoModelForImageTextToText.from_pretrained(
+        model,
+        dtype=dtype,
+        device_map=int(device) if device.isdecimal() else device,
+        attn_implementation=attn_implementation,
+        quantization_config=quantization,
+        **source,
+    )
+    return loaded, processor
+
+
+__all__ = ["load"]
