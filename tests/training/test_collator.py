@@ -152,7 +152,17 @@ def test_samples_of_all_kinds_share_a_batch(small_processor):
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
 
 
+IMAGE_URL = [{"type": "image_url", "image_url": IMAGE}, {"type": "text", "text": "What is it?"}]
 BAD = {
+    "url_without_boxes": (
+        {
+            "image": None,
+            "conversations": None,
+            "boxes": None,
+            "messages": [{"role": "user", "content": IMAGE_URL}, {"role": "assistant", "content": "A cup."}],
+        },
+        "an image without boxes",
+    ),
     "no_file": ({"image": "/nowhere/cup.jpg"}, "/nowhere/cup.jpg"),
     "no_boxes": ({"boxes": None}, "without boxes"),
     "no_answer": ({"conversations": TURNS[:1]}, "no answer"),

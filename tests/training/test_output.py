@@ -29,6 +29,14 @@ def test_a_folder_with_something_else_is_not_written_to(cpu_recipe, tmp_path, pr
     assert [path.name for path in (tmp_path / "out").iterdir()] == [present]
 
 
+def test_no_starting_model_is_built_in_such_a_folder(cpu_recipe, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    parts = [f"model.parts.{name}=missing" for name in ("llm", "vision_tower", "high_res_tower")]
+    with pytest.raises(TrainingError, match="holds other files"):
+        run(cpu_recipe, *SHORT, "model.name=null", "model.parts.prompt_template=vicuna", *parts)
+
+
 def test_a_finished_training_is_not_overwritten(cpu_recipe):
     run(cpu_recipe, *SHORT, "training.save_strategy=no")
     for resume in (False, True):
@@ -150,6 +158,10 @@ TOGETHER = [
     ("training.auto_find_batch_size=true", "would change `global_batch_size`"),
     ("training.lr_scheduler_kwargs={nonsense: 1}", "`training.lr_scheduler_type` cannot be used"),
     ("training.report_to=nobody", "`training` cannot be used"),
+    ("training.activation_checkpointing=true", "are two names of one switch, got False and True"),
+    ("model.config.projector_hidden_actt=relu", "Did you mean `model.config.projector_hidden_act`?"),
+    ("model.config.fusion_type=none", "weights do not fit, such as model.fusion."),
+    ("model.config.fusion_type=round", "`model.config` cannot be used"),
     ("lora={target_modules: [nothing]}", "`lora` cannot be used"),
     ("training.output_dir=null", "`training.output_dir` must say where to write"),
 ]
@@ -174,6 +186,23 @@ def test_a_training_without_a_step_is_no_success(cpu_recipe):
             "training.per_device_train_batch_size=16",
             "global_batch_size=16",
         )
+
+
+def test_a_stage_may_change_the_configuration(cpu_recipe, small_repository):
+    """Nested values are merged, and the result is saved with them."""
+    changes = ("model.config.projector_hidden_act=relu", "model.config.text_config.rms_norm_eps=1e-3")
+    output = run(cpu_recipe, *SHORT, *changes, "training.save_strategy=no", "model.family=mgllava")
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (small_repository, output))
+    assert before["projector_hidden_act"] != after["projector_hidden_act"] == "relu"
+    assert after["text_config"].pop("rms_norm_eps") == 1e-3 != before["text_config"].pop("rms_norm_eps")
+    assert after["text_config"] == before["text_config"]
+
+
+def test_a_model_of_another_family_is_refused(cpu_recipe, tmp_path):
+    (tmp_path / "tagger").mkdir()
+    (tmp_path / "tagger" / "config.json").write_text('{"model_type": "ram_plus"}')
+    with pytest.raises(TrainingError, match=r"`model.name`: .*tagger cannot be trained.*'ram_plus'"):
+        run(cpu_recipe, f"model.name={tmp_path / 'tagger'}")
 
 
 def test_a_learning_rate_that_was_always_zero_is_said(cpu_recipe, caplog):

@@ -1,5 +1,8 @@
+import dataclasses
+
 import pytest
 
+from mgllava.families import FAMILIES
 from mgllava.training import Recipe, TrainingError, load_recipe, recipe_names, train
 from mgllava.training.recipe import checked_recipe
 
@@ -111,6 +114,10 @@ REFUSED = [
     ("model.dtype=bf16", "must be float32, bfloat16 or float16, got 'bf16'. Did you mean bfloat16?"),
     ("data.samples=3", "must be text or a list of texts or null, got 3. Write it in quotes if it is meant as text"),
     ("data.detector.threshold=2", "must be from 0 to 1, got 2"),
+    ("data.detector.detector=3", "must be text or null, got 3"),
+    ("model.family=ram_plus", "must be mgllava or null, got 'ram_plus'"),
+    ("model.parts.prompt_template=alpaca", "must be vicuna, llama3, phi3 or yi or null, got 'alpaca'"),
+    ("model.parts.config=none", "must be keys and values, got 'none'"),
     ("evaluation.on_bad_sample=x", "must be error or skip, got 'x'"),
     ("train=fusion", "must be a list of texts, got 'fusion'"),
     ("data=null", "must hold keys and values"),
@@ -171,6 +178,16 @@ def test_words_are_read_by_the_type_of_their_key(change, expected):
     for key in change.partition("=")[0].split("."):
         value = value[key] if isinstance(value, dict) else getattr(value, key)
     assert value == expected and type(value) is type(expected)
+
+
+def test_parts_are_those_of_the_family(monkeypatch):
+    toy = dataclasses.replace(FAMILIES["mgllava"], title="Toy", parts=("llm", "vision_tower"))
+    monkeypatch.setitem(FAMILIES, "toy", toy)
+    given = ("model.name=null", "model.family=toy", "model.parts.llm=x")
+    parts = load_recipe("stage_2.yaml", *given).model.parts
+    assert parts == {"llm": "x", "vision_tower": None, "prompt_template": None, "config": {}}
+    with pytest.raises(TrainingError, match=r"`model.parts.high_res_tower` is not a part of Toy, .* llm and vision"):
+        load_recipe("stage_2.yaml", *given, "model.parts.high_res_tower=x")
 
 
 def test_all_problems_are_said_a_line_each():
