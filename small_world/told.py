@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerBase
 
 from mgllava import MGLlavaImageProcessor, MGLlavaProcessor
 from mgllava.processing import CHAT_TEMPLATES
-from mgllava.training.samples import encode_text
 
 from .frames import cells_of_centers
 from .pictures import object_attributes
@@ -148,7 +147,7 @@ class ToldScenes(Dataset):
         question = [{"type": "image"}, {"type": "text", "text": turn.text}]
         answer = [{"type": "text", "text": turn.answer}]
         conversation = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        ids, learned = encode_text(self.processor, conversation)
+        ids, learned = self.processor.encode_text(conversation)
         assert learned is not None  # the template marks answers
         return ids, learned
 

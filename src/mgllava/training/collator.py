@@ -1,8 +1,8 @@
-"""From samples to batches: what the original's dataset and collate function make of them."""
+"""From samples to batches, as the original's dataset and collate function make them."""
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,21 +29,21 @@ _IGNORED = -100
 
 @dataclass
 class _Row:
-    """A sample as tensors; `images` are the image processor's outputs, or `None`."""
+    """A sample as tensors; `images` are the model inputs of its images, empty if there are none."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
-    images: dict[str, torch.Tensor] | None = None
+    images: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class MGLlavaDataCollator:
-    r"""Makes batches for training from conversations with images and boxes.
+    r"""Makes batches for training from conversations with images and, if the model takes them, boxes.
 
     Works with `Trainer` and with TRL's `SFTTrainer`; both need `remove_unused_columns=False`. Text-only samples and
     samples with several images may be mixed. Rows are padded on the right.
 
-    A text is cut at `max_text_length` tokens, an image counting as one. One that comes within 50 tokens of that keeps
-    only one box per label, as in the original.
+    A text is cut at `max_text_length` tokens, where an image counts as one. The images of a text that comes within 50
+    tokens of that keep only one box per label, as in the original.
 
     Example:
         ```python
@@ -58,18 +58,22 @@ class MGLlavaDataCollator:
         ```
 
     Args:
-        processor ([`MGLlavaProcessor`]): Its chat template must mark the answers (`{% generation %}`).
-        max_text_length (`int`, *optional*, defaults to 1472): Tokens of a text, an image counting as one.
-        on_bad_sample (`str`, *optional*, defaults to `"error"`): What to do with a sample that cannot be read:
-            `"error"`, or `"skip"`: leave it out of its batch, with a warning that names it.
-        missing_boxes (`str`, *optional*, defaults to `"error"`): What an image without boxes is: `"error"`, a bad
-            sample, or `"empty"`, an image without objects. No detector runs here.
-        pad_to_multiple_of (`int`, *optional*): Length of the rows.
+        processor ([`MGLlavaProcessor`]): Processor of the model, of any family of this package. Its chat template must
+            mark the answers (`{% generation %}`).
+        max_text_length (`int`, *optional*): Longest text in tokens, where an image counts as one; by default that of
+            the model family (1472 for MG-LLaVA).
+        on_bad_sample (`str`, *optional*, defaults to `"error"`): What to do with a sample that cannot be read: raise
+            an `"error"`, or `"skip"` it with a warning that names it.
+        missing_boxes (`str`, *optional*, defaults to `"error"`): What an image without boxes is: an `"error"`, or
+            `"empty"`, an image without objects. The box detector does not run here. Ignored for models that take no
+            boxes.
+        pad_to_multiple_of (`int`, *optional*): Pad the rows to a multiple of this length.
         return_sample_ids (`bool`, *optional*, defaults to `False`): Whether batches have `sample_ids` and
-            `skipped_samples` (a number) too. [`MGLlavaTrainer`] takes them out again.
+            `skipped_samples` (a number) too. [`MGLlavaTrainer`] removes them again.
 
     Raises:
-        ValueError: If the chat template does not mark answers.
+        ValueError: If the chat template does not mark answers, or the family of the processor is not known and
+            `max_text_length` is not given.
     """
 
     def __init__(
@@ -98,12 +102,13 @@ class MGLlavaDataCollator:
         """Make a batch.
 
         Args:
-            samples (`Sequence[Mapping]`): Samples as [`to_conversation`] takes them.
+            samples (`Sequence[Mapping]`): Samples in LLaVA's form, or with TRL's `messages`; see docs/training.md.
 
         Returns:
-            `dict`: `input_ids`, `labels` (-100 where nothing is learnt), `attention_mask` and `position_ids` of shape
-            `(batch_size, length)`; where there are images, `pixel_values` `(num_images, 3, height, width)`, `boxes`
-            `(num_images, max_boxes, 4)` (int64, xyxy in pixels of `pixel_values`) and `num_boxes` `(num_images,)`.
+            `dict`: `input_ids`, `labels` (-100 where nothing is learned), `attention_mask` and `position_ids` of shape
+            `(batch_size, length)`, and the model inputs of all images. For MG-LLaVA these are `pixel_values`
+            `(num_images, 3, height, width)`, `boxes` `(num_images, max_boxes, 4)` (int64, xyxy in pixels of
+            `pixel_values`) and `num_boxes` `(num_images,)`.
 
         Raises:
             SampleError: If a sample cannot be read, unless such samples are skipped.
@@ -123,10 +128,9 @@ class MGLlavaDataCollator:
                     raise problem from error
                 logger.warning("Skipped. %s", problem)
         if not rows:
-            # Other processes have a batch; this one takes part with a row that weighs nothing.
+            # The other processes have a batch, and this one must take part, with a row that has no weight.
             rows = [_Row(torch.tensor([self._pad_id]), torch.tensor([_IGNORED]))]
-        batch: dict[str, Any] = self._pad(rows)
-        batch |= _join([row.images for row in rows if row.images is not None])
+        batch: dict[str, Any] = {**self._pad(rows), **self.processor.join_images([row.images for row in rows])}
         if self.return_sample_ids:
             batch |= {"sample_ids": ids, "skipped_samples": len(samples) - len(ids)}
         return batch
@@ -147,31 +151,21 @@ class MGLlavaDataCollator:
                 )
         conversation = to_conversation(sample, self.missing_boxes)
         encoded = self._process(conversation)
-        ids, learnt = encoded["input_ids"][0], encoded["assistant_masks"][0]
-        num_boxes = torch.as_tensor(encoded.get("num_boxes", []), dtype=torch.long)
-        runs = self._run_lengths(num_boxes)
-        text_length = len(ids) - sum(runs) + len(runs)
-        if runs and text_length >= self.max_text_length - _NEAR_LIMIT:
+        runs = self.processor.num_image_tokens(encoded)
+        text_length = len(encoded["input_ids"][0]) - sum(runs) + len(runs)
+        if runs and self.missing_boxes is not None and text_length >= self.max_text_length - _NEAR_LIMIT:
             encoded = self._process(conversation, close_to_max_length=True)
-            ids, learnt = encoded["input_ids"][0], encoded["assistant_masks"][0]
-            num_boxes = torch.as_tensor(encoded["num_boxes"], dtype=torch.long)
-            runs = self._run_lengths(num_boxes)
+            runs = self.processor.num_image_tokens(encoded)
 
+        ids, learned = encoded["input_ids"][0], encoded["assistant_masks"][0]
         kept, num_images = self._cut(ids, runs)
         input_ids = torch.tensor(ids[:kept])
-        labels = input_ids.masked_fill(~torch.tensor(learnt[:kept]).bool(), _IGNORED)
+        labels = input_ids.masked_fill(~torch.tensor(learned[:kept]).bool(), _IGNORED)
         if not bool((labels != _IGNORED).any()):
             raise SampleError(
                 f"Sample {sample_id(sample)} has no answer to learn within {self.max_text_length} tokens of text."
             )
-        images = None
-        if num_images:
-            images = {
-                "pixel_values": torch.stack([torch.as_tensor(x) for x in encoded["pixel_values"][:num_images]]),
-                "boxes": torch.stack([torch.as_tensor(x) for x in encoded["boxes"][:num_images]]),
-                "num_boxes": num_boxes[:num_images],
-            }
-        return _Row(input_ids, labels, images)
+        return _Row(input_ids, labels, self.processor.take_images(encoded, 0, num_images))
 
     def _process(self, conversation: list[dict[str, Any]], **options: Any) -> Mapping[str, Any]:
         encoded: Mapping[str, Any] = self.processor.apply_chat_template(
@@ -183,12 +177,8 @@ class MGLlavaDataCollator:
         )
         return encoded
 
-    def _run_lengths(self, num_boxes: torch.Tensor) -> list[int]:
-        fused, per_box = self.processor.image_seq_length, self.processor.num_tokens_per_box
-        return [fused + per_box * count for count in num_boxes.tolist()]
-
     def _cut(self, ids: Sequence[int], runs: Sequence[int]) -> tuple[int, int]:
-        """Find how many ids and images the limit leaves; an image counts as one token and is never cut."""
+        """Count the ids and images within the limit, where an image counts as one token and is never cut."""
         position = images = 0
         for _ in range(self.max_text_length):
             if position >= len(ids):
@@ -216,18 +206,6 @@ class MGLlavaDataCollator:
             "attention_mask": mask.long(),
             "position_ids": positions * mask,
         }
-
-
-def _join(images: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Put the images of all rows one after the other."""
-    if not images:
-        return {}
-    boxes = [row for of_sample in images for row in of_sample["boxes"]]
-    return {
-        "pixel_values": torch.cat([of_sample["pixel_values"] for of_sample in images]),
-        "boxes": pad_sequence(boxes, batch_first=True),
-        "num_boxes": torch.cat([of_sample["num_boxes"] for of_sample in images]),
-    }
 
 
 __all__ = ["MGLlavaDataCollator"]

@@ -1,4 +1,4 @@
-"""One sample: from LLaVA's JSON or TRL's messages to a conversation, and from that to ids without its images."""
+"""One sample: from LLaVA's JSON or TRL's messages to the conversation that a chat template takes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal

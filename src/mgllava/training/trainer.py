@@ -138,7 +138,7 @@ class MGLlavaTrainer(Trainer):
         # Summed on the device, so that nothing waits for it before the next log.
         tokens = inputs["attention_mask"].sum()
         self._device_tokens = tokens if self._device_tokens is None else self._device_tokens + tokens
-        self._counts[1] += len(inputs.get("num_boxes", ()))
+        self._counts[1] += self._count_images(inputs)
         self._counts[2] += inputs.get("skipped_samples", 0)
         self._learned_samples += _number_of_samples(inputs)
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
@@ -150,6 +150,11 @@ class MGLlavaTrainer(Trainer):
                 "last checkpoint."
             )
         return loss
+
+    def _count_images(self, inputs: dict[str, Any]) -> int:
+        processors = (self.processing_class, getattr(self.data_collator, "processor", None))
+        processor = next((one for one in processors if hasattr(one, "count_images")), None)
+        return 0 if processor is None else processor.count_images(inputs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Collect the batches of a step, and count the tokens that are learned from in it.
