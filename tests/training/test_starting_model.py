@@ -70,7 +70,7 @@ def test_the_written_repository_works(tmp_path):
         write_starting_model(tmp_path / "start", **PARTS, prompt_template="vicuna")
     with pytest.raises(TrainingError, match="`vision_tower`, `high_res_tower` must be given"):
         write_starting_model(tmp_path / "other", llm=PARTS["llm"], prompt_template="vicuna")
-    with pytest.raises(TrainingError, match="`family` must be one of .*'mgllava'.*got 'ram_plus'"):
+    with pytest.raises(TrainingError, match=r"`family` must be one of .*'mgllava'.*got 'ram_plus'"):
         write_starting_model(tmp_path / "other", **PARTS, prompt_template="vicuna", family="ram_plus")
     with pytest.raises(TrainingError, match="prompt_template"):
         write_starting_model(tmp_path / "other", **PARTS, prompt_template="alpaca")

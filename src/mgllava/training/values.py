@@ -1,4 +1,4 @@
-"""The values of a recipe: read by the types of the fields that they are for, and checked against their ranges."""
+"""The values of a recipe, read by the types of their fields and checked against ranges."""
 
 import difflib
 import enum
@@ -12,7 +12,7 @@ from typing import Any
 from mgllava.errors import MGLlavaError
 
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
-# transformers declares these more narrowly than what it takes.
+# transformers takes more types here than it declares.
 _WIDER: dict[str, Any] = {
     "training.fsdp": bool | str | list[str] | None,
     "training.report_to": str | list[str] | None,
@@ -24,7 +24,7 @@ _WIDER: dict[str, Any] = {
 
 
 class WrongValueError(MGLlavaError):
-    """A value is not what its field takes; the message says what it takes and what came."""
+    """A value does not fit its field; the message continues a sentence that starts with the field's name."""
 
 
 class _Range(typing.NamedTuple):
@@ -89,24 +89,13 @@ _CHOICES = {
 
 
 def read_value(value: Any, kind: Any, name: str) -> Any:
-    """Read a value as its field takes it.
+    """Return a value, from YAML or Python, as plain data of its field's type; `name` is the field's dotted name.
 
     Words are read by the type of the field, because YAML cannot know it: `no` is a choice for `save_strategy` and
-    false for a switch; `"1e-5"` is a number where a number is wanted.
-
-    Args:
-        value: From YAML, or from Python.
-        kind: Type of the field.
-        name (`str`): Dotted name of the field, which ranges and choices are looked up by.
-
-    Returns:
-        The value, of the field's type, as plain data.
-
-    Raises:
-        WrongValueError: If the field does not take it.
+    false for a switch; `"1e-5"` is a number where a number is expected.
     """
     kind = _WIDER.get(name, kind)
-    # An evaluation is described in the words of the data.
+    # Both sections have the same keys.
     name = name.replace("evaluation.", "data.", 1) if name.startswith("evaluation.") else name
     read = _read(value, kind)
     if read is None:
@@ -133,7 +122,7 @@ def _read(value: Any, kind: Any) -> Any:
         if value is not None:
             raise WrongValueError("got the word None. Write null")
         return None
-    # First as it is, then converted: `str | bool` takes true as a switch and `no` as a word.
+    # Unconverted first, so that `str | bool` reads true as a switch and `no` as a word.
     for reader in (_as_it_is, _converted):
         for member in members:
             read = reader(value, member)
@@ -151,7 +140,7 @@ _NOT_THIS = object()
 
 
 def _members(kind: Any) -> list[Any]:
-    """The alternatives of a type."""
+    """List the alternatives of a type."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         found = [member for part in typing.get_args(kind) for member in _members(part)]
         # An enumeration says which words there are, so `str` next to it adds nothing.
@@ -170,11 +159,11 @@ def _choices(kind: Any) -> list[Any]:
 
 
 def _as_it_is(value: Any, kind: Any) -> Any:
-    """Take a value that is of the type already."""
+    """Return a value that has the type already."""
     origin = typing.get_origin(kind) or kind
     if choices := _choices(kind):
         matching = [choice for choice in choices if choice == value and type(choice) is type(value)]
-        # peft lists a pattern among its choices.
+        # peft has a pattern among its choices.
         is_pattern = any(isinstance(choice, str) and "[" in choice for choice in choices)
         return value if matching or (is_pattern and isinstance(value, str)) else _NOT_THIS
     if origin is list and isinstance(value, list | tuple):
@@ -189,14 +178,14 @@ def _as_it_is(value: Any, kind: Any) -> Any:
         return value
     if origin is float and type(value) is float:
         return _finite(value)
-    # Objects of other packages cannot be written in YAML; some are made of their keys.
+    # Objects of other packages cannot be written in YAML; their keys can.
     if isinstance(origin, type) and origin.__module__ not in ("builtins", "collections.abc"):
         return value if isinstance(value, origin) else dict(value) if isinstance(value, Mapping) else _NOT_THIS
     return _NOT_THIS
 
 
 def _converted(value: Any, kind: Any) -> Any:
-    """Convert a value that can only mean one thing."""
+    """Convert a value that can mean only one thing."""
     word = value.strip().lower() if isinstance(value, str) else value
     if kind is bool:
         if word in _TRUE or word in _FALSE:
@@ -222,11 +211,11 @@ def _converted(value: Any, kind: Any) -> Any:
 
 
 def _refuse_words(value: Any) -> None:
-    """Refuse switches in options whose types are not known: as words, both of them are true in Python."""
+    """Refuse yes, no, on and off in options of unknown types: as words, all of them are true in Python."""
     if isinstance(value, Mapping):
         for key, below in value.items():
             if isinstance(below, str) and below.lower() in ("yes", "no", "on", "off"):
-                raise WrongValueError(f"has {key}={below}, which is a word here. Write true or false")
+                raise WrongValueError(f"has {key}={below}, which is read as a word here. Write true or false")
             _refuse_words(below)
 
 
