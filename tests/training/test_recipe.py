@@ -136,7 +136,10 @@ REFUSED = [
     ("training.save_strategy=nope", "must be no, steps, epoch or best, got 'nope'"),
     ("training.lr_scheduler_type=cosin", "Did you mean cosine?"),
     ("training.logging_steps=2.5", "must be a whole number of steps, or a share"),
-    ("training.gradient_checkpointing_kwargs={use_reentrant: no}", "has use_reentrant=no, which is read as a word here"),
+    (
+        "training.gradient_checkpointing_kwargs={use_reentrant: no}",
+        "has use_reentrant=no, which is read as a word here",
+    ),
     ("lora.r=0", "must be 1 or greater, got 0"),
     ("lora.lora_dropout=1", "must be at least 0 and below 1, got 1"),
     ("lora.bias=lora_onl", "Did you mean lora_only?"),
