@@ -17,7 +17,7 @@ from mgllava.commands.convert import Preset
 from mgllava.conversion import PRESETS, ConversionError, sources
 from mgllava.conversion.convert_ram_plus import TAG_LIST_URL, THRESHOLDS_URL
 from mgllava.conversion.sources import fetch_checkpoint
-from mgllava.hub.known_models import LICENCES
+from mgllava.hub.card_sections import LICENSES
 from mgllava.model_files import sources as model_sources
 from tests.ram_plus.golden import SOURCES
 
@@ -159,7 +159,7 @@ def test_presets_are_the_published_models():
         ("01-ai/Yi-1.5-34B-Chat", "yi"),
     }
     for values in PRESETS.values():
-        assert {values["llm"], values["vision_tower"], values["high_res_tower"]} <= LICENCES.keys()
+        assert {values["llm"], values["vision_tower"], values["high_res_tower"]} <= LICENSES.keys()
 
 
 def _add_preset(hub, golden, preset):

@@ -1,5 +1,6 @@
 """`mgllava export`: complete repositories, or none."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ import mgllava
 from mgllava import MGLlavaForConditionalGeneration, MGLlavaProcessor
 from mgllava.cli import app
 from mgllava.conversion import ConversionError
+from mgllava.families import FAMILIES
 from mgllava.hub import export, export_repository, upload
 from mgllava.hub.card_sections import Contents
 from mgllava.hub.model_card import model_card
@@ -98,7 +100,7 @@ def test_broken_repositories_are_refused_before_anything_is_written(change, copi
         "shape": f"wrong shape: 1\n  {name}: expected",
         "index": "names shards that are not there",
         "pickle": "must hold safetensors, got pytorch_model.bin",
-        "config": "must be a repository of mgllava or ram_plus, got .* of 'llava'",
+        "config": "must be a model of MG-LLaVA or RAM\\+\\+, got .* of type 'llava'",
         "processor": "must hold what the model's processor is made of",
     }[change]
     with pytest.raises(ConversionError, match=message):
@@ -185,7 +187,9 @@ def test_ram_plus_is_exported_too(tagger_repository, tmp_path):
     output = export_repository(tagger_repository, tmp_path / "ram-plus", verify=False)
     assert {"README.md", "preprocessor_config.json", "modeling_ram_plus.py"} <= {p.name for p in output.iterdir()}
     assert ModelCard.load(output / "README.md").data.pipeline_tag == "image-classification"
-    with pytest.raises(ConversionError, match="RAM\\+\\+ is itself a tagger"):
+    with pytest.raises(
+        ConversionError, match="are for models whose processor finds boxes, which RamPlusImageProcessor does not"
+    ):
         export_repository(tagger_repository, tmp_path / "other", with_detector=True)
 
 
@@ -233,6 +237,20 @@ def published_contents(**changes):
         "checked_with": "transformers 5.0",
     }
     return Contents(**{**values, **changes})
+
+
+def test_a_checkpoint_of_the_hub_is_a_base_model():
+    arguments = {**published_contents().report["arguments"], "checkpoint": "somebody/mg-llava"}
+    card = model_card(published_contents(report={"arguments": arguments}))
+    assert card.data.base_model[-1] == "somebody/mg-llava"
+
+
+def test_a_family_without_a_card_of_its_own_gets_what_was_checked(monkeypatch):
+    contents = published_contents()
+    monkeypatch.setitem(FAMILIES, "mgllava", dataclasses.replace(FAMILIES["mgllava"], card=None))
+    card = model_card(contents)
+    assert card.data.library_name == "transformers" and "## What was checked" in card.text
+    assert "arxiv" not in card.text
 
 
 def test_a_card_says_what_is_known_and_what_is_not(tmp_path):

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from mgllava.processing import COCO_80, BoxDetector, MGLlavaProcessor
+from transformers import AutoProcessor
+
+from mgllava.processing import COCO_80, BoxDetector
 from mgllava.processing.box_detection_mgllava import DEFAULT_DETECTOR
 from mgllava.processing.image_text_processor_common import ProcessLock
 
@@ -114,9 +116,10 @@ def open_detector(
         return LazyDetector(config, trust_remote_code)
     if detector is not None or tagger is not None:
         raise BoxFileError("`processor` brings its own detector: pass it, or `detector` and `tagger`, not both.")
-    loaded = MGLlavaProcessor.from_pretrained(processor, trust_remote_code=trust_remote_code)
+    loaded = AutoProcessor.from_pretrained(processor, trust_remote_code=trust_remote_code)
+    locate = getattr(loaded, "locate_box_detector", lambda: None)
     try:
-        located = loaded.locate_box_detector()
+        located = locate()
     except ValueError as error:
         raise BoxFileError(f"`processor`: {error}") from error
     if located is None:

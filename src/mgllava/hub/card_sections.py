@@ -1,4 +1,4 @@
-"""What the cards of all models have in common."""
+"""What the cards of all families share."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -6,21 +6,40 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from .known_models import LICENCES
+
+@dataclass(frozen=True)
+class License:
+    """License of a published model: its name, and its identifier in the metadata of model cards."""
+
+    text: str
+    identifier: str | None = None
+
+
+# Of published models, as their model cards say.
+LICENSES = {
+    "lmsys/vicuna-7b-v1.5": License("Llama 2 Community License", "llama2"),
+    "lmsys/vicuna-13b-v1.5": License("Llama 2 Community License", "llama2"),
+    "meta-llama/Meta-Llama-3-8B-Instruct": License("Meta Llama 3 Community License", "llama3"),
+    "microsoft/Phi-3-mini-4k-instruct": License("MIT", "mit"),
+    "01-ai/Yi-1.5-34B-Chat": License("Apache-2.0", "apache-2.0"),
+    "openai/clip-vit-large-patch14-336": License("not stated on its model card; the code of CLIP is MIT"),
+    "laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup": License("MIT", "mit"),
+    "google/owlv2-large-patch14-ensemble": License("Apache-2.0", "apache-2.0"),
+}
 
 
 @dataclass(frozen=True)
 class Contents:
     """What a card is made from.
 
-    Args:
-        config ([`MGLlavaConfig`] or [`RamPlusConfig`]): The model's configuration.
-        shapes (`Mapping[str, tuple[int, ...]]`): Of the model's parameters, by name; a tied one counts once.
+    Attributes:
+        config (`PreTrainedConfig`): The model's configuration.
+        shapes (`Mapping[str, tuple[int, ...]]`): Shapes of the model's parameters by name; tied ones occur once.
         report (`Mapping`): The conversion's report, or empty.
         box_detector (`Mapping`, *optional*): The processor's `box_detector_config`.
-        repo_id (`str`): What the repository is called.
-        tag (`str`): Revision that examples name.
-        checked_with (`str`, *optional*): Release with which it was loaded without this package.
+        repo_id (`str`): Name of the model repository on the Hub.
+        tag (`str`): Revision in the examples.
+        checked_with (`str`, *optional*): Release of transformers that loaded the model without this package.
     """
 
     config: Any
@@ -68,8 +87,13 @@ def storage_note(config: Any) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Tell whether this may be the name of a repository on the Hub."""
+    """Tell whether this may be the name of a model repository on the Hub."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
+
+
+def hub_ids(names: Iterable[str | None]) -> list[str] | None:
+    """Keep the names that are on the Hub, for `base_model`."""
+    return [name for name in names if name and is_hub_id(name)] or None
 
 
 def place(name: str | None, revision: str | None = None) -> str:
@@ -83,9 +107,9 @@ def place(name: str | None, revision: str | None = None) -> str:
 
 
 def terms(name: str | None) -> str:
-    """Say under which licence a published model is."""
-    licence = LICENCES.get(name or "")
-    return licence.text if licence else "unknown: see where it comes from"
+    """Name the license of a published model."""
+    license = LICENSES.get(name or "")
+    return license.text if license else "unknown: see where it comes from"
 
 
 def checks(contents: Contents) -> str:
@@ -112,9 +136,12 @@ def citation(bibtex: str) -> str:
 
 
 __all__ = [
+    "LICENSES",
     "Contents",
+    "License",
     "checks",
     "citation",
+    "hub_ids",
     "is_hub_id",
     "parameter_table",
     "place",

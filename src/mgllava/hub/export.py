@@ -1,10 +1,9 @@
-"""From a repository that loads here to one that is complete: it loads anywhere and says what it is."""
+"""Make a model folder complete: it loads without this package and has a model card."""
 
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,15 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
+from mgllava.families import FAMILIES, Family, resolve
 from mgllava.model_files.errors import ConversionError
 from mgllava.model_files.json_files import read_json, write_json
 from mgllava.model_files.repository_writer import REPORT_NAME, Progress, match_tensors
 from mgllava.model_files.sources import fetch, one_line
 from mgllava.model_files.staging import StagingFolder
 from mgllava.model_files.tensor_files import open_weights
-from mgllava.modeling import MGLlavaConfig, MGLlavaForConditionalGeneration
-from mgllava.processing import MGLlavaProcessor
 from mgllava.processing.box_detection_mgllava import DEFAULT_DETECTOR
 from mgllava.processing.box_detector_files_mgllava import BUNDLE_FOLDER, PARTS, check_links, is_bundled
-from mgllava.ram_plus import RamPlusConfig, RamPlusForImageTagging, RamPlusImageProcessor
 
 from .card_sections import Contents, is_hub_id
 from .model_card import CARD_MARK, CARD_NAME, model_card
@@ -36,21 +33,6 @@ _INDEX = "model.safetensors.index.json"
 _TEMPLATES_FOLDER = "chat_templates"
 logger = logging.get_logger(__name__)
 _BLOCK = 1 << 24
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """The classes of a model type; the processor is what `from_pretrained` needs beside the model."""
-
-    config: Any
-    model: Any
-    processor: Any
-
-
-_KINDS = {
-    MGLlavaConfig.model_type: _Kind(MGLlavaConfig, MGLlavaForConditionalGeneration, MGLlavaProcessor),
-    RamPlusConfig.model_type: _Kind(RamPlusConfig, RamPlusForImageTagging, RamPlusImageProcessor),
-}
 
 
 def export_repository(
@@ -67,44 +49,45 @@ def export_repository(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Write a repository that loads with `trust_remote_code=True` where this package is not installed.
+    """Write a model folder that loads with `trust_remote_code=True` where this package is not installed.
 
-    It holds the weights, whose names and shapes are checked first, the configurations, the processor with tokenizer
-    and chat template, the code of all classes, the box detector, and a model card. Weights are copied block by block,
-    never loaded: links would let whoever saves over the copy change the original. The output appears under its name
-    only when it is complete.
+    It holds the weights (their names and shapes are checked first), the configurations, the processor with tokenizer
+    and chat template, the code of all classes, the box detector, and a model card. Weights are copied in blocks, never
+    loaded, and never linked: saving over a link would change the original. The output appears under its name only
+    when it is complete.
 
     Args:
-        model (`str` or `Path`): Folder or Hub id of an MG-LLaVA or RAM++ repository.
+        model (`str` or `Path`): Folder or Hub id of a model of this package.
         output (`str` or `Path`): Folder to write.
-        revision (`str`, *optional*): Of `model`, on the Hub.
-        tagger (`str`, *optional*): Image tagger for the box detector, in place of the processor's: folder or Hub id.
-        detector (`str`, *optional*): Zero-shot detector, in place of the processor's: folder or Hub id.
-        with_detector (`bool`, *optional*, defaults to `False`): Copy tagger and detector that are Hub ids into the
-            repository. Folders are copied in any case.
-        repo_id (`str`, *optional*): What the repository will be called on the Hub, for the card.
-        tag (`str`, *optional*): Revision that the card's examples name; by default `v` and the package's version.
+        revision (`str`, *optional*): Branch, tag or commit of `model` on the Hub.
+        tagger (`str`, *optional*): Tagger for the box detector, instead of the processor's: folder or Hub id.
+        detector (`str`, *optional*): Object detector, instead of the processor's: folder or Hub id.
+        with_detector (`bool`, *optional*, defaults to `False`): Also copy a tagger and an object detector that are
+            Hub ids. Those that are folders are always copied.
+        repo_id (`str`, *optional*): Future name of the model repository on the Hub, for the card.
+        tag (`str`, *optional*): Revision in the examples of the card; by default `v` and the package's version.
         verify (`bool`, *optional*, defaults to `True`): Load the result in a process that cannot import this package.
-        overwrite (`bool`, *optional*, defaults to `False`): Replace a repository of the same kind at `output`. Files
-            there that no export writes stay, and so does a card that a person wrote.
-        progress (`Callable[[str, int, int], None]`, *optional*): Told the stage, bytes just done, bytes in total.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace a model of the same type at `output`. Files there
+            that no export writes are kept, and so is a card that a person wrote.
+        progress (`Callable[[str, int, int], None]`, *optional*): Callback, called with the stage, the bytes just
+            copied and the bytes in total.
 
     Returns:
         `Path`: The output.
 
     Raises:
-        ConversionError: If `model` is not such a repository or not whole, its files name or link to something outside
-            it, the result does not load, or `output` exists.
+        ConversionError: If `model` is not a complete model of this package, its files name or link to something
+            outside it, the result does not load, or `output` exists.
     """
     output = Path(output).absolute()
     source = fetch(model, "model", [*_TEXT_FILES, "*.safetensors"], revision)
     _refuse_links(source)
-    kind = _kind(source, model)
-    with StagingFolder(output, overwrite, kind.config.model_type) as staging:
-        config = _read_config(source, kind)
-        shapes = _shapes(config, kind)
+    family = _read_family(source, model)
+    with StagingFolder(output, overwrite, resolve(family.config).model_type) as staging:
+        config = _read_config(source, family)
+        shapes = _shapes(config, family)
         weight_files = _check_weights(source, config, shapes)
-        processor = _read_processor(source, kind)
+        processor = _read_processor(source, family)
         _check_box_detector(processor, source)
         if tagger is not None or detector is not None or with_detector:
             _set_box_detector(processor, tagger, detector, with_detector)
@@ -116,7 +99,7 @@ def export_repository(
         if (source / "generation_config.json").is_file():
             shutil.copyfile(source / "generation_config.json", staging.path / "generation_config.json")
         config.save_pretrained(staging.path)
-        custom_object_save(kind.model, staging.path)
+        custom_object_save(resolve(family.model), staging.path)
         try:
             processor.save_pretrained(staging.path)
         except ValueError as error:  # a link that leads out of a folder of the box detector
@@ -149,15 +132,16 @@ def default_tag() -> str:
     return f"v{mgllava.__version__}"
 
 
-def _kind(folder: Path, name: str | Path) -> _Kind:
+def _read_family(folder: Path, name: str | Path) -> Family:
     path = folder / "config.json"
     if not path.is_file():
         hint = " It is an adapter: merge it into its model and save that." * (folder / "adapter_config.json").is_file()
         raise ConversionError(f"`model`: {name} has no config.json, so it is not a transformers repository.{hint}")
     model_type = read_json(path, "model").get("model_type")
-    if not isinstance(model_type, str) or model_type not in _KINDS:
-        raise ConversionError(f"`model` must be a repository of {' or '.join(_KINDS)}, got {name} of {model_type!r}.")
-    return _KINDS[model_type]
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        titles = " or ".join(family.title for family in FAMILIES.values())
+        raise ConversionError(f"`model` must be a model of {titles}, got {name} of type {model_type!r}.")
+    return FAMILIES[model_type]
 
 
 def _refuse_links(folder: Path) -> None:
@@ -175,21 +159,21 @@ def _inside(path: Path, folder: Path) -> Path:
     return path
 
 
-def _read_config(folder: Path, kind: _Kind) -> Any:
+def _read_config(folder: Path, family: Family) -> Any:
     try:
-        config = kind.config.from_pretrained(folder)
+        config = resolve(family.config).from_pretrained(folder)
     except Exception as error:  # a config may be wrong in many ways
         reason = one_line(error.__cause__ or error)
         raise ConversionError(f"config.json of {folder} cannot be read ({reason}).") from error
     # Repositories that somebody saved may lack it, and the Auto classes' code must be that of what is here.
-    config.architectures, config.auto_map = [kind.model.__name__], None
+    config.architectures, config.auto_map = [resolve(family.model).__name__], None
     return config
 
 
-def _shapes(config: Any, kind: _Kind) -> dict[str, tuple[int, ...]]:
+def _shapes(config: Any, family: Family) -> dict[str, tuple[int, ...]]:
     """List the model's parameters and buffers; of tied ones, those that are stored."""
     with torch.device("meta"):
-        model = kind.model(config)
+        model = resolve(family.model)(config)
     tied = model.all_tied_weights_keys or {}
     return {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
 
@@ -208,9 +192,14 @@ def _check_weights(folder: Path, config: Any, shapes: Mapping[str, tuple[int, ..
     return files
 
 
-def _read_processor(folder: Path, kind: _Kind) -> Any:
+def _processor(family: Family) -> str:
+    """Name what `from_pretrained` needs next to the model."""
+    return family.processor or family.image_processors["torchvision"]
+
+
+def _read_processor(folder: Path, family: Family) -> Any:
     try:
-        return kind.processor.from_pretrained(folder)
+        return resolve(_processor(family)).from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
         raise ConversionError(
             f"{folder} must hold what the model's processor is made of, but it cannot be loaded ({error}). "
@@ -221,7 +210,7 @@ def _read_processor(folder: Path, kind: _Kind) -> Any:
 def _check_box_detector(processor: Any, source: Path) -> None:
     """Refuse a detector that the repository names outside itself, before something is written."""
     try:
-        if isinstance(processor, MGLlavaProcessor):
+        if hasattr(processor, "locate_box_detector"):
             processor.locate_box_detector()
     except (ValueError, OSError) as error:
         raise ConversionError(f"The box detector that {source} names cannot be exported: {error}") from error
@@ -249,8 +238,11 @@ def _pin_box_detector(processor: Any) -> None:
 
 def _set_box_detector(processor: Any, tagger: str | None, detector: str | None, with_detector: bool) -> None:
     """Put tagger and detector into the processor's configuration; with `with_detector` as folders on this disk."""
-    if not isinstance(processor, MGLlavaProcessor):
-        raise ConversionError("`tagger`, `detector` and `with_detector` are for MG-LLaVA; RAM++ is itself a tagger.")
+    if not hasattr(processor, "locate_box_detector"):
+        raise ConversionError(
+            "`tagger`, `detector` and `with_detector` are for models whose processor finds boxes, which "
+            f"{type(processor).__name__} does not."
+        )
     given = {name: value for name, value in (("tagger", tagger), ("detector", detector)) if value is not None}
     config = {
         "tagger": None,
@@ -301,11 +293,11 @@ def _copy(source: Path, target: Path, on_bytes: Callable[[int], None]) -> None:
 
 def _write_code(folder: Path) -> None:
     """Bring the code of a repository up to date, if it is one of ours; of a part of the box detector, say."""
-    kind = _KINDS.get(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
-    if kind is not None:
-        _read_config(folder, kind).save_pretrained(folder)
-        custom_object_save(kind.model, folder)
-        kind.processor.from_pretrained(folder).save_pretrained(folder)
+    family = FAMILIES.get(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
+    if family is not None:
+        _read_config(folder, family).save_pretrained(folder)
+        custom_object_save(resolve(family.model), folder)
+        resolve(_processor(family)).from_pretrained(folder).save_pretrained(folder)
 
 
 def _read_report(folder: Path) -> dict[str, Any]:

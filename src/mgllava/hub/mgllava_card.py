@@ -1,11 +1,21 @@
-"""The card of an MG-LLaVA repository."""
+"""The card of an MG-LLaVA model."""
 
 from math import prod
 
 from huggingface_hub import ModelCardData
 
-from .card_sections import Contents, checks, citation, is_hub_id, parameter_table, place, storage_note, table, terms
-from .known_models import BENCHMARKS, LICENCES, PAPER_RESULTS, PAPER_VARIANT
+from .card_sections import (
+    LICENSES,
+    Contents,
+    checks,
+    citation,
+    hub_ids,
+    parameter_table,
+    place,
+    storage_note,
+    table,
+    terms,
+)
 
 # Arguments of the converter, and what people call the models.
 _ORIGINS = {"llm": "language model", "vision_tower": "CLIP", "high_res_tower": "ConvNeXt"}
@@ -18,6 +28,30 @@ _MODULES = {
 # Bytes for each quantized weight. 4 bits: one 8-bit scale per 64 weights, and one 32-bit scale per 256 of those.
 _QUANTIZED_BYTES = {8: 1.0, 4: 0.5 + 1 / 64 + 4 / (64 * 256)}
 
+_BENCHMARKS = (
+    "MMBench-dev",
+    "MMBench-test",
+    "SEED-I",
+    "MMStar",
+    "TextVQA",
+    "DocVQA",
+    "SQA-I",
+    "AI2D",
+    "VQAv2",
+    "MM-Vet",
+    "LLaVA-W",
+)
+# As arXiv 2406.17770 reports them, by language model.
+_PAPER_RESULTS = {
+    "microsoft/Phi-3-mini-4k-instruct": (73.4, 72.9, 70.2, 35.5, 65.3, 49.3, 73.9, 75.1, 77.9, 47.3, 75.4),
+    "lmsys/vicuna-7b-v1.5": (72.1, 71.9, 69.4, 35.1, 67.3, 47.9, 70.8, 69.3, 80.2, 41.0, 75.5),
+    "meta-llama/Meta-Llama-3-8B-Instruct": (76.5, 76.6, 71.5, 36.9, 68.1, 49.0, 76.3, 75.6, 80.7, 46.9, 75.5),
+    "lmsys/vicuna-13b-v1.5": (72.2, 73.5, 70.8, 34.1, 69.6, 52.1, 74.7, 73.4, 81.2, 46.7, 82.0),
+    "01-ai/Yi-1.5-34B-Chat": (80.1, 79.1, 73.7, 47.9, 70.0, 56.1, 77.0, 81.1, 82.0, 48.4, 80.5),
+}
+# The variant that those results belong to.
+_PAPER_VARIANT = {"fusion_type": "conv_gate", "object_merging": "concat", "box_feature_type": "pyramid"}
+
 _CITATION = """\
 @article{zhao2024mgllava,
   title   = {MG-LLaVA: Towards Multi-Granularity Visual Instruction Tuning},
@@ -29,32 +63,25 @@ _CITATION = """\
 
 
 def mgllava_card(contents: Contents) -> tuple[ModelCardData, list[str]]:
-    """Make metadata and sections of a card.
-
-    Args:
-        contents ([`Contents`]): What the repository holds.
-
-    Returns:
-        `tuple[ModelCardData, list[str]]`: Both.
-    """
+    """Return the metadata and the sections of a card."""
     origins = [contents.argument(argument) for argument in _ORIGINS]
-    licence = LICENCES.get(contents.argument("llm") or "")
+    license = LICENSES.get(contents.argument("llm") or "")
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        base_model=[name for name in origins if name and is_hub_id(name)] or None,
-        license=licence.identifier if licence else None,
+        base_model=hub_ids([*origins, contents.argument("checkpoint")]),
+        license=license.identifier if license else None,
         tags=["mgllava", "custom_code", "arxiv:2406.17770"],
     )
     return data, [
         f"# {contents.title}",
         "MG-LLaVA ([arXiv 2406.17770](https://arxiv.org/abs/2406.17770)) for transformers: a vision-language model "
-        "that sees a picture whole with a CLIP ViT, sharply with a ConvNeXt, and box by box: every object in it has a "
-        "token of its own.",
+        "that reads an image at low resolution with a CLIP ViT, at high resolution with a ConvNeXt, and box by box: "
+        "each box becomes a token of its own.",
         _use(contents),
         _numbers(contents),
         *_paper_results(contents),
-        _licences(contents),
+        _licenses(contents),
         _limits(contents),
         checks(contents),
         citation(_CITATION),
@@ -67,7 +94,7 @@ def _use(contents: Contents) -> str:
         boxes = "The processor finds the boxes of the objects itself, with the detector that it names."
     else:
         image = '{"type": "image", "path": "photo.jpg", "boxes": [[10, 20, 110, 70]]}'
-        boxes = "Boxes are x1, y1, x2, y2 in pixels of the picture. Without any, answers lose what the boxes tell."
+        boxes = "Boxes are `[x1, y1, x2, y2]` in pixels of the upright image. Without boxes, answers get worse."
     return f"""\
 ## Use
 
@@ -82,7 +109,7 @@ processor = AutoProcessor.from_pretrained(name, **options)
 
 conversation = [{{"role": "user", "content": [
     {image},
-    {{"type": "text", "text": "What is in the picture?"}},
+    {{"type": "text", "text": "What is in the image?"}},
 ]}}]
 inputs = processor.apply_chat_template(
     conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -94,7 +121,7 @@ print(processor.post_process_image_text_to_text(output[:, inputs["input_ids"].sh
 {boxes}
 
 This needs `pip install "transformers>=5.16.1,<6" torch torchvision timm accelerate pillow`. With the package mgllava
-installed, write `import mgllava` first and leave out `trust_remote_code`; its code is then used in place of the code
+installed, write `import mgllava` first and leave out `trust_remote_code`; its code is then used instead of the code
 here."""
 
 
@@ -118,7 +145,7 @@ def _numbers(contents: Contents) -> str:
         f"{high_res.image_size} px",
         "variant": f"fusion {config.fusion_type}, objects {config.object_merging}, box features "
         f"{config.box_feature_type}",
-        "tokens for each picture": f"{config.image_seq_length}, and {config.num_tokens_per_box} for each box",
+        "tokens per image": f"{config.image_seq_length}, and {config.num_tokens_per_box} for each box",
     }
     unit, divisor = ("GB", 1e9) if total > 1e8 else ("MB", 1e6)
     listed = ", ".join(f"{size / divisor:.2f} {unit} in {name}" for name, size in memory.items())
@@ -129,21 +156,21 @@ def _numbers(contents: Contents) -> str:
 
 {table(("", "size"), sizes.items())}
 
-Memory of the weights alone, computed from the number of parameters, not measured: {listed}. In 8 and 4 bits the layers
-of the language model are quantized and nothing else, as `mgllava.quantization_config` does it.
+Memory of the weights alone, computed from the number of parameters, not measured: {listed}. In 8 and 4 bits only the
+layers of the language model are quantized, as `mgllava.quantization_config` does it.
 {storage_note(config)}"""
 
 
 def _paper_results(contents: Contents) -> list[str]:
     """Quote the paper's results, if this is the converted form of a model that has its parts and its variant."""
     llm = contents.argument("llm")
-    variant = {name: getattr(contents.config, name) for name in PAPER_VARIANT}
+    variant = {name: getattr(contents.config, name) for name in _PAPER_VARIANT}
     is_tuned = contents.report.get("checkpoint", {}).get("kind") == "sft"
-    if llm not in PAPER_RESULTS or variant != PAPER_VARIANT or not is_tuned:
+    if llm not in _PAPER_RESULTS or variant != _PAPER_VARIANT or not is_tuned:
         return []
     checkpoint = contents.report.get("sources", {}).get("checkpoint", [])
     digests = ", ".join(f"`{file['file']}` (SHA-256 {file['sha256']})" for file in checkpoint)
-    rows = zip(BENCHMARKS, PAPER_RESULTS[llm], strict=True)
+    rows = zip(_BENCHMARKS, _PAPER_RESULTS[llm], strict=True)
     return [
         "## Results of the paper\n\n"
         f"What the paper reports for its model with {llm}. These are the authors' numbers for the authors' weights, "
@@ -152,7 +179,7 @@ def _paper_results(contents: Contents) -> list[str]:
     ]
 
 
-def _licences(contents: Contents) -> str:
+def _licenses(contents: Contents) -> str:
     rows = []
     for argument, part in _ORIGINS.items():
         origin = contents.argument(argument)
@@ -164,24 +191,24 @@ def _licences(contents: Contents) -> str:
         if isinstance(source := detector.get(part), str):
             rows.append((part, place(source, detector.get(f"{part}_revision")), terms(source)))
     rows.append(("code", "mgllava", "Apache-2.0"))
-    return f"## Licence\n\nEach part keeps its own.\n\n{table(('part', 'from', 'licence'), rows)}"
+    return f"## License\n\nEach part keeps its own.\n\n{table(('part', 'from', 'license'), rows)}"
 
 
 def _limits(contents: Contents) -> str:
     config = contents.config
     side = config.high_res_vision_config.image_size
     boxes = (
-        "It has no boxes."
+        "It takes no boxes."
         if config.object_merging == "none"
-        else "The method was trained with boxes of RAM++ and OWLv2; other boxes are other inputs than in training."
+        else "The model was trained with boxes of RAM++ and OWLv2; boxes from other detectors may lower its accuracy."
     )
     return f"""\
 ## Limits
 
-- Answers may be wrong, also about what is in a picture. Safety was not evaluated for this card.
+- Answers may be wrong, also about what an image shows. Safety was not evaluated.
 - {boxes}
-- Pictures are padded to a square and resized to {side} px. What is too small there is not seen.
-- No benchmark was run on this repository."""
+- Images are padded to a square and resized to {side} px; details that are too small at that size are lost.
+- No benchmark was run on this model."""
 
 
 __all__ = ["mgllava_card"]

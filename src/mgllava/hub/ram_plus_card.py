@@ -1,8 +1,8 @@
-"""The card of a RAM++ repository."""
+"""The card of a RAM++ model."""
 
 from huggingface_hub import ModelCardData
 
-from .card_sections import Contents, checks, citation, parameter_table, place, storage_note, table
+from .card_sections import Contents, checks, citation, hub_ids, parameter_table, place, storage_note, table
 
 _MODULES = {"vision_tower": "Swin", "decoder": "tag decoder and embeddings of the tags"}
 
@@ -17,28 +17,22 @@ _CITATION = """\
 
 
 def ram_plus_card(contents: Contents) -> tuple[ModelCardData, list[str]]:
-    """Make metadata and sections of a card.
-
-    Args:
-        contents ([`Contents`]): What the repository holds.
-
-    Returns:
-        `tuple[ModelCardData, list[str]]`: Both.
-    """
+    """Return the metadata and the sections of a card."""
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-classification",
+        base_model=hub_ids([contents.argument("checkpoint")]),
         tags=["ram_plus", "image-tagging", "custom_code", "arxiv:2310.15200"],
     )
     return data, [
         f"# {contents.title}",
-        "RAM++ ([arXiv 2310.15200](https://arxiv.org/abs/2310.15200)) for transformers: which of a list of tags a "
-        "picture shows. MG-LLaVA's box detector looks for what it names.",
+        "RAM++ ([arXiv 2310.15200](https://arxiv.org/abs/2310.15200)) for transformers: it decides which tags "
+        "of a fixed list apply to an image. The box detector of MG-LLaVA searches the image for these tags.",
         _use(contents),
         _numbers(contents),
-        _licences(contents),
-        "## Limits\n\n- It knows its tags and nothing else; each has a threshold of its own.\n"
-        "- No benchmark was run on this repository.",
+        _licenses(contents),
+        "## Limits\n\n- It knows only its tags; each has a threshold of its own.\n"
+        "- No benchmark was run on this model.",
         checks(contents),
         citation(_CITATION),
     ]
@@ -78,13 +72,13 @@ def _numbers(contents: Contents) -> str:
     return f"## Numbers\n\n{parameters}\n\n{table(('', 'size'), sizes.items())}\n\n{storage_note(config)}"
 
 
-def _licences(contents: Contents) -> str:
+def _licenses(contents: Contents) -> str:
     unknown = "unknown: ask where the checkpoint came from (the original code is Apache-2.0)"
     rows = [
         ("weights and tags", place(contents.argument("checkpoint")), unknown),
         ("code", "mgllava", "Apache-2.0"),
     ]
-    return f"## Licence\n\nEach part keeps its own.\n\n{table(('part', 'from', 'licence'), rows)}"
+    return f"## License\n\nEach part keeps its own.\n\n{table(('part', 'from', 'license'), rows)}"
 
 
 __all__ = ["ram_plus_card"]

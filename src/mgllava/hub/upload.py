@@ -1,4 +1,4 @@
-"""From a folder to a repository on the Hub, with a tag that examples can name."""
+"""Upload of a model folder to the Hub, with a tag that examples can name."""
 
 from pathlib import Path
 
@@ -14,11 +14,8 @@ _HUB_FOLDERS = ("modeling", "processing", "ram_plus")
 
 
 def _own_names() -> list[str]:
-    """Name the code and the weights that an export may hold, as patterns.
-
-    Left over from an earlier upload, these would be loaded, or be taken for what is loaded. No pattern has a `*`,
-    which would match folders too, so what a user put there stays.
-    """
+    """Return patterns for the code and the weights that an export may hold."""
+    # Left over from an earlier upload, they would be loaded. A `*` would match folders too, and a user's files there.
     package = Path(mgllava.__file__).parent
     code = [path.name for folder in _HUB_FOLDERS for path in (package / folder).glob("*.py")]
     number = "[0-9]" * 5
@@ -33,16 +30,7 @@ def _own_names() -> list[str]:
 
 
 def check_destination(repo_id: str, tag: str, private: bool) -> None:
-    """Refuse, before anything is written, what [`upload_repository`] could not do.
-
-    Args:
-        repo_id (`str`): `ORGANISATION/NAME`.
-        tag (`str`): The tag.
-        private (`bool`): Whether the repository is to be private.
-
-    Raises:
-        ConversionError: If the repository has this tag, is public and should not be, or the Hub cannot be reached.
-    """
+    """Refuse what [`upload_repository`] could not do, before anything is written."""
     api = HfApi()
     try:
         is_private = api.repo_info(repo_id).private

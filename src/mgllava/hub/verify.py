@@ -1,4 +1,4 @@
-"""Whether a repository loads where this package is not installed."""
+"""Check that a model folder loads where this package is not installed."""
 
 import os
 import subprocess
@@ -13,12 +13,12 @@ _LINES_SHOWN = 15
 
 
 def verify_loading(folder: str | Path) -> None:
-    """Load all that a repository's `auto_map` names, in a process that cannot import this package.
+    """Load everything that the `auto_map` of a model folder names, in a process that cannot import this package.
 
-    The model is built without its weights, so that memory does not matter. Nothing is fetched from the network.
+    The model is built without its weights, to save memory. Nothing is downloaded.
 
     Args:
-        folder (`str` or `Path`): The repository.
+        folder (`str` or `Path`): The model folder.
 
     Raises:
         ConversionError: If something does not load.
