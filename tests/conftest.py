@@ -6,10 +6,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModel, AutoProcessor
 
 from mgllava.conversion import convert_checkpoint
+from mgllava.families import FAMILIES
 from tests.golden_cases import GOLDEN
+from tests.stand_in_family import FAMILY, StandInConfig, StandInImageProcessor, StandInProcessor, make_model
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +49,21 @@ def model(repository):
 @pytest.fixture(scope="session")
 def processor(repository):
     return AutoProcessor.from_pretrained(repository, backend="pil")
+
+
+@pytest.fixture
+def stand_in(processor, monkeypatch):
+    """Register the tiny family without boxes, and return its model and processor."""
+    monkeypatch.setitem(FAMILIES, StandInConfig.model_type, FAMILY)
+    other = StandInProcessor(StandInImageProcessor(), processor.tokenizer, chat_template=processor.chat_template)
+    return make_model(processor.tokenizer, other.image_token_id), other
+
+
+@pytest.fixture
+def stand_in_path(stand_in, monkeypatch):
+    """Let the Auto classes load the tiny family under a name."""
+    model, processor = stand_in
+    loaded = {"AutoConfig": model.config, "AutoProcessor": processor, "AutoModelForImageTextToText": model}
+    for name, value in loaded.items():
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", lambda *_, value=value, **__: value)
+    return "stand-in"
