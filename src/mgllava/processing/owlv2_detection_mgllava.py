@@ -31,14 +31,8 @@ _PADDING = 0.5  # of pixels between 0 and 1, before they are normalized
 class Owlv2Detector:
     """Finds the objects of labels with an `Owlv2ForObjectDetection`.
 
-    The model is taken over: its image tower goes to `device` in `dtype`, heads and final normalisations in fp32; the
-    text tower stays on the CPU in fp32 and visits the device only for prompts without an embedding.
-
-    Args:
-        model ([`Owlv2ForObjectDetection`]): The detector.
-        processor ([`Owlv2Processor`]): Its tokenizer, and the mean and deviation of its pixels.
-        device (`torch.device`): Where to detect.
-        dtype (`torch.dtype`): Of the image tower.
+    It takes the model over: the image tower goes to `device` in `dtype`, heads and final normalizations in float32;
+    the text tower stays on the CPU in float32 and visits the device only for prompts without an embedding.
     """
 
     def __init__(self, model: Any, processor: Any, device: torch.device, dtype: torch.dtype):
@@ -64,19 +58,12 @@ class Owlv2Detector:
 
     @staticmethod
     def prompt(label: str) -> str:
-        """Make the prompt of a label as in 2024."""
+        """Make the prompt of a label, as for the published box files."""
         return _PROMPT + label.lower()
 
     @torch.no_grad()
     def embed_prompts(self, prompts: list[str]) -> torch.Tensor:
-        """Run the text tower.
-
-        Args:
-            prompts (`list[str]`): Prompts.
-
-        Returns:
-            `torch.Tensor`: fp32 of shape `(num_prompts, width)`, of length 1 each, on the detector's device.
-        """
+        """Run the text tower: float32 of shape `(num_prompts, width)`, of length 1 each, on the detector's device."""
         tower = (self.model.owlv2.text_model, self.model.owlv2.text_projection)
         try:
             text_model, projection = (module.to(self.device) for module in tower)
@@ -91,7 +78,7 @@ class Owlv2Detector:
         return torch.nn.functional.normalize(torch.cat(embeds), dim=-1)
 
     def _encode(self, prompts: list[str]) -> Any:
-        """Tokenize prompts. The tower is causal and read at the end token, so padding behind the longest is spared."""
+        """Tokenize prompts. The tower is causal and read at the end token, so padding to the longest is enough."""
         longest = self.model.config.text_config.max_position_embeddings
         encoded = self.processor.tokenizer(prompts, padding="longest", return_tensors="pt")
         if encoded["input_ids"].shape[1] > longest:
@@ -101,28 +88,14 @@ class Owlv2Detector:
         return encoded
 
     def pixel_values(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Make the tower's input.
-
-        Args:
-            images (`Sequence[torch.Tensor]`): uint8 RGB of shape `(3, height, width)` each.
-
-        Returns:
-            `torch.Tensor`: fp32 of shape `(num_images, 3, side, side)`.
-        """
+        """Make the tower's input, float32 of shape `(num_images, 3, side, side)`, of uint8 RGB images."""
         side = self.model.config.vision_config.image_size
         mean, std = self.processor.image_processor.image_mean, self.processor.image_processor.image_std
         return torch.stack([square_pixels(image, (side, side), mean, std, self.device) for image in images])
 
     @torch.no_grad()
     def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Run the image tower.
-
-        Args:
-            pixel_values (`torch.Tensor`): Shape `(num_images, 3, side, side)`.
-
-        Returns:
-            `torch.Tensor`: fp32 of shape `(num_images, num_patches, width)`, what the heads read.
-        """
+        """Run the image tower: float32 of shape `(num_images, num_patches, width)`, the input of the heads."""
         vision = self.model.owlv2.vision_model
         embeddings = vision.embeddings(pixel_values.to(vision.embeddings.patch_embedding.weight.dtype))
         hidden = vision.encoder(inputs_embeds=vision.pre_layernorm(embeddings)).last_hidden_state
@@ -131,29 +104,18 @@ class Owlv2Detector:
 
     @torch.no_grad()
     def class_logits(self, features: torch.Tensor, prompts: Sequence[Sequence[str]]) -> torch.Tensor:
-        """Compare each patch with the prompts of its image.
+        """Compare each patch with the prompts of its image: float32 of shape `(num_images, num_patches, max_prompts)`.
 
-        Args:
-            features (`torch.Tensor`): fp32 of shape `(num_images, num_patches, width)`.
-            prompts (`Sequence[Sequence[str]]`): The prompts of each image.
-
-        Returns:
-            `torch.Tensor`: fp32 of shape `(num_images, num_patches, max_prompts)`, the lowest number where an image
-            has fewer prompts than others. The model's own mask would let padding win: it takes the prompt `" "` for a
-            real one.
+        It is the lowest number where an image has fewer prompts than others. The model's own mask would let padding
+        win: it takes the prompt `" "` for a real one.
         """
         return self.model.class_predictor(features, *self.prompt_embeds.get(prompts))[0]
 
     @torch.no_grad()
     def patch_boxes(self, features: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        """Predict the boxes of some patches.
+        """Predict the boxes of some patches from their features and their numbers in the grid.
 
-        Args:
-            features (`torch.Tensor`): fp32 of shape `(num_selected, width)`.
-            patches (`torch.Tensor`): int64 of shape `(num_selected,)`, the number of each patch in the grid.
-
-        Returns:
-            `torch.Tensor`: fp32 of shape `(num_selected, 4)`: centre and size, relative to the padded square.
+        Returns float32 of shape `(num_selected, 4)`: center and size, relative to the padded square.
         """
         return torch.sigmoid(self.model.box_head(features) + self.model.box_bias[patches])
 
@@ -161,16 +123,10 @@ class Owlv2Detector:
     def find(
         self, images: Sequence[torch.Tensor], labels: Sequence[Sequence[str]], threshold: float
     ) -> list[tuple[torch.Tensor, list[str], torch.Tensor]]:
-        """Find the objects of some images, at most one per patch, in the order of the patches.
+        """Find the objects of some uint8 RGB images, at most one per patch, in the order of the patches.
 
-        Args:
-            images (`Sequence[torch.Tensor]`): uint8 RGB of shape `(3, height, width)` each.
-            labels (`Sequence[Sequence[str]]`): What to look for in each image, at least one label.
-            threshold (`float`): Scores must be greater.
-
-        Returns:
-            `list[tuple]`: Per image fp32 boxes of shape `(n, 4)` (xyxy in pixels of the image, not clipped), n labels
-            and fp32 scores of shape `(n,)`, on the CPU.
+        Per image it takes at least one label, and returns float32 boxes of shape `(n, 4)` (xyxy in pixels of the
+        image, not clipped), n labels and float32 scores of shape `(n,)` above the threshold, on the CPU.
         """
         features = self.image_features(self.pixel_values(images))
         best = self.class_logits(features, [[self.prompt(label) for label in of] for of in labels]).max(dim=-1)
@@ -189,9 +145,8 @@ class Owlv2Detector:
 class PromptEmbeds:
     """A table of prompts and their embeddings that grows by the prompts it has not seen.
 
-    Args:
-        embed (`Callable`): Gives fp32 embeddings of shape `(num_prompts, width)` of a list of prompts.
-        fingerprint (`str`): Names the text tower; saved embeddings of another one are not used.
+    `embed` gives float32 embeddings of shape `(num_prompts, width)`; the fingerprint names the text tower, and saved
+    embeddings of another one are not used.
     """
 
     def __init__(self, embed: Callable[[list[str]], torch.Tensor], fingerprint: str):
@@ -207,24 +162,16 @@ class PromptEmbeds:
         return prompt in self._rows
 
     def add(self, prompts: Sequence[str]) -> None:
-        """Embed those prompts that are not in the table.
-
-        Args:
-            prompts (`Sequence[str]`): Prompts; repeated ones are embedded once.
-        """
+        """Embed the prompts that are not in the table."""
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
         if missing:
             self._append(missing, self._embed(missing))
 
     def get(self, prompts: Sequence[Sequence[str]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Look up the prompts of several images.
+        """Look up the prompts of several images, at least one in all.
 
-        Args:
-            prompts (`Sequence[Sequence[str]]`): The prompts of each image, at least one in all.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: fp32 embeddings of shape `(num_images, max_prompts, width)` and a bool
-            mask of shape `(num_images, max_prompts)` that is `False` where an image has fewer prompts than others.
+        Returns float32 embeddings of shape `(num_images, max_prompts, width)` and a bool mask of shape `(num_images,
+        max_prompts)` that is `False` where an image has fewer prompts than others.
         """
         self.add([prompt for of_image in prompts for prompt in of_image])
         assert self._table is not None  # there is a prompt
@@ -234,16 +181,13 @@ class PromptEmbeds:
         return self._table[padded.clamp(min=0)], padded >= 0
 
     def _append(self, prompts: list[str], embeds: torch.Tensor) -> None:
+        """Add rows to the table."""
         self._table = embeds if self._table is None else torch.cat([self._table, embeds.to(self._table.device)])
         for prompt in prompts:
             self._rows[prompt] = len(self._rows)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write all embeddings to a safetensors file, with the prompts in its metadata.
-
-        Args:
-            path (`str` or `os.PathLike`): The file; it appears when it is complete.
-        """
+        """Write all embeddings to a safetensors file, with the prompts in its metadata, atomically."""
         metadata = {"prompts": json.dumps(list(self._rows)), "text_tower": self._fingerprint}
         temporary = f"{os.fspath(path)}.incomplete"
         assert self._table is not None  # who has nothing to save does not call this
@@ -251,15 +195,7 @@ class PromptEmbeds:
         os.replace(temporary, path)
 
     def load(self, path: str | os.PathLike, device: torch.device) -> None:
-        """Add the embeddings of a file, unless another text tower made them.
-
-        Args:
-            path (`str` or `os.PathLike`): A file that [`~PromptEmbeds.save`] wrote.
-            device (`torch.device`): Where to keep them.
-
-        Raises:
-            ValueError: If the file does not hold one row for each prompt that it names.
-        """
+        """Add the embeddings of a file that [`~PromptEmbeds.save`] wrote, unless another text tower made them."""
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("text_tower") != self._fingerprint:
@@ -279,16 +215,7 @@ class PromptEmbeds:
 
 @lru_cache(maxsize=8)
 def resize_matrix(length: int, new_length: int, device: torch.device) -> torch.Tensor:
-    """Make the matrix that resizes one axis.
-
-    Args:
-        length (`int`): Number of samples before.
-        new_length (`int`): Number of samples after.
-        device (`torch.device`): Where the matrix is wanted.
-
-    Returns:
-        `torch.Tensor`: fp32 of shape `(new_length, length)`; each row sums to one.
-    """
+    """Make the matrix that resizes one axis: float32 of shape `(new_length, length)`; each row sums to one."""
     # Not every accelerator has float64, in which the weights are worked out.
     computed_on = device if device.type == "cuda" else torch.device("cpu")
     factor, last = length / new_length, length - 1
@@ -323,17 +250,14 @@ def square_pixels(
     std: Sequence[float],
     device: torch.device,
 ) -> torch.Tensor:
-    """Pad an image to a square at its right and bottom, resize and normalise it.
+    """Pad an image to a gray square at its right and bottom, blur it, and resize it linearly with mirrored edges.
 
-    Args:
-        image (`torch.Tensor`): uint8 RGB of shape `(3, height, width)`.
-        size (`tuple[int, int]`): `(height, width)` after resizing.
-        mean (`Sequence[float]`): Per channel, of pixels between 0 and 1.
-        std (`Sequence[float]`): Per channel.
-        device (`torch.device`): Where to compute; the image is moved there in 8 bits.
+    The published box files were made so. transformers 5 pads with black and clamps the edges, which changes the boxes
+    of every image that is not square. The resize is linear and separable, so it is one matrix per axis, and runs on
+    the detector's device.
 
-    Returns:
-        `torch.Tensor`: fp32 of shape `(3, *size)` on `device`.
+    Takes uint8 RGB of shape `(3, height, width)`, and the mean and standard deviation per channel of pixels between 0
+    and 1; returns normalized float32 of shape `(3, *size)` on `device`.
     """
     height, width = image.shape[1:]
     side = max(height, width)
@@ -348,17 +272,12 @@ def square_pixels(
 
 
 class GroundedDetector:
-    """Finds the objects of labels with any `AutoModelForZeroShotObjectDetection`.
+    """Finds the objects of labels with any `AutoModelForZeroShotObjectDetection` and its own processor, on `device`.
 
-    Images are batched where they have one size and one list of labels, for then nothing is padded and the results are
+    Images are batched if they have one size and one list of labels, because then nothing is padded and the results are
     those of one image at a time. Grounding DINO reports the words of the prompt that it found, which may be a part of
-    a label, or parts of several: the box gets the label that is most like them, or is dropped if there is no word.
-
-    Args:
-        model ([`PreTrainedModel`]): The detector; it goes to `device`.
-        processor ([`ProcessorMixin`]): Its processor.
-        device (`torch.device`): Where to detect.
-        dtype (`torch.dtype`): If not fp32, the model computes under autocast in it.
+    a label, or parts of several: the box gets the label that is most like them, or is dropped if there is no word. If
+    `dtype` is not float32, the model computes under autocast in it.
     """
 
     def __init__(self, model: Any, processor: Any, device: torch.device, dtype: torch.dtype):
@@ -370,17 +289,7 @@ class GroundedDetector:
     def find(
         self, images: Sequence[torch.Tensor], labels: Sequence[Sequence[str]], threshold: float
     ) -> list[tuple[torch.Tensor, list[str], torch.Tensor]]:
-        """Find the objects of some images, in the order of the detector.
-
-        Args:
-            images (`Sequence[torch.Tensor]`): uint8 RGB of shape `(3, height, width)` each.
-            labels (`Sequence[Sequence[str]]`): What to look for in each image.
-            threshold (`float`): Scores must be greater.
-
-        Returns:
-            `list[tuple]`: Per image fp32 boxes of shape `(n, 4)` (xyxy in pixels of the image, not clipped), n labels
-            and fp32 scores of shape `(n,)`, on the CPU.
-        """
+        """Find the objects of some images, in the order of the detector; see [`Owlv2Detector.find`]."""
         groups: dict[Any, list[int]] = {}
         for index, (image, of_image) in enumerate(zip(images, labels, strict=True)):
             groups.setdefault((image.shape, tuple(of_image)), []).append(index)
