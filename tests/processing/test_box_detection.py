@@ -259,7 +259,7 @@ def test_out_of_memory_halves_the_batch_and_says_so(detector, monkeypatch, large
     assert sizes == {1: [5, 2, 1, 1, 1, 1, 1], 3: [5, 2, 2, 1]}[largest]
     assert (
         len(messages) == {1: 2, 3: 1}[largest]
-        and "Out of memory with 5 images at a time: going on with 2" in messages[0]
+        and "Out of memory with 5 images at a time: continuing with 2" in messages[0]
     )
 
 
@@ -309,7 +309,7 @@ def test_grounding_dino_finds_given_labels_in_batches_as_alone():
         ({"tagger": OWLV2}, TypeError, "`tagger` must be an image tagging model .* got Owlv2"),
         ({"detector": "/no/such/folder"}, OSError, "`detector` must be a folder or a repository .* got '/no/such"),
         ({"detector": GOLDEN_RAM.parent / "golden" / "llm"}, TypeError, "zero-shot object detector .* type 'llama'"),
-        ({"detector": object()}, TypeError, "zero-shot object detector .* got 'object', which is no model"),
+        ({"detector": object()}, TypeError, "zero-shot object detector .* got 'object', which is not a model"),
     ],
 )
 def test_wrong_parts_are_named(arguments, error, message):

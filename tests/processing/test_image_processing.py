@@ -170,7 +170,7 @@ def test_modes_become_rgb_and_alpha_is_dropped(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_16_bit_greyscale_is_scaled_not_clipped(backend, tmp_path):
+def test_16_bit_grayscale_is_scaled_not_clipped(backend, tmp_path):
     grey = noise(16, 16)[..., 0]
     deep = grey.astype(np.uint16) * 257
     PIL.Image.fromarray(deep).save(tmp_path / "deep.png")

@@ -1,4 +1,4 @@
-"""Finding objects: image to tags to boxes (MG-LLaVA, arXiv 2406.17770, section 3.1)."""
+"""The box detector: from an image to tags to boxes (MG-LLaVA, arXiv 2406.17770, section 3.1)."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -62,11 +62,11 @@ class BoxDetector:
       fires, OWLv2 looks for the prompt `"a photo of "` and its boxes have the label `""`.
     - `"clean"`: no tag, no boxes; corners are fractions, clipped to the image, and boxes without area are dropped.
 
-    In both, OWLv2 sees the pixels of 2024 (grey padding, see `detector_pixels_mgllava.py`; faithful mode also resizes
-    for the tagger as Pillow did, clean mode as the tagger's processor does), and boxes come in the
-    order of its patches, without non-maximum suppression, which the image processor does. Images are turned upright
-    by their EXIF orientation first, as everywhere in this package; the original ignored it, so its box files agree
-    for images without one.
+    In both modes, OWLv2 gets the same pixels as in 2024 (gray padding, see `square_pixels`). Faithful mode also
+    resizes for the tagger as Pillow did then, clean mode as the tagger's image processor does. Boxes come in the order of
+    OWLv2's patches, without non-maximum suppression, which the processor does. Images are turned upright by their EXIF
+    orientation first, as everywhere in this package; the original ignored it, so its box files agree for images
+    without one.
 
     Example:
         ```python
@@ -89,15 +89,15 @@ class BoxDetector:
             accelerator if there is one that this process can use (the CPU in a DataLoader worker, and in a process
             forked from one that uses the accelerator). Models that are given are moved there.
         dtype (`torch.dtype`, *optional*): Of the tagger and of OWLv2's image tower; all that decides about scores and
-            boxes is fp32 in any case. By default models that are given keep theirs, and others are bf16 on an
-            accelerator and fp32 on the CPU. Other detectors are fp32 unless it is given.
+            boxes is float32 in any case. By default models that are given keep theirs, and others are bfloat16 on an
+            accelerator and float32 on the CPU. Other detectors are float32 unless it is given.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Whether code of the repositories may run.
         **hub_options: How repositories are read: `cache_dir`, `force_download`, `local_files_only`, `token`.
 
     [`~BoxDetector.detect`] may be called from several threads; they take turns, batch by batch.
 
     Raises:
-        OSError: If there is no such repository or folder.
+        OSError: If a repository or folder does not exist.
         TypeError: If the tagger is not a tagger, the detector not a zero-shot detector, labels are not strings, or an
             option is unknown.
         ValueError: If the mode is unknown, the label list empty, a model is given without its processor, or a
@@ -212,7 +212,7 @@ class BoxDetector:
         return detector
 
     def _part(self, part: str, source: Any, processor: Any, options: dict[str, Any]) -> tuple[Any, Any]:
-        """Load a part, or take it as it is given."""
+        """Load a part, unless it is given as an object."""
         if not isinstance(source, str | os.PathLike):
             model = source
             _check_kind(part, getattr(model, "config", None), type(model).__name__)
@@ -236,7 +236,7 @@ class BoxDetector:
                 options["revision"] = commit
                 if commit is not None:
                     self._config[f"{part}_revision"] = commit
-            # fp32 first: what stays in fp32 must not be rounded on the way.
+            # float32 first: what stays in float32 must not be rounded on the way.
             auto_model = AutoModel if part == "tagger" else AutoModelForZeroShotObjectDetection
             model = auto_model.from_pretrained(name, dtype=torch.float32, **options)
             auto_processor = AutoImageProcessor if part == "tagger" else AutoProcessor
@@ -248,6 +248,7 @@ class BoxDetector:
             ) from error
 
     def _refuse_revision(self, part: str, source: Any) -> None:
+        """Refuse a revision of a part that is not on the Hub."""
         if self._revisions[part] is not None:
             raise ValueError(
                 f"`{part}_revision` must be None unless `{part}` is a repository on the Hub, got "
@@ -255,6 +256,7 @@ class BoxDetector:
             )
 
     def _tower_dtype(self, source: Any, dtype: torch.dtype | None, model: Any) -> torch.dtype:
+        """Choose the type of a tower: bfloat16 on an accelerator, unless the user chose one."""
         if dtype is not None or not isinstance(source, str | os.PathLike):
             return dtype or model.dtype
         return torch.float32 if self.device.type == "cpu" else torch.bfloat16
@@ -284,7 +286,7 @@ class BoxDetector:
         self.__dict__.update(state, _process=os.getpid())
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> dict[str, Any]:
-        """Store models that are no repository ids, and the text embeddings, in `save_directory/box_detector`.
+        """Store models that are not repository ids, and the text embeddings, in `save_directory/box_detector`.
 
         Args:
             save_directory (`str` or `os.PathLike`): A processor's repository.
@@ -307,7 +309,7 @@ class BoxDetector:
         return config
 
     def embed_vocabulary(self) -> None:
-        """Embed the prompts of all labels that are known ahead, so that the text tower is not needed again.
+        """Embed the prompts of all labels that are known in advance, so that the text tower is not needed again.
 
         On an accelerator the first detection does this by itself. On a CPU it takes minutes for thousands of tags, so
         prompts are embedded as they come; call it before saving a processor, and others are spared.
@@ -341,8 +343,8 @@ class BoxDetector:
 
         Returns:
             `list[dict]`: Per image `boxes` of shape `(n, 4)` (xyxy in pixels of the upright original image; int64 in
-            faithful mode, fp32 in clean mode), `labels` (n strings, as given, or lower-case tags) and `scores` (fp32
-            of shape `(n,)`), on the CPU. The processor takes it as `boxes`.
+            faithful mode, float32 in clean mode), `labels` (n strings, as given, or lower-case tags) and `scores`
+            (float32 of shape `(n,)`), on the CPU. The processor takes it as `boxes`.
 
         Raises:
             TypeError: If labels are not strings, or something is not an image.
@@ -378,7 +380,7 @@ class BoxDetector:
             if found is None:
                 batch_size = len(loaded) // 2
                 torch.accelerator.empty_cache()
-                logger.warning(f"Out of memory with {len(loaded)} images at a time: going on with {batch_size}.")
+                logger.warning(f"Out of memory with {len(loaded)} images at a time: continuing with {batch_size}.")
             else:
                 results += found
         return results
@@ -399,6 +401,7 @@ class BoxDetector:
     def _detect(
         self, images: list[torch.Tensor], labels: list[list[str]] | None, threshold: float
     ) -> list[dict[str, Any]]:
+        """Detect in images that fit into memory."""
         images = [image.to(self.device) for image in images]  # in 8 bits, once for tagger and detector
         if labels is None:
             labels = [self._as_labels(tags) for tags in self._tagger(images)]  # type: ignore[misc]
@@ -422,7 +425,7 @@ class BoxDetector:
         return {"boxes": boxes[kept], "labels": [labels[index] for index in kept.tolist()], "scores": scores[kept]}
 
     def _as_labels(self, tags: Sequence[str]) -> list[str]:
-        """Turn what the tagger says about an image into labels; fixed labels stay as they are."""
+        """Turn the tags of an image into labels; fixed labels are kept."""
         if self._labels is not None:
             return list(tags)
         return tags_as_labels(tags) if self.mode == "faithful" else [tag.strip().lower() for tag in tags]
@@ -451,20 +454,7 @@ class BoxDetector:
 
 
 def check_labels(labels: Any, name: str, may_be_empty: bool = False) -> list[str]:
-    """Check a list of labels.
-
-    Args:
-        labels (`Sequence[str]`): The labels.
-        name (`str`): How error messages call them.
-        may_be_empty (`bool`): Whether there may be none.
-
-    Returns:
-        `list[str]`: The labels.
-
-    Raises:
-        TypeError: If it is no list of strings.
-        ValueError: If it is empty.
-    """
+    """Check that labels are a list of strings, and return them."""
     if not isinstance(labels, list | tuple) or not all(isinstance(label, str) for label in labels):
         got = (
             repr(labels)
@@ -478,18 +468,19 @@ def check_labels(labels: Any, name: str, may_be_empty: bool = False) -> list[str
 
 
 def _check_kind(part: str, config: Any, name: str) -> None:
-    """Refuse a detector that is none, before its weights are read."""
+    """Refuse what is not a zero-shot detector, before its weights are read."""
     model_type = getattr(config, "model_type", None)
     known = MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES
     has_own_code = AutoModelForZeroShotObjectDetection.__name__ in (getattr(config, "auto_map", None) or {})
     if part == "detector" and model_type not in known and not has_own_code:
         raise TypeError(
             f"`detector` must be a zero-shot object detector ({', '.join(known)}), got {name!r}, "
-            f"{f'a model of type {model_type!r}' if model_type else 'which is no model'}."
+            f"{f'a model of type {model_type!r}' if model_type else 'which is not a model'}."
         )
 
 
 def _resolve_device(device: str | torch.device | None, detector: Any) -> torch.device:
+    """Choose the device of a detector."""
     if device is None and isinstance(detector, torch.nn.Module):
         device = getattr(detector, "device", None)
     if device is None:
@@ -529,16 +520,10 @@ def _load(image: Any, index: int, input_data_format: str | None) -> torch.Tensor
 class ImageTagger:
     """Names what is in images, with RAM++ or another model of its interface.
 
-    Args:
-        model ([`PreTrainedModel`]): Its output has `logits` of shape `(num_images, num_tags)`; it, or its image
-            processor, has `post_process_image_tagging(outputs)` that lists per image the `labels`.
-        image_processor ([`BaseImageProcessor`]): Makes `pixel_values`.
-        device (`torch.device`): Where to compute; models that are spread over devices or quantized stay as they are.
-        dtype (`torch.dtype`, *optional*): Of the model; by default it stays as it is.
-        pixels_of_2024 (`bool`): Whether images are resized as Pillow did, where the processor's resize is bilinear.
-
-    Raises:
-        TypeError: If the model is no tagger.
+    The model's output has `logits` of shape `(num_images, num_tags)`; it, or its image processor, has
+    `post_process_image_tagging(outputs)`, which lists per image the `labels`. Models that are spread over devices or
+    quantized are not moved. With `resizes_like_pil`, images are resized as Pillow did in 2024 if the image processor's
+    resize is bilinear.
     """
 
     def __init__(
@@ -547,7 +532,7 @@ class ImageTagger:
         image_processor: Any,
         device: torch.device,
         dtype: torch.dtype | None,
-        pixels_of_2024: bool,
+        resizes_like_pil: bool,
     ):
         owner = next((part for part in (model, image_processor) if hasattr(part, "post_process_image_tagging")), None)
         if owner is None or image_processor is None:
@@ -561,7 +546,7 @@ class ImageTagger:
         is_bilinear = getattr(image_processor, "resample", None) == PIL.Image.Resampling.BILINEAR
         size = dict(getattr(image_processor, "size", None) or {})
         self._resize_to: tuple[int, int] | None = None
-        if pixels_of_2024 and is_bilinear and image_processor.do_resize and size.get("height") and size.get("width"):
+        if resizes_like_pil and is_bilinear and image_processor.do_resize and size.get("height") and size.get("width"):
             self._resize_to = (size["height"], size["width"])
 
     @property
@@ -571,14 +556,7 @@ class ImageTagger:
         return [id2label[index] for index in sorted(id2label)]
 
     def pixel_values(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Make the model's input.
-
-        Args:
-            images (`Sequence[torch.Tensor]`): uint8 RGB of shape `(3, height, width)` each.
-
-        Returns:
-            `torch.Tensor`: fp32 of shape `(num_images, 3, height, width)`.
-        """
+        """Make the model's input of uint8 RGB images: float32 of shape `(num_images, 3, height, width)`."""
         options: dict[str, Any] = {"return_tensors": "pt"}
         given: list[Any] = list(images)
         if self._resize_to is not None:
@@ -593,31 +571,18 @@ class ImageTagger:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[torch.Tensor]) -> list[list[str]]:
-        """Tag some images.
-
-        Args:
-            images (`Sequence[torch.Tensor]`): uint8 RGB of shape `(3, height, width)` each.
-
-        Returns:
-            `list[list[str]]`: Per image its tags, in the model's order.
-        """
+        """Return the tags of each image, in the model's order."""
         pixels = self.pixel_values(images)
         outputs = self.model(pixel_values=pixels.to(self.model.device, self.model.dtype))
-        outputs["logits"] = outputs["logits"].float()  # the sigmoid and the thresholds in fp32
+        outputs["logits"] = outputs["logits"].float()  # the sigmoid and the thresholds in float32
         results = self._post_process.post_process_image_tagging(outputs)
         return [list(result["labels"]) for result in results]
 
 
 def tags_as_labels(tags: Sequence[str]) -> list[str]:
-    """Turn the tags of an image into labels as in 2024: joined, lower-cased, split again.
+    """Turn the tags of an image into labels as for the published box files: joined, lower-cased, split again.
 
     So a tag with a comma becomes two labels, and no tag at all becomes the single label `""`.
-
-    Args:
-        tags (`Sequence[str]`): Tags of one image.
-
-    Returns:
-        `list[str]`: At least one label.
     """
     joined = " | ".join(tags).replace(" |", ",").lower().strip()
     return [piece.strip() for piece in joined.split(",")]

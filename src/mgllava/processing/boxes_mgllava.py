@@ -2,7 +2,7 @@
 
 Two frames occur, both with boxes as xyxy in pixels: the *original image* (after its EXIF orientation is applied) and
 the *model input*, the square that the vision towers see (768 × 768 for the published models). The original code works
-in fp32 on the CPU; so does this module, whatever the model's dtype is. Boxes in the model's frame are whole numbers
+in float32 on the CPU; so does this module, whatever the model's dtype is. Boxes in the model's frame are whole numbers
 and leave as int64: trainers and serving engines cast every floating point input to the model's dtype, and in bfloat16
 259 becomes 260.
 """
@@ -68,7 +68,7 @@ def prepare_boxes(
             [`read_boxes_of_image`] for what is refused. `None`: no boxes.
         image_size (`tuple[int, int]`): `(height, width)` of the original image.
         resize_to (`int`, *optional*): Length of the short side after resizing; `None` if images are not resized.
-        crop_to (`tuple[int, int]`, *optional*): `(height, width)` of the centre crop; `None` if nothing is cropped.
+        crop_to (`tuple[int, int]`, *optional*): `(height, width)` of the center crop; `None` if nothing is cropped.
         pad_to_square (`bool`): Whether the image is padded to a square before resizing.
         iou_threshold (`float`): See [`nms_per_label`].
         limit_mode (`str`): `"per_category"` or `"per_image"`, see [`limit_boxes`].
@@ -116,8 +116,8 @@ def select_objects(
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Choose the boxes that the model gets; arguments and errors are those of [`prepare_boxes`].
 
-    Returns int64 boxes of shape `(n, 4)` in pixels of the model input, n >= 0; and of the same boxes `boxes` (fp32, in
-    pixels of the original image), and `labels` and `scores` if they were given.
+    Returns int64 boxes of shape `(n, 4)` in pixels of the model input, n >= 0; and of the same boxes `boxes` (float32,
+    in pixels of the original image), and `labels` and `scores` if they were given.
     """
     given, labels, scores = read_boxes_of_image(entry, image_size, name)
     boxes, kept = given, list(range(len(given)))

@@ -167,7 +167,7 @@ class MGLlavaImageProcessorMixin(BaseImageProcessor):
         if kwargs["do_normalize"] and not kwargs["do_rescale"]:
             raise ValueError(
                 "`do_rescale` must be True when `do_normalize` is, got False. Images are kept in 8 bits until then; "
-                "floating point images between 0 and 1 are recognised."
+                "floating point images between 0 and 1 are recognized."
             )
 
         opened = self.fetch_images(images)
@@ -233,13 +233,13 @@ class MGLlavaImageProcessor(MGLlavaImageProcessorMixin, TorchvisionBackend):
 
     Calling it with `return_tensors="pt"` gives
 
-    - `pixel_values`: fp32 of shape `(num_images, 3, height, width)`, the size of `crop_size`, normalised;
-    - `boxes`: fp32 of shape `(num_images, max_boxes, 4)`, xyxy in pixels of `pixel_values`, zero-padded;
+    - `pixel_values`: float32 of shape `(num_images, 3, height, width)`, the size of `crop_size`, normalized;
+    - `boxes`: int64 of shape `(num_images, max_boxes, 4)`, xyxy in pixels of `pixel_values`, zero-padded;
     - `num_boxes`: int64 of shape `(num_images,)`, at least 1 each: without boxes there is the box `[0, 0, 0, 0]`;
     - `box_labels`: only with `return_box_labels=True`, a list per image.
 
     Pixels differ from the original's (see [`MGLlavaImageProcessorPil`]) where torchvision's bicubic resizing rounds to
-    another 8-bit level: over the images of `tests/golden`, at most 2 levels (0.03 after normalisation) in at most
+    another 8-bit level: over the images of `tests/golden`, at most 2 levels (0.03 after normalization) in at most
     0.4 % of the values, 6e-5 on average. Boxes are the same.
 
     Options: see [`MGLlavaImageProcessorKwargs`]; sizes come from `size` and `crop_size`.
@@ -254,15 +254,9 @@ class MGLlavaImageProcessorPil(MGLlavaImageProcessorMixin, PilBackend):
 
 
 def pad_to_square(image: torch.Tensor, fill: Sequence[int]) -> torch.Tensor:
-    """Put an image into the middle of a square of one colour.
+    """Put an image into the middle of a square of one color.
 
-    Args:
-        image (`torch.Tensor`): uint8 of shape `(3, height, width)`.
-        fill (`Sequence[int]`): One value per channel.
-
-    Returns:
-        `torch.Tensor`: uint8 of shape `(3, side, side)`; the image starts at `(side - height) // 2`,
-        `(side - width) // 2`.
+    It starts at `(side - height) // 2`, `(side - width) // 2`.
     """
     height, width = image.shape[1:]
     side = max(height, width)

@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 
 # Where a mapping may hold an image: blocks of conversations, and what the datasets library stores.
 IMAGE_KEYS = ("image", "bytes", "base64", "url", "path", "image_url")
-_CHANNEL_COUNTS = (1, 3, 4)  # grey, RGB, RGB and alpha
+_CHANNEL_COUNTS = (1, 3, 4)  # gray, RGB, RGB and alpha
 _SHORTEST_BASE64 = 32
 _DOWNLOAD_TIMEOUT = 60  # seconds without an answer
 _ROUNDING = 1e-3  # by how much floating point values may lie outside of their range
@@ -44,19 +44,7 @@ def fetch_upright(images: Any) -> Any:
 
 
 def load_upright(image: Any, name: str = "image") -> Any:
-    """Open an image, whatever way it comes, and turn it upright.
-
-    Args:
-        image: One image, see [`open_image`].
-        name (`str`): How error messages call it.
-
-    Returns:
-        `PIL.Image.Image` (RGB), `np.ndarray` or `torch.Tensor`: Arrays have 3 or 4 dimensions.
-
-    Raises:
-        TypeError: If it is not an image.
-        UnreadableImageError: If it cannot be opened; a `ValueError` and an `OSError`.
-    """
+    """Open one image with [`open_image`], and turn it upright."""
     return upright(open_image(image, name))
 
 
@@ -65,19 +53,7 @@ class UnreadableImageError(OSError, ValueError):
 
 
 def open_images(images: Any, name: str = "images") -> Any:
-    """Open all images of a (nested) list, one after the other, so that no more than one file is open.
-
-    Args:
-        images: An image as [`open_image`] takes it, or a (nested) list, tuple, generator, or array of objects of them.
-        name (`str`): How error messages call it.
-
-    Returns:
-        What [`open_image`] returns, in (nested) lists where there were several.
-
-    Raises:
-        TypeError: If something is not an image; the message names its index.
-        UnreadableImageError: If an image cannot be opened; the message names its index.
-    """
+    """Open all images of a (nested) list one after the other; errors name the index."""
     if isinstance(images, np.ndarray) and images.dtype.kind in "OSU":
         images = images.tolist()
     single = str | bytes | bytearray | memoryview | os.PathLike | Mapping | Set | np.ndarray | torch.Tensor
@@ -87,20 +63,12 @@ def open_images(images: Any, name: str = "images") -> Any:
 
 
 def open_image(image: Any, name: str = "image") -> Any:
-    """Open an image, whatever way it comes, and decode it; the file is closed again.
+    """Open an image and decode it; the file is closed again.
 
-    Args:
-        image: A PIL image, array, tensor, path, http(s) URL, data URL, base64 string, bytes, or binary file; or a
-            mapping that holds one of these (`image`, `bytes`, `base64`, `url`, `path` or `image_url`).
-        name (`str`): How error messages call it.
-
-    Returns:
-        `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`: PIL images are RGB, as they are stored (see [`upright`]), of
-        several frames the first or the present one. Arrays have 3 or 4 dimensions.
-
-    Raises:
-        TypeError: If it is not an image.
-        UnreadableImageError: If it cannot be opened or decoded, or its values are out of range.
+    It may be a PIL image, array, tensor, path, http(s) URL, data URL, base64 string, bytes, or binary file; or a
+    mapping that holds one of these (`image`, `bytes`, `base64`, `url`, `path` or `image_url`). Returns a PIL image in
+    RGB, not turned upright, of several frames the first or the present one; or an array or tensor of 3 or 4
+    dimensions.
     """
     if isinstance(image, Mapping):
         given = {key: image[key] for key in IMAGE_KEYS if image.get(key) is not None}
@@ -138,7 +106,7 @@ def _decode(image: PIL.Image.Image, name: str, shown: str) -> PIL.Image.Image:
             return image
         if image.mode[0] not in "IF":
             return image.convert("RGB")
-        array = np.array(image)  # deep greyscale: `convert` would clip it at 255
+        array = np.array(image)  # deep grayscale: `convert` would clip it at 255
     except MemoryError:
         raise
     except Exception as error:
@@ -152,9 +120,9 @@ def _decode(image: PIL.Image.Image, name: str, shown: str) -> PIL.Image.Image:
                     f"`{name}` must hold values from 0 to 65535, got {shown} with {low} to {high}. Scale it to 8 bits."
                 )
             array = array.astype(np.uint16)
-    grey = PIL.Image.fromarray(_as_uint8(_as_tensor(array, name), name).numpy()).convert("RGB")
-    grey.info = dict(image.info)
-    return grey
+    gray = PIL.Image.fromarray(_as_uint8(_as_tensor(array, name), name).numpy()).convert("RGB")
+    gray.info = dict(image.info)
+    return gray
 
 
 def _undecodable(error: Exception, name: str, shown: str) -> UnreadableImageError:
@@ -170,7 +138,7 @@ def _open_array(array: np.ndarray | torch.Tensor, name: str) -> Any:
     """Check the dimensions of an array."""
     if array.ndim not in (2, 3, 4):
         raise TypeError(
-            f"`{name}` must have 2 dimensions (greyscale), 3, or 4 for a batch, got an array of shape "
+            f"`{name}` must have 2 dimensions (grayscale), 3, or 4 for a batch, got an array of shape "
             f"{tuple(array.shape)}."
         )
     if 0 in array.shape[1 if array.ndim == 4 else 0 :]:
@@ -246,7 +214,7 @@ def _download(url: str, name: str) -> bytes:
     try:
         response = httpx.get(url, follow_redirects=True, timeout=_DOWNLOAD_TIMEOUT)
         problem = "" if response.is_success else f"status {response.status_code}"
-    except Exception as error:  # as many kinds as there are ways to fail
+    except Exception as error:  # connections fail in many ways
         response, problem = None, f"{type(error).__name__}: {error}"
     if response is None or problem:
         raise UnreadableImageError(
@@ -269,17 +237,10 @@ def _shown(image: Any) -> str:
 
 
 def upright(image: Any) -> Any:
-    """Turn a PIL image as its EXIF orientation says.
-
-    Args:
-        image: What [`open_image`] returns.
-
-    Returns:
-        The image; one that was turned has no metadata left. If its EXIF cannot be read, it stays as it is stored.
-    """
+    """Turn a PIL image as its EXIF orientation says, without its metadata; keep it if its EXIF cannot be read."""
     if not isinstance(image, PIL.Image.Image):
         return image
-    # Not `PIL.ImageOps.exif_transpose`, which writes the EXIF anew and so fails at entries that Pillow cannot write.
+    # Not `PIL.ImageOps.exif_transpose`, which writes the EXIF again and so fails at entries that Pillow cannot write.
     try:
         turn = _UPRIGHT.get(image.getexif()[0x0112])
     except Exception:  # whatever damaged metadata makes Pillow raise; the pixels are whole
@@ -292,14 +253,7 @@ def upright(image: Any) -> Any:
 
 
 def flat_images(images: Any) -> list[Any]:
-    """List the images of an image, a batch, or a (nested) list.
-
-    Args:
-        images: What [`open_images`] returns, or `None`.
-
-    Returns:
-        `list`: The images; empty for `None`.
-    """
+    """List the images of an image, a batch, or a (nested) list; `None` has none."""
     if images is None:
         return []
     if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4:
@@ -308,19 +262,9 @@ def flat_images(images: Any) -> list[Any]:
 
 
 def as_rgb(image: Any, input_data_format: str | ChannelDimension | None = None, name: str = "images") -> torch.Tensor:
-    """Convert an opened image to 8-bit RGB.
+    """Convert an opened image to 8-bit RGB: uint8 of shape `(3, height, width)`, on the device of the input.
 
-    Args:
-        image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): The image; arrays have 3 dimensions.
-        input_data_format (`str`, *optional*): `"channels_first"` or `"channels_last"`; by default found out.
-        name (`str`): How error messages call it.
-
-    Returns:
-        `torch.Tensor`: uint8 of shape `(3, height, width)`, on the device of the input.
-
-    Raises:
-        ValueError: If the channels cannot be told from the other dimensions, or values are out of range.
-        TypeError: If it is neither a PIL image nor an array nor a tensor.
+    Arrays have 3 dimensions; if `input_data_format` is not given, the number of channels tells it.
     """
     if isinstance(image, PIL.Image.Image):
         return torch.from_numpy(np.array(_decode(image, name, "a PIL image"))).permute(2, 0, 1)
@@ -339,6 +283,7 @@ def as_rgb(image: Any, input_data_format: str | ChannelDimension | None = None, 
 
 
 def _channel_dimension(array: torch.Tensor, name: str) -> ChannelDimension:
+    """Tell which end of an array's shape is the channels."""
     first, last = array.shape[0] in _CHANNEL_COUNTS, array.shape[2] in _CHANNEL_COUNTS
     if first == last:
         problem = "either end could be the channels" if first else "neither end has 1, 3 or 4 channels"
@@ -350,6 +295,7 @@ def _channel_dimension(array: torch.Tensor, name: str) -> ChannelDimension:
 
 
 def _as_tensor(array: np.ndarray | torch.Tensor, name: str) -> torch.Tensor:
+    """Make a tensor of an array of numbers."""
     if isinstance(array, torch.Tensor):
         return array.detach()
     if array.dtype.kind not in "biuf":
@@ -397,14 +343,7 @@ def _as_uint8(array: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def group_sizes(images: Any) -> list[int] | None:
-    """Count the images of each prompt.
-
-    Args:
-        images: What [`open_images`] returns.
-
-    Returns:
-        `list[int]`, *optional*: The counts; `None` if the images are not nested per prompt.
-    """
+    """Count the images of each prompt; `None` if the images are not nested per prompt."""
     if isinstance(images, list | tuple) and images and all(isinstance(group, list | tuple) for group in images):
         return [len(flat_images(group)) for group in images]
     return None
@@ -416,17 +355,9 @@ def is_image_block(value: Any) -> bool:
 
 
 def image_block(block: Mapping[str, Any]) -> dict[str, Any]:
-    """Bring an image block of a conversation into the form that transformers reads.
+    """Bring an image block of a conversation into the form that transformers reads: `bytes` are under `image`.
 
-    Args:
-        block (`Mapping`): With one of [`IMAGE_KEYS`]; keys that are `None` are left out, as the datasets library adds
-            them.
-
-    Returns:
-        `dict`: The block; `bytes` are under `image`.
-
-    Raises:
-        ValueError: If it has several images.
+    Keys that are `None` are left out, as the datasets library adds them.
     """
     block = {key: value for key, value in block.items() if key not in IMAGE_KEYS or value is not None}
     if "bytes" in block:
@@ -446,24 +377,21 @@ def _weights(length: int, new_length: int, device: torch.device) -> torch.Tensor
     """Make the float64 matrix of shape `(new_length, length)` that holds Pillow's integer weights of one axis."""
     scale = length / new_length
     support = max(scale, 1.0)  # the triangle is widened when shrinking
-    centres = (torch.arange(new_length, dtype=torch.float64, device=device)[:, None] + 0.5) * scale
+    centers = (torch.arange(new_length, dtype=torch.float64, device=device)[:, None] + 0.5) * scale
     samples = torch.arange(length, dtype=torch.float64, device=device)
-    first = (centres - support + 0.5).trunc().clamp(min=0)
-    end = (centres + support + 0.5).trunc().clamp(max=length)
-    weights = (1 - ((samples - centres + 0.5) / support).abs()).clamp(min=0)
+    first = (centers - support + 0.5).trunc().clamp(min=0)
+    end = (centers + support + 0.5).trunc().clamp(max=length)
+    weights = (1 - ((samples - centers + 0.5) / support).abs()).clamp(min=0)
     weights = weights.masked_fill((samples < first) | (samples >= end), 0)
     return (weights / weights.sum(dim=1, keepdim=True) * _PRECISION + 0.5).floor()
 
 
 def resize_like_pil(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Resize an 8-bit image with Pillow's bilinear filter, the horizontal axis first.
+    """Resize 8-bit RGB with the bilinear filter that Pillow had in 2024, the horizontal axis first, on any device.
 
-    Args:
-        image (`torch.Tensor`): uint8 RGB of shape `(3, height, width)`.
-        size (`tuple[int, int]`): `(height, width)` after resizing.
-
-    Returns:
-        `torch.Tensor`: uint8 of shape `(3, *size)`, on the GPU if the image is on a CUDA device, else on the CPU.
+    torchvision's differs from it by one of 255 levels in places, and so does Pillow's own of today on portrait images:
+    it takes the vertical axis first if that is cheaper, and each axis rounds to 8 bits. The result is on the GPU if
+    the image is on a CUDA device, otherwise on the CPU.
     """
     if image.device.type == "cuda":
         return resize_by_products(image, size)
@@ -474,14 +402,9 @@ def resize_like_pil(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def resize_by_products(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Do the same as one matrix product per axis: what a GPU is good at, and slow on a CPU.
+    """Do the same with one matrix product per axis, which is fast on a GPU and slow on a CPU.
 
-    Args:
-        image (`torch.Tensor`): uint8 of shape `(channels, height, width)`, on a device that has float64.
-        size (`tuple[int, int]`): `(height, width)` after resizing.
-
-    Returns:
-        `torch.Tensor`: uint8 of shape `(channels, *size)`.
+    The device must have float64; the image may have any number of channels.
     """
     values = image.double()
     if image.shape[2] != size[1]:  # Pillow leaves an axis that keeps its length alone
@@ -492,6 +415,7 @@ def resize_by_products(image: torch.Tensor, size: tuple[int, int]) -> torch.Tens
 
 
 def _round(values: torch.Tensor) -> torch.Tensor:
+    """Divide by the unit of the weights, and round to 8 bits."""
     return ((values + _PRECISION // 2) / _PRECISION).floor_().clamp_(0, 255)
 
 
@@ -502,22 +426,15 @@ def resize_in_square(
     resize: Callable[[torch.Tensor, tuple[int, int]], torch.Tensor],
     precision: int | None,
 ) -> torch.Tensor:
-    """Resize an image in the middle of a square of one color, which is never made.
+    """Resize an image in the middle of a square of one color, without making the square.
 
     The result equals that of padding to the square first, to the bit: resizing takes the horizontal axis first and
-    rounds to 8 bits in between, and what has one color keeps it. The square of a 12000 x 40 image has 300 times as
+    rounds to 8 bits in between, and an area of one color keeps it. The square of a 12000 x 40 image has 300 times as
     many pixels as the image.
 
-    Args:
-        image (`torch.Tensor`): uint8 RGB of shape `(3, height, width)`, on the CPU.
-        side (`int`): Length of both sides of the square after resizing.
-        fill (`Sequence[int]`): Color of the square, one value per channel.
-        resize (`Callable`): The bicubic resize to a `(height, width)`; called for the long axis only.
-        precision (`int`, *optional*): Bits of that resize's integer weights; `None`: as many as let the largest weight
-            fit into 15 bits, as PyTorch chooses them.
-
-    Returns:
-        `torch.Tensor`: uint8 of shape `(3, side, side)`.
+    `resize` is the bicubic resize to a `(height, width)`, called for the long axis only; `precision` the bits of its
+    integer weights (`None`: as many as let the largest weight fit into 15 bits, as PyTorch chooses them). Takes and
+    returns uint8 RGB on the CPU.
     """
     height, width = image.shape[1:]
     square = image.new_tensor(fill)[:, None, None].repeat(1, side, side)
@@ -560,7 +477,7 @@ def _resize_between(
 
 @lru_cache(maxsize=8)
 def _bicubic(length: int, new_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Make the weights of one axis, widened when shrinking: the first sample of each new one, and `(new, taps)`."""
+    """Make the bicubic weights of one axis: the first sample of each new one, and an array `(new, taps)`."""
     scale = length / new_length
     stretch = max(scale, 1.0)
     centers = (np.arange(new_length) + 0.5) * scale

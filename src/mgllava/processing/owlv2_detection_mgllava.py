@@ -219,10 +219,10 @@ def resize_matrix(length: int, new_length: int, device: torch.device) -> torch.T
     # Not every accelerator has float64, in which the weights are worked out.
     computed_on = device if device.type == "cuda" else torch.device("cpu")
     factor, last = length / new_length, length - 1
-    centres = ((torch.arange(new_length, dtype=torch.float64, device=computed_on) + 0.5) * factor - 0.5).abs()
-    centres = torch.where(centres > last, 2 * last - centres, centres).clamp(min=0)
-    left = centres.floor().clamp(max=max(last - 1, 0))
-    right_weight = centres - left
+    centers = ((torch.arange(new_length, dtype=torch.float64, device=computed_on) + 0.5) * factor - 0.5).abs()
+    centers = torch.where(centers > last, 2 * last - centers, centers).clamp(min=0)
+    left = centers.floor().clamp(max=max(last - 1, 0))
+    right_weight = centers - left
 
     sigma = max((factor - 1) / 2, 0.0)
     radius = int(4 * sigma + 0.5)
@@ -261,7 +261,7 @@ def square_pixels(
     """
     height, width = image.shape[1:]
     side = max(height, width)
-    # Rows of the matrices sum to one, so the grey part is an offset and takes no part in the products.
+    # Rows of the matrices sum to one, so the gray part is an offset and takes no part in the products.
     rows = resize_matrix(side, size[0], device)[:, :height]
     columns = resize_matrix(side, size[1], device)[:, :width].T
     pixels = image.to(device).float().mul_(1 / 255).sub_(_PADDING)
@@ -309,7 +309,7 @@ class GroundedDetector:
         inputs = self.processor(images=images, text=text, return_tensors="pt").to(self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             outputs = self.model(**inputs)
-        for name, value in outputs.items():  # scores and thresholds in fp32
+        for name, value in outputs.items():  # scores and thresholds in float32
             if isinstance(value, torch.Tensor) and value.is_floating_point():
                 outputs[name] = value.float()
         options: dict[str, Any] = {

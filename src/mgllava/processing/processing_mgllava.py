@@ -315,8 +315,8 @@ class MGLlavaProcessor(ImageTextProcessor):
         Args:
             device (`str` or `torch.device`, *optional*): By default the accelerator if there is one (the CPU in a
                 DataLoader worker, and in a process that was forked from one that uses the accelerator).
-            dtype (`torch.dtype`, *optional*): Of the tagger and the detector's image tower; by default bf16 on an
-                accelerator and fp32 on the CPU.
+            dtype (`torch.dtype`, *optional*): Of the tagger and the detector's image tower; by default bfloat16 on an
+                accelerator and float32 on the CPU.
             trust_remote_code (`bool`, *optional*): Whether code of their repositories may run; by default as this
                 processor was loaded.
 
@@ -685,8 +685,8 @@ class MGLlavaProcessor(ImageTextProcessor):
             image_size (`tuple[int, int]`): `(height, width)` of the upright image.
 
         Returns:
-            `dict`: `boxes` (fp32 of shape `(n, 4)`, xyxy in pixels of that image) and, if they were given, n `labels`
-            and `scores` (fp32 of shape `(n,)`).
+            `dict`: `boxes` (float32 of shape `(n, 4)`, xyxy in pixels of that image) and, if they were given, n
+            `labels` and `scores` (float32 of shape `(n,)`).
 
         Raises:
             TypeError: If there is something else than boxes.
