@@ -15,20 +15,10 @@ _CAN_SANITIZE = "sanitize_control_tokens" in inspect.signature(PreTrainedTokeniz
 
 
 def encode_conversation(processor: Any, messages: list[dict[str, Any]], **kwargs: Any) -> Any:
-    """Make the model's inputs from a conversation whose texts come from users.
+    """Make the model's inputs, tensors of one prompt, from a conversation whose texts come from users.
 
-    Where transformers cannot encode control tokens as text (5.16), a space breaks them: `</s>` becomes `< /s>`.
-
-    Args:
-        processor ([`MGLlavaProcessor`]): The processor.
-        messages (`list[dict]`): The conversation.
-        **kwargs: Variables of the chat template.
-
-    Returns:
-        `BatchFeature`: Tensors for one prompt, for generation.
-
-    Raises:
-        ValueError: If the conversation does not fit the template.
+    If transformers cannot encode control tokens as text (5.16), a space breaks them: `</s>` becomes `< /s>`. `kwargs`
+    are variables of the chat template.
     """
     if _CAN_SANITIZE:
         kwargs["sanitize_control_tokens"] = True
@@ -44,14 +34,9 @@ def encode_conversation(processor: Any, messages: list[dict[str, Any]], **kwargs
 
 
 def control_tokens(processor: Any) -> re.Pattern[str]:
-    """List what a tokenizer reads as control tokens, as a pattern.
+    """Make a pattern of everything that a tokenizer reads as control tokens.
 
-    Args:
-        processor ([`MGLlavaProcessor`]): The processor.
-
-    Returns:
-        `re.Pattern`: Special tokens, the placeholder of images, and what else the chat template writes of the added
-        tokens.
+    These are special tokens, the placeholder of images, and other added tokens that the chat template writes.
     """
     template = str(processor.chat_template)
     added = processor.tokenizer.added_tokens_decoder.values()

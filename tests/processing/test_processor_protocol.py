@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mgllava.processing.image_text_processor_common import ImageTextProcessor
-from mgllava.processing.text_chunks_common import chat_template
+from mgllava.processing.text_chunks_common import build_chat_template
 
 PICTURES = [PIL.Image.new("RGB", (30, 20), color) for color in ("red", "green", "blue")]
 # Boxes of two images that overlap, lie outside or repeat, and those of a user.
@@ -165,7 +165,7 @@ class ViewsProcessor(ImageTextProcessor):
 
 @pytest.fixture
 def views(sentencepiece_like):
-    template = chat_template(
+    template = build_chat_template(
         system=("", " "),
         user=("USER: ", ""),
         generation_prompt=" ASSISTANT:",

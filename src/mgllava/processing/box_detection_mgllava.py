@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import PIL.Image
 import torch
@@ -25,6 +25,7 @@ from .box_detector_files_mgllava import (
     locate_revision,
     store_parts,
 )
+from .boxes_mgllava import read_boxes
 from .image_text_processor_common import ProcessLock
 from .images_common import as_rgb, load_upright, resize_like_pil
 from .owlv2_detection_mgllava import GroundedDetector, Owlv2Detector
@@ -52,6 +53,28 @@ COCO_80: list[str] = [
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 
 
+class BoxDetectorProtocol(Protocol):
+    """What the processor needs of a box detector.
+
+    Any object with this method will do. If the processor is used from several threads, so is the detector. A
+    detector other than a [`BoxDetector`] is copied and pickled with the processor, but not saved.
+    """
+
+    def detect(self, images: list[PIL.Image.Image], *args: Any, **kwargs: Any) -> Sequence[Mapping[str, Any]]:
+        """Find the objects of some images.
+
+        Args:
+            images (`list[PIL.Image.Image]`): Upright images in 8-bit RGB, also where there is only one.
+            *args: Options of the detector.
+            **kwargs: Options of the detector.
+
+        Returns:
+            `list[Mapping]`: Per image `boxes` (`(num_boxes, 4)`, xyxy in pixels of that image), `labels` (one string
+            per box) and `scores` (shape `(num_boxes,)`).
+        """
+        ...
+
+
 class BoxDetector:
     r"""Finds the objects of images: a tagger names what is there, a zero-shot detector finds where.
 
@@ -63,9 +86,9 @@ class BoxDetector:
     - `"clean"`: no tag, no boxes; corners are fractions, clipped to the image, and boxes without area are dropped.
 
     In both modes, OWLv2 gets the same pixels as in 2024 (gray padding, see `square_pixels`). Faithful mode also
-    resizes for the tagger as Pillow did then, clean mode as the tagger's image processor does. Boxes come in the order of
-    OWLv2's patches, without non-maximum suppression, which the processor does. Images are turned upright by their EXIF
-    orientation first, as everywhere in this package; the original ignored it, so its box files agree for images
+    resizes for the tagger as Pillow did then, clean mode as the tagger's image processor does. Boxes come in the order
+    of OWLv2's patches, without non-maximum suppression, which the processor does. Images are turned upright by their
+    EXIF orientation first, as everywhere in this package; the original ignored it, so its box files agree for images
     without one.
 
     Example:
@@ -453,6 +476,46 @@ class BoxDetector:
         return [check_labels(of_image, f"labels[{index}]", may_be_empty=True) for index, of_image in enumerate(labels)]
 
 
+def find_boxes(
+    detector: Any, images: list[Any], input_data_format: str | None, options: Mapping[str, Any] | None = None
+) -> list[Mapping[str, Any]]:
+    """Let a detector find the boxes of upright images, and check what it returns."""
+    pictures = [_as_picture(image, input_data_format) for image in images]
+    found = detector.detect(pictures, **(options or {}))
+    name = f"`{type(detector).__name__}.detect`"
+    if isinstance(found, Mapping | str) or not hasattr(found, "__len__") or not hasattr(found, "__iter__"):
+        raise TypeError(f"{name} must return a list with one mapping per image, got {type(found).__name__}.")
+    if len(found) != len(images):
+        raise ValueError(f"{name} must return one result per image, got {len(found)} for {len(images)} images.")
+    for index, result in enumerate(found):
+        if not isinstance(result, Mapping):
+            raise TypeError(
+                f"{name} must return mappings with 'boxes', 'labels' and 'scores', got {type(result).__name__} for "
+                f"image {index}."
+            )
+        if absent := [key for key in ("boxes", "labels", "scores") if result.get(key) is None]:
+            raise ValueError(
+                f"{name} must return 'boxes', 'labels' and 'scores', got none of {absent} for image {index}, but "
+                f"{sorted(map(str, result))}."
+            )
+        if isinstance(result["labels"], str):
+            raise TypeError(f"{name} must return a list of labels, got {result['labels']!r} for image {index}.")
+        try:
+            read_boxes(result)
+        except (TypeError, ValueError) as error:
+            raise type(error)(
+                f"{name} returned, for image {index}, what cannot be used as `boxes`: {error}"
+            ) from error
+    return list(found)
+
+
+def _as_picture(image: Any, input_data_format: str | None) -> PIL.Image.Image:
+    """Bring an upright image into the one form that every detector can read."""
+    if isinstance(image, PIL.Image.Image) and image.mode == "RGB":
+        return image
+    return PIL.Image.fromarray(as_rgb(image, input_data_format).permute(1, 2, 0).contiguous().cpu().numpy())
+
+
 def check_labels(labels: Any, name: str, may_be_empty: bool = False) -> list[str]:
     """Check that labels are a list of strings, and return them."""
     if not isinstance(labels, list | tuple) or not all(isinstance(label, str) for label in labels):
@@ -588,4 +651,15 @@ def tags_as_labels(tags: Sequence[str]) -> list[str]:
     return [piece.strip() for piece in joined.split(",")]
 
 
-__all__ = ["COCO_80", "CONFIG_KEYS", "DEFAULT_DETECTOR", "BoxDetector", "DetectionMode", "ImageTagger", "in_worker"]
+__all__ = [
+    "COCO_80",
+    "CONFIG_KEYS",
+    "DEFAULT_DETECTOR",
+    "BoxDetector",
+    "BoxDetectorProtocol",
+    "DetectionMode",
+    "ImageTagger",
+    "find_boxes",
+    "in_worker",
+    "tags_as_labels",
+]

@@ -6,17 +6,16 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 from huggingface_hub import HfApi
 from transformers import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils import PROCESSOR_NAME, logging
 
-from .box_detection_mgllava import BoxDetector, in_worker
+from .box_detection_mgllava import BoxDetector, BoxDetectorProtocol, find_boxes, in_worker
 from .box_detector_files_mgllava import (
     BUNDLE_FOLDER,
     PARTS,
@@ -33,24 +32,23 @@ from .boxes_mgllava import (
     boxes_of_block,
     flatten_boxes,
     plain_boxes,
-    read_boxes,
     take_boxes_from_text,
     write_boxes_into_text,
 )
 from .image_text_processor_common import ImageTextProcessor, ProcessLock, TrainingTargets, as_texts
-from .images_common import as_rgb, flat_images, group_sizes, is_image_block
-from .text_chunks_common import IMAGE_TOKEN, PRIVATE_CHARACTERS, chat_template
+from .images_common import flat_images, group_sizes, is_image_block
+from .text_chunks_common import IMAGE_TOKEN, PRIVATE_CHARACTERS, build_chat_template
 
 logger = logging.get_logger(__name__)
 
-# What uploads files in transformers. It is private, so it is checked before something relies on it.
+# The method of transformers that uploads files. It is private, so uploading checks first that it exists.
 _UPLOAD_HOOK = "_upload_modified_files"
 
 
 # Of the language models that MG-LLaVA was trained with (arXiv 2406.17770, section 4.1).
 CHAT_TEMPLATES: dict[str, str] = {
     # Vicuna-1.5
-    "vicuna": chat_template(
+    "vicuna": build_chat_template(
         system=(
             "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
             "detailed, and polite answers to the user's questions. ",
@@ -62,14 +60,14 @@ CHAT_TEMPLATES: dict[str, str] = {
         closed_by_eos=True,
     ),
     # Llama-3-Instruct
-    "llama3": chat_template(
+    "llama3": build_chat_template(
         system=("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
         user=("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
         generation_prompt="<|start_header_id|>assistant<|end_header_id|>\n\n",
         suffix="<|eot_id|>",
     ),
     # Phi-3-mini
-    "phi3": chat_template(
+    "phi3": build_chat_template(
         system=("<|system|>", "<|end|>\n"),
         user=("<|user|>", "<|end|>\n"),
         generation_prompt="<|assistant|>\n",
@@ -77,7 +75,7 @@ CHAT_TEMPLATES: dict[str, str] = {
         separator="\n",
     ),
     # Yi-1.5-Chat (ChatML; the original calls it `qwen_chat`)
-    "yi": chat_template(
+    "yi": build_chat_template(
         system=("<|im_start|>system\n", "<|im_end|>\n"),
         user=("<|im_start|>user\n", "<|im_end|>\n"),
         generation_prompt="<|im_start|>assistant\n",
@@ -85,28 +83,6 @@ CHAT_TEMPLATES: dict[str, str] = {
         separator="\n",
     ),
 }
-
-
-class BoxDetectorProtocol(Protocol):
-    """What the processor needs of a box detector.
-
-    Any object with this method will do. If the processor is used from several threads, so is the detector. A
-    detector other than a [`BoxDetector`] is copied and pickled with the processor, but not saved.
-    """
-
-    def detect(self, images: list[PIL.Image.Image], *args: Any, **kwargs: Any) -> Sequence[Mapping[str, Any]]:
-        """Find the objects of some images.
-
-        Args:
-            images (`list[PIL.Image.Image]`): Upright images in 8-bit RGB, also where there is only one.
-            *args: Options of the detector.
-            **kwargs: Options of the detector.
-
-        Returns:
-            `list[Mapping]`: Per image `boxes` (`(num_boxes, 4)`, xyxy in pixels of that image), `labels` (one string
-            per box) and `scores` (shape `(num_boxes,)`).
-        """
-        ...
 
 
 class MGLlavaProcessor(ImageTextProcessor):
@@ -138,7 +114,7 @@ class MGLlavaProcessor(ImageTextProcessor):
             detector that can be described.
 
     Attributes:
-        packs_boxes (`bool`, defaults to `False`): Whether outputs have `image_position_ids` in place of `boxes` and
+        packs_boxes (`bool`, defaults to `False`): Whether outputs have `image_position_ids` instead of `boxes` and
             `num_boxes`: the boxes and, where there are more rows than boxes, rows of -1. TRL's GRPO and RLOO trainers
             lose inputs whose names they do not know. Not saved.
 
@@ -210,7 +186,7 @@ class MGLlavaProcessor(ImageTextProcessor):
         elif os.path.isfile(name):
             name = os.path.abspath(os.path.dirname(name))
         else:
-            # The detector is loaded later, when the branch may be somewhere else.
+            # The detector is loaded later, when the branch may have moved.
             file = str(PurePosixPath(subfolder) / PROCESSOR_NAME)
             revision = known_commit(name, revision, cache_dir, file) or revision
         processor._repository = ProcessorRepository(
@@ -225,7 +201,7 @@ class MGLlavaProcessor(ImageTextProcessor):
 
     @property
     def box_detector_config(self) -> dict[str, Any] | None:
-        """What the box detector is loaded from; setting it takes the present detector away."""
+        """Plain values from which the box detector is loaded; setting them removes the present detector."""
         return self._box_detector_config
 
     @box_detector_config.setter
@@ -242,9 +218,9 @@ class MGLlavaProcessor(ImageTextProcessor):
 
     @property
     def box_detector(self) -> BoxDetectorProtocol | None:
-        """What finds boxes where none are given; loaded from `box_detector_config` at the first use, in one thread.
+        """The object that finds boxes if none are given; loaded from `box_detector_config` at the first use.
 
-        Any object with the method of [`BoxDetectorProtocol`] may be set. Where a copy or a pickle of the processor
+        Any object with the method of [`BoxDetectorProtocol`] may be set. If a copy or a pickle of the processor
         needs it (in a DataLoader worker, for example), a [`BoxDetector`] made from names is loaded there; any other
         detector is copied and pickled with the processor, and it must support that. A [`BoxDetector`] is saved with
         the processor; for any other detector, a warning says that the saved processor has none.
@@ -258,7 +234,7 @@ class MGLlavaProcessor(ImageTextProcessor):
                 if self.box_detector_config is not None and not self._is_box_detector_off:
                     self._load_box_detector(**self._loading_options)
             elif self._is_described(detector) and not detector.is_usable_here:
-                # What the parent process put on its accelerator cannot be used here; what is loaded here can.
+                # Memory of the parent's accelerator cannot be used here; the CPU can.
                 logger.warning_once(
                     f"The box detector was put on {detector.device} before this process was forked, and a forked "
                     "process cannot use it: it is loaded again, on the CPU."
@@ -276,7 +252,7 @@ class MGLlavaProcessor(ImageTextProcessor):
         with self._lock:
             if detector is not None:
                 is_plain = self._is_plain(detector)
-                # Also where it is None: another detector's configuration must not stand for this one.
+                # Also if it is None: another detector's configuration must not stand for this one.
                 self.box_detector_config = detector.config if is_plain else None  # type: ignore[attr-defined]
                 # Paths in a repository that this detector was not loaded from must not be looked up there.
                 self._repository = None
@@ -285,7 +261,7 @@ class MGLlavaProcessor(ImageTextProcessor):
             self._box_detector, self._is_box_detector_off = detector, detector is None
 
     def _present_detector(self) -> BoxDetectorProtocol | None:
-        """Give the detector that is loaded or set, unless its configuration was changed in place since."""
+        """Return the detector that is loaded or set, unless its configuration was changed in place since."""
         if self._box_detector_config != self._seen_config:
             self._box_detector, self._seen_config = None, copy.deepcopy(self._box_detector_config)
         return self._box_detector
@@ -310,7 +286,7 @@ class MGLlavaProcessor(ImageTextProcessor):
         dtype: torch.dtype | None = None,
         trust_remote_code: bool | None = None,
     ) -> BoxDetector:
-        """Load the box detector that `box_detector_config` describes, in place of the present one.
+        """Load the box detector that `box_detector_config` describes, and replace the present one.
 
         Args:
             device (`str` or `torch.device`, *optional*): By default the accelerator if there is one (the CPU in a
@@ -347,24 +323,19 @@ class MGLlavaProcessor(ImageTextProcessor):
     ) -> BoxDetector:
         """Load it; the options hold for copies of this processor too, but for the device in a DataLoader's worker."""
         assert self.box_detector_config is not None  # both callers asked
+        options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code, **hub_options}
         detector = BoxDetector.from_config(
-            self.box_detector_config,
-            self._repository,
-            device=None if in_worker() else device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            **hub_options,
+            self.box_detector_config, self._repository, **{**options, "device": None if in_worker() else device}
         )
-        self._loading_options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-        self._loading_options.update(hub_options)
+        self._loading_options = options
         self._box_detector, self._is_box_detector_off = detector, False
         return detector
 
     def locate_box_detector(self) -> dict[str, Any] | None:
-        """Tell what the box detector is built from, with the places of what lies in the processor's own repository.
+        """Return `box_detector_config` with paths that exist, as those that start with `./` are in the processor's folder.
 
         Returns:
-            `dict`, *optional*: `box_detector_config` with folders and files in place of paths that start with `./`.
+            `dict`, *optional*: The configuration; `None` if there is none.
 
         Raises:
             ValueError: If such a path is in no repository, or leads out of it.
@@ -406,12 +377,12 @@ class MGLlavaProcessor(ImageTextProcessor):
                 "or call `processor.load_box_detector()` if it was switched off."
             )
         loaded = flat_images(self.image_processor.fetch_images(images))
-        return _find_boxes(detector, loaded, input_data_format, kwargs)
+        return find_boxes(detector, loaded, input_data_format, kwargs)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
     ) -> list[str]:
-        """Save the processor; a box detector's models that are not repository ids go to `box_detector/` next to it.
+        """Save the processor, and models of its box detector that have no repository id in `box_detector/` next to it.
 
         Folders are copied unchanged; links that lead out of them are refused. Repository ids are saved with their
         commit if the local cache knows it. Text embeddings that were computed are stored too. A detector other than a
@@ -601,7 +572,7 @@ class MGLlavaProcessor(ImageTextProcessor):
         entries = flatten_boxes(kwargs.pop("boxes", None), len(images), groups)
         missing = [index for index, entry in enumerate(entries) if entry is None]
         if missing and (detector := self.box_detector) is not None:
-            found = _find_boxes(detector, [images[index] for index in missing], kwargs.get("input_data_format"))
+            found = find_boxes(detector, [images[index] for index in missing], kwargs.get("input_data_format"))
             for index, entry in zip(missing, found, strict=True):
                 entries[index] = entry
             targets.remark = (
@@ -709,12 +680,7 @@ class MGLlavaProcessor(ImageTextProcessor):
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
         """Count the placeholders that images of these sizes may take, for serving engines to plan with.
 
-        Args:
-            image_sizes (`list`, *optional*): `(height, width)` per image.
-            **kwargs: Not used.
-
-        Returns:
-            [`MultiModalData`]: The count with as many boxes as `box_limit`, which the boxes alone decide.
+        Their sizes do not matter: the number of boxes decides, of which there are at most `box_limit` here.
         """
         if image_sizes is None:
             return MultiModalData()
@@ -772,7 +738,7 @@ class MGLlavaProcessor(ImageTextProcessor):
         )
         if tokenize or not has_boxes:
             return output
-        # Who renders a string passes it and the images on, often by other people's code, which knows no boxes.
+        # The caller passes the string and the images on, often through other people's code, which does not know boxes.
         is_single = isinstance(output, str)
         texts = []
         for text, messages in zip(*([output], [conversation]) if is_single else (output, conversation), strict=True):
@@ -789,46 +755,6 @@ def _unpack(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     rows = [torch.as_tensor(row) for row in inputs["image_position_ids"]]
     counts = [int((row[:, 0] >= 0).sum()) for row in rows]
     return {**inputs, "boxes": [row.clamp(min=0) for row in rows], "num_boxes": counts}
-
-
-def _find_boxes(
-    detector: Any, images: list[Any], input_data_format: str | None, options: Mapping[str, Any] | None = None
-) -> list[Mapping[str, Any]]:
-    """Let a detector find the boxes of upright images, and check what it returns."""
-    pictures = [_as_picture(image, input_data_format) for image in images]
-    found = detector.detect(pictures, **(options or {}))
-    name = f"`{type(detector).__name__}.detect`"
-    if isinstance(found, Mapping | str) or not hasattr(found, "__len__") or not hasattr(found, "__iter__"):
-        raise TypeError(f"{name} must return a list with one mapping per image, got {type(found).__name__}.")
-    if len(found) != len(images):
-        raise ValueError(f"{name} must return one result per image, got {len(found)} for {len(images)} images.")
-    for index, result in enumerate(found):
-        if not isinstance(result, Mapping):
-            raise TypeError(
-                f"{name} must return mappings with 'boxes', 'labels' and 'scores', got {type(result).__name__} for "
-                f"image {index}."
-            )
-        if absent := [key for key in ("boxes", "labels", "scores") if result.get(key) is None]:
-            raise ValueError(
-                f"{name} must return 'boxes', 'labels' and 'scores', got none of {absent} for image {index}, but "
-                f"{sorted(map(str, result))}."
-            )
-        if isinstance(result["labels"], str):
-            raise TypeError(f"{name} must return a list of labels, got {result['labels']!r} for image {index}.")
-        try:
-            read_boxes(result)
-        except (TypeError, ValueError) as error:
-            raise type(error)(
-                f"{name} returned, for image {index}, what cannot be used as `boxes`: {error}"
-            ) from error
-    return list(found)
-
-
-def _as_picture(image: Any, input_data_format: str | None) -> PIL.Image.Image:
-    """Bring an upright image into the one form that every detector can read."""
-    if isinstance(image, PIL.Image.Image) and image.mode == "RGB":
-        return image
-    return PIL.Image.fromarray(as_rgb(image, input_data_format).permute(1, 2, 0).contiguous().cpu().numpy())
 
 
 def _check_upload_hook() -> None:
@@ -854,4 +780,4 @@ def _take_boxes(value: Any, boxes: list[Any]) -> Any:
     return [_take_boxes(item, boxes) for item in value] if isinstance(value, list | tuple) else value
 
 
-__all__ = ["CHAT_TEMPLATES", "BoxDetectorProtocol", "MGLlavaProcessor"]
+__all__ = ["CHAT_TEMPLATES", "MGLlavaProcessor"]

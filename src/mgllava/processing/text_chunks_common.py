@@ -121,7 +121,7 @@ _TEMPLATE = """
 """
 
 
-def chat_template(
+def build_chat_template(
     *,
     system: tuple[str, str],
     user: tuple[str, str],
@@ -604,8 +604,8 @@ __all__ = [
     "PRIVATE_CHARACTERS",
     "ChatFormat",
     "TextChunk",
+    "build_chat_template",
     "chat_formats",
-    "chat_template",
     "encode_chunks",
     "protect_text",
     "read_format",
