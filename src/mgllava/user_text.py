@@ -18,14 +18,14 @@ def encode_conversation(processor: Any, messages: list[dict[str, Any]], **kwargs
     """Make the model's inputs, tensors of one prompt, from a conversation whose texts come from users.
 
     If transformers cannot encode control tokens as text (5.16), a space breaks them: `</s>` becomes `< /s>`. `kwargs`
-    are variables of the chat template.
+    go to `apply_chat_template`.
     """
     if _CAN_SANITIZE:
         kwargs["sanitize_control_tokens"] = True
     else:
         logger.warning_once(
-            "This release of transformers reads control tokens in text of users. They get a space: `</s>` becomes "
-            "`< /s>`. Upgrade transformers to keep the text as it is."
+            "This release of transformers reads control tokens in the text of users. They get a space: `</s>` becomes "
+            "`< /s>`. Upgrade transformers to leave the text unchanged."
         )
         messages = _break_tokens(messages, control_tokens(processor))
     return processor.apply_chat_template(

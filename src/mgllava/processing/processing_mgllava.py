@@ -332,7 +332,7 @@ class MGLlavaProcessor(ImageTextProcessor):
         return detector
 
     def locate_box_detector(self) -> dict[str, Any] | None:
-        """Return `box_detector_config` with paths that exist, as those that start with `./` are in the processor's folder.
+        """Return `box_detector_config` with full paths instead of those that start with `./`.
 
         Returns:
             `dict`, *optional*: The configuration; `None` if there is none.
