@@ -1,4 +1,4 @@
-"""Boxes: from what a detector or a user gives to the model's `boxes` input (MG-LLaVA, arXiv 2406.17770, section 3.2).
+"""Boxes: from those of a detector or a user to the model's `boxes` input (MG-LLaVA, arXiv 2406.17770, section 3.2).
 
 Two frames occur, both with boxes as xyxy in pixels: the *original image* (after its EXIF orientation is applied) and
 the *model input*, the square that the vision towers see (768 × 768 for the published models). The original code works
@@ -19,7 +19,7 @@ import torch
 from torchvision.ops import nms
 from transformers.utils import logging
 
-# What a mapping of boxes may have.
+# The keys of a mapping of boxes.
 _KEYS = ("boxes", "scores", "labels")
 
 logger = logging.get_logger(__name__)
@@ -28,9 +28,9 @@ BoxLimitMode = Literal["per_category", "per_image"]
 Label = Hashable
 
 # Private-use characters around the boxes of an image that a rendered conversation holds after its placeholder.
-BOXES_START, BOXES_END = "\U000ff4e0", "\U000ff4e1"
-BOXES_IN_TEXT = re.compile(f"{BOXES_START}([^{BOXES_START}{BOXES_END}]*){BOXES_END}")
-BOX_MARKS = re.compile(f"[{BOXES_START}{BOXES_END}]")
+_START, _END = "\U000ff4e0", "\U000ff4e1"
+_BOXES_IN_TEXT = re.compile(f"{_START}([^{_START}{_END}]*){_END}")
+BOX_MARKS = re.compile(f"[{_START}{_END}]")
 
 # How many boxes the original keeps when a limit applies.
 _PER_CATEGORY = 20
@@ -130,8 +130,7 @@ def select_objects(
         chosen = limit_boxes([names[row] for row in kept], limit_mode, limit, close_to_max_length)
         kept = [kept[row] for row in chosen]
     boxes, inside = to_model_frame(boxes[kept], image_size, resize_to=resize_to, crop_to=crop_to)
-    if scores is None and not bool(inside.all()):
-        index = int((~inside).nonzero()[0])
+    if scores is None and (index := _first(~inside)) is not None:
         raise ValueError(
             f"`{name}` must lie where the model looks, got {given[index].tolist()} at index {index}, which the crop "
             "of the center cuts off. Remove it, or pass `do_pad=True` to show the model the whole image."
@@ -173,8 +172,7 @@ def _check_regions(boxes: torch.Tensor, image_size: tuple[int, int], name: str, 
         return boxes
     height, width = image_size
     size = _size(image_size)
-    if max(image_size) > 2 and bool((relative := _look_relative(boxes, are_integers)).any()):
-        index = int(relative.nonzero()[0])
+    if max(image_size) > 2 and (index := _first(_look_relative(boxes, are_integers))) is not None:
         raise ValueError(
             f"`{name}` must be x1, y1, x2, y2 in pixels of the upright image ({size}, width x height), got "
             f"{boxes[index].tolist()} at index {index}, which looks relative to its size. Multiply x by the width and "
@@ -183,8 +181,7 @@ def _check_regions(boxes: torch.Tensor, image_size: tuple[int, int], name: str, 
     edges = boxes.new_tensor([width, height, width, height])
     is_nothing = (boxes == 0).all(dim=1)
     outside = ((boxes[:, 2:] <= 0) | (boxes[:, :2] >= edges[:2])).any(dim=1) & ~is_nothing
-    if bool(outside.any()):
-        index = int(outside.nonzero()[0])
+    if (index := _first(outside)) is not None:
         raise ValueError(
             f"`{name}` must lie in the upright image ({size}, width x height), got {boxes[index].tolist()} at index "
             f"{index}, which is outside of it ({int(outside.sum())} such boxes). Pass pixels of the image as it is "
@@ -192,20 +189,24 @@ def _check_regions(boxes: torch.Tensor, image_size: tuple[int, int], name: str, 
         )
     clipped = boxes.clamp(min=0).minimum(edges)
     over = ((boxes - clipped).abs() >= 1).any(dim=1)
-    if bool(over.any()):
-        index = int(over.nonzero()[0])
+    if (index := _first(over)) is not None:
         logger.warning_once(
             f"`{name}` reach over the edge of the image ({size}, width x height) and are clipped to it: "
             f"{boxes[index].tolist()} at index {index} ({int(over.sum())} such boxes)."
         )
     empty = (clipped[:, 2:] <= clipped[:, :2]).any(dim=1) & ~is_nothing
-    if bool(empty.any()):
-        index = int(empty.nonzero()[0])
+    if (index := _first(empty)) is not None:
         logger.warning_once(
             f"`{name}` have no area, so that the model sees a line or a point: {boxes[index].tolist()} at index "
             f"{index} ({int(empty.sum())} such boxes)."
         )
     return clipped
+
+
+def _first(rows: torch.Tensor) -> int | None:
+    """Return the index of the first row that is true, if there is one."""
+    indices = rows.nonzero()
+    return int(indices[0]) if len(indices) else None
 
 
 def _size(image_size: tuple[int, int]) -> str:
@@ -401,8 +402,7 @@ def read_boxes(entry: Any, name: str = "boxes") -> tuple[torch.Tensor, list[Labe
             raise ValueError(
                 f"`{name}` must have as many {key} as boxes, got {len(values)} {key} for {len(boxes)} boxes."
             )
-    if scores is not None and not bool(torch.isfinite(scores).all()):
-        index = int((~torch.isfinite(scores)).nonzero()[0])
+    if scores is not None and (index := _first(~torch.isfinite(scores))) is not None:
         raise ValueError(f"`{name}` must have finite scores, got {scores[index].item()} at index {index}.")
     return boxes, labels, scores
 
@@ -441,16 +441,13 @@ def _as_float_tensor(values: Any, name: str) -> torch.Tensor:
 
 def _check_corners(boxes: torch.Tensor, name: str) -> None:
     """Refuse corners that are not finite, or swapped."""
-    finite = torch.isfinite(boxes).all(dim=1)
-    if not bool(finite.all()):
-        index = int((~finite).nonzero()[0])
+    if (index := _first(~torch.isfinite(boxes).all(dim=1))) is not None:
         raise ValueError(
             f"`{name}` must hold finite numbers, got {boxes[index].tolist()} at index {index}. "
             "Remove boxes with NaN or infinite corners."
         )
     swapped = (boxes[:, :2] > boxes[:, 2:]).any(dim=1)
-    if bool(swapped.any()):
-        index = int(swapped.nonzero()[0])
+    if (index := _first(swapped)) is not None:
         raise ValueError(
             f"`{name}` must hold x1, y1, x2, y2 with x1 <= x2 and y1 <= y2, got {boxes[index].tolist()} at index "
             f"{index} ({int(swapped.sum())} such boxes). Swap the corners, or convert from x, y, width, height."
@@ -561,14 +558,14 @@ def write_boxes_into_text(text: str, placeholder: re.Pattern[str], entries: Sequ
     for end, entry in zip(ends, entries, strict=True):
         pieces.append(text[start:end])
         if entry is not None:
-            pieces.append(BOXES_START + json.dumps(plain_boxes(entry)) + BOXES_END)
+            pieces.append(_START + json.dumps(plain_boxes(entry)) + _END)
         start = end
     return "".join([*pieces, text[start:]])
 
 
 def take_boxes_from_text(text: str, placeholder: re.Pattern[str]) -> tuple[str, list[Any]]:
     """Undo [`write_boxes_into_text`]: return the text, and one entry per placeholder (`None` without boxes)."""
-    if BOXES_START not in text:
+    if _START not in text:
         return text, [None] * len(placeholder.findall(text))
     entries: list[Any] = []
     pieces, start = [], 0
@@ -576,7 +573,7 @@ def take_boxes_from_text(text: str, placeholder: re.Pattern[str]) -> tuple[str, 
         pieces.append(text[start : match.end()])
         start = match.end()
         entries.append(None)
-        if written := BOXES_IN_TEXT.match(text, start):
+        if written := _BOXES_IN_TEXT.match(text, start):
             try:
                 entries[-1] = json.loads(written.group(1))
             except ValueError as error:
@@ -595,3 +592,23 @@ def plain_boxes(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()
     return [plain_boxes(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+__all__ = [
+    "BOX_MARKS",
+    "BoxLimitMode",
+    "as_lists",
+    "boxes_of_block",
+    "flatten_boxes",
+    "limit_boxes",
+    "nms_per_label",
+    "padding_offset",
+    "plain_boxes",
+    "prepare_boxes",
+    "read_boxes",
+    "read_boxes_of_image",
+    "select_objects",
+    "take_boxes_from_text",
+    "to_model_frame",
+    "write_boxes_into_text",
+]

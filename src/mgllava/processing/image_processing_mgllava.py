@@ -114,7 +114,7 @@ class MGLlavaImageProcessorMixin(BaseImageProcessor):
         return values
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Open images, whatever way they come, and turn them upright.
+        """Open images from any source, and turn them upright.
 
         Args:
             image_url_or_urls: An image or a (nested) list of images, see the class.

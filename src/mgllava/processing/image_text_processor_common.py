@@ -399,7 +399,7 @@ class TrainingTargets:
         is_text = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         is_learned = (value != nothing) & is_text
         is_placeholder = ids == self.processor.image_token_id
-        # Who chose what is learned left out the images at least.
+        # A collator that chose what is learned has left out the images at least.
         is_copy = bool((is_learned & is_placeholder).any()) or bool(is_learned[is_text].all())
         ending = self.processor.answer_ending()
         allowed = ~is_placeholder
@@ -472,7 +472,7 @@ def as_texts(images: Any, text: Any) -> list[str] | None:
 
 
 def _is_empty(value: Any) -> bool:
-    """Tell whether nothing is given: `None`, or a list of nothing."""
+    """Tell whether nothing is given: `None`, or a list without values."""
     if isinstance(value, list | tuple):
         return all(map(_is_empty, value))
     return value is None or (hasattr(value, "shape") and 0 in value.shape)

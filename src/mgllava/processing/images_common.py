@@ -1,4 +1,4 @@
-"""Images of users: opened whatever way they come, turned upright, brought to 8-bit RGB, and resized exactly."""
+"""Images from any source: opened, turned upright, converted to 8-bit RGB, and resized exactly as other code does."""
 
 import base64
 import io
@@ -72,7 +72,7 @@ def open_image(image: Any, name: str = "image") -> Any:
     """
     if isinstance(image, Mapping):
         given = {key: image[key] for key in IMAGE_KEYS if image.get(key) is not None}
-        if len(given) != 1 and set(given) != {"bytes", "path"}:  # of both, the path says where the bytes come from
+        if len(given) != 1 and set(given) != {"bytes", "path"}:  # of these two, the path names the bytes' source
             raise TypeError(
                 f"`{name}` must have one image, under {', '.join(map(repr, IMAGE_KEYS))}, got "
                 f"{', '.join(given) or f'none under the keys {sorted(map(str, image))}'}."
@@ -93,7 +93,7 @@ def open_image(image: Any, name: str = "image") -> Any:
                 f"`{name}` must be an image, got {shown}, which is not in a format that Pillow knows. Pass JPEG, PNG, "
                 "WebP, GIF, BMP or TIFF, or install the Pillow plugin of the format."
             ) from error
-        except Exception as error:  # broken files make decoders raise whatever comes
+        except Exception as error:  # decoders raise anything for broken files
             raise _undecodable(error, name, shown) from error
         return _decode(opened, name, shown)
 
@@ -126,7 +126,7 @@ def _decode(image: PIL.Image.Image, name: str, shown: str) -> PIL.Image.Image:
 
 
 def _undecodable(error: Exception, name: str, shown: str) -> UnreadableImageError:
-    """Say what a decoder says, and what to do."""
+    """Make an error of what a decoder reports, with advice."""
     advice = "The file may be incomplete or damaged: replace it, or leave it out."
     if isinstance(error, PIL.Image.DecompressionBombError):
         advice = "If you trust it, raise PIL.Image.MAX_IMAGE_PIXELS."
@@ -150,7 +150,7 @@ def _open_array(array: np.ndarray | torch.Tensor, name: str) -> Any:
 
 
 def _binary_file(image: Any, name: str) -> BinaryIO:
-    """Open what holds the bytes of an image file."""
+    """Open the source of an image file's bytes."""
     if hasattr(image, "read"):
         if hasattr(image, "seek") and (not hasattr(image, "seekable") or image.seekable()):
             image.seek(0)  # also one that was just written
@@ -193,7 +193,7 @@ def _binary_file(image: Any, name: str) -> BinaryIO:
         return io.BytesIO(decoded)
     raise UnreadableImageError(
         f"`{name}` must be a path, an http(s) URL, a data URL or a base64 string, got {shown}, and there is no such "
-        "file. Check the path; a relative one starts at the current folder. Or was text passed in the place of images?"
+        "file. Check the path; a relative one starts at the current folder. Or was text passed instead of images?"
     )
 
 
@@ -210,7 +210,7 @@ def _from_base64(text: str | bytes) -> bytes:
 
 
 def _download(url: str, name: str) -> bytes:
-    """Get a file from the web."""
+    """Download a file."""
     try:
         response = httpx.get(url, follow_redirects=True, timeout=_DOWNLOAD_TIMEOUT)
         problem = "" if response.is_success else f"status {response.status_code}"
@@ -243,7 +243,7 @@ def upright(image: Any) -> Any:
     # Not `PIL.ImageOps.exif_transpose`, which writes the EXIF again and so fails at entries that Pillow cannot write.
     try:
         turn = _UPRIGHT.get(image.getexif()[0x0112])
-    except Exception:  # whatever damaged metadata makes Pillow raise; the pixels are whole
+    except Exception:  # damaged metadata makes Pillow raise anything; the pixels are intact
         turn = None
     if turn is None:
         return image
@@ -324,7 +324,7 @@ def _as_uint8(array: torch.Tensor, name: str) -> torch.Tensor:
     low, high = array.min().item(), array.max().item()
     is_float = array.is_floating_point()
     slack = _ROUNDING if is_float else 0
-    if not (low >= -slack and high <= 255 + slack):  # also when they are NaN
+    if not (low >= -slack and high <= 255 + slack):  # also if they are NaN
         raise UnreadableImageError(
             f"`{name}` must hold values from 0 to 255, or from 0 to 1, got {low} to {high}. Clip or scale them; "
             "pixels that are normalized already cannot be used, and 16 bits are read as uint16."

@@ -1,23 +1,22 @@
-"""Chat templates of the language models that MG-LLaVA was trained with, and the chunks that texts are encoded in.
+"""Chat templates, and the chunks in which texts are encoded.
 
-**Templates** (arXiv 2406.17770, section 4.1). The conversation starts with BOS, so that a rendered prompt is the
-beginning of every longer conversation. Answers are closed by EOS or a suffix, then comes the separator, and after EOS
-comes BOS again. Images of a user turn go to its front, one `<image>` line each, and the rest of that turn is
-stripped; they may be content blocks or a literal `<image>` in the text. With `literal_image_token=False` an `<image>`
-within the text is left where it is.
+**Templates.** A conversation starts with BOS, so that a rendered prompt is the beginning of every longer conversation.
+An answer is closed by EOS or a suffix; then comes the separator and, after EOS, BOS again. Images of a user turn go to
+its front, one `<image>` line each, and the rest of that turn is stripped; they may be content blocks or a literal
+`<image>` in the text. With `literal_image_token=False` an `<image>` in the text stays where it is.
 
-**Chunks.** The original encodes every piece of a text alone, without special tokens: what stands before and after an
-image, the answer with its suffix, EOS, the separator; the BOS id is put in front by hand. Tokenizers of the
-SentencePiece kind start every chunk with a space piece and merges never cross chunks, so the ids differ from those of
+**Chunks.** As in training, every piece of a text is encoded alone, without special tokens: the text before and after
+an image, the answer with its suffix, EOS, the separator; the BOS id is put in front by hand. Tokenizers of the
+SentencePiece kind start every chunk with a space piece, and merges never cross chunks, so the ids differ from those of
 the whole string. The cuts are found in two ways, which agree:
 
 - A template writes `chunk_boundary` before every piece that is given and `answer_boundary` before every piece that is
-  learned, where the caller passes these two characters. By default it writes nothing.
-- In a rendered string without them, the pieces are told by what the template writes between the texts of a
-  conversation ([`ChatFormat`]), which is read off its rendering of a probe conversation.
+  learned, if the caller passes these two characters. By default it writes neither.
+- In a rendered string without them, the pieces are found by the strings that the template writes between the texts of
+  a conversation ([`ChatFormat`]). These are read off its rendering of a probe conversation.
 
-Where the text of a conversation itself holds what the template writes, `protect_text` puts an invisible character into
-it, which is taken out again before the text is encoded.
+If a message itself holds such a string, `protect_text` puts an invisible character into it, which is taken out again
+before the text is encoded.
 """
 
 import json
@@ -35,7 +34,8 @@ logger = logging.get_logger(__name__)
 
 IMAGE_TOKEN = "<image>"
 
-# Private-use characters: the boundaries that a template writes, and what breaks role words within a text.
+# Private-use characters: the boundaries that a template writes, and the guard that
+# keeps a part of a text from being taken for a delimiter.
 CHUNK_BOUNDARY = "\U000ff4d0"
 ANSWER_BOUNDARY = "\U000ff4d1"
 GUARD = "\U000ff4d2"
@@ -132,7 +132,7 @@ def build_chat_template(
     default_system: str = "",
     image_end: str = "\n",
 ) -> str:
-    """Make the chat template of a language model; pairs are what stands before and after a text.
+    """Make the chat template of a language model; a pair holds the strings before and after a text.
 
     `default_system` is written in front of a conversation without a system message, and `image_end` after each image.
     """
@@ -160,7 +160,7 @@ Cut = tuple[int, bool]
 
 @dataclass(frozen=True)
 class Delimiter:
-    """What a template writes between two texts of a conversation.
+    """The string that a template writes between two texts of a conversation.
 
     Attributes:
         text: The string.
@@ -177,7 +177,7 @@ class Delimiter:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How the strings of a chat template come apart.
+    """The strings by which the rendered conversations of a chat template are cut.
 
     Attributes:
         starts: What a conversation may start with after BOS.
@@ -193,7 +193,7 @@ class ChatFormat:
 
 
 def read_format(template: str, special_tokens: Mapping[str, Any]) -> ChatFormat | None:
-    """Read off a template how its strings come apart; `None` if it does not write boundaries as those made here do.
+    """Read the format of a template's strings; return `None` if it does not write boundaries as those made here do.
 
     `special_tokens` is the tokenizer's `special_tokens_map`, whose names templates use.
     """
@@ -217,7 +217,7 @@ def _read_format(template: str, special_tokens: tuple[tuple[str, str], ...]) -> 
     except Exception:  # a template may refuse anything, in any way
         return None
     starts = [_BOUNDARIES.split(head)[-1]]
-    with suppress(Exception):  # there are templates without a system message
+    with suppress(Exception):  # some templates have no system message
         starts.append(_BOUNDARIES.split(render(("system", _SYSTEM), turns[0]).split(_SYSTEM)[0])[-1])
     chat = ChatFormat(tuple(filter(None, starts)), *map(_delimiter, (opening, between, closing)))
     is_cut_at_answer = chat.opening.cuts == ((len(chat.opening.text), True),)
@@ -234,7 +234,7 @@ def _delimiter(marked: str) -> Delimiter:
 def chat_formats(
     chat_template: Any, known_templates: Iterable[str], special_tokens: Mapping[str, Any]
 ) -> tuple[ChatFormat, ...]:
-    """Tell which strings a processor can take apart, in the order in which the formats are tried.
+    """List the formats by which a processor cuts strings, in the order in which it tries them.
 
     Known templates come after the processor's own, unless one of its own is of another kind: its strings may look like
     theirs.
@@ -247,7 +247,7 @@ def chat_formats(
 
 
 def writes_boundaries(template: str) -> bool:
-    """Tell whether a chat template writes boundaries where it is asked to."""
+    """Tell whether a chat template writes boundaries if it is asked to."""
     return "chunk_boundary" in template
 
 
@@ -267,8 +267,8 @@ class _Pieces:
     Attributes:
         text: The text, without boundary characters.
         cuts: Where it is cut.
-        bos: Length of the BOS that it starts with; `None`: it has none, and must not go without.
-        repeated: A delimiter that stands where none can be, as if it were part of a text.
+        bos: Length of the BOS that it starts with; `None` if it has none and needs one.
+        repeated: A delimiter at a place where none can be, as if it were part of a text.
     """
 
     text: str
@@ -286,7 +286,7 @@ class _Pieces:
 
 
 def _cut(text: str, bos_token: str | None, chats: Iterable[ChatFormat]) -> _Pieces:
-    """Find the cuts of a text, by its boundary characters if it has some."""
+    """Find the cuts of a text, by its boundary characters if it has any."""
     bos = bos_token or ""
     if _BOUNDARIES.search(text):
         text, cuts = _take_boundaries(text)
@@ -335,7 +335,7 @@ def _cut_by_format(text: str, start: int, chat: ChatFormat, is_answer: bool | No
 def _find(text: str, literal: str, start: int) -> int:
     """Find a delimiter that no guard breaks."""
     place = text.find(literal, start)
-    # Longer ones have the guard inside.
+    # A longer delimiter would have the guard inside.
     while len(literal) == 1 and place > 0 and text[place - 1] == GUARD:
         place = text.find(literal, place + 1)
     return place
@@ -499,8 +499,8 @@ class _Row:
         if before != after:
             raise ValueError(
                 f"`max_length` must leave room for the images: truncating {len(self.ids)} tokens to "
-                f"{len(self.ids[kept])} would keep {after} of {before} image tokens. Raise `max_length`, or give "
-                "fewer images or boxes."
+                f"{len(self.ids[kept])} would keep {after} of {before} image tokens. Raise `max_length`, or "
+                "pass fewer images."
             )
         self.ids, self.spans, self.is_answer = self.ids[kept], self.spans[kept], self.is_answer[kept]
 
