@@ -45,7 +45,7 @@ def small_repository(tmp_path_factory, small_processor):
 
 
 def write_samples(folder, count=12, text_every=4, boxes="boxes.json"):
-    """Pictures of one square each, a question about its colour, and its box; some samples are text alone."""
+    """Pictures of one square each, a question about its color, and its box; some samples are text alone."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     samples, records = [], []
     for number in range(count):
@@ -60,7 +60,7 @@ def write_samples(folder, count=12, text_every=4, boxes="boxes.json"):
         picture = Image.new("RGB", (90, 60), "white")
         ImageDraw.Draw(picture).rectangle(box, fill=color)
         picture.save(folder / "images" / f"{number}.png")
-        turns = [{"from": "human", "value": "What colour is it?\n<image>"}, {"from": "gpt", "value": answer}]
+        turns = [{"from": "human", "value": "What color is it?\n<image>"}, {"from": "gpt", "value": answer}]
         samples.append({"id": name, "image": f"{number}.png", "conversations": turns})
         records.append({"id": name, "boxes": [box], "labels": ["square"], "scores": [0.9]})
     (folder / "samples.json").write_text(json.dumps(samples))

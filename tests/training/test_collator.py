@@ -93,7 +93,7 @@ def test_a_text_near_its_limit_keeps_one_box_for_each_label(small_processor, lim
     assert (batch["input_ids"] == IMAGE_ID).sum() == NUM_FUSED_TOKENS + boxes_left
 
 
-def test_an_image_behind_the_cut_is_left_out(small_processor):
+def test_an_image_after_the_cut_is_left_out(small_processor):
     later = [
         {"from": "human", "value": "Say red."},
         {"from": "gpt", "value": "It is red. " * 20},

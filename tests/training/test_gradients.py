@@ -142,8 +142,8 @@ def reference_loss(p, config, inputs, labels):
     x = llama(x, inputs["attention_mask"].bool(), p, config.text_config)
     logits = linear(x, p, "lm_head")[..., : config.unpadded_vocab_size]
     targets, scores = labels[:, 1:], logits[:, :-1].log_softmax(-1)
-    learnt = targets != -100
-    return -scores[learnt].gather(1, targets[learnt][:, None]).mean()
+    learned = targets != -100
+    return -scores[learned].gather(1, targets[learned][:, None]).mean()
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from PIL import Image
 from mgllava.training.loss_plot import plot_losses
 
 pytest.importorskip("matplotlib")
-# The first two colours of matplotlib: training, evaluation.
+# The first two colors of matplotlib: training, evaluation.
 BLUE, ORANGE = (31, 119, 180), (255, 127, 14)
 
 

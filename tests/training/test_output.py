@@ -1,4 +1,4 @@
-"""What a folder of training holds is what was run: refused, resumed, saved whole."""
+"""The folder of a training: what is refused in it, how it is resumed, and that results appear complete."""
 
 import json
 import shutil
@@ -158,6 +158,7 @@ TOGETHER = [
     ("training.auto_find_batch_size=true", "would change `global_batch_size`"),
     ("training.lr_scheduler_kwargs={nonsense: 1}", "`training.lr_scheduler_type` cannot be used"),
     ("training.report_to=nobody", "`training` cannot be used"),
+    ("evaluation={samples: x.json, streaming: true}", "`evaluation.streaming` must be false"),
     ("training.activation_checkpointing=true", "are two names of one switch, got False and True"),
     ("model.config.projector_hidden_actt=relu", "Did you mean `model.config.projector_hidden_act`?"),
     ("model.config.fusion_type=none", "weights do not fit, such as model.fusion."),
@@ -203,6 +204,9 @@ def test_a_model_of_another_family_is_refused(cpu_recipe, tmp_path):
     (tmp_path / "tagger").mkdir()
     (tmp_path / "tagger" / "config.json").write_text('{"model_type": "ram_plus"}')
     with pytest.raises(TrainingError, match=r"`model.name`: .*tagger cannot be trained.*'ram_plus'"):
+        run(cpu_recipe, f"model.name={tmp_path / 'tagger'}")
+    (tmp_path / "tagger" / "config.json").rename(tmp_path / "tagger" / "adapter_config.json")
+    with pytest.raises(TrainingError, match=r"`model.name`: .*tagger has adapters, and no model"):
         run(cpu_recipe, f"model.name={tmp_path / 'tagger'}")
 
 

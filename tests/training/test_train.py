@@ -147,14 +147,14 @@ def test_killed_at_random_moments_and_with_a_full_disk_the_training_is_the_same(
             process.kill()
         process.wait(60)
         whole = last_complete_checkpoint(output) if output.exists() else None
-        if whole is not None:  # what counts as whole is
+        if whole is not None:  # it can be read
             load_file(whole / "model.safetensors")
     if not (output / "model.safetensors").exists():
         run(cpu_recipe, *changes, resume=True)
     assert losses(output) == expected
 
 
-def test_a_checkpoint_that_was_deleted_in_part_is_passed_by(cpu_recipe):
+def test_a_checkpoint_that_was_deleted_in_part_is_skipped(cpu_recipe):
     output = run(cpu_recipe)
     (output / "checkpoint-6" / "optimizer.pt").unlink()
     assert last_complete_checkpoint(output) == output / "checkpoint-4"
@@ -167,7 +167,7 @@ def test_a_loss_that_is_nan_stops_with_the_ids(cpu_recipe, small_repository, sma
     broken = shutil.copytree(small_repository, tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
     only_blue = set(small_processor.tokenizer("blue")["input_ids"]) - set(
-        small_processor.tokenizer("USER: What colour is it? Say red. It is green. Very much so. ASSISTANT:")[
+        small_processor.tokenizer("USER: What color is it? Say red. It is green. Very much so. ASSISTANT:")[
             "input_ids"
         ]
     )
@@ -229,7 +229,7 @@ def test_adapters_are_saved_and_load(cpu_recipe, small_repository):
 
 
 @pytest.mark.slow
-def test_adapters_train_beside_four_bits(cpu_recipe):
+def test_adapters_train_next_to_four_bits(cpu_recipe):
     output = run(
         cpu_recipe, "qlora.yaml", "global_batch_size=4", "training.learning_rate=1e-2", "training.max_steps=4"
     )
@@ -320,7 +320,7 @@ def test_the_collator_works_with_trl(collator_run, small_processor, samples_fold
     rows = [
         {
             "messages": [
-                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What colour is it?"}]},
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What color is it?"}]},
                 {"role": "assistant", "content": [{"type": "text", "text": f"It is {color}."}]},
             ],
             "images": [str(samples_folder / "images" / f"{number}.png")],

@@ -39,6 +39,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         if name in given:
             raise TrainingError(f"`training.{name}` has no effect here. {advice}")
     given |= _FIXED
+    if recipe.evaluation is not None and recipe.evaluation.streaming:
+        raise TrainingError("`evaluation.streaming` must be false: only `data` can be streamed.")
     evaluates = given.get("eval_strategy", "no") != "no" or bool(given.get("eval_on_start"))
     if evaluates and recipe.evaluation is None:
         raise TrainingError("`training.eval_strategy` needs samples to evaluate on: evaluation.samples=FILE.")

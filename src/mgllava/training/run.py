@@ -148,7 +148,7 @@ def _train(recipe: Recipe, args: TrainingArguments, output: Path, resume: bool) 
         try:
             plot_losses(trainer.state.log_history, output / "loss.png")
         except ImportError as error:
-            logger.warning("No picture of the loss: %s", error)
+            logger.warning("The loss is not plotted: %s", error)
     return output
 
 
@@ -181,6 +181,11 @@ def _starting_model(options: ModelOptions, args: TrainingArguments, output: Path
 
 def _family(options: ModelOptions, start: str) -> Family:
     """Return the family of the model to start from."""
+    if Path(start, "adapter_config.json").exists() and not Path(start, "config.json").exists():
+        raise TrainingError(
+            f"`model.name`: {start} has adapters, and no model. Merge them into their model and save that (LoRA in "
+            "docs/training.md)."
+        )
     config = AutoConfig.from_pretrained(start, trust_remote_code=False)
     try:
         family = family_of(config)
@@ -249,9 +254,9 @@ def _open_data(options: DataOptions, processor: Any, args: TrainingArguments, se
         for number, path in enumerate(samples)
     ]
     _check_detector(options, processor, sources, section)
-    if options.streaming and section == "data":
+    if options.streaming:
         if args.max_steps <= 0:
-            raise TrainingError("`training.max_steps` must be given where `data.streaming` is true.")
+            raise TrainingError("`training.max_steps` must be given if `data.streaming` is true.")
         return stream_samples(sources)
     with args.main_process_first(desc="measuring samples"):
         return ConversationDataset(
@@ -317,6 +322,8 @@ def load_model(recipe: Recipe, start: str, args: TrainingArguments, family: Fami
         given["attn_implementation"] = options.attn_implementation
     if options.bits is not None:
         given["quantization_config"] = quantization_config(options.bits)
+        # The class of the model fills in its own list.
+        given["quantization_config"].llm_int8_skip_modules = None
     kind = resolve(family.model)
     model: Any
     if options.config:
