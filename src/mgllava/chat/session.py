@@ -151,8 +151,8 @@ class ChatSession:
             [`ChatImage`]: The image with its boxes.
 
         Raises:
-            ChatError: If the image cannot be read, its boxes are invalid, the model has no boxes but `boxes` is given,
-                or the detector cannot be loaded.
+            ChatError: If the image cannot be read, `boxes` is malformed or given for a model without boxes, or the
+                detector cannot be loaded.
             torch.OutOfMemoryError: If the memory does not suffice for the detector.
         """
         if boxes is not None and not self.takes_boxes:
@@ -204,7 +204,7 @@ class ChatSession:
         try:
             answer = self._generate(inputs, on_text)
         except BaseException:
-            # The layers may hold different numbers of tokens, and the next question may come with other images.
+            # The layers of the cache may have different lengths now, and the next question may have other images.
             self._forget()
             raise
         messages.append({"role": "assistant", "content": answer.text})
@@ -245,7 +245,7 @@ class ChatSession:
             # Some layers may have one token more than others, but all have the prompt; the next turn cuts the rest.
             self._cached_ids = prompt
         else:
-            # The last token has not been run.
+            # The last generated token is not in the cache.
             self._cached_ids = output[0, : self._cache.get_seq_length()].tolist()
             is_full = len(streamer.tokens) == self.generation_config.max_new_tokens
             if is_full and streamer.tokens[-1] not in self._end_tokens():

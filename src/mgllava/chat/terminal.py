@@ -113,7 +113,7 @@ class ChatTerminal:
                 raise
             self._say(
                 f"Out of memory: {str(error).splitlines()[0] if str(error) else 'no memory is left'}\n"
-                "The question was taken back. /reset frees the conversation; --bits 4 makes the model smaller.",
+                "The question was not added. /reset clears the conversation; --bits 4 loads a smaller model.",
                 "red",
             )
             if torch.accelerator.is_available():

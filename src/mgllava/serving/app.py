@@ -149,7 +149,7 @@ def build_app(
 
     async def get_model(request: Request) -> JSONResponse:
         if request.path_params["name"] != model_name:
-            message = f"This server has only the model {model_name!r}."
+            message = f"There is no such model. This server has the model {model_name!r}."
             return error_response(RequestError(message, "model", "model_not_found", 404))
         return JSONResponse(entry)
 
@@ -177,7 +177,7 @@ def build_app(
         Route("/v1/models/{name:path}", get_model),
         Route("/health", health),
     ]
-    # Without credentials, unlike transformers: the server uses none, and browsers would send cookies of this host.
+    # `allow_credentials` stays off, unlike in transformers: browsers would send the cookies of this host.
     cors = Middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])
     return Starlette(
         routes=routes,

@@ -1,4 +1,4 @@
-"""Generation, one answer at a time, that stops when the client has disconnected and survives a lack of memory."""
+"""Generate one answer at a time, stop when its client disconnects, and recover from a lack of memory."""
 
 import asyncio
 import copy

@@ -1,4 +1,4 @@
-"""Messages in OpenAI's form: checked, and turned into a conversation for the processor."""
+"""Check OpenAI-style messages and turn them into a conversation for the processor."""
 
 import itertools
 from collections.abc import Callable, Mapping
@@ -116,7 +116,9 @@ class MessageReader:
         if role != "user":
             raise RequestError(f"`{param}` must be text: only messages of the user may have images.", param)
         if len(images) == self._limits.images:
-            raise RequestError(f"`{param}` must be absent: a request has at most {self._limits.images} images.", param)
+            raise RequestError(
+                f"`{param}` must be absent: a request may have at most {self._limits.images} images.", param
+            )
         source = _read_image_block(part, param) if kind == "image" else _read_image_url(part, param)
         if not source.url.lower().startswith(("http://", "https://", "data:")):
             raise RequestError(
