@@ -1,4 +1,4 @@
-"""The box detector: golden boxes of 2024, batches, modes, labels, memory, errors."""
+"""The box detector: golden boxes, batches, modes, labels, memory, errors."""
 
 import numpy as np
 import PIL.Image
@@ -54,7 +54,7 @@ def ram_plus(tmp_path_factory):
 
 
 @by_image
-def test_boxes_equal_those_of_2024(detector, case):
+def test_boxes_equal_the_original(detector, case):
     (found,) = detector.detect(GOLDEN_RAM / case["image"], labels_of(case))
     assert found["boxes"].dtype == torch.int64
     assert_same_boxes(found, case["result"])
@@ -67,7 +67,7 @@ def test_autocast_of_the_caller_does_not_round_boxes(detector):
 
 
 @by_image
-def test_pixels_equal_those_of_2024(detector, case):
+def test_pixels_equal_the_original(detector, case):
     pixels = detector._detector.pixel_values([as_rgb(golden_image(case))])[0].numpy()
     np.testing.assert_allclose(pixels, arrays_of(case)["pixel_values"], rtol=0, atol=1e-6)
 
@@ -85,14 +85,14 @@ def test_embeddings_logits_and_boxes_equal_the_original_on_its_pixels(detector, 
     np.testing.assert_allclose(boxes, expected["pred_boxes"], rtol=0, atol=1e-5)
 
 
-def test_tags_and_boxes_equal_those_of_2024(ram_plus):
+def test_tags_and_boxes_equal_the_original(ram_plus):
     detector = BoxDetector(ram_plus, OWLV2)
     for batch_size in (1, 8):
         for found, case in zip(detector.detect(IMAGES, batch_size=batch_size), CASES, strict=True):
             assert_same_boxes(found, case["result"])
 
 
-def test_tagger_pixels_equal_those_of_2024(ram_plus):
+def test_tagger_pixels_equal_the_original(ram_plus):
     tagger = BoxDetector(ram_plus, OWLV2)._tagger
     for index, image in enumerate(IMAGES):
         expected = np.load(GOLDEN_RAM / "expected" / f"ram_img{index}.npz")["pixel_values"]
@@ -122,7 +122,7 @@ def test_without_tags_faithful_looks_for_the_empty_prompt_and_clean_for_nothing(
     assert found["labels"] == [] and found["boxes"].shape == (0, 4) and found["scores"].shape == (0,)
 
 
-def test_tags_become_labels_as_in_2024():
+def test_tags_become_labels_as_in_the_original():
     assert tags_as_labels(["Red Bus", "dog,cat", " a "]) == ["red bus", "dog", "cat", "a"]
     assert tags_as_labels([]) == [""]
 
@@ -227,15 +227,15 @@ def test_long_labels_are_cut_with_a_warning(detector, monkeypatch):
     assert len(messages) == 1 and "16 tokens" in messages[0]
 
 
-def test_low_precision_towers_leave_heads_and_text_in_fp32(ram_plus):
+def test_low_precision_towers_leave_heads_and_text_in_float32(ram_plus):
     detector = BoxDetector(ram_plus, OWLV2, dtype=torch.bfloat16)
     model = detector._detector.model
     assert model.owlv2.vision_model.encoder.layers[0].mlp.fc1.weight.dtype == torch.bfloat16
     assert detector._tagger.model.dtype == torch.bfloat16
-    fp32 = AutoModelForZeroShotObjectDetection.from_pretrained(OWLV2, dtype=torch.float32).state_dict()
+    float32 = AutoModelForZeroShotObjectDetection.from_pretrained(OWLV2, dtype=torch.float32).state_dict()
     for name, weight in model.state_dict().items():
         if not name.startswith("owlv2.vision_model") or "post_layernorm" in name:
-            torch.testing.assert_close(weight, fp32[name], rtol=0, atol=0)
+            torch.testing.assert_close(weight, float32[name], rtol=0, atol=0)
     assert all(found["scores"].dtype == torch.float32 for found in detector.detect(IMAGES))
     pixels = torch.from_numpy(arrays_of(CASES[0])["pixel_values"])[None]
     close = BoxDetector(None, OWLV2)._detector.image_features(pixels)
@@ -279,8 +279,8 @@ def test_resize_rows_are_weights_and_constant_images_stay_constant(length, new_l
     torch.testing.assert_close(matrix.sum(dim=1), torch.ones(new_length))
     if length == new_length:
         torch.testing.assert_close(matrix, torch.eye(length))
-    grey = torch.full((3, length, length), 51, dtype=torch.uint8)
-    pixels = square_pixels(grey, (new_length, new_length), [0.1] * 3, [0.5] * 3, torch.device("cpu"))
+    gray = torch.full((3, length, length), 51, dtype=torch.uint8)
+    pixels = square_pixels(gray, (new_length, new_length), [0.1] * 3, [0.5] * 3, torch.device("cpu"))
     torch.testing.assert_close(pixels, torch.full_like(pixels, 0.2))
 
 

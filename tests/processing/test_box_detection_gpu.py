@@ -1,4 +1,4 @@
-"""The box detector on a CUDA device: the same boxes in fp32, low precision, text tower off the device."""
+"""The box detector on a CUDA device: the same boxes in float32, low precision, text tower off the device."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ IMAGES = [golden_image(case) for case in CASES]
 LABELS = [labels_of(case) for case in CASES]
 
 
-def test_boxes_in_fp32_equal_those_of_2024():
+def test_boxes_in_float32_equal_the_original():
     detector = BoxDetector(None, OWLV2, device="cuda", dtype=torch.float32)
     for found, case in zip(detector.detect(IMAGES, LABELS), CASES, strict=True):
         assert not found["boxes"].is_cuda
@@ -30,7 +30,7 @@ def test_resizes_on_the_gpu_equal_the_cpu():
         assert on_gpu.is_cuda and torch.equal(on_gpu.cpu(), resize_by_products(image, (96, 128)))
 
 
-def test_towers_are_bf16_by_default_and_the_text_tower_leaves():
+def test_towers_are_bfloat16_by_default_and_the_text_tower_leaves():
     detector = BoxDetector(LABELS[0], OWLV2, device="cuda")
     vision = detector._detector.model.owlv2.vision_model
     assert vision.encoder.layers[0].mlp.fc1.weight.dtype == torch.bfloat16

@@ -70,7 +70,7 @@ def turned(path):
 
 @pytest.mark.parametrize("way", ["detect", "call"])
 @pytest.mark.parametrize(
-    "form", ["path", "str", "image", "list", "nested", "grey", "16 bit", "array", "batch", "float"]
+    "form", ["path", "str", "image", "list", "nested", "gray", "16 bit", "array", "batch", "float"]
 )
 def test_a_detector_is_given_a_list_of_upright_rgb_pictures(processor, form, way, tmp_path):
     given = {
@@ -79,7 +79,7 @@ def test_a_detector_is_given_a_list_of_upright_rgb_pictures(processor, form, way
         "image": picture(20, 30),
         "list": [picture(20, 30)],
         "nested": [[picture(20, 30)]],
-        "grey": picture(20, 30).convert("LA"),
+        "gray": picture(20, 30).convert("LA"),
         "16 bit": PIL.Image.fromarray(np.full((30, 20), 0x8080, np.uint16)),
         "array": np.asarray(picture(20, 30)),
         "batch": torch.from_numpy(np.array(picture(20, 30))).permute(2, 0, 1)[None],

@@ -2,12 +2,12 @@
 
 import json
 import re
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torchvision.ops import nms
 
 from mgllava.processing import boxes_mgllava
 from mgllava.processing.boxes_mgllava import (
@@ -51,7 +51,7 @@ def test_prepare_boxes_equals_the_original(case):
 
 
 def slow_nms(boxes, scores, labels, threshold):
-    """Greedy NMS, one pair at a time, fp32 IoU compared with a double as torchvision's CPU kernel does."""
+    """Greedy NMS, one pair at a time, float32 IoU compared with a double as torchvision's CPU kernel does."""
     order = sorted(range(len(boxes)), key=lambda i: -scores[i])
     kept = []
     for i in order:
@@ -379,7 +379,10 @@ def test_labels_that_are_one_string_are_refused():
         read_boxes({"boxes": [BOX] * 3, "labels": "cat"})
 
 
-def test_many_boxes_are_fast():
+def test_nms_runs_at_most_once_for_each_label(monkeypatch):
+    """A loop over 5000 boxes would take seconds."""
+    calls = []
+    monkeypatch.setattr(boxes_mgllava, "nms", lambda *args: calls.append(args) or nms(*args))
     rng = np.random.default_rng(0)
     corners = rng.integers(0, 900, (5000, 2))
     entry = {
@@ -387,10 +390,8 @@ def test_many_boxes_are_fast():
         "labels": rng.integers(0, 1000, 5000).tolist(),
         "scores": rng.random(5000),
     }
-    start = time.perf_counter()
     boxes, _ = prepare_boxes(entry, (1000, 1000), **TO_768, limit=None)
-    assert time.perf_counter() - start < 2  # 0.05 s on an idle core
-    assert len(boxes) > 1000
+    assert len(boxes) > 1000 >= len(calls)
 
 
 @pytest.mark.parametrize(
@@ -407,6 +408,6 @@ def test_many_boxes_are_fast():
 def test_slips_in_a_mapping_are_named(entry, message):
     with pytest.raises(ValueError, match=message):
         read_boxes(entry, "boxes[0]")
-    # What detectors and box files have besides is left alone.
+    # What detectors and box files have in addition is left alone.
     more = {"boxes": [[1, 2, 20, 30]], "scores": [0.9], "labels": ["a"], "text_labels": ["a"], "id": 1, "width": 9}
     assert len(read_boxes(more, "boxes[0]")[0]) == 1

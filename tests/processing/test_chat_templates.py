@@ -48,9 +48,9 @@ def original_ids_and_labels(template, case, raw, bos_id, eos_id):
     """The original's training encoder: every piece by the bare tokenizer, nothing of transformers in between."""
     ids, labels = [], []
 
-    def add(new, learnt):
+    def add(new, learned):
         ids.extend(new)
-        labels.extend(new if learnt else [-100] * len(new))
+        labels.extend(new if learned else [-100] * len(new))
 
     def encode(text):
         return raw.encode(text, add_special_tokens=False).ids if text else []
@@ -231,8 +231,8 @@ def test_training_ids_and_mask_equal_the_original(sentencepiece_like, family, ca
     (ids,), (mask,) = features["input_ids"], features["assistant_masks"]
     assert len(ids) == len(mask) and ids.count(sentencepiece_like.image_token_id) == 5
     assert collapse(ids, sentencepiece_like.image_token_id) == golden["input_ids"]
-    learnt = [token for token, is_learnt in zip(ids, mask, strict=True) if is_learnt]
-    assert learnt == [label for label in golden["labels"] if label != -100]
+    learned = [token for token, is_learned in zip(ids, mask, strict=True) if is_learned]
+    assert learned == [label for label in golden["labels"] if label != -100]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -245,8 +245,8 @@ def test_byte_level_ids_and_mask_equal_the_original_encoder(byte_level, family, 
     )
     (ids,), (mask,) = features["input_ids"], features["assistant_masks"]
     assert collapse(ids, byte_level.image_token_id) == expected
-    learnt = [token for token, is_learnt in zip(ids, mask, strict=True) if is_learnt]
-    assert learnt == [label for label in labels if label != -100] and learnt
+    learned = [token for token, is_learned in zip(ids, mask, strict=True) if is_learned]
+    assert learned == [label for label in labels if label != -100] and learned
 
 
 def test_the_original_encoder_of_this_file_agrees_with_the_golden_ids(sentencepiece_like):
@@ -317,8 +317,8 @@ def test_templates_without_boundaries_still_work(byte_level):
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
-    learnt = [t for t, m in zip(features["input_ids"][0], features["assistant_masks"][0], strict=True) if m]
-    assert byte_level.decode(learnt) == "circle"
+    learned = [t for t, m in zip(features["input_ids"][0], features["assistant_masks"][0], strict=True) if m]
+    assert byte_level.decode(learned) == "circle"
 
 
 def test_sanitized_user_text_writes_no_placeholder_and_no_control_token(byte_level):

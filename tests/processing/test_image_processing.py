@@ -155,11 +155,11 @@ def test_modes_become_rgb_and_alpha_is_dropped(backend):
     rgba = PIL.Image.fromarray(noise(16, 16, 4), "RGBA")
     palette = PIL.Image.fromarray(noise(16, 16)).quantize(8)
     palette.info["transparency"] = 0
-    grey = PIL.Image.fromarray(noise(16, 16)[..., 0])
-    for image in (rgba, palette, grey, grey.convert("1"), grey.convert("LA"), rgba.convert("RGB").convert("CMYK")):
+    gray = PIL.Image.fromarray(noise(16, 16)[..., 0])
+    for image in (rgba, palette, gray, gray.convert("1"), gray.convert("LA"), rgba.convert("RGB").convert("CMYK")):
         expected = processor(image.convert("RGB"))["pixel_values"][0]
         np.testing.assert_array_equal(np.asarray(processor(image)["pixel_values"][0]), np.asarray(expected))
-    for array in (np.array(grey), np.array(grey)[..., None], np.array(grey)[None], np.array(rgba.convert("RGB"))):
+    for array in (np.array(gray), np.array(gray)[..., None], np.array(gray)[None], np.array(rgba.convert("RGB"))):
         image = PIL.Image.fromarray(array.squeeze())
         np.testing.assert_array_equal(
             np.asarray(processor(array)["pixel_values"][0]), np.asarray(processor(image)["pixel_values"][0])
@@ -171,11 +171,11 @@ def test_modes_become_rgb_and_alpha_is_dropped(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_16_bit_grayscale_is_scaled_not_clipped(backend, tmp_path):
-    grey = noise(16, 16)[..., 0]
-    deep = grey.astype(np.uint16) * 257
+    gray = noise(16, 16)[..., 0]
+    deep = gray.astype(np.uint16) * 257
     PIL.Image.fromarray(deep).save(tmp_path / "deep.png")
     processor = backend(**SMALL)
-    expected = np.asarray(processor(PIL.Image.fromarray(grey))["pixel_values"][0])
+    expected = np.asarray(processor(PIL.Image.fromarray(gray))["pixel_values"][0])
     for given in (tmp_path / "deep.png", PIL.Image.fromarray(deep), deep):
         np.testing.assert_array_equal(np.asarray(processor(given)["pixel_values"][0]), expected)
 

@@ -38,8 +38,8 @@ PROCESSORS = [
 with_each_processor = pytest.mark.parametrize("processor", PROCESSORS, ids=lambda processor: type(processor).__name__)
 with_each_package = pytest.mark.parametrize("processor", PROCESSORS[1:3], ids=["mgllava", "ram_plus"])
 
-GREY = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE), dtype=np.uint8)
-GREY[0, 0], GREY[0, 1] = 0, 255
+GRAY = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE), dtype=np.uint8)
+GRAY[0, 0], GRAY[0, 1] = 0, 255
 COLORS = np.random.default_rng(1).integers(0, 256, (SIDE, SIDE, 4), dtype=np.uint8)
 RGB = COLORS[..., :3]
 
@@ -82,8 +82,8 @@ def jpeg_with_exif(exif):
 
 def pictures():
     """Files and the 8-bit RGB that they stand for."""
-    deep = GREY.astype(np.uint16) * 257
-    plain, rgba = PIL.Image.fromarray(GREY), PIL.Image.fromarray(COLORS, "RGBA")
+    deep = GRAY.astype(np.uint16) * 257
+    plain, rgba = PIL.Image.fromarray(GRAY), PIL.Image.fromarray(COLORS, "RGBA")
     palette = PIL.Image.fromarray(RGB).quantize(8)
     transparent = encoded(palette, transparency=bytes(range(8)))
     bits = plain.convert("1")
@@ -91,17 +91,17 @@ def pictures():
     cmyk = encoded(PIL.Image.fromarray(RGB).convert("CMYK"), "JPEG")
     pgm = b"P5\n%d %d\n65535\n" % (SIDE, SIDE) + deep.astype(">u2").tobytes()
     return {
-        "grey": (encoded(plain), gray(GREY)),
-        "grey of 16 bits": (encoded(PIL.Image.fromarray(deep)), gray(GREY)),
-        "grey of 16 bits, TIFF": (encoded(PIL.Image.fromarray(deep), "TIFF"), gray(GREY)),
-        "grey of 16 bits, big endian": (encoded(PIL.Image.fromarray(deep.astype(">u2")), "TIFF"), gray(GREY)),
-        "grey of 16 bits, PGM": (pgm, gray(GREY)),
-        "grey of 32 bits": (encoded(PIL.Image.fromarray(deep.astype(np.int32)), "TIFF"), gray(GREY)),
-        "8 bits in 32": (encoded(PIL.Image.fromarray(GREY.astype(np.int32)), "TIFF"), gray(GREY)),
-        "floats of 0..1": (encoded(PIL.Image.fromarray(GREY.astype(np.float32) / 255), "TIFF"), gray(GREY)),
-        "floats of 0..255": (encoded(PIL.Image.fromarray(GREY.astype(np.float32)), "TIFF"), gray(GREY)),
-        "grey and alpha": (encoded(PIL.Image.fromarray(COLORS[..., :2], "LA")), gray(COLORS[..., 0])),
-        "grey and alpha of 16 bits": (png_of_16_bits(COLORS[..., :2] * np.uint16(257), 4), gray(COLORS[..., 0])),
+        "gray": (encoded(plain), gray(GRAY)),
+        "gray of 16 bits": (encoded(PIL.Image.fromarray(deep)), gray(GRAY)),
+        "gray of 16 bits, TIFF": (encoded(PIL.Image.fromarray(deep), "TIFF"), gray(GRAY)),
+        "gray of 16 bits, big endian": (encoded(PIL.Image.fromarray(deep.astype(">u2")), "TIFF"), gray(GRAY)),
+        "gray of 16 bits, PGM": (pgm, gray(GRAY)),
+        "gray of 32 bits": (encoded(PIL.Image.fromarray(deep.astype(np.int32)), "TIFF"), gray(GRAY)),
+        "8 bits in 32": (encoded(PIL.Image.fromarray(GRAY.astype(np.int32)), "TIFF"), gray(GRAY)),
+        "floats of 0..1": (encoded(PIL.Image.fromarray(GRAY.astype(np.float32) / 255), "TIFF"), gray(GRAY)),
+        "floats of 0..255": (encoded(PIL.Image.fromarray(GRAY.astype(np.float32)), "TIFF"), gray(GRAY)),
+        "gray and alpha": (encoded(PIL.Image.fromarray(COLORS[..., :2], "LA")), gray(COLORS[..., 0])),
+        "gray and alpha of 16 bits": (png_of_16_bits(COLORS[..., :2] * np.uint16(257), 4), gray(COLORS[..., 0])),
         "color of 16 bits": (png_of_16_bits(RGB * np.uint16(257), 2), RGB),
         "color and alpha": (encoded(rgba), RGB),
         "palette": (encoded(palette), np.array(palette.convert("RGB"))),
@@ -209,9 +209,9 @@ def test_arrays_are_read_alike(processor):
     ):
         (pixels,) = levels(processor, given)
         np.testing.assert_array_equal(pixels, RGB, err_msg=str(given)[:200])
-    for given in (GREY, GREY / 255, torch.from_numpy(GREY), GREY[..., None], GREY[None]):
-        np.testing.assert_array_equal(levels(processor, given)[0], gray(GREY))
-    np.testing.assert_array_equal(levels(processor, GREY > 100)[0], gray((GREY > 100) * np.uint8(255)))
+    for given in (GRAY, GRAY / 255, torch.from_numpy(GRAY), GRAY[..., None], GRAY[None]):
+        np.testing.assert_array_equal(levels(processor, given)[0], gray(GRAY))
+    np.testing.assert_array_equal(levels(processor, GRAY > 100)[0], gray((GRAY > 100) * np.uint8(255)))
 
 
 @with_each_processor
@@ -224,11 +224,11 @@ def test_a_batch_of_floats_has_one_range(processor):
 @with_each_package
 def test_images_may_be_nested_in_any_sequence(processor, folder):
     names = [str(folder / "0.img"), str(folder / "11.img")]
-    expected = [gray(GREY), RGB]
+    expected = [gray(GRAY), RGB]
     for given in (tuple(names), (name for name in names), np.array(names), np.array([*names, None], object)[:2]):
         np.testing.assert_array_equal(levels(processor, given), expected)
     mixed = [names[0], [PIL.Image.fromarray(RGB), [np.stack([RGB, RGB])]], ()]
-    np.testing.assert_array_equal(levels(processor, mixed), [gray(GREY), RGB, RGB, RGB])
+    np.testing.assert_array_equal(levels(processor, mixed), [gray(GRAY), RGB, RGB, RGB])
 
 
 @with_each_package
@@ -341,7 +341,7 @@ def test_a_url_without_a_picture_is_named(site):
 def test_a_decompression_bomb_is_named(monkeypatch):
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 40)
     with pytest.raises(ValueError, match=r"`images\[0\]`.*raise PIL.Image.MAX_IMAGE_PIXELS"):
-        PROCESSORS[0]([PICTURES["grey"][0]])
+        PROCESSORS[0]([PICTURES["gray"][0]])
 
 
 @pytest.mark.parametrize("module", [images_common, image_inputs_ram_plus])
