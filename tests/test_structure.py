@@ -1,6 +1,7 @@
 """What keeps the Hub folders copyable, the dependencies one-way, and the public names stable."""
 
 import ast
+import graphlib
 import re
 import sys
 from pathlib import Path
@@ -26,12 +27,73 @@ HUB_PACKAGES = {
 }
 
 
+# No import runs from a lower floor, which stands first here, to a higher one. "mgllava" is the package's `__init__`.
+FLOORS = (
+    ("modeling", "processing", "ram_plus"),
+    ("families",),
+    ("mgllava",),
+    ("model_files", "atomic_files", "folder_lock", "user_text"),
+    ("conversion", "hub", "training", "chat", "box_files", "visualization"),
+    ("serving",),
+    ("commands",),
+    ("cli",),
+)
+
+
 def imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             yield node.level, node.module or ""
         elif isinstance(node, ast.Import):
             yield from ((0, alias.name) for alias in node.names)
+
+
+def place_of(path):
+    """Return the package of a file, or the name of a module that stands alone."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return "mgllava" if parts == ("__init__",) else parts[0]
+
+
+def imported_places(path):
+    """Yield the places that a file imports from, imports inside functions included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        modules = []
+        if isinstance(node, ast.ImportFrom):
+            base = ("mgllava", *path.relative_to(PACKAGE).parts[: -node.level]) if node.level else ()
+            base = ".".join((*base, *filter(None, [node.module])))
+            modules = [f"{base}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        for package, *rest in (module.split(".") for module in modules):
+            if package == "mgllava":
+                yield rest[0] if rest and exists(rest[0]) else "mgllava"
+
+
+def exists(place):
+    return (PACKAGE / place).is_dir() or (PACKAGE / f"{place}.py").is_file()
+
+
+def test_no_import_runs_from_a_lower_to_a_higher_floor():
+    height = {place: floor for floor, places in enumerate(FLOORS) for place in places}
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert {place_of(path) for path in files} <= set(height), "every package and module stands on a floor"
+    upward = {
+        f"{path.relative_to(PACKAGE)} imports {place}"
+        for path in files
+        for place in imported_places(path)
+        if height[place] > height[place_of(path)]
+    }
+    assert upward == set()
+
+
+def test_packages_import_each_other_in_one_direction():
+    needs = {}
+    for path in PACKAGE.rglob("*.py"):
+        needs.setdefault(place_of(path), set()).update(set(imported_places(path)) - {place_of(path)})
+    try:
+        graphlib.TopologicalSorter(needs).prepare()
+    except graphlib.CycleError as error:
+        raise AssertionError(f"a circle of imports: {' <- '.join(error.args[1])}") from error
 
 
 @pytest.mark.parametrize("path", HUB_FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
