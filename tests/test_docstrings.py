@@ -59,14 +59,13 @@ def documented_objects():
 
 
 def public_objects():
-    """Return what the packages export, with the public methods of exported classes, inherited ones included."""
+    """Return what the packages export, with the public methods that exported classes define."""
     exported = [getattr(module, name) for module in modules() if is_package(module) for name in exports(module)]
     methods = [
         getattr(method, "__func__", method)
         for value in exported
         if inspect.isclass(value)
-        for parent in value.__mro__
-        for name, method in vars(parent).items()
+        for name, method in vars(value).items()
         if not name.startswith("_")
     ]
     return {id(value) for value in (*exported, *methods)}

@@ -32,11 +32,12 @@ FLOORS = (
     ("modeling", "processing", "ram_plus"),
     ("families",),
     ("mgllava",),
-    ("model_files", "atomic_files", "folder_lock", "user_text"),
+    ("errors", "extras", "quantization", "model_files", "atomic_files", "folder_lock", "user_text"),
     ("conversion", "hub", "training", "chat", "box_files", "visualization"),
     ("serving",),
     ("commands",),
     ("cli",),
+    ("__main__",),
 )
 
 

@@ -51,13 +51,27 @@ class Family:
 
 
 def resolve(name: str) -> Any:
-    """Import what an import string names."""
+    """Import what an import string names.
+
+    Args:
+        name (`str`): Module and attribute, such as `"mgllava.modeling:MGLlavaConfig"`.
+
+    Returns:
+        The class, function or value.
+    """
     module, _, attribute = name.partition(":")
     return getattr(import_module(module), attribute)
 
 
 def takes_boxes(processor: Any) -> bool:
-    """Tell whether the images of a model come with boxes, which is a capability of its processor."""
+    """Tell whether the images of a model come with boxes, which is a capability of its processor.
+
+    Args:
+        processor ([`ImageTextProcessor`]): The processor.
+
+    Returns:
+        `bool`: Whether it has a box detector, or takes one.
+    """
     # Asked of the class, because the property of an object loads the box detector.
     return hasattr(type(processor), "box_detector")
 

@@ -6,7 +6,11 @@ from .family import Family, resolve
 
 
 def register(family: Family) -> None:
-    """Let the Auto classes of transformers load a family, and `save_pretrained` copy the code of its classes."""
+    """Let the Auto classes of transformers load a family, and `save_pretrained` copy the code of its classes.
+
+    Args:
+        family ([`Family`]): The family.
+    """
     config, model = resolve(family.config), resolve(family.model)
     image_processors = {backend: resolve(name) for backend, name in family.image_processors.items()}
     transformers.AutoConfig.register(config.model_type, config, exist_ok=True)

@@ -561,7 +561,7 @@ class MGLlavaProcessor(ImageTextProcessor):
         return texts, kwargs
 
     def validate_inputs(self, images: Any = None, text: Any = None, *args: Any, **kwargs: Any) -> None:
-        """Check what was given against each other before anything is computed; raise a `ValueError` if it is wrong."""
+        """Check what was given against each other before anything is computed; see [`ImageTextProcessor`]."""
         if kwargs.get("boxes") is not None and not flat_images(images):
             raise ValueError("`boxes` must come with images, got boxes without an image. Pass `images` too.")
         super().validate_inputs(images, text, *args, **kwargs)
@@ -674,6 +674,10 @@ class MGLlavaProcessor(ImageTextProcessor):
         Returns:
             `tuple`: Ids, with one placeholder for each image, and a mask of those that are learned; `None` instead of
             the mask if the chat template does not mark them.
+
+        Raises:
+            TypeError: If boxes in an image block are not boxes.
+            ValueError: If a message has boxes outside of an image block, or holds what the chat template would drop.
         """
         return super().encode_text(_take_boxes(conversation, []))
 

@@ -74,6 +74,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         ConversionError: If a starting model cannot be built from its parts.
         ImportError: If a package of the extra `train` is not installed.
         ValueError: If the model or its processor cannot be loaded.
+        RuntimeError: If this release of transformers cannot be kept from using all GPUs in one process.
     """
     recipe = checked_recipe(recipe)
     args = training_arguments(recipe)

@@ -102,7 +102,14 @@ def trained_parameters(model: nn.Module) -> list[tuple[str, int, int, str]]:
 
 
 def describe_trained(model: nn.Module) -> Table:
-    """Make a table of what is trained, with a row for each part, and the sums."""
+    """Make a table of what is trained, with a row for each part, and the sums.
+
+    Args:
+        model (`nn.Module`): A model, or one with adapters of PEFT.
+
+    Returns:
+        `rich.table.Table`: The table.
+    """
     rows = trained_parameters(model)
     table = Table("part", "dtype", title="What is trained", show_footer=True)
     sums = (sum(trained for _, trained, _, _ in rows), sum(total for _, _, total, _ in rows))
