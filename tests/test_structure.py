@@ -30,9 +30,9 @@ HUB_PACKAGES = {
 # No import runs from a lower floor, which stands first here, to a higher one. "mgllava" is the package's `__init__`.
 FLOORS = (
     ("modeling", "processing", "ram_plus"),
-    ("families",),
+    ("families", "quantization"),
     ("mgllava",),
-    ("errors", "extras", "quantization", "model_files", "atomic_files", "folder_lock", "user_text"),
+    ("errors", "extras", "model_files", "atomic_files", "folder_lock", "user_text"),
     ("conversion", "hub", "training", "chat", "box_files", "visualization"),
     ("serving",),
     ("commands",),
