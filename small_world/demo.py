@@ -17,6 +17,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 from mgllava.chat import ChatSession
+from mgllava.noise import hide_noise
 
 from .answer_picture import draw_answers
 from .dataset import write_dataset
@@ -46,6 +47,7 @@ def main(
     pictures: Annotated[int, typer.Option(help="Number of new pictures.")] = 200,
 ) -> None:
     """Draw new pictures, find the boxes, answer questions with and without them, and count the right answers."""
+    hide_noise()
     logging.disable_progress_bar()
     console = Console(highlight=False)
     console.rule("1. Load the model")

@@ -32,7 +32,7 @@ FLOORS = (
     ("modeling", "processing", "ram_plus"),
     ("families", "quantization"),
     ("mgllava",),
-    ("errors", "extras", "model_files", "atomic_files", "folder_lock", "user_text"),
+    ("errors", "extras", "noise", "model_files", "atomic_files", "folder_lock", "user_text"),
     ("conversion", "hub", "training", "chat", "box_files", "visualization"),
     ("serving",),
     ("commands",),

@@ -11,6 +11,7 @@ from mgllava.commands.detect import detect
 from mgllava.commands.export import export
 from mgllava.commands.serve import serve
 from mgllava.commands.train import train
+from mgllava.noise import hide_noise
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -28,6 +29,7 @@ def _mgllava(
     ] = False,
 ) -> None:
     """MG-LLaVA for transformers."""
+    hide_noise()
 
 
 for _command in (convert, convert_ram_plus, export, chat, serve, detect, train):

@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from datasets.fingerprint import Hasher
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import (
@@ -119,6 +120,8 @@ def other_classes(name, **options):
     tokenizers = [AutoTokenizer.from_pretrained(name, trust_remote_code=trust, **options) for trust in (False, True)]
     ids = [tokenizer("Hello there")["input_ids"] for tokenizer in (*tokenizers, processor.tokenizer)]
     assert ids[0] == ids[1] == ids[2]
+    # `datasets.map` does this with what its function uses.
+    assert Hasher.hash(processor) == Hasher.hash(processor)
     CONVERSATION[0]["content"][0]["image"] = picture()
     answer = pipeline("image-text-to-text", model=name, device="cpu", **REMOTE, **options)
     said = answer(text=CONVERSATION, return_full_text=False, generate_kwargs={"max_new_tokens": 4, "do_sample": False})

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from transformers import AutoProcessor
 
+from mgllava.families import takes_boxes
 from mgllava.processing import COCO_80, BoxDetector
 from mgllava.processing.box_detection_mgllava import DEFAULT_DETECTOR
 from mgllava.processing.image_text_processor_common import ProcessLock
@@ -117,9 +118,8 @@ def open_detector(
     if detector is not None or tagger is not None:
         raise BoxFileError("`processor` brings its own detector: pass it, or `detector` and `tagger`, not both.")
     loaded = AutoProcessor.from_pretrained(processor, trust_remote_code=trust_remote_code)
-    locate = getattr(loaded, "locate_box_detector", lambda: None)
     try:
-        located = locate()
+        located = loaded.locate_box_detector() if takes_boxes(loaded) else None
     except ValueError as error:
         raise BoxFileError(f"`processor`: {error}") from error
     if located is None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
 
 from mgllava.families import family_of, takes_boxes
 from mgllava.quantization import quantization_config
@@ -54,6 +55,8 @@ def load(
         quantization_config=quantization,
         **source,
     )
+    # One bar is enough: tagger and object detector are small, and load while somebody reads the terminal.
+    logging.disable_progress_bar()
     return loaded, processor
 
 

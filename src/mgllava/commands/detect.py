@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from transformers.utils import logging
 
 from mgllava.box_files import BoxFileError, detect_images, open_detector
 
@@ -71,6 +72,8 @@ def detect(
 
     Several GPUs: accelerate launch -m mgllava detect …
     """
+    # The bar of the images is enough; those of loading tagger and object detector would cut it up.
+    logging.disable_progress_bar()
     with image_bar() as progress:
         summary = detect_images(
             list(inputs) if len(inputs) > 1 else inputs[0],

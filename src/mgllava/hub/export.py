@@ -14,7 +14,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
-from mgllava.families import FAMILIES, Family, resolve
+from mgllava.families import FAMILIES, Family, resolve, takes_boxes
 from mgllava.model_files.errors import ConversionError
 from mgllava.model_files.json_files import read_json, write_json
 from mgllava.model_files.repository_writer import REPORT_NAME, Progress, match_tensors
@@ -210,7 +210,7 @@ def _read_processor(folder: Path, family: Family) -> Any:
 def _check_box_detector(processor: Any, source: Path) -> None:
     """Refuse a detector that the repository names outside itself, before something is written."""
     try:
-        if hasattr(processor, "locate_box_detector"):
+        if takes_boxes(processor):
             processor.locate_box_detector()
     except (ValueError, OSError) as error:
         raise ConversionError(f"The box detector that {source} names cannot be exported: {error}") from error
@@ -238,7 +238,7 @@ def _pin_box_detector(processor: Any) -> None:
 
 def _set_box_detector(processor: Any, tagger: str | None, detector: str | None, with_detector: bool) -> None:
     """Put tagger and detector into the processor's configuration; with `with_detector` as folders on this disk."""
-    if not hasattr(processor, "locate_box_detector"):
+    if not takes_boxes(processor):
         raise ConversionError(
             "`tagger`, `detector` and `with_detector` are for models whose processor finds boxes, which "
             f"{type(processor).__name__} does not."

@@ -22,7 +22,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .boxes_mgllava import BoxLimitMode, flatten_boxes, prepare_boxes, select_objects
-from .images_common import as_rgb, fetch_upright, flat_images, group_sizes, resize_in_square
+from .images_common import as_rgb, fetch_upright, flat_images, group_sizes, make_findable, resize_in_square
 
 # Above this ratio of its sides, an image is resized without making its square.
 _MILD_ASPECT_RATIO = 2
@@ -276,5 +276,7 @@ def _frame(size: Any, crop_size: Any, do_resize: bool, do_center_crop: bool) -> 
         "crop_to": (crop_size["height"], crop_size["width"]) if do_center_crop else None,
     }
 
+
+make_findable(__name__)
 
 __all__ = ["MGLlavaImageProcessor", "MGLlavaImageProcessorKwargs", "MGLlavaImageProcessorPil"]

@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+import sys
 import urllib.parse
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import lru_cache
@@ -32,6 +33,16 @@ _UPRIGHT = {
     7: PIL.Image.Transpose.TRANSVERSE,
     8: PIL.Image.Transpose.ROTATE_90,
 }
+
+
+def make_findable(module: str) -> None:
+    """Make a module an attribute of its package, where dill looks for the classes of what `datasets` hashes.
+
+    transformers loads remote code without doing so. dill then takes the classes apart, until the stack overflows.
+    """
+    package, _, name = module.rpartition(".")
+    if package in sys.modules:
+        setattr(sys.modules[package], name, sys.modules[module])
 
 
 def fetch_upright(images: Any) -> Any:
@@ -500,6 +511,7 @@ __all__ = [
     "image_block",
     "is_image_block",
     "load_upright",
+    "make_findable",
     "open_image",
     "open_images",
     "resize_by_products",

@@ -36,7 +36,7 @@ from .boxes_mgllava import (
     write_boxes_into_text,
 )
 from .image_text_processor_common import ImageTextProcessor, ProcessLock, TrainingTargets, as_texts
-from .images_common import flat_images, group_sizes, is_image_block
+from .images_common import flat_images, group_sizes, is_image_block, make_findable
 from .text_chunks_common import IMAGE_TOKEN, PRIVATE_CHARACTERS, build_chat_template
 
 logger = logging.get_logger(__name__)
@@ -783,5 +783,7 @@ def _take_boxes(value: Any, boxes: list[Any]) -> Any:
         return {key: _take_boxes(item, boxes) for key, item in value.items()}
     return [_take_boxes(item, boxes) for item in value] if isinstance(value, list | tuple) else value
 
+
+make_findable(__name__)
 
 __all__ = ["CHAT_TEMPLATES", "MGLlavaProcessor"]
