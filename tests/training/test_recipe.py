@@ -154,6 +154,13 @@ def test_values_of_another_type_or_range_are_refused_by_name(change, expected):
     assert f"`{change.partition('=')[0]}" in message and expected in message and "\n" not in message
 
 
+@pytest.mark.parametrize("change", ["training.bf16=2", "training.run_name=[a]"])
+def test_quotes_are_advised_for_numbers_that_may_be_text_only(change):
+    with pytest.raises(TrainingError) as caught:
+        load_recipe("stage_2_vicuna_7b.yaml", change)
+    assert "quotes" not in str(caught.value)
+
+
 READ = [
     ("data.allow_other_boxes=no", False),
     ("data.allow_other_boxes=Yes", True),
@@ -171,6 +178,8 @@ READ = [
     ("training.save_total_limit=null", None),
     ("lora.init_lora_weights=pissa_niter_4", "pissa_niter_4"),
     ("lora.init_lora_weights=false", False),
+    ("training.lr_scheduler_type=Cosine", "cosine"),
+    ("lora.bias=ALL", "all"),
     ("evaluation=null", None),
 ]
 
