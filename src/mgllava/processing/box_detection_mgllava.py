@@ -76,14 +76,15 @@ class BoxDetectorProtocol(Protocol):
 
 
 class BoxDetector:
-    r"""Finds the objects of images: a tagger names what is there, a zero-shot detector finds where.
+    r"""Finds the objects of images: a tagger names them, and an object detector locates them.
 
     Two modes, saved with the processor:
 
-    - `"faithful"`, **what the published weights expect**: how the 2024 box files were made. Corners are whole numbers,
-      truncated towards zero and not clipped, so they may lie outside the image; tags are lower-cased; where no tag
-      fires, OWLv2 looks for the prompt `"a photo of "` and its boxes have the label `""`.
-    - `"clean"`: no tag, no boxes; corners are fractions, clipped to the image, and boxes without area are dropped.
+    - `"faithful"`: boxes as in the files of 2024, **which the published weights expect**. Corners are whole numbers,
+      truncated towards zero and not clipped, so they may lie outside the image; tags are lower-cased; if no tag passes
+      its threshold, OWLv2 looks for the prompt `"a photo of "` and its boxes have the label `""`.
+    - `"clean"`: corners are fractions, clipped to the image; boxes without area are dropped, and an image without tags
+      has no boxes.
 
     In both modes, OWLv2 gets the same pixels as in 2024 (gray padding, see `square_pixels`). Faithful mode also
     resizes for the tagger as Pillow did then, clean mode as the tagger's image processor does. Boxes come in the order
@@ -254,7 +255,7 @@ class BoxDetector:
         try:
             config = AutoConfig.from_pretrained(name, **options)
             _check_kind(part, config, name)
-            if not is_folder:  # one commit for all that follows, and for those who load what is saved
+            if not is_folder:  # one commit for this load and for the saved configuration
                 commit = known_commit(name, options["revision"], options.get("cache_dir")) or options["revision"]
                 options["revision"] = commit
                 if commit is not None:
@@ -397,7 +398,7 @@ class BoxDetector:
             loaded = [
                 _load(image, batch.start + index, input_data_format) for index, image in enumerate(images[batch])
             ]
-            # Models change places, tokenizers and embeddings change: one thread at a time.
+            # Models move, tokenizers and embeddings change: one thread at a time.
             with self._lock:
                 found = self._detect_if_it_fits(loaded, None if given is None else given[batch], threshold)
             if found is None:
@@ -425,7 +426,7 @@ class BoxDetector:
         self, images: list[torch.Tensor], labels: list[list[str]] | None, threshold: float
     ) -> list[dict[str, Any]]:
         """Detect in images that fit into memory."""
-        images = [image.to(self.device) for image in images]  # in 8 bits, once for tagger and detector
+        images = [image.to(self.device) for image in images]  # in 8 bits, once for the tagger and the object detector
         if labels is None:
             labels = [self._as_labels(tags) for tags in self._tagger(images)]  # type: ignore[misc]
         elif self.mode == "faithful":
@@ -462,7 +463,7 @@ class BoxDetector:
                 return [self._labels] * num_images
             if self._tagger is None:
                 raise ValueError(
-                    "`labels` must be given, got None: this detector has no tagger. Pass what to look for, or make it "
+                    "`labels` must be given, got None: this detector has no tagger. Pass labels, or make it "
                     "with `tagger=`."
                 )
             return None
@@ -568,7 +569,7 @@ def _can_allocate(device: torch.device) -> bool:
     try:
         torch.empty(1, device=device)
     except torch.OutOfMemoryError:
-        return True  # which loading will say
+        return True  # loading will raise the error
     except RuntimeError:
         return False
     return True

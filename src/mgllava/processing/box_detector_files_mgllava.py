@@ -110,8 +110,8 @@ def _download(repository: ProcessorRepository, patterns: list[str]) -> Path:
     options.update(revision=repository.revision, allow_patterns=patterns)
     try:
         return Path(snapshot_download(repository.name, **options))
-    # Without a connection, some releases of huggingface_hub ask the Hub all the same where the revision is a commit,
-    # and fail with the errors of their HTTP library.
+    # Without a connection, some releases of huggingface_hub ask the Hub even if the revision is a commit, and fail
+    # with the errors of their HTTP library.
     except Exception as error:
         if options.get("local_files_only") or options.get("force_download"):
             raise
@@ -232,7 +232,7 @@ def _pin(config: dict[str, Any], part: str, cache_dir: str | os.PathLike | None)
     revision = locate_revision(key, config.get(key))
     try:
         commit = known_commit(config[part], revision, cache_dir)
-    except HFValidationError:  # a folder that does not exist, which loading will say
+    except HFValidationError:  # a folder that does not exist: loading will raise the error
         commit = None
     if commit is not None:
         config[key] = commit

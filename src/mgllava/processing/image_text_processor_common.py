@@ -479,7 +479,7 @@ def _is_empty(value: Any) -> bool:
 
 
 class ProcessLock:
-    """A reentrant lock that copies, pickles and forked processes do not share: each gets a lock that nobody holds."""
+    """A reentrant lock that copies, pickles and forked processes do not share: each gets a free lock."""
 
     def __init__(self) -> None:
         self._renew()
@@ -488,7 +488,7 @@ class ProcessLock:
         self._lock, self._process = threading.RLock(), os.getpid()
 
     def __enter__(self) -> None:
-        if self._process != os.getpid():  # a thread that was not forked may have held it
+        if self._process != os.getpid():  # a thread that does not exist here may have held it
             self._renew()
         self._lock.acquire()
 

@@ -1,7 +1,7 @@
-"""Zero-shot detectors: OWLv2 with everything left out that the image does not need, and any other of transformers.
+"""Zero-shot object detectors: OWLv2 without the parts whose output nothing uses, and any other of transformers.
 
 Of the 6.2 TFLOP that tagging and detecting take at the released sizes, 93 % are OWLv2's image tower; it alone runs in
-low precision. Text embeddings come from a table, the objectness head has no reader, and boxes are predicted only for
+low precision. Text embeddings come from a table, the objectness head never runs, and boxes are predicted only for
 the patches whose score passes.
 """
 
@@ -303,7 +303,7 @@ class GroundedDetector:
         self, images: list[torch.Tensor], labels: list[str], threshold: float
     ) -> list[tuple[torch.Tensor, list[str], torch.Tensor]]:
         """Find the objects of images that have one size and one list of labels."""
-        if not any(labels):  # the empty prompt of 2024 is a habit of OWLv2 alone
+        if not any(labels):  # only OWLv2 is asked for the empty prompt
             return [(torch.zeros(0, 4), [], torch.zeros(0)) for _ in images]
         text = [list(labels) for _ in images]
         inputs = self.processor(images=images, text=text, return_tensors="pt").to(self.device)
@@ -316,7 +316,7 @@ class GroundedDetector:
             "threshold": threshold,
             "target_sizes": [tuple(image.shape[1:]) for image in images],
         }
-        # A box whose best word is just above the threshold would otherwise have no label.
+        # With a higher `text_threshold`, a box whose best word is just above the threshold would have no label.
         available = {"text_labels": text, "text_threshold": threshold}
         options.update({name: value for name, value in available.items() if name in self._options})
         results = self.processor.post_process_grounded_object_detection(outputs, **options)
