@@ -148,7 +148,7 @@ def test_tensor_in_two_shards_and_under_two_names(tmp_path, golden, folders):
         (lambda state: {"state_dict": {**state, None: torch.zeros(1)}}, "whose names are text"),
         (lambda state: {"state_dict": {**state, "a": {"b": torch.zeros(1)}}}, "got also ('a', 'dict')"),
         (lambda state: {"state_dict": None}, "got NoneType"),
-        (lambda state: [state], "got list"),
+        (lambda state: [state], "it holds a list"),
         (lambda state: {"state_dict": {**state, "\x1b[31m\udcff\n": torch.zeros(1)}}, r"\x1b[31m\udcff"),
         (lambda state: {"state_dict": {**state, "projector.model.0.weight": torch.zeros(3)}}, "no matrix projector"),
         (lambda state: {"state_dict": {**state, "llm.model.embed_tokens.weight": torch.tensor(1.0)}}, "error: "),
@@ -184,7 +184,7 @@ def test_stage_one_checkpoint_with_a_language_model_of_another_size(tmp_path, go
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "hidden_size": 128}))
     message = _broken(tmp_path, golden, folders, "iter_5_pretrain.pth")
-    assert "`llm` is another one than in training: it is 128 channels wide" in message
+    assert "`llm` is not the one of the training: it is 128 channels wide" in message
 
 
 @pytest.mark.parametrize(

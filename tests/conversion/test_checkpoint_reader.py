@@ -36,7 +36,9 @@ def test_bare_and_old_state_dicts_are_read(tmp_path, golden_state):
 
 
 def test_pickled_objects_are_refused_by_name(golden):
-    with pytest.raises(ConversionError, match=r"mmengine\.logging\.history_buffer\.HistoryBuffer.*--trust-pickle"):
+    with pytest.raises(
+        ConversionError, match=r"mmengine\.logging\.history_buffer\.HistoryBuffer.*`trust_pickle=True`"
+    ):
         read_checkpoint(golden / "xtuner" / "iter_5_with_message_hub.pth")
 
 
@@ -60,7 +62,7 @@ def test_code_in_a_pickle_never_runs(tmp_path, zipped):
     fuse, path = tmp_path / "fuse", tmp_path / "bomb.pth"
     state = {"weight": torch.arange(3.0)}
     torch.save({"state_dict": state, "hub": _Bomb(fuse)}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ConversionError, match="--trust-pickle"):
+    with pytest.raises(ConversionError, match="`trust_pickle=True`"):
         read_checkpoint(path)
     _assert_same(read_checkpoint(path, trust_pickle=True).tensors, state)
     assert not fuse.exists()
@@ -133,7 +135,7 @@ def test_zero_with_foreign_objects_needs_trust(tmp_path, golden_state, monkeypat
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "foreign_runner", runner)
         folder = write_zero(tmp_path / "iter", state, stage=2, extra={"message_hub": runner.History()})
-    with pytest.raises(ConversionError, match=r"foreign_runner\.History.*--trust-pickle"):
+    with pytest.raises(ConversionError, match=r"foreign_runner\.History.*`trust_pickle=True`"):
         read_checkpoint(folder)
     _assert_same(read_checkpoint(folder, trust_pickle=True).tensors, state)
 
@@ -164,7 +166,7 @@ def test_package_import_leaves_deepspeed_to_the_reader():
     code = (
         "import sys; sys.modules['deepspeed'] = None\n"
         "import mgllava.cli, mgllava.conversion\n"
-        "from mgllava.conversion.zero import open_zero_folder\n"
+        "from mgllava.conversion.xtuner.zero import open_zero_folder\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

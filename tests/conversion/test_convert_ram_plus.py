@@ -80,7 +80,7 @@ def test_optimizer_state_is_dropped_and_listed(tmp_path):
 def test_pickled_objects_need_trust(tmp_path):
     checkpoint = saved(tmp_path, {"model": original_state(), "config": argparse.Namespace(image_res=128)})
     message = failure(tmp_path, checkpoint=checkpoint)
-    assert "argparse.Namespace" in message and "--trust-pickle" in message
+    assert "argparse.Namespace" in message and "`trust_pickle=True`" in message
     output = convert(tmp_path, checkpoint=checkpoint, trust_pickle=True)
     assert "config" in json.loads((output / "conversion_report.json").read_text())["checkpoint"]["not_read"]
 
@@ -200,7 +200,7 @@ def test_dtype_and_shards(tmp_path):
 
 
 def test_interrupted_conversion_shows_nothing_and_goes_on(tmp_path, monkeypatch):
-    from mgllava.model_files import repository_writer as engine
+    from mgllava.conversion import pipeline as engine
 
     write, count = engine.write_shard, 0
 
@@ -224,19 +224,19 @@ def test_interrupted_conversion_shows_nothing_and_goes_on(tmp_path, monkeypatch)
 
 def test_output_is_replaced_only_if_it_is_a_tagger_and_on_request(tmp_path):
     output = convert(tmp_path)
-    assert "pass --overwrite" in failure(tmp_path)
+    assert "pass `overwrite=True`" in failure(tmp_path)
     convert(tmp_path, overwrite=True, thresholds=written(tmp_path, "0.5"))
     assert thresholds_of(output)[:2] == [0.5, 0.68]
     (output / "config.json").write_text('{"model_type": "mgllava"}')
-    assert "is not a ram_plus repository" in failure(tmp_path, overwrite=True)
+    assert "is not a ram_plus model folder" in failure(tmp_path, overwrite=True)
     (output / "config.json").unlink()
-    assert "--overwrite does not replace it" in failure(tmp_path, overwrite=True)
+    assert "`overwrite` does not replace it" in failure(tmp_path, overwrite=True)
 
 
 def test_sources_inside_the_output_are_not_lost(tmp_path):
     output = convert(tmp_path)
     shutil.copy(SOURCES["tag_list"], output / "tags.txt")
-    assert "Choose another --output" in failure(tmp_path, overwrite=True, tag_list=output / "tags.txt")
+    assert "Choose another `output`" in failure(tmp_path, overwrite=True, tag_list=output / "tags.txt")
 
 
 def run(*arguments):

@@ -14,12 +14,16 @@ from typer.testing import CliRunner
 
 from mgllava.cli import app
 from mgllava.commands.convert import Preset
-from mgllava.conversion import PRESETS, ConversionError, sources
-from mgllava.conversion.convert_ram_plus import TAG_LIST_URL, THRESHOLDS_URL
-from mgllava.conversion.sources import fetch_checkpoint
+from mgllava.conversion import PRESETS, ConversionError, fetch
+from mgllava.conversion.ram_plus import TAG_LIST_URL, THRESHOLDS_URL
+from mgllava.conversion.xtuner import XTUNER
 from mgllava.hub.card_sections import LICENSES
 from mgllava.model_files import sources as model_sources
 from tests.ram_plus.golden import SOURCES
+
+
+def _fetch(name, preset=None):
+    return fetch.fetch_checkpoint(name, [XTUNER], PRESETS[preset] if preset else {})
 
 
 class FakeHub:
@@ -73,7 +77,7 @@ class FakeHub:
 def hub(tmp_path, monkeypatch):
     hub = FakeHub(tmp_path / "hub", tmp_path / "cache")
     monkeypatch.setattr(model_sources, "snapshot_download", hub.snapshot_download)
-    monkeypatch.setattr(sources, "HfApi", lambda: hub)
+    monkeypatch.setattr(fetch, "HfApi", lambda: hub)
     return hub
 
 
@@ -85,7 +89,7 @@ def _run(*arguments):
 
 def test_only_checkpoint_of_a_repository_is_found(hub):
     hub.add("acme/model", {"README.md": b"", "sub/iter_10.pth": b"weights", "config.json": b"{}"})
-    found = fetch_checkpoint("acme/model")
+    found = _fetch("acme/model")
     assert found.read_bytes() == b"weights" and hub.downloaded == ["acme/model/sub/iter_10.pth"]
     for name in (
         "acme/model/sub",
@@ -93,7 +97,7 @@ def test_only_checkpoint_of_a_repository_is_found(hub):
         "acme/model@v1/sub/iter_10.pth",
         "acme/model@v1",
     ):
-        assert fetch_checkpoint(name) == found
+        assert _fetch(name) == found
     assert hub.revisions == [None, None, None, "v1", "v1"]
 
 
@@ -101,7 +105,7 @@ def test_several_checkpoints_are_listed_and_nothing_is_downloaded(hub):
     files = {f"{model}/{file}": b"" for model in ("Vicuna-7B", "Vicuna_13B", "Phi3-mini") for file in ("iter_5.pth",)}
     hub.add("PhoenixZ/MG-LLaVA", {**files, "Vicuna_13B/pretrain.pth": b"", "logs/a.txt": b""})
     with pytest.raises(ConversionError) as error:
-        fetch_checkpoint("PhoenixZ/MG-LLaVA")
+        _fetch("PhoenixZ/MG-LLaVA")
     assert str(error.value).splitlines()[1:] == [
         "  PhoenixZ/MG-LLaVA/Phi3-mini/iter_5.pth",
         "  PhoenixZ/MG-LLaVA/Vicuna-7B/iter_5.pth",
@@ -110,27 +114,27 @@ def test_several_checkpoints_are_listed_and_nothing_is_downloaded(hub):
     ]
     assert hub.downloaded == []
     # The name of a preset is enough where it fits one of them.
-    assert fetch_checkpoint("PhoenixZ/MG-LLaVA", "vicuna-7b").parent.name == "Vicuna-7B"
+    assert _fetch("PhoenixZ/MG-LLaVA", "vicuna-7b").parent.name == "Vicuna-7B"
     with pytest.raises(ConversionError, match=r"several[^\n]*\n.*Vicuna_13B/iter_5\.pth\n.*/pretrain\.pth$"):
-        fetch_checkpoint("PhoenixZ/MG-LLaVA", "vicuna-13b")
+        _fetch("PhoenixZ/MG-LLaVA", "vicuna-13b")
     with pytest.raises(ConversionError, match=r"has no checkpoint other\.pth. It has:"):
-        fetch_checkpoint("PhoenixZ/MG-LLaVA/other.pth")
+        _fetch("PhoenixZ/MG-LLaVA/other.pth")
 
 
 def test_deepspeed_folder_is_one_checkpoint(hub):
     names = ("mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
     hub.add("acme/zero", {f"iter_10.pth/{name}": b"" for name in names} | {"iter_10.pth/zero_to_fp32.py": b""})
-    found = fetch_checkpoint("acme/zero")
+    found = _fetch("acme/zero")
     assert found.is_dir() and {path.name for path in found.iterdir()} >= set(names)
 
 
 def test_names_with_wildcards_and_paths_that_lead_out(hub, tmp_path):
     hub.add("acme/odd", {"a[1]/iter*.pth": b"star", "a[1]/iter_2.pth": b"two", "a1/iter_3.pth": b""})
-    assert fetch_checkpoint("acme/odd/a[1]/iter*.pth").read_bytes() == b"star"
+    assert _fetch("acme/odd/a[1]/iter*.pth").read_bytes() == b"star"
     assert hub.downloaded == ["acme/odd/a[1]/iter*.pth"]
     for name in ("acme/odd/../../secret.pth", "../odd", "./acme/odd", "/acme/odd", "acme", "a b/c", "acme/odd//", ""):
         with pytest.raises(ConversionError, match="`checkpoint`"):
-            fetch_checkpoint(name)
+            _fetch(name)
 
 
 def test_hub_that_cannot_be_reached(hub):
@@ -138,14 +142,14 @@ def test_hub_that_cannot_be_reached(hub):
     hub.online = False
     for name in ("acme/model", "acme/model/iter_10.pth"):
         with pytest.raises(ConversionError, match=r"cannot be fetched from the Hub \(no network\)"):
-            fetch_checkpoint(name)
+            _fetch(name)
     hub.online = True
     with pytest.raises(ConversionError, match=r"acme/absent is not a folder here.*Repository Not Found"):
-        fetch_checkpoint("acme/absent")
-    fetch_checkpoint("acme/model")
+        _fetch("acme/absent")
+    _fetch("acme/model")
     hub.online = False
     # What was downloaded before is found.
-    assert fetch_checkpoint("acme/model").read_bytes() == fetch_checkpoint("acme/model/iter_10.pth").read_bytes()
+    assert _fetch("acme/model").read_bytes() == _fetch("acme/model/iter_10.pth").read_bytes()
 
 
 def test_presets_are_the_published_models():

@@ -1,17 +1,8 @@
 import pytest
 
-from mgllava.conversion.key_mapping import (
-    CLIP_DROPS,
-    CLIP_TO_MODEL,
-    OPEN_CLIP_DROPS,
-    OPEN_CLIP_TO_MODEL,
-    XTUNER_TO_MODEL,
-    XTUNER_TOWERS_TO_MODEL,
-    drop_reason,
-    model_drop_reason,
-    rename,
-    to_xtuner,
-)
+from mgllava.conversion.parts import CLIP_DROPS, CLIP_TO_MODEL, drop_reason, model_drop_reason, rename
+from mgllava.conversion.xtuner.key_mapping import XTUNER_TO_MODEL, XTUNER_TOWERS_TO_MODEL, to_xtuner
+from mgllava.conversion.xtuner.open_clip import OPEN_CLIP_DROPS, OPEN_CLIP_TO_MODEL
 
 PAIRS = {
     "llm.model.embed_tokens.weight": "model.language_model.embed_tokens.weight",

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from mgllava.conversion import ConversionError
-from mgllava.conversion.lora import lora_scaling, merge_lora, read_lora_settings, split_lora
+from mgllava.conversion.lora import merge_lora
+from mgllava.conversion.xtuner.lora import lora_scaling, read_lora_settings, split_lora
 from mgllava.model_files.tensor_files import from_tensor
 
 
@@ -81,7 +82,7 @@ def test_scaling():
     assert lora_scaling(None, 8, text) == 4
     assert lora_scaling(8.0, 8, text) == 1
     assert lora_scaling(None, 16, text + ", use_rslora=True") == 8
-    with pytest.raises(ConversionError, match="--lora-alpha"):
+    with pytest.raises(ConversionError, match="Pass `lora_alpha`"):
         lora_scaling(None, 8, "")
     with pytest.raises(ConversionError, match="alpha_pattern"):
         lora_scaling(None, 8, "lora_alpha=32, alpha_pattern=dict(q_proj=3)")

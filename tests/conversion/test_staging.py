@@ -191,7 +191,7 @@ def test_killed_replacement_loses_nothing(tmp_path, tagger, where):
     _kill_at(output, where)
     # What has the name of the output is whole, or there is nothing of this name.
     assert where == "between" or (_is_whole(output) and _added(output) == mine)
-    with pytest.raises(ConversionError, match="pass --overwrite"):
+    with pytest.raises(ConversionError, match="pass `overwrite=True`"):
         _convert(output)
     assert _is_whole(output) and _added(output) == mine
     _convert(output, overwrite=True)
@@ -247,7 +247,7 @@ def test_link_to_somebodys_folder_is_refused(tmp_path):
 def test_output_with_a_broken_config_is_not_replaced(tmp_path, config):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_bytes(config.encode("utf-8", "surrogateescape"))
-    with pytest.raises(ConversionError, match="is not a ram_plus repository"):
+    with pytest.raises(ConversionError, match="is not a ram_plus model folder"):
         _convert(tmp_path / "out", overwrite=True)
 
 

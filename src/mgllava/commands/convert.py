@@ -8,9 +8,9 @@ import typer
 
 from mgllava import conversion
 from mgllava.conversion import PRESETS, convert_checkpoint, export_xtuner
-from mgllava.conversion.convert_ram_plus import TAG_LIST_URL, THRESHOLDS_URL
+from mgllava.conversion.ram_plus import TAG_LIST_URL, THRESHOLDS_URL
 from mgllava.model_files.errors import ConversionError
-from mgllava.model_files.repository_writer import DEFAULT_SHARD_SIZE
+from mgllava.conversion.pipeline import DEFAULT_SHARD_SIZE
 
 from .console import errors_as_messages, progress_bars, say
 from .options import Dtype, MaxShardSize, Output, Overwrite, TrustPickle

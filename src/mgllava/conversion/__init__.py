@@ -1,12 +1,9 @@
-"""Checkpoints in, safetensors repositories out, and the way back."""
+"""Checkpoints in, model folders out, and the way back."""
 
 from mgllava.model_files.errors import ConversionError
 
-from .checkpoint_reader import XTunerCheckpoint, read_checkpoint
-from .convert import convert_checkpoint
-from .convert_ram_plus import convert_ram_plus
-from .export_xtuner import export_xtuner
-from .presets import PRESETS
+from .convert import convert_checkpoint, convert_ram_plus, export_original
+from .xtuner import PRESETS, XTunerCheckpoint, export_xtuner, read_checkpoint
 
 __all__ = [
     "PRESETS",
@@ -14,6 +11,7 @@ __all__ = [
     "XTunerCheckpoint",
     "convert_checkpoint",
     "convert_ram_plus",
+    "export_original",
     "export_xtuner",
     "read_checkpoint",
 ]

@@ -14,6 +14,7 @@ MGLLAVA = Family(
     base_model="mgllava.modeling:MGLlavaModel",
     processor="mgllava.processing:MGLlavaProcessor",
     chat_templates="mgllava.processing:CHAT_TEMPLATES",
+    source_formats=("mgllava.conversion.xtuner:XTUNER",),
     card="mgllava.hub.mgllava_card:mgllava_card",
     parts=("llm", "vision_tower", "high_res_tower"),
     build="mgllava.training.starting_model_mgllava:build_mgllava",

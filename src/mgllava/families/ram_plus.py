@@ -11,6 +11,7 @@ RAM_PLUS = Family(
         "torchvision": "mgllava.ram_plus:RamPlusImageProcessor",
         "pil": "mgllava.ram_plus:RamPlusImageProcessorPil",
     },
+    source_formats=("mgllava.conversion.ram_plus:RAM_PLUS",),
     card="mgllava.hub.ram_plus_card:ram_plus_card",
 )
 

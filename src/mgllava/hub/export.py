@@ -17,10 +17,11 @@ from transformers.utils import logging
 from mgllava.families import FAMILIES, Family, resolve, takes_boxes
 from mgllava.model_files.errors import ConversionError
 from mgllava.model_files.json_files import read_json, write_json
-from mgllava.model_files.repository_writer import REPORT_NAME, Progress, match_tensors
+from mgllava.model_files.shard_writer import Progress
 from mgllava.model_files.sources import fetch, one_line
-from mgllava.model_files.staging import StagingFolder
+from mgllava.model_files.staging import REPORT_NAME, StagingFolder
 from mgllava.model_files.tensor_files import open_weights
+from mgllava.model_files.tensor_matching import match_tensors
 from mgllava.processing.box_detection_mgllava import DEFAULT_DETECTOR
 from mgllava.processing.box_detector_files_mgllava import BUNDLE_FOLDER, PARTS, check_links, is_bundled
 

@@ -18,6 +18,9 @@ from mgllava.atomic_files import replacing
 from .errors import ConversionError
 from .tensor_files import LazyTensor
 
+# Called with the name of a stage, the bytes just done and the bytes of the whole stage.
+Progress = Callable[[str, int, int], None]
+
 _DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -185,6 +188,7 @@ def check_disk_space(folder: Path, needed: int) -> None:
 
 
 __all__ = [
+    "Progress",
     "Shard",
     "ShardPlan",
     "check_disk_space",

@@ -22,6 +22,7 @@ from .shard_writer import Shard, check_disk_space
 logger = logging.getLogger(__name__)
 
 PROGRESS_NAME = "conversion_progress.json"
+REPORT_NAME = "conversion_report.json"
 _REPLACED_NAME = "conversion_replaced.json"
 _MARK = "mgllava conversion"
 
@@ -58,7 +59,7 @@ class StagingFolder:
             a folder that is not ours is in the way.
     """
 
-    def __init__(self, output: Path, overwrite: bool, model_type: str):
+    def __init__(self, output: Path, overwrite: bool, *model_types: str):
         self.output = Path(os.path.realpath(output))
         if not self.output.name:
             raise ConversionError(f"`output` must be a folder that can be made, got {output}.")
@@ -66,7 +67,7 @@ class StagingFolder:
         self._replaced = self.output.with_name(self.output.name + ".replaced")
         self._lock = FolderLock(self.output, f"writing {self.output.name}")
         self._overwrite = overwrite
-        self._model_type = model_type
+        self._model_types = sorted(model_types)
         self._kept: list[str] = []
         self._check_output()
 
@@ -92,18 +93,23 @@ class StagingFolder:
     def _check_output(self) -> None:
         output = self.output
         if output.is_symlink():
-            raise ConversionError(f"{output} is a link that leads nowhere. Choose another --output.")
+            raise ConversionError(f"{output} is a link that leads nowhere. Choose another `output`.")
         if _is_empty(output):
             return
         if not output.is_dir():
-            raise ConversionError(f"{output} exists and is not a folder. Choose another --output.")
+            raise ConversionError(f"{output} exists and is not a folder. Choose another `output`.")
         if not self._overwrite:
-            raise ConversionError(f"{output} exists. Choose another --output, or pass --overwrite to replace it.")
-        if read_model_type(output) != self._model_type:
+            raise ConversionError(f"{output} exists. Choose another `output`, or pass `overwrite=True` to replace it.")
+        if read_model_type(output) not in self._model_types:
             # A mistyped path must not cost somebody's home folder.
             raise ConversionError(
-                f"{output} is not a {self._model_type} repository, so --overwrite does not replace it."
+                f"{output} is not a {' or '.join(self._model_types)} model folder, so `overwrite` does not replace it."
             )
+
+    def narrow(self, model_type: str) -> None:
+        """Replace only outputs of one of the model types, now that it is known which one is written."""
+        self._model_types = [model_type]
+        self._check_output()
 
     def _check_leftovers(self) -> None:
         """Refuse to touch what has the name of our folder and is not ours."""
@@ -115,7 +121,7 @@ class StagingFolder:
         if mark is None:
             raise ConversionError(
                 f"{self.path} is in the way: no interrupted run of this package left it. Move it, or choose another "
-                "--output."
+                "`output`."
             )
         kept = mark.get("kept")
         self._kept = [name for name in kept if isinstance(name, str)] if isinstance(kept, list) else []
@@ -123,7 +129,7 @@ class StagingFolder:
         if foreign:
             raise ConversionError(
                 f"{self.path} is the rest of an interrupted run, but holds also {', '.join(sorted(foreign)[:5])}. "
-                "Move that, or choose another --output."
+                "Move that, or choose another `output`."
             )
 
     def _is_own(self, entry: Path) -> bool:
@@ -203,7 +209,7 @@ class StagingFolder:
         if os.path.lexists(self._replaced):
             raise ConversionError(
                 f"{self._replaced} is in the way: it is not what a run of this package left. Move it, or choose "
-                "another --output."
+                "another `output`."
             )
         others = [
             entry
@@ -342,4 +348,4 @@ def _sync(folder: Path) -> None:
             os.close(descriptor)
 
 
-__all__ = ["PROGRESS_NAME", "StagingFolder", "read_model_type"]
+__all__ = ["PROGRESS_NAME", "REPORT_NAME", "StagingFolder", "read_model_type"]

@@ -431,7 +431,7 @@ def _refusal(path: Path, names: list[str]) -> str:
     return (
         f"{path} holds pickled objects and not only weights: it names {shown}. "
         "Reading such objects the usual way runs code that comes with the file, so it is refused. "
-        "If you trust where the file comes from, pass --trust-pickle (trust_pickle=True): "
+        "If you trust where the file comes from, pass `trust_pickle=True`: "
         "tensors are then read and every other object is skipped."
     )
 

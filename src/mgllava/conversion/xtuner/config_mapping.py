@@ -11,7 +11,7 @@ from mgllava.model_files.tensor_files import LazyTensor
 from mgllava.model_files.vocabulary import Vocabulary
 from mgllava.modeling import MGLlavaConfig
 
-from .sources import HighResTower
+from .open_clip import HighResTower
 
 # Side of the high-resolution input of every published checkpoint, for files whose config text does not say it.
 _PUBLISHED_IMAGE_SIZE = 768
@@ -58,9 +58,9 @@ def detect_fusion_type(tensors: dict[str, LazyTensor], vision_size: int, high_re
     if fusion_type is None:
         raise ConversionError(
             f"The checkpoint's fusion is of no known kind: {_PROJECTOR} reads {width} channels, expected "
-            f"{vision_size} (width of --vision-tower), {2 * vision_size}, or {vision_size + high_res_size} "
-            f"(with {high_res_size} of --high-res-tower) and matching fuse_module.* tensors. "
-            f"Is one of the towers another one than in training? It has: {_shapes(tensors)}."
+            f"{vision_size} (width of `vision_tower`), {2 * vision_size}, or {vision_size + high_res_size} "
+            f"(with {high_res_size} of `high_res_tower`) and matching fuse_module.* tensors. "
+            f"Are the towers those that it was trained with? It has: {_shapes(tensors)}."
         )
     return fusion_type
 
@@ -88,8 +88,8 @@ def detect_box_feature_type(tensors: dict[str, LazyTensor], hidden_sizes: list[i
         return "pyramid"
     raise ConversionError(
         f"The checkpoint's box features are of no known kind: {_BOX_PROJECTOR} reads {width} channels, expected "
-        f"{sum(hidden_sizes)} (all stages of --high-res-tower, {hidden_sizes}), {hidden_sizes[-1]} (the last), or the "
-        f"width of multi_level_linear.*. Is --high-res-tower another one than in training? "
+        f"{sum(hidden_sizes)} (all stages of `high_res_tower`, {hidden_sizes}), {hidden_sizes[-1]} (the last), or the "
+        f"width of multi_level_linear.*. Is `high_res_tower` the one that it was trained with? "
         f"The checkpoint has: {_shapes(tensors)}."
     )
 
@@ -189,7 +189,7 @@ def _check_width(tensors: dict[str, LazyTensor], name: str, axis: int, width: in
     found = _shape(tensors, name)[axis]
     if found != width:
         raise ConversionError(
-            f"`{argument}` is another one than in training: it is {width} channels wide, while {name} of the "
+            f"`{argument}` is not the one of the training: it is {width} channels wide, while {name} of the "
             f"checkpoint has shape {_shape(tensors, name)} and so belongs to one of {found}."
         )
 
@@ -202,7 +202,7 @@ def _shape(tensors: dict[str, LazyTensor], name: str) -> tuple[int, ...]:
     # Two axes at least, so that a damaged vector gets a message and no IndexError.
     if name not in tensors or len(tensors[name].shape) < 2:
         raise ConversionError(
-            f"The checkpoint has no matrix {name}: it is no MG-LLaVA checkpoint, or not whole. "
+            f"The checkpoint has no matrix {name}: it is not an MG-LLaVA checkpoint, or not whole. "
             f"It has {len(tensors)} tensors: {_shapes(tensors)}."
         )
     return tensors[name].shape

@@ -9,15 +9,17 @@ import torch
 
 import mgllava
 from mgllava.atomic_files import remove_partial, replacing
+from mgllava.conversion.parts import rename
 from mgllava.folder_lock import FolderLock, FolderLockedError
 from mgllava.model_files.errors import ConversionError
 from mgllava.model_files.json_files import read_json
-from mgllava.model_files.repository_writer import REPORT_NAME, match_tensors
 from mgllava.model_files.shard_writer import check_disk_space
+from mgllava.model_files.staging import REPORT_NAME
 from mgllava.model_files.tensor_files import LazyTensor, open_weights
+from mgllava.model_files.tensor_matching import build_on_meta, match_tensors, stored_shapes
 from mgllava.modeling import MGLlavaConfig, MGLlavaForConditionalGeneration
 
-from .key_mapping import XTUNER_TO_MODEL, rename, to_xtuner
+from .key_mapping import XTUNER_TO_MODEL, to_xtuner
 
 _TOWERS = ("model.vision_tower.", "model.high_res_vision_tower.")
 _EMBEDDING = "model.language_model.embed_tokens.weight"
@@ -61,7 +63,7 @@ def export_xtuner(repository: str | Path, output: str | Path, *, overwrite: bool
     # Of a link, the file that it leads to is written.
     target = Path(os.path.realpath(output))
     if target.is_dir():
-        raise ConversionError(f"{output} is a folder. Choose a file as --output.")
+        raise ConversionError(f"{output} is a folder. Choose a file as `output`.")
     try:
         with FolderLock(target, f"writing {target.name}") as lock:
             _export(repository, target, overwrite, lock)
@@ -72,9 +74,9 @@ def export_xtuner(repository: str | Path, output: str | Path, *, overwrite: bool
 
 def _export(repository: Path, output: Path, overwrite: bool, lock: FolderLock) -> None:
     if output.is_symlink():
-        raise ConversionError(f"{output} is a link that leads nowhere. Choose another --output.")
+        raise ConversionError(f"{output} is a link that leads nowhere. Choose another `output`.")
     if output.is_dir() or (os.path.lexists(output) and not overwrite):
-        raise ConversionError(f"{output} exists. Choose another --output, or pass --overwrite to replace a file.")
+        raise ConversionError(f"{output} exists. Choose another `output`, or pass `overwrite=True` to replace a file.")
     try:
         config = MGLlavaConfig.from_pretrained(repository)
     except Exception as error:  # a config may be wrong in many ways
@@ -83,7 +85,7 @@ def _export(repository: Path, output: Path, overwrite: bool, lock: FolderLock) -
     report = _read_report(repository)
     tensors, files = open_weights(repository)
     if any(path.resolve() == output.resolve() for path in files):
-        raise ConversionError(f"{output} holds weights of the repository. Choose another --output.")
+        raise ConversionError(f"{output} holds weights of the repository. Choose another `output`.")
     renamed = _rename(tensors, config)
     _check(tensors, config, repository)
     keys = _keys(renamed, report)
@@ -111,14 +113,11 @@ def _refuse_quantized(content: Mapping[str, Any], repository: Path) -> None:
 def _check(tensors: Mapping[str, LazyTensor], config: MGLlavaConfig, repository: Path) -> None:
     """Check that the weights are those of the model, and numbers by themselves."""
     try:
-        with torch.device("meta"):
-            model: Any = MGLlavaForConditionalGeneration(config)
+        model = build_on_meta(MGLlavaForConditionalGeneration, config)
     except Exception as error:  # a config may be wrong in many ways
         raise ConversionError(f"No model can be built from config.json of {repository}: {error}") from error
-    tied = model.all_tied_weights_keys or {}
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
-    untied = {name: tensor for name, tensor in tensors.items() if name not in tied}
-    match_tensors(untied, expected, [], f"The weights in {repository} are not those of its config.json.")
+    untied = {name: tensor for name, tensor in tensors.items() if name not in (model.all_tied_weights_keys or {})}
+    match_tensors(untied, stored_shapes(model), [], f"The weights in {repository} are not those of its config.json.")
 
 
 def _read_report(repository: Path) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""From the original checkpoint of RAM++, with its tag list and thresholds, to a repository for `from_pretrained`."""
+"""The original checkpoint of RAM++, with its tag list and thresholds."""
 
 import math
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from http.client import HTTPException
@@ -13,30 +13,18 @@ from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import torch
-from transformers.dynamic_module_utils import custom_object_save
 
+from mgllava.conversion.detect import tensor_names
+from mgllava.conversion.parts import drop_reason, rename
+from mgllava.conversion.source_format import Gathered, GatheredTensors, SourceFormat
 from mgllava.model_files.errors import ConversionError
-from mgllava.model_files.json_files import read_json, write_json
-from mgllava.model_files.repository_writer import (
-    DEFAULT_SHARD_SIZE,
-    REPORT_NAME,
-    Progress,
-    check_dtype,
-    describe_run,
-    digest_sources,
-    match_tensors,
-    write_weights,
-)
-from mgllava.model_files.shard_writer import plan_shards
+from mgllava.model_files.json_files import read_json
+from mgllava.model_files.lazy_tensor import LazyTensor
 from mgllava.model_files.sources import one_line
-from mgllava.model_files.staging import StagingFolder
-from mgllava.model_files.tensor_files import LazyTensor, tensors_of
+from mgllava.model_files.tensor_files import tensors_of
 from mgllava.model_files.torch_files import StoredTensor, open_torch_file
-from mgllava.ram_plus import RamPlusConfig, RamPlusForImageTagging, RamPlusImageProcessor
+from mgllava.ram_plus import RamPlusConfig, RamPlusImageProcessor
 from mgllava.ram_plus.configuration_ram_plus import DEFAULT_TAG_THRESHOLD
-
-from .key_mapping import drop_reason, rename
-from .sources import fetch_checkpoint
 
 _ORIGINAL = "https://raw.githubusercontent.com/xinyu1205/recognize-anything/main/ram/data/"
 TAG_LIST_URL = _ORIGINAL + "ram_tag_list.txt"
@@ -46,6 +34,7 @@ _URL_SECONDS = 30
 
 _LABEL_EMBED = "label_embed"
 _MODEL = "model"
+_ENDINGS = (".pth", ".pt")
 
 _TO_MODEL: tuple[tuple[str, str], ...] = (
     # The original merges patches at the end of a stage, timm at the start of the next.
@@ -96,103 +85,47 @@ class _Checkpoint:
     beside: dict[str, str] = field(default_factory=dict)
 
 
-def convert_ram_plus(
-    checkpoint: str | Path,
-    tag_list: str | Path,
-    thresholds: str | Path,
-    output: str | Path,
-    *,
-    swin_config: str | Path | None = None,
-    decoder_config: str | Path | None = None,
-    dtype: str | torch.dtype = "auto",
-    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
-    trust_pickle: bool = False,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> Path:
-    """Convert an original checkpoint of RAM++ into a repository that `from_pretrained` reads.
+def recognizes(path: Path) -> str | None:
+    """Recognize a RAM++ checkpoint by the name of its description embeddings."""
+    is_ours = path.is_file() and _LABEL_EMBED in (tensor_names(path) or [])
+    return RAM_PLUS.title if is_ours else None
 
-    Weights are streamed: one tensor is in memory at a time, and an optimizer's state in the file is not read. The
-    output appears under its name only when it is complete; an interrupted run leaves `OUTPUT.incomplete`, which the
-    same command continues.
 
-    Args:
-        checkpoint (`str` or `Path`): The `.pth` file: the state dict, under `model` or bare. A Hub id will do as well:
-            `owner/name`, or `owner/name/path` if the repository has several.
-        tag_list (`str` or `Path`): UTF-8 text with one tag per line, in the order of their indices, or its URL. That
-            of the released model is `ram/data/ram_tag_list.txt` of github.com/xinyu1205/recognize-anything.
-        thresholds (`str` or `Path`): Text with one number per line, which belongs to the tag in the same line of
-            `tag_list`, or its URL (`ram/data/ram_tag_list_threshold.txt`). Tags after the last line have 0.68.
-        output (`str` or `Path`): Folder to write.
-        swin_config (`str` or `Path`, *optional*): JSON file with the sizes of the backbone, as the original has it.
-            By default those of the released model, Swin-L at 384 pixels.
-        decoder_config (`str` or `Path`, *optional*): JSON file with the sizes of the tag decoder, as the original has
-            it. By default those of the released model.
-        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): Dtype of all weights. `"auto"`: as they are.
-        max_shard_size (`str` or `int`, *optional*, defaults to `"5GB"`): Size of the largest weight file.
-        trust_pickle (`bool`, *optional*, defaults to `False`): Read a checkpoint that holds pickled objects next to
-            the weights. The objects are skipped, and no code of theirs is run, even then.
-        overwrite (`bool`, *optional*, defaults to `False`): Replace a RAM++ repository at `output`. Files there
-            that no conversion writes stay.
-        progress (`Callable[[str, int, int], None]`, *optional*): Told the stage, bytes just done, bytes in total.
+def find(paths: Iterable[PurePosixPath]) -> set[PurePosixPath]:
+    """Pick `.pth` files."""
+    return {path for path in paths if path.suffix in _ENDINGS}
 
-    Returns:
-        `Path`: The output.
 
-    Raises:
-        ConversionError: If anything is missing, damaged, left over, of the wrong shape, or in the way.
-    """
-    check_dtype(dtype)
-    output = Path(output).absolute()
-    progress = progress or (lambda stage, done, total: None)
-    with StagingFolder(output, overwrite, RamPlusConfig.model_type) as staging, ExitStack() as downloads:
-        texts = downloads.enter_context(tempfile.TemporaryDirectory())
-        tag_file = _text_file(tag_list, "tag_list", Path(texts))
-        threshold_file = _text_file(thresholds, "thresholds", Path(texts))
+def gather(path: Path, options: Mapping[str, Any], trust_pickle: bool, scratch: Path) -> Gathered:
+    """Collect a checkpoint, its tags and their thresholds."""
+    with ExitStack() as downloads:
+        texts = Path(downloads.enter_context(tempfile.TemporaryDirectory()))
+        tag_file = _text_file(options["tag_list"], "tag_list", texts)
+        threshold_file = _text_file(options["thresholds"], "thresholds", texts)
         tags = _read_tags(tag_file)
         limits = _read_thresholds(threshold_file, len(tags))
+        swin_config, decoder_config = options.get("swin_config"), options.get("decoder_config")
         sizes = _read_swin_config(swin_config) | _read_decoder_config(decoder_config)
-        found = fetch_checkpoint(checkpoint)
-        opened = _read_checkpoint(_existing(found, "checkpoint"), trust_pickle)
+        opened = _read_checkpoint(_existing(path, "checkpoint"), trust_pickle)
         config = _build_config(sizes, tags, limits, opened)
-        tensors, dropped = _account(opened, config)
-        config.dtype = _main_dtype(dtype, tensors)
-        if dtype != "auto":
-            tensors = {name: tensor.to(config.dtype) for name, tensor in tensors.items()}
-
-        plan = plan_shards(tensors, max_shard_size)
-        given_files = {
-            "checkpoint": checkpoint,
-            "tag_list": tag_list,
-            "thresholds": thresholds,
-            "swin_config": swin_config,
-            "decoder_config": decoder_config,
-        }
-        used: dict[str, Any] = {
-            **given_files,
+        tensors, dropped = _rename(opened, config)
+        files = {
             "checkpoint": opened.path,
             "tag_list": tag_file,
             "thresholds": threshold_file,
+            "swin_config": swin_config,
+            "decoder_config": decoder_config,
         }
-        sources = {name: [Path(path)] for name, path in used.items() if path is not None}
-        digests = digest_sources(sources, staging, progress)
-        write_weights(staging, plan, digests, progress)
-
-        config.save_pretrained(staging.path)
-        # Saving a model would copy its code; here is none, only its class.
-        custom_object_save(RamPlusForImageTagging, staging.path)
-        size = {"height": config.image_size, "width": config.image_size}
-        RamPlusImageProcessor(size=size).save_pretrained(staging.path)
-        given: dict[str, Any] = {
-            **given_files,
-            "dtype": dtype,
-            "max_shard_size": max_shard_size,
-            "trust_pickle": trust_pickle,
-        }
-        run = describe_run(given, ("mgllava", "torch", "transformers", "timm"), sources, digests, tensors, plan)
-        write_json(staging.path / REPORT_NAME, run | _report(opened, config, len(limits), dropped))
-        staging.publish()
-    return output
+        tensors.files = {name: [Path(file)] for name, file in files.items() if file is not None}
+        main = tensors.used.get("image_projection.weight")
+        return Gathered(
+            tensors=tensors,
+            config=config,
+            dtype=main.dtype if main is not None else torch.float32,  # without it, the conversion is refused
+            processor=RamPlusImageProcessor(size={"height": config.image_size, "width": config.image_size}),
+            report=_report(opened, config, len(limits), dropped),
+            resources=downloads.pop_all(),
+        )
 
 
 def _text_file(source: str | Path, argument: str, folder: Path) -> Path:
@@ -336,11 +269,10 @@ def _build_config(sizes: dict[str, Any], tags: list[str], limits: list[float], o
         raise ConversionError(f"No model has these sizes: {one_line(error.__cause__ or error)}") from error
 
 
-def _account(opened: _Checkpoint, config: RamPlusConfig) -> tuple[dict[str, LazyTensor], dict[str, list[str]]]:
-    """Rename all tensors, and check that they and the model match name by name."""
-    tensors: dict[str, LazyTensor] = {}
+def _rename(opened: _Checkpoint, config: RamPlusConfig) -> tuple[GatheredTensors, dict[str, list[str]]]:
+    """Rename all tensors, and list those that are dropped by reason."""
+    tensors = GatheredTensors()
     dropped: dict[str, list[str]] = {}
-    unexpected = []
     for own_name, tensor in opened.tensors.items():
         name = own_name.replace(_OLD_NAME, "tagging_head")
         reason = drop_reason(name, _DROPS)
@@ -348,27 +280,15 @@ def _account(opened: _Checkpoint, config: RamPlusConfig) -> tuple[dict[str, Lazy
             dropped.setdefault(reason, []).append(own_name)
             continue
         new_name = _to_model(name)
-        if new_name is None or new_name in tensors:
-            unexpected.append(f"{own_name} {tensor.shape}" + (" (there twice)" if new_name in tensors else ""))
+        if new_name is None or new_name in tensors.used:
+            twice = " (there twice)" if new_name in tensors.used else ""
+            tensors.unexpected.append(f"{own_name} {tensor.shape}{twice}")
         else:
-            tensors[new_name] = tensor
-    try:
-        with torch.device("meta"):
-            model = RamPlusForImageTagging(config)
-    except Exception as error:  # a config may be wrong in many ways
-        raise ConversionError(f"No model has these sizes: {one_line(error)}") from error
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    label_embed = tensors["decoder.label_embed"]
-    tensors["decoder.label_embed"] = _reshaped(label_embed, expected["decoder.label_embed"])
-
-    matched = match_tensors(
-        tensors,
-        expected,
-        unexpected,
-        "The checkpoint does not make up the model. Is it whole, and are --swin-config and --decoder-config (or the "
-        "released sizes, without them) those that it was trained with?",
-    )
-    return matched, dropped
+            tensors.used[new_name] = tensor
+    label_embed, shape = "decoder.label_embed", (len(config.id2label), config.num_descriptions, config.projection_dim)
+    tensors.used[label_embed] = _reshaped(tensors.used[label_embed], shape)
+    tensors.kept = set(tensors.used)
+    return tensors, dropped
 
 
 def _to_model(name: str) -> str | None:
@@ -383,10 +303,6 @@ def _to_model(name: str) -> str | None:
 
 def _reshaped(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
     return LazyTensor(shape, tensor.dtype, f"{tensor.origin} as {shape}", lambda: tensor.load().reshape(shape))
-
-
-def _main_dtype(dtype: str | torch.dtype, tensors: Mapping[str, LazyTensor]) -> torch.dtype:
-    return check_dtype(dtype) or tensors["image_projection.weight"].dtype
 
 
 def _report(
@@ -404,4 +320,19 @@ def _report(
     }
 
 
-__all__ = ["convert_ram_plus"]
+RAM_PLUS = SourceFormat(
+    title="a RAM++ checkpoint",
+    model_type=RamPlusConfig.model_type,
+    looked_for=f"a .pth file with the matrix {_LABEL_EMBED}",
+    recognizes=recognizes,
+    find=find,
+    patterns=tuple(f"*{ending}" for ending in _ENDINGS),
+    gather=gather,
+    problem="The checkpoint does not make up the model. Is it whole, and are `swin_config` and `decoder_config` (or "
+    "the released sizes, without them) those that it was trained with?",
+    needs=("tag_list", "thresholds"),
+    takes=("swin_config", "decoder_config"),
+    convert="convert_ram_plus",
+)
+
+__all__ = ["RAM_PLUS", "TAG_LIST_URL", "THRESHOLDS_URL"]

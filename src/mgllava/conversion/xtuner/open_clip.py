@@ -1,0 +1,127 @@
+"""The high-resolution tower: the ConvNeXt trunk of an open_clip repository."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mgllava.conversion.parts import Rules, Source, sort_tensors
+from mgllava.model_files.errors import ConversionError
+from mgllava.model_files.json_files import read_json
+from mgllava.model_files.sources import fetch
+from mgllava.model_files.tensor_files import open_safetensors, tensors_of
+from mgllava.model_files.torch_files import open_torch_file
+from mgllava.modeling.vision_mgllava import trunk_sizes
+
+_TOWER = "model.high_res_vision_tower."
+_OPEN_CLIP_CONFIG = "open_clip_config.json"
+_OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+
+OPEN_CLIP_TO_MODEL: Rules = (
+    ("visual.trunk.stem.", "model.high_res_vision_tower.stem."),
+    ("visual.trunk.stages.", "model.high_res_vision_tower.stages."),
+)
+
+OPEN_CLIP_DROPS: Rules = (
+    (r"visual\.trunk\.(head|norm_pre|norm)\.|visual\.head\.", "head of the ConvNeXt"),
+    (
+        r"(text\.)?(transformer|token_embedding|ln_final)\.|(text\.)?(positional_embedding|text_projection)$",
+        "text tower of open_clip",
+    ),
+    (r"text\.|attn_mask$", "text tower of open_clip"),
+    (r"logit_(scale|bias)$", "contrastive head of open_clip"),
+)
+
+
+@dataclass
+class HighResTower:
+    """The ConvNeXt of an open_clip repository.
+
+    Args:
+        architecture (`str`): Its name in timm.
+        depths (`list[int]`): Blocks in each stage, as counted in the weights.
+        hidden_sizes (`list[int]`): Channels of each stage, as found in the weights.
+        source (`Source`): Its tensors.
+    """
+
+    architecture: str
+    depths: list[int]
+    hidden_sizes: list[int]
+    source: Source
+
+
+def open_high_res_tower(name: str | Path) -> HighResTower:
+    """Open the ConvNeXt trunk of an open_clip model.
+
+    Args:
+        name (`str` or `Path`): A folder, a Hub id (with or without `hf-hub:`), or a name that open_clip resolves:
+            `architecture` or `architecture:tag`, for example `convnext_large_d_320:laion2b_s29b_b131k_ft_soup`.
+
+    Returns:
+        `HighResTower`: The trunk.
+
+    Raises:
+        ConversionError: If it is not found or its trunk is no ConvNeXt.
+    """
+    folder = _open_clip_folder(name)
+    config_path = folder / _OPEN_CLIP_CONFIG
+    if not config_path.is_file():
+        raise ConversionError(
+            f"`high_res_tower`: {name} has no {_OPEN_CLIP_CONFIG}, so it is not an open_clip repository."
+        )
+    architecture: Any = read_json(config_path, "high_res_tower")
+    for key in ("model_cfg", "vision_cfg", "timm_model_name"):
+        architecture = architecture.get(key, "") if isinstance(architecture, dict) else ""
+    if not isinstance(architecture, str) or not architecture.startswith("convnext"):
+        raise ConversionError(
+            f"`high_res_tower` must have a ConvNeXt of timm as its trunk, but {config_path} names {architecture!r}."
+        )
+    path = next((folder / file for file in _OPEN_CLIP_WEIGHTS if (folder / file).is_file()), None)
+    if path is None:
+        raise ConversionError(f"`high_res_tower`: {folder} has neither {' nor '.join(_OPEN_CLIP_WEIGHTS)}.")
+    if path.suffix == ".safetensors":
+        tensors = open_safetensors(path)
+    else:
+        content = open_torch_file(path)
+        tensors = tensors_of(content.get("state_dict", content) if isinstance(content, dict) else content, path)
+    source = sort_tensors(tensors, OPEN_CLIP_TO_MODEL, OPEN_CLIP_DROPS, [path])
+    # With a vector in the place of a kernel, or a block of a number beyond all others, no sizes can be read.
+    shapes = {key.removeprefix(_TOWER): tensor.shape for key, tensor in source.tensors.items() if tensor.shape}
+    depths, hidden_sizes = trunk_sizes(shapes)
+    if stages := [stage for stage, depth in enumerate(depths) if depth == 0]:
+        raise ConversionError(f"`high_res_tower`: {path} has no blocks of visual.trunk.stages.{stages[0]}.")
+    if sum(depths) > len(shapes):
+        raise ConversionError(f"`high_res_tower`: {path} names {sum(depths)} blocks, and has {len(shapes)} tensors.")
+    return HighResTower(architecture, depths, hidden_sizes, source)
+
+
+def _open_clip_folder(name: str | Path) -> Path:
+    text = str(name).removeprefix("local-dir:").removeprefix("hf-hub:")
+    if not Path(text).is_dir() and "/" not in text:
+        text = _resolve_open_clip_name(text)
+    folder = fetch(text, "high_res_tower", [_OPEN_CLIP_CONFIG, _OPEN_CLIP_WEIGHTS[0]])
+    if Path(text).is_dir() or (folder / _OPEN_CLIP_WEIGHTS[0]).is_file():
+        return folder
+    return fetch(text, "high_res_tower", [_OPEN_CLIP_CONFIG, _OPEN_CLIP_WEIGHTS[1]])
+
+
+def _resolve_open_clip_name(name: str) -> str:
+    import open_clip
+
+    architecture, _, tag = name.partition(":")
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if not tags:
+        raise ConversionError(
+            f"`high_res_tower` must be a folder, a Hub id or a model name of open_clip, but {name} is none of these."
+        )
+    if tag not in tags:
+        raise ConversionError(
+            f"`high_res_tower`: say which weights of {architecture} are meant: "
+            f"{' or '.join(f'{architecture}:{one}' for one in tags)}; got {name}."
+        )
+    repository = open_clip.get_pretrained_cfg(architecture, tag).get("hf_hub", "")
+    if not repository:
+        raise ConversionError(f"`high_res_tower`: the weights of {name} are not on the Hub; give a folder.")
+    return "/".join(repository.split("/")[:2])
+
+
+__all__ = ["OPEN_CLIP_DROPS", "OPEN_CLIP_TO_MODEL", "HighResTower", "open_high_res_tower"]
