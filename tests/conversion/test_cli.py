@@ -47,12 +47,12 @@ def test_convert_to_original(tmp_path, converted, golden_state):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--checkpoint", "x.pth", "--output", "out"], "A conversion needs --llm, --vision-tower"),
+        (["--checkpoint", "x.pth", "--output", "out"], "whose conversion needs --llm, --vision-tower"),
         (
             ["--checkpoint", "x", "--output", "y", "--to-original", "--llm", "z"],
             "takes --checkpoint and --output only",
         ),
-        (["--checkpoint", "x", "--output", "y", "--to-original"], "must be the folder of an MG-LLaVA repository"),
+        (["--checkpoint", "x", "--output", "y", "--to-original"], "must be the folder of an MG-LLaVA model"),
     ],
 )
 def test_wrong_use_is_one_message(arguments, said):

@@ -96,7 +96,7 @@ def test_digest_tells_plans_apart():
 
 
 def test_staging_keeps_only_finished_shards_of_the_same_plan(tmp_path):
-    staging = StagingFolder(tmp_path / "out", overwrite=False, model_type="mgllava")
+    staging = StagingFolder(tmp_path / "out", False, "mgllava")
     shards = plan_shards(_lazy(), 100).shards
     digests = {shard.filename: shard.digest({}) for shard in shards}
     assert staging.keep_finished(digests, shards) == set()
@@ -112,13 +112,13 @@ def test_staging_keeps_only_finished_shards_of_the_same_plan(tmp_path):
 
 def test_outputs_in_the_way(tmp_path):
     output = tmp_path / "out"
-    StagingFolder(output, overwrite=False, model_type="mgllava")
+    StagingFolder(output, False, "mgllava")
     output.mkdir()
-    StagingFolder(output, overwrite=False, model_type="mgllava")
+    StagingFolder(output, False, "mgllava")
     (output / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConversionError, match="--overwrite to replace it"):
-        StagingFolder(output, overwrite=False, model_type="mgllava")
-    with pytest.raises(ConversionError, match="is not a mgllava repository"):
-        StagingFolder(output, overwrite=True, model_type="mgllava")
+    with pytest.raises(ConversionError, match="`overwrite=True` to replace it"):
+        StagingFolder(output, False, "mgllava")
+    with pytest.raises(ConversionError, match="is not a mgllava model folder"):
+        StagingFolder(output, True, "mgllava")
     (output / "config.json").write_text(json.dumps({"model_type": "mgllava"}))
-    StagingFolder(output, overwrite=True, model_type="mgllava")
+    StagingFolder(output, True, "mgllava")

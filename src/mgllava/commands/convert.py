@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 
 from mgllava import conversion
-from mgllava.conversion import PRESETS, convert_checkpoint, export_xtuner
+from mgllava.conversion import PRESETS, convert_checkpoint, export_original
+from mgllava.conversion.pipeline import DEFAULT_SHARD_SIZE
 from mgllava.conversion.ram_plus import TAG_LIST_URL, THRESHOLDS_URL
 from mgllava.model_files.errors import ConversionError
-from mgllava.conversion.pipeline import DEFAULT_SHARD_SIZE
 
 from .console import errors_as_messages, progress_bars, say
 from .options import Dtype, MaxShardSize, Output, Overwrite, TrustPickle
@@ -90,12 +90,9 @@ def convert(
             raise ConversionError(
                 f"`to_original` takes `checkpoint` and `output` only (and `overwrite`), got {', '.join(superfluous)}."
             )
-        say(f"Wrote {export_xtuner(checkpoint, output, overwrite=overwrite)}")
+        say(f"Wrote {export_original(checkpoint, output, overwrite=overwrite)}")
         return
     parts = {**(PRESETS[preset.value] if preset is not None else {}), **parts}
-    absent = [f"`{name}`" for name in given if name not in parts]
-    if absent:
-        raise ConversionError(f"A conversion needs {', '.join(absent)}, or `preset` for a published model.")
     with progress_bars() as progress:
         written = convert_checkpoint(
             checkpoint,

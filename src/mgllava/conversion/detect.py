@@ -24,6 +24,11 @@ def find_source(
     checkpoint: str | Path, formats: Sequence[SourceFormat], options: Mapping[str, Any], trust_pickle: bool
 ) -> tuple[Path, SourceFormat]:
     """Find a checkpoint, download it if necessary, and tell its format."""
+    convertible = [one for one in formats if options.keys() >= set(one.needs)]
+    if len(convertible) == 1 and not Path(checkpoint).exists():
+        _check_options(
+            convertible[0], f"{checkpoint} can only be {convertible[0].title}", options
+        )  # before a download
     path = fetch_checkpoint(checkpoint, formats, options)
     if not path.is_file() and not path.is_dir():
         raise ConversionError(f"`checkpoint` must be a file or a folder, but {path} is something else.")
@@ -38,12 +43,13 @@ def find_source(
 
 
 def _check_options(source_format: SourceFormat, found: str, options: Mapping[str, Any]) -> None:
-    elsewhere = [name for name in source_format.needs if name not in options]
-    if elsewhere:
+    if not options.keys() >= set(source_format.needs):
         raise ConversionError(f"`checkpoint`: {found}, which `{source_format.convert}` converts.")
     missing = [f"`{name}`" for name in source_format.needs if options[name] is None]
     if missing:
-        raise ConversionError(f"`checkpoint`: {found}, whose conversion needs {', '.join(missing)}.")
+        raise ConversionError(
+            f"`checkpoint`: {found}, whose conversion needs {', '.join(missing)}. {source_format.advice}".rstrip()
+        )
     accepted = {*source_format.needs, *source_format.takes}
     refused = [f"`{name}`" for name, value in options.items() if value is not None and name not in accepted]
     if refused:

@@ -96,6 +96,7 @@ class SourceFormat:
         gather: Collects all that is written: `gather(path, options, trust_pickle, scratch)`, where `scratch` is a
             folder with room for temporary files.
         problem: Start of the error about tensors that do not make up the model.
+        advice: What to do about missing arguments, for the error that names them.
         convert: Name of the function that has the arguments of this format.
         hint: Words that are expected in the path of a checkpoint, joined by `-`, to choose among several.
         export: The way back, if there is one: `export(model_folder, output, overwrite=...)`.
@@ -111,6 +112,7 @@ class SourceFormat:
     problem: str
     needs: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
+    advice: str = ""
     convert: str = "convert_checkpoint"
     hint: Callable[[Mapping[str, Any]], str] = _no_hint
     export: Callable[..., Path] | None = None

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
@@ -21,7 +20,7 @@ from mgllava.model_files.shard_writer import Progress
 from mgllava.model_files.sources import fetch, one_line
 from mgllava.model_files.staging import REPORT_NAME, StagingFolder
 from mgllava.model_files.tensor_files import open_weights
-from mgllava.model_files.tensor_matching import match_tensors
+from mgllava.model_files.tensor_matching import build_on_meta, match_tensors, stored_shapes
 from mgllava.processing.box_detection_mgllava import DEFAULT_DETECTOR
 from mgllava.processing.box_detector_files_mgllava import BUNDLE_FOLDER, PARTS, check_links, is_bundled
 
@@ -172,11 +171,7 @@ def _read_config(folder: Path, family: Family) -> Any:
 
 
 def _shapes(config: Any, family: Family) -> dict[str, tuple[int, ...]]:
-    """List the model's parameters and buffers; of tied ones, those that are stored."""
-    with torch.device("meta"):
-        model = resolve(family.model)(config)
-    tied = model.all_tied_weights_keys or {}
-    return {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
+    return stored_shapes(build_on_meta(resolve(family.model), config))
 
 
 def _check_weights(folder: Path, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[Path]:

@@ -216,6 +216,7 @@ XTUNER = SourceFormat(
     "towers the ones that it was trained with?",
     needs=("llm", "vision_tower", "high_res_tower", "prompt_template"),
     takes=("lora_alpha",),
+    advice="`mgllava.conversion.PRESETS` (of the command: `preset`) has them for the published models.",
     hint=hint,
     export=export_xtuner,
 )
