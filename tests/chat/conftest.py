@@ -53,7 +53,7 @@ def session(model, processor):
 
 @pytest.fixture
 def seen(model):
-    """How many images the vision flow gets each time it runs."""
+    """Counts of images, one for each run of the high-resolution tower."""
     counts = []
     tower = model.model.high_res_vision_tower
     hook = tower.register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs[0])))
@@ -63,7 +63,7 @@ def seen(model):
 
 @pytest.fixture
 def ask_plainly(model, processor):
-    """The answer of one `generate` call that gets a whole conversation at once."""
+    """Answer a whole conversation with a single `generate` call."""
 
     def ask(messages, **options):
         inputs = processor.apply_chat_template(

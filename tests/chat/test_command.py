@@ -1,4 +1,4 @@
-"""What the options of `mgllava chat` become, and the command as users run it: in a pipe and in a terminal."""
+"""The options of `mgllava chat`, and the command as users run it: in a pipe and in a terminal."""
 
 import logging
 import os
@@ -26,8 +26,8 @@ def own_config(model, monkeypatch):
     return model.generation_config
 
 
-def test_stored_length_limit_gives_way_without_a_warning(model, processor, own_config, monkeypatch, caplog):
-    """The generation config of a language model may bring one, as Vicuna's does."""
+def test_stored_length_limit_is_replaced_without_a_warning(model, processor, own_config, monkeypatch, caplog):
+    """The generation config of a language model may have one, as Vicuna's does."""
     own_config.update(max_length=4096, max_new_tokens=None)
     session = ChatSession(model, processor, generation_config=command.generation_config(model))
     assert session.max_new_tokens == 512
@@ -37,7 +37,7 @@ def test_stored_length_limit_gives_way_without_a_warning(model, processor, own_c
     assert "max_length" not in caplog.text
 
 
-def test_options_of_generation_go_before_those_of_the_model(model, own_config):
+def test_generation_options_override_those_of_the_model(model, own_config):
     own_config.update(do_sample=True, temperature=0.9, top_p=0.6, top_k=20)
     config = command.generation_config(model, max_new_tokens=7, temperature=0.5)
     assert (config.max_new_tokens, config.temperature, config.top_p) == (7, 0.5, 0.6)
@@ -59,7 +59,7 @@ def test_options_of_generation_go_before_those_of_the_model(model, own_config):
         (["--boxes", "absent.json"], "absent.json"),
     ],
 )
-def test_mistakes_are_told_before_the_model_is_loaded(repository, monkeypatch, options, message):
+def test_mistakes_are_reported_before_the_model_is_loaded(repository, monkeypatch, options, message):
     monkeypatch.setattr(loading.AutoModelForImageTextToText, "from_pretrained", None)
     result = CliRunner().invoke(app, ["chat", str(repository), *options])
     assert result.exit_code == 1
@@ -79,7 +79,7 @@ def arguments(repository, *options):
 
 
 class Shown(TextStreamer):
-    """Keeps what a terminal shows: not always the answer, since later bytes may change how earlier ones are read."""
+    """Keeps what a terminal shows, which may differ from the answer: later bytes can change earlier characters."""
 
     text = ""
 
@@ -127,7 +127,7 @@ class Terminal:
             stderr=slave,
             start_new_session=True,
             close_fds=True,
-            # Who runs the tests in the background of a shell script ignores Ctrl-C, and children inherit that.
+            # A shell script that runs the tests in the background ignores Ctrl-C, which its children inherit.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             **options,
         )
@@ -135,7 +135,7 @@ class Terminal:
         self.text = ""
 
     def wait_for(self, text, seconds=120, interrupting=False):
-        """Read until some text comes, and drop what came before it; on the way press Ctrl-C every second."""
+        """Read up to a text and return what came before it; `interrupting` presses Ctrl-C every second until then."""
         end = time.monotonic() + seconds
         while text not in self.text:
             if interrupting:
@@ -160,7 +160,7 @@ def test_terminal_survives_interrupts_and_ends_with_ctrl_d(repository, tmp_path)
     try:
         terminal.wait_for("/help says more.")
         terminal.wait_for("> ")
-        # More than once: one that comes right after the prompt was written is not noticed before the next key.
+        # Several times: readline may miss a Ctrl-C that comes right after the prompt.
         terminal.wait_for("(Ctrl-D or /exit quits)", interrupting=True)
         terminal.wait_for("> ")
         terminal.type(f"{COFFEE}\n")

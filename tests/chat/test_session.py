@@ -1,4 +1,4 @@
-"""A conversation gives the answers of one prompt with all its turns, and looks at each image once."""
+"""Sessions: answers equal those to one prompt with all turns, and each image is encoded once."""
 
 import base64
 
@@ -9,7 +9,7 @@ from PIL import Image
 from mgllava.chat import ChatError, ChatSession
 from tests.chat.conftest import COFFEE, PORTRAIT, assistant, user
 
-# Two inside each image.
+# Two boxes inside each image.
 BOXES, OTHER_BOXES = [[172, 17, 410, 308], [325, 66, 425, 328]], [[3, 5, 60, 80], [10, 10, 30, 50]]
 
 
@@ -59,7 +59,7 @@ def test_a_turn_runs_only_what_is_new(session, model):
 
 
 def test_answers_whose_text_has_other_tokens_are_read_as_text(session, ask_plainly, model):
-    """Random weights write bytes that are no characters, which as text are the ids of the replacement character."""
+    """Random weights write bytes that form no character; as text these are the ids of the replacement character."""
     tokens = []
     hook = model.lm_head.register_forward_hook(lambda _, __, logits: tokens.append(int(logits[0, -1].argmax())))
     answer = session.ask("Hello.").text
@@ -78,7 +78,7 @@ def test_reset_forgets_turns_and_images(session, ask_plainly, seen):
     assert session.ask("What is this?").text == ask_plainly([user("What is this?", (PORTRAIT, OTHER_BOXES))])
     session.reset()
     assert session.ask("Hello.").text == ask_plainly([user("Hello.")])
-    assert seen == [1, 1, 1]  # the last by the plain prompt
+    assert seen == [1, 1, 1]  # the last one is of the plain prompt
 
 
 def test_system_message_survives_reset(model, processor, ask_plainly):
@@ -101,7 +101,7 @@ def interrupt_after(model, steps):
     return model.model.language_model.layers[1].register_forward_pre_hook(hook)
 
 
-def test_interrupted_answer_stays_as_far_as_it_came(session, model, ask_plainly, seen):
+def test_interrupted_answer_keeps_the_tokens_so_far(session, model, ask_plainly, seen):
     session.add_image(COFFEE, BOXES)
     hook, heard = interrupt_after(model, 6), []
     answer = session.ask("What is this?", on_text=heard.append)
@@ -149,7 +149,7 @@ def test_errors_take_the_question_back(session, model, processor, ask_plainly, m
     assert session.ask("What?").text == ask_plainly([user("What?", (COFFEE, BOXES))])
 
 
-def test_context_that_is_full_is_said_and_the_chat_goes_on(session, model, monkeypatch):
+def test_full_context_is_an_error_and_the_chat_continues(session, model, monkeypatch):
     session.ask("Hello.")
     monkeypatch.setattr(model.config.text_config, "max_position_embeddings", len(session._cached_ids) + 40)
     with pytest.raises(ChatError, match=r"the conversation has \d+ tokens, but the model's context has \d+"):
@@ -159,7 +159,7 @@ def test_context_that_is_full_is_said_and_the_chat_goes_on(session, model, monke
     assert len(session._cached_ids) + 1 == model.config.text_config.max_position_embeddings
 
 
-def test_answers_say_whether_the_model_ended_them(session, model):
+def test_finish_tells_whether_the_model_ended_the_answer(session, model):
     tokens = []
     hook = model.lm_head.register_forward_hook(lambda _, __, logits: tokens.append(int(logits[0, -1].argmax())))
     answer = session.ask("Hello.")
@@ -222,7 +222,7 @@ def test_detection_threshold_is_the_users(model, processor):
     assert session.add_image(COFFEE).detections["labels"] == ["spoon", "spoon"]
 
 
-def test_detector_looks_once_at_an_image_and_not_at_all_at_given_boxes(session, processor):
+def test_detector_runs_once_per_image_and_not_for_given_boxes(session, processor):
     session.add_image(COFFEE)
     session.ask("What?")
     session.ask("Why?")

@@ -1,4 +1,4 @@
-"""What the lines of a chat do."""
+"""The effects of the lines that users type."""
 
 import io
 import sys
@@ -48,7 +48,7 @@ def test_pictures_of_one_name_do_not_replace_each_other(run, tmp_path):
     assert len(list((tmp_path / "pictures").iterdir())) == 2
 
 
-def test_a_folder_that_cannot_be_written_is_said(run, tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported(run, tmp_path):
     (tmp_path / "file").write_text("")
     _, notes = run(f"/image {COFFEE}", "What?", folder=tmp_path / "file")
     assert "The picture cannot be saved" in notes
@@ -78,14 +78,14 @@ def test_exit_ends_the_chat(run, session, word):
 
 
 @pytest.mark.parametrize("word", ["RESET", "/reset"])
-def test_reset_starts_again(run, session, word):
+def test_reset_starts_over(run, session, word):
     first, _ = run("Hello.", f"/image {COFFEE}", word, "Hello.")
     lines = first.splitlines()
     assert len(lines) == 2 and lines[0] == lines[1]
     assert session.images == []
 
 
-def test_mistakes_are_said_and_the_chat_goes_on(run, session, tmp_path):
+def test_mistakes_are_reported_and_the_chat_continues(run, session, tmp_path):
     (tmp_path / "text.png").write_text("no image")
     out, notes = run("/image absent.png", "/image", "/frobnicate", str(tmp_path / "text.png"), "", "Hello.")
     for said in (
@@ -106,7 +106,7 @@ def test_mistakes_are_said_and_the_chat_goes_on(run, session, tmp_path):
         MemoryError(),
     ],
 )
-def test_short_memory_is_said_and_the_chat_goes_on(run, session, model, error):
+def test_lack_of_memory_is_reported_and_the_chat_continues(run, session, model, error):
     calls = []
 
     def fail_once(*_):

@@ -45,7 +45,7 @@ def data_url(picture):
 
 
 class Site:
-    """What a host that clients name may answer; `seen` holds the paths that were asked for."""
+    """A host that clients name in URLs, with its possible answers; `seen` holds the paths that were requested."""
 
     def __init__(self, picture):
         self.seen, self.picture = [], picture

@@ -1,4 +1,4 @@
-"""Requests of strangers against the running server: none may cost the others their answers, or surprise the server."""
+"""Hostile requests to a running server: none may cost other clients their answers, or raise an unexpected error."""
 
 import base64
 import http.client
@@ -59,7 +59,7 @@ def prompt_tokens(answer):
     return body["usage"]["prompt_tokens"]
 
 
-# ----- 12: user text is text
+# ----- user text is text
 
 
 def test_control_tokens_of_users_are_text(chat, processor, data_url):
@@ -88,7 +88,7 @@ def test_raw_prompts_have_no_images(post, processor):
     assert status == 400 and "stands for images" in body["error"]["message"]
 
 
-# ----- 13 and 17: values that arithmetic does not bear, and values of other types
+# ----- values that overflow, and values of other types
 
 WILD = [
     *(
@@ -175,7 +175,7 @@ MESSAGES = [
 
 
 def check_no_surprise(post, path, body):
-    """Every request that is refused says why; none is an error of the server."""
+    """Check that a request is answered, or refused with a reason, and is not an error of the server."""
     status, answer = post(path, body)
     assert status < 500, (body, answer)
     assert status == 200 or (
@@ -188,7 +188,7 @@ def test_wild_values_are_answered_or_refused(post):
     bodies = [(path, {**VALID[path], name: value}) for path in FIELDS for name in FIELDS[path] for value in WILD]
     bodies += [(CHAT, {**VALID[CHAT], **in_config(name, value)}) for name in CONFIG for value in WILD[1::2]]
     bodies += [(CHAT, {**VALID[CHAT], "messages": messages}) for messages in MESSAGES]
-    # What is answered at length takes long, and is tested elsewhere.
+    # Long answers take time, and are tested elsewhere.
     bodies = [
         (path, body)
         for path, body in bodies
@@ -243,11 +243,11 @@ def test_values_at_the_limits_are_answered(chat):
         assert status == 200, (options, body)
 
 
-# ----- 14: availability
+# ----- availability
 
 
 def test_clients_that_send_nothing_take_no_place(server, chat):
-    """More of them than there are places: with a head and no body, with half a head, with nothing."""
+    """More such clients than places: some send a head without a body, some half a head, some nothing."""
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     silent = []
     try:
@@ -262,7 +262,7 @@ def test_clients_that_send_nothing_take_no_place(server, chat):
 
 
 @pytest.mark.slow
-def test_silent_clients_are_hung_up(server):
+def test_silent_clients_are_disconnected(server):
     """After ten seconds each, whichever part of a request they hold back."""
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     answers = []
@@ -279,7 +279,7 @@ def test_json_that_would_stall_the_server_is_refused(post, server):
     for body, status in ((lists, 413), (escapes, 400), (b'{"messages": %s}' % nested, 400), (b"[" * 100_000, 400)):
         assert post(CHAT, body)[0] == status
     assert post(CHAT, b'{"messages": %s}' % (b"[" * 45 + b"]" * 45))[0] == 400
-    # Brackets within a string are no nesting.
+    # Brackets within a string are not nesting.
     assert post(CHAT, {**VALID[CHAT], "messages": [user("[" * 500 + '"\\"')]})[0] == 200
 
 
@@ -297,7 +297,7 @@ def test_json_that_would_stall_the_server_is_refused(post, server):
         b"",
     ],
 )
-def test_bodies_that_are_no_plain_json_are_refused(post, body):
+def test_bodies_that_are_not_plain_json_are_refused(post, body):
     status, answer = post(CHAT, body)
     assert status == 400 and answer["error"]["type"] == "invalid_request_error"
 
@@ -325,7 +325,7 @@ def as_data_url(size, mode="RGB"):
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def test_client_that_reads_nothing_is_no_surprise(server, chat):
+def test_client_that_reads_nothing_does_not_disturb_others(server, chat):
     body = json.dumps({"messages": HELLO, "max_tokens": 500, "stream": True}).encode()
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
@@ -335,12 +335,12 @@ def test_client_that_reads_nothing_is_no_surprise(server, chat):
             b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
         )
         assert chat(HELLO)[0] == 200
-        # Leaves without reading: the server gets a reset.
+        # Disconnects without reading: the server gets a reset.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     assert chat(HELLO)[0] == 200
 
 
-# ----- 15: the same request, the same answer
+# ----- the same request, the same answer
 
 
 def test_sampled_answers_are_the_same_alone_and_among_others(chat, data_url):
@@ -358,7 +358,7 @@ def test_sampled_answers_are_the_same_alone_and_among_others(chat, data_url):
     assert len({other.result() for other in others}) > 1
 
 
-# ----- 16: who may ask
+# ----- access
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,7 @@ def test_own_names_are_answered(post, host):
     assert post(CHAT, VALID[CHAT], Host=host)[0] == 200
 
 
-# ----- 18: what clients send
+# ----- what clients send
 
 
 CONVERSATIONS = {
@@ -531,7 +531,7 @@ def test_usage_in_streams_is_told_as_asked(client):
 
 
 def test_health_answers_while_the_server_works(server, post):
-    """A long answer and a heavy image are no reason to restart it."""
+    """A supervisor must not restart it because of a long answer or a large image."""
     heavy = {**VALID[CHAT], "messages": [user(image(as_data_url((1900, 1900))), text())]}
     with ThreadPoolExecutor(3) as threads:
         busy = [threads.submit(post, CHAT, {**VALID[CHAT], "max_tokens": 300}), threads.submit(post, CHAT, heavy)]

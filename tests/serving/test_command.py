@@ -1,4 +1,4 @@
-"""The command, before and around the server."""
+"""The command `mgllava serve` before the server starts, and the example client."""
 
 import subprocess
 import sys
@@ -33,7 +33,7 @@ def test_bad_option_is_one_message(repository, options, message):
     assert result.exit_code == 1 and message in result.output and "Traceback" not in result.output
 
 
-def test_other_models_are_left_to_transformers(repository, tmp_path):
+def test_other_models_are_refused(repository, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     result = CliRunner().invoke(app, ["serve", str(tmp_path)])
     assert result.exit_code == 1 and "transformers serve" in " ".join(result.output.split())

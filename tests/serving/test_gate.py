@@ -1,4 +1,4 @@
-"""The application without a model: keys, hosts, health, and bodies that arrive badly."""
+"""The application without a model: keys, hosts, health, and bodies that arrive slowly."""
 
 import asyncio
 import json
@@ -72,7 +72,7 @@ def test_allowed_hosts(bound, more, allowed, refused):
 
 
 @pytest.mark.parametrize("name", ["", "a.test:80", "http://a.test", "a b"])
-def test_names_that_are_none_are_refused_at_the_start(name):
+def test_invalid_names_are_refused_at_the_start(name):
     with pytest.raises(ValueError, match="allowed_hosts"):
         AllowedHosts("localhost", [name])
 

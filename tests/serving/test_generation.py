@@ -1,4 +1,4 @@
-"""What the running server cannot show: a lack of memory, a device that fails, and bytes that are no text."""
+"""What a running server cannot show: a lack of memory, a device that fails, and bytes that form no text."""
 
 import asyncio
 
@@ -62,19 +62,19 @@ MEMORY_ERRORS = [
 
 
 @pytest.mark.parametrize("error", MEMORY_ERRORS, ids=["device", "cpu", "python"])
-def test_lack_of_memory_is_freed_and_said(processor, freed, error):
+def test_lack_of_memory_frees_it_and_is_reported(processor, freed, error):
     with pytest.raises(RequestError) as raised:
         asyncio.run(answer(Model(error), processor))
     assert (raised.value.status, raised.value.code) == (503, "out_of_memory") and len(freed) == 1
 
 
-def test_error_of_an_option_is_the_clients(processor):
+def test_error_of_an_option_is_an_error_of_the_request(processor):
     with pytest.raises(RequestError, match="must be positive"):
         asyncio.run(answer(Model(ValueError("`length` must be positive")), processor))
 
 
 def test_device_error_is_final(processor):
-    """A failed assertion on a GPU makes all later calls fail, whoever asks."""
+    """A failed assertion on a GPU makes all later calls fail, also those of other requests."""
     model = Model(RuntimeError("CUDA error: device-side assert triggered"))
 
     async def run():
@@ -132,7 +132,7 @@ def write(tokenizer, tokens, stop=(), before=None):
 
 
 def test_bytes_that_form_no_character_do_not_end_an_answer(processor):
-    """A byte-fallback letter is sent, the next byte makes both of them invalid: the text before has changed."""
+    """A letter in byte fallback is complete, but the next byte makes both invalid, so earlier text changes."""
     tokens = processor.tokenizer.convert_tokens_to_ids(["<0x47>", "<0xE2>", "o", "r"])
     assert write(processor.tokenizer, tokens)[0].text == "G\N{REPLACEMENT CHARACTER}or"
 

@@ -1,4 +1,4 @@
-"""Which addresses may be asked, and that nothing but the checked address is."""
+"""Which addresses may be requested, and that connections go to the checked address only."""
 
 import asyncio
 import shutil
@@ -157,7 +157,7 @@ def test_certificate_is_that_of_the_name_not_of_the_address(tls_site, monkeypatc
                 download(url, allowed)
 
 
-def test_names_that_nobody_answers_hold_up_nothing_else(monkeypatch):
+def test_names_without_an_answer_do_not_block_other_work(monkeypatch):
     """The system's resolver can take half a minute; asyncio's threads, which parse requests, must not wait for it."""
     answered = threading.Event()
     monkeypatch.setattr(image_urls.socket, "getaddrinfo", lambda *args, **kwargs: answered.wait(60) and [])

@@ -1,4 +1,4 @@
-"""Two hundred requests of all kinds leave the server as large as it was."""
+"""Two hundred requests of all kinds do not let the memory of the server grow."""
 
 import gc
 

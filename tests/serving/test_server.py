@@ -1,4 +1,4 @@
-"""The server as its clients see it: the real client of OpenAI against the real process."""
+"""The server as clients see it: the OpenAI client against a server process."""
 
 import base64
 import json
@@ -20,7 +20,7 @@ PROMPT_TOKENS = 100  # more than any text here has, fewer than an image
 
 @pytest.fixture(scope="module")
 def readable(processor):
-    """A bias against all tokens that are no plain text, EOS included: random weights write anything."""
+    """A bias against all tokens that are not plain text, EOS included, as random weights choose any token."""
     vocabulary = range(len(processor.tokenizer))
     plain = [token for token in vocabulary if processor.decode([token], skip_special_tokens=True).isalnum()]
     return {str(token): -100 for token in vocabulary if token not in plain}
@@ -50,7 +50,7 @@ def answer_of(response):
 
 @pytest.fixture(scope="module")
 def alone(model, served_repository, readable):
-    """The same question to the model itself, without a server."""
+    """Ask the model itself, without a server."""
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(served_repository)
@@ -206,12 +206,12 @@ def test_download_that_goes_wrong_is_refused(ask, site, path):
 
 
 def with_side(large_picture, side):
-    """The same promise for another side; with 12,000 Pillow would not object."""
+    """The same header for another side; Pillow accepts 12,000."""
     header = b"IHDR" + struct.pack(">II", side, side) + large_picture[24:29]
     return large_picture[:12] + header + struct.pack(">I", zlib.crc32(header)) + large_picture[33:]
 
 
-def test_file_that_is_no_bearable_image_is_refused(ask, site, picture, large_picture):
+def test_file_that_is_not_an_image_within_the_limits_is_refused(ask, site, picture, large_picture):
     def as_url(data):
         return "data:image/png;base64," + base64.b64encode(data).decode()
 
@@ -329,7 +329,7 @@ def test_raw_requests_get_errors_in_json(server):
         (url, b"{}", {"Content-Type": "text/plain"}, 415),
         (url, b'{"messages": "%s"}' % (b"a" * 3_000_000), {}, 413),
         (url, b'{"unknown": 1}', {}, 422),
-        # What transformers serve has for a machine of one's own: loading, unloading, other models.
+        # Endpoints of `transformers serve` for the operator's own machine: loading, unloading, other models.
         (f"{server.url}/load_model", b'{"model": "owner/other"}', {}, 404),
         (f"{server.url}/reset", b"{}", {}, 404),
         (f"{server.url}/v1/audio/transcriptions", b"{}", {}, 404),
@@ -355,7 +355,7 @@ def test_parallel_requests_get_their_own_answers(ask, data_url):
 
 
 def when_free(request):
-    """Repeat a request until the server has noticed who left."""
+    """Repeat a request until the server has noticed which clients have disconnected."""
     deadline = time.monotonic() + 20
     while True:
         try:
@@ -365,8 +365,8 @@ def when_free(request):
             time.sleep(0.05)
 
 
-def test_clients_that_leave_stop_their_generation(ask, client):
-    """Answers of thousands of tokens each take minutes together; who comes next must not wait for them."""
+def test_disconnecting_clients_stop_their_generation(ask, client):
+    """Together these answers of thousands of tokens take minutes; the next client must not wait for them."""
     hello = {"model": "small", "messages": [{"role": "user", "content": "Hello"}]}
 
     def leave_while_waiting(_):

@@ -1,4 +1,4 @@
-"""A thousand mixed requests, three of ten bad, from sixteen threads: no surprise, the same answers and memory."""
+"""A thousand mixed requests, 30 % of them invalid, from 16 threads: the same answers, constant memory, no crash."""
 
 import http.client
 import json
@@ -75,7 +75,7 @@ def ask(server, path, body):
 
 
 def content(status, text):
-    """What of an answer does not depend on its time and id."""
+    """Return the part of an answer that does not depend on its time and id."""
     if status != 200:
         return status, json.loads(text)["error"]["param"]
     if text.startswith("data:"):

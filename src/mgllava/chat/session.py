@@ -86,9 +86,10 @@ class ChatSession:
         ```
 
     Args:
-        model ([`MGLlavaForConditionalGeneration`]): A model of one of the families of this package.
-        processor ([`MGLlavaProcessor`]): The processor of the model; its box detector, if it has one, finds the boxes
-            of images.
+        model (`PreTrainedModel`): A model of one of the families of this package, such as
+            [`MGLlavaForConditionalGeneration`].
+        processor (`ProcessorMixin`): The processor of the model; its box detector, if it has one, finds the boxes of
+            images.
         system (`str`, *optional*): System message.
         generation_config ([`GenerationConfig`], *optional*): Options of generation; by default the model's own.
         detection_threshold (`float`, *optional*): Detections must have higher scores; by default the detector's own

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="MG-LLaVA model: folder or Hub id.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model: folder or Hub id.")]
 Bits = Annotated[
     int | None,
     typer.Option(metavar="4|8", help="Load the language model quantized to so many bits.", show_default="as stored"),

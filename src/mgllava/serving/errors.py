@@ -25,7 +25,7 @@ class RequestError(MGLlavaError):
 
 
 def as_request_error(error: Exception) -> RequestError:
-    """Return what a client may know of an error: of one that nobody expected, nothing."""
+    """Return what a client may know of an error; the details of an unexpected one are only in the log."""
     if isinstance(error, RequestError):
         return error
     if isinstance(error, HTTPException):  # Starlette raises them for unknown paths and methods

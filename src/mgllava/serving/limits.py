@@ -11,7 +11,7 @@ MAX_PROMPTS = 32
 MAX_MESSAGES, MAX_PARTS = 1000, 2000
 # JSON: values to create, escapes to resolve, and nesting.
 MAX_JSON_VALUES, MAX_JSON_ESCAPES, MAX_JSON_DEPTH = 500_000, 1_000_000, 50
-# Requests whose processed images (7 MB each with MG-LLaVA) are in memory at a time.
+# Requests whose processed images (with MG-LLaVA 7 MB each) may be in memory at a time.
 MAX_REQUESTS_WITH_PIXELS = 4
 # Names that are resolved at a time: the system's resolver cannot be interrupted.
 MAX_LOOKUPS = 64
