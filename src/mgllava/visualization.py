@@ -1,4 +1,4 @@
-"""Pictures of what the model sees: boxes with their labels."""
+"""Images with boxes and labels drawn on them."""
 
 import colorsys
 import math
@@ -16,14 +16,14 @@ from mgllava.processing.images_common import as_rgb, load_upright
 Color = tuple[int, int, int]
 _Rectangle = tuple[float, float, float, float]
 
-# Steps of the golden angle keep any number of hues apart. The first is cyan, which photographs have least of.
+# Steps of the golden angle keep any number of hues apart. The first is cyan, which is rare in photographs.
 _FIRST_HUE, _GOLDEN_ANGLE = 0.5, 0.381966
 # Below this many pixels (geometric mean of the sides) letters would cover the objects, so the image is enlarged.
 _LEAST_SIDE = 360
 
 
 class _Plate(NamedTuple):
-    """A label and the rectangle that it is written on."""
+    """A label, and the rectangle that it is written on."""
 
     text: str
     place: _Rectangle
@@ -38,9 +38,10 @@ def draw_boxes(
     font_size: int | None = None,
     font: str | None = None,
 ) -> Image.Image:
-    """Draw boxes with their labels. Sizes fit the image, each label has a colour, and all stays inside the image.
+    """Draw boxes with their labels.
 
-    Where labels would cover each other, that of the best box has its place first.
+    Sizes fit the image, each label has its own color, and everything stays inside the image. Where labels
+    would cover each other, the box with the highest score is labeled first.
 
     Args:
         image: The original image, in any form that the processor takes.
@@ -48,17 +49,17 @@ def draw_boxes(
             returns and box files hold (labels and scores may be absent), also in a list of one, or boxes alone: xyxy
             in pixels of the original image (upright: its EXIF orientation is applied). Parts outside the image are
             not drawn; without scores, a box that lies outside is an error, as in the processor.
-        scores (`bool`): Whether to write the scores behind the labels.
+        scores (`bool`): Whether to write the scores after the labels.
         line_width (`int`, *optional*): In pixels; fits the image by default.
         font_size (`int`, *optional*): In pixels; fits the image by default.
         font (`str`, *optional*): A TrueType file. The built-in font has Latin letters only.
 
     Returns:
-        `PIL.Image.Image`: A new picture, RGB and upright, of the size of the image; or a whole multiple of it where
-        the image is too small for letters.
+        `PIL.Image.Image`: A new image, RGB and upright, of the size of the input; or a whole multiple of it where
+        the input is too small for letters.
 
     Raises:
-        TypeError: If the image or the boxes are none.
+        TypeError: If the image is not an image, or the boxes are not boxes.
         ValueError: If the boxes are not of shape `(num_boxes, 4)`, not xyxy or not in pixels of the image, or labels
             or scores are not as many.
     """
@@ -84,7 +85,7 @@ def draw_boxes(
     names = labels or [str(number) for number in range(len(boxes))]
     colors = dict(zip(dict.fromkeys(names), _colors(len(set(names))), strict=True))
 
-    # The best box is drawn last, on top. Dark lines around the coloured ones show them on a ground of their colour.
+    # The best box is drawn last, on top. Dark lines around the colored ones show them on a background of their color.
     rim = max(1, width // 3)
     around = boxes + boxes.new_tensor([-rim, -rim, rim, rim])
     worst_first = order[::-1]
@@ -125,7 +126,7 @@ def _unpack(detections: Any, image_size: tuple[int, int]) -> tuple[torch.Tensor,
 
 
 def _colors(number: int) -> list[Color]:
-    """Choose colours that differ in hue, all bright enough to be seen on a dark photograph."""
+    """Choose colors that differ in hue, all bright enough to be seen on a dark photograph."""
     chosen = []
     for index in range(number):
         red, green, blue = colorsys.hsv_to_rgb((_FIRST_HUE + index * _GOLDEN_ANGLE) % 1, 0.8, 1.0)

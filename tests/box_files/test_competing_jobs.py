@@ -10,7 +10,7 @@ import time
 import pytest
 
 from mgllava.box_files import BoxFileError, detect_images, read_boxes
-from mgllava.box_files.shards import Batch, ShardFolder
+from mgllava.box_files.slices import Batch, SliceFolder
 from mgllava.folder_lock import FolderLock, FolderLockedError
 from tests.box_files.stub_detector import StubDetector
 
@@ -54,7 +54,7 @@ def test_tasks_of_an_array_run_together_but_none_of_them_twice(some_images, tmp_
             detect_images(some_images, output, StubDetector(), array_task=(0, 2), resume=True, **OPTIONS)
         with pytest.raises(FolderLockedError, match="their array has 2 tasks, not 3"):
             detect_images(some_images, output, StubDetector(), array_task=(1, 3), resume=True, **OPTIONS)
-        with pytest.raises(FolderLockedError, match="made by tasks of an array: detecting part 0 of 2"):
+        with pytest.raises(FolderLockedError, match="written by array tasks: detecting part 0 of 2"):
             detect_images(some_images, output, StubDetector(), resume=True, **OPTIONS)
         assert detect_images(some_images, output, StubDetector(), array_task=(1, 2), resume=True, **OPTIONS) is None
     detector = StubDetector()
@@ -74,8 +74,8 @@ def test_task_of_another_job_does_not_join_an_array(some_images, tmp_path):
 
 def test_task_that_starts_at_the_same_moment_keeps_what_another_one_has_begun(tmp_path, monkeypatch):
     manifest = {"settings": {}, "inputs_digest": "0", "images": 4, "shard_size": 2}
-    first, second = (ShardFolder(tmp_path / "boxes.json") for _ in range(2))
-    looked = ShardFolder.read_manifest
+    first, second = (SliceFolder(tmp_path / "boxes.json") for _ in range(2))
+    looked = SliceFolder.read_manifest
 
     def look_and_be_overtaken(folder):
         found = looked(folder)
@@ -84,7 +84,7 @@ def test_task_that_starts_at_the_same_moment_keeps_what_another_one_has_begun(tm
             first.append(0, Batch(0, 2))
         return found
 
-    monkeypatch.setattr(ShardFolder, "read_manifest", look_and_be_overtaken)
+    monkeypatch.setattr(SliceFolder, "read_manifest", look_and_be_overtaken)
     second.begin(manifest)
     assert (first.next_image(0), second.next_image(0), second.next_image(1)) == (2, 2, 2)
     assert (first.path / "shard-000000.jsonl").is_file()

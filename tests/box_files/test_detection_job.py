@@ -21,7 +21,7 @@ from mgllava.box_files import (
     detection_settings,
     list_images,
     read_boxes,
-    shards,
+    slices,
 )
 from tests.box_files.conftest import NUMBER
 from tests.box_files.stub_detector import StubDetector
@@ -209,13 +209,13 @@ def _kill(*_, **__):
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (shards.os, "fsync"),  # a shard is written and has not its name yet
-        (shards.os, "replace"),  # the manifest is not there yet
-        (detection_job, "_merge"),  # all shards are done
+        (slices.os, "fsync"),  # a slice is written and has not its name yet
+        (slices.os, "replace"),  # the manifest is not there yet
+        (detection_job, "_merge"),  # all slices are done
         (detection_job, "write_boxes"),
         (Path, "replace"),  # the output is written and has not its name yet
-        (shards.ShardFolder, "remove"),  # the output is there, and so are the shards
-        (shards.shutil, "rmtree"),  # the shards are being removed
+        (slices.SliceFolder, "remove"),  # the output is there, and so are the slices
+        (slices.shutil, "rmtree"),  # the slices are being removed
     ],
 )
 @pytest.mark.parametrize("extension", ["json", "parquet"])
@@ -311,7 +311,7 @@ def test_tasks_of_an_array_and_a_last_call_make_the_same_file(many_images, undis
 def test_too_few_shards_for_the_processes_are_mentioned(some_images, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         detect_images(some_images, tmp_path / "b.json", StubDetector(), array_task=(1, 4))
-    assert "1 shards for 4 processes" in caplog.text
+    assert "1 slices for 4 processes" in caplog.text
 
 
 # What is there already
@@ -320,7 +320,7 @@ def test_too_few_shards_for_the_processes_are_mentioned(some_images, tmp_path, c
 def test_complete_output_is_not_made_twice(some_images, tmp_path):
     output = tmp_path / "boxes.parquet"
     detect_images(some_images, output, StubDetector())
-    with pytest.raises(BoxFileError, match=r"boxes\.parquet exists\. .*--overwrite"):
+    with pytest.raises(BoxFileError, match=r"boxes\.parquet exists\. .*`overwrite=True`"):
         detect_images(some_images, output, StubDetector())
     detector = StubDetector()
     assert detect_images(some_images, output, detector, resume=True) is None and detector.calls == 0

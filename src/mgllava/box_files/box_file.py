@@ -137,7 +137,7 @@ class BoxFile(Mapping[Any, Record]):
         """
         if allow_other:
             return
-        advice = "Make the boxes anew with `mgllava detect`, or pass `allow_other=True` if you want these."
+        advice = "Make the boxes again with `mgllava detect`, or pass `allow_other=True` if you want these."
         if self.settings is None:
             raise BoxFileError(
                 f"Nothing says with which settings {self.name} was made, but `expected` asks for "
@@ -177,7 +177,7 @@ def describe_differences(found: Mapping[str, Any], expected: Mapping[str, Any]) 
     names = sorted(left.keys() | right.keys())
     different = [name for name in names if left.get(name, _ABSENT) != right.get(name, _ABSENT)]
     said = [
-        f"{name} is {_short(left.get(name, _ABSENT))}, expected {_short(right.get(name, _ABSENT))}"
+        f"{name} is {shorten(left.get(name, _ABSENT))}, expected {shorten(right.get(name, _ABSENT))}"
         for name in different[:_SAMPLES]
     ]
     if len(different) > _SAMPLES:
@@ -196,8 +196,9 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
+def shorten(text: str) -> str:
+    """Cut a long text short, for an error."""
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
-__all__ = ["BoxFile", "Missing", "Record", "describe_differences", "settings_digest"]
+__all__ = ["BoxFile", "Missing", "Record", "describe_differences", "settings_digest", "shorten"]

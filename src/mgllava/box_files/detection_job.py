@@ -1,4 +1,4 @@
-"""The job: boxes for many images, by any number of processes, through any number of interruptions."""
+"""Box detection for many images, by any number of processes, with any number of interruptions."""
 
 import json
 import logging
@@ -24,11 +24,11 @@ from .detectors import Detector, detection_settings
 from .errors import BoxFileError
 from .formats import check_extension, check_record, has_integer_boxes, read_metadata, require_pyarrow, write_boxes
 from .image_lists import ImageEntry, ImageList, Inputs, is_text, list_images
-from .shards import Batch, ShardFolder
+from .slices import Batch, SliceFolder
 
 logger = logging.getLogger(__name__)
 
-# Told how many images were just done (those of an earlier run at once), and how many this process has to do.
+# Callback, called with how many images were just done (those of an earlier run at once) and how many there are.
 Progress = Callable[[int, int], None]
 _Detect = Callable[[list[Image.Image]], Sequence[Mapping[str, Any]]]
 
@@ -41,9 +41,9 @@ _PATIENCE = timedelta(days=365)
 
 @dataclass(frozen=True)
 class DetectionSummary:
-    """What a job made.
+    """Result of a detection job.
 
-    Args:
+    Attributes:
         output (`Path`): The box file.
         records (`int`): Number of its records.
         boxes (`int`): Number of its boxes.
@@ -72,7 +72,7 @@ class DetectionSummary:
 class _Work:
     """Images of one batch, on their way from the disk to the detector."""
 
-    shard: int
+    slice_number: int
     start: int
     images: list[Future[Image.Image]]
 
@@ -96,24 +96,25 @@ def detect_images(
 ) -> DetectionSummary | None:
     """Find the boxes of many images and write them to a box file.
 
-    Under `accelerate launch` every process calls this with a detector on its own device and takes every n-th shard;
-    the main process merges. The result does not depend on the number of processes or interruptions: the records have
-    the order of the input, a record per id. Images that cannot be read are logged, listed beside the output and left
-    out.
+    Under `accelerate launch` every process calls this with a detector on its own device and takes every n-th slice
+    of the input; the main process merges. The result does not depend on the number of processes or interruptions: the
+    records have the order of the input, a record per id. Images that cannot be read are logged, listed in a file next
+    to the output and left out.
 
     Args:
         inputs (`str`, `Path`, list of them or `datasets.Dataset`): See [`list_images`].
         output (`str` or `Path`): The box file, `.json` or `.parquet`.
         detector (`Detector`): What finds the boxes.
-        labels (`Sequence[str]`, *optional*): Labels to look for in place of the detector's own.
-        threshold (`float`): Least score.
+        labels (`Sequence[str]`, *optional*): Labels to look for, instead of those that the tagger finds.
+        threshold (`float`): Scores of boxes must be greater.
         batch_size (`int`): Images per call of the detector.
-        image_folder (`str` or `Path`, *optional*): Where the paths of a JSON list start; its own folder by default.
-        resume (`bool`): Whether to go on with a job that was interrupted; it starts if there is none.
-        overwrite (`bool`): Whether to start again, and to replace the output at the end.
-        array_task (`tuple[int, int]`): `(i, n)`: do the i-th of n parts (from 0), and do not merge. A last call
+        image_folder (`str` or `Path`, *optional*): Folder that the paths of a JSON list start from;
+            its own by default.
+        resume (`bool`): Whether to resume an interrupted job; it starts if there is none.
+        overwrite (`bool`): Whether to start over, and to replace the output at the end.
+        array_task (`tuple[int, int]`): `(i, n)`: work as array task i (from 0) of n, and do not merge. A last call
             without it, with `resume`, merges.
-        shard_size (`int`): Images per shard, which is what processes share out among each other.
+        shard_size (`int`): Images per slice. Processes work on one slice after another.
         show (`str` or `Path`, *optional*): Folder to draw every image with its boxes in.
         workers (`int`): Threads that read images.
         progress (`Progress`, *optional*): Called again and again with the images just done and those of this process.
@@ -149,21 +150,21 @@ def detect_images(
     from accelerate import PartialState
 
     state = PartialState(timeout=_PATIENCE)
-    folder = ShardFolder(output)
+    folder = SliceFolder(output)
     with ExitStack() as stack:
         # The other processes of a job belong to its main process, and end with it.
         lock = stack.enter_context(_lock(output, part, parts)) if state.is_main_process else None
         if state.is_main_process:
-            _prepare(output, folder, manifest, resume, overwrite, is_shared=bool(_other_tasks(output, part, parts)))
+            _prepare(output, folder, manifest, resume, overwrite, is_shared=_has_other_tasks(output, part, parts))
         state.wait_for_everyone()
         if folder.read_manifest() is None:
             logger.info("%s is complete.", output)
             return None
-        share = range(part * state.num_processes + state.process_index, folder.num_shards, parts * state.num_processes)
-        if folder.num_shards < parts * state.num_processes:
+        share = range(part * state.num_processes + state.process_index, folder.num_slices, parts * state.num_processes)
+        if folder.num_slices < parts * state.num_processes:
             logger.warning(
-                "%d shards for %d processes: some have nothing to do. A smaller shard size keeps all busy.",
-                folder.num_shards,
+                "%d slices for %d processes: some have nothing to do. A smaller `shard_size` keeps all busy.",
+                folder.num_slices,
                 parts * state.num_processes,
             )
 
@@ -183,19 +184,19 @@ def detect_images(
 
 
 def _lock(output: Path, part: int, parts: int) -> FolderLock:
-    """The lock of a whole job, or of one task of an array, whose other tasks write to the same folder."""
+    """Make the lock of a job, or of one array task; the other tasks write to the same folder."""
     if parts == 1:
         return FolderLock(output, "detecting boxes")
     return FolderLock(output.with_name(f"{output.name}.task-{part}-of-{parts}"), f"detecting part {part} of {parts}")
 
 
-def _other_tasks(output: Path, part: int, parts: int) -> list[str]:
-    """List the tasks of an array that are at work, and refuse those that would write the same shards.
+def _has_other_tasks(output: Path, part: int, parts: int) -> bool:
+    """Tell whether other array tasks are at work, and refuse those that would write the same slices.
 
     Called with the own lock held: of two runs that start at the same time, at least one sees the other.
     """
     pattern = re.compile(re.escape(output.name) + r"\.task-(\d+)-of-(\d+)\.lock")
-    others = []
+    found = False
     for name in os.listdir(output.parent):
         task = pattern.fullmatch(name)
         if task is None or (parts > 1 and (int(task[1]), int(task[2])) == (part, parts)):
@@ -205,13 +206,13 @@ def _other_tasks(output: Path, part: int, parts: int) -> list[str]:
             continue
         if parts == 1 or int(task[2]) != parts:
             raise FolderLockedError(
-                f"{output} is being made by tasks of an array: {owner}. Wait until they have finished"
+                f"{output} is being written by array tasks: {owner}. Wait until they have finished"
                 + (", then run this to merge." if parts == 1 else f"; their array has {task[2]} tasks, not {parts}.")
             )
-        others.append(owner)
+        found = True
     if parts > 1 and (owner := lock_owner(output)) is not None:
         raise FolderLockedError(f"{output} is being written by another run: {owner}. Wait until it has finished.")
-    return others
+    return found
 
 
 def _check_arguments(
@@ -224,9 +225,9 @@ def _check_arguments(
     if not 0 <= part < parts:
         raise BoxFileError(f"`array_task` must be (i, n) with 0 <= i < n, got ({part}, {parts}).")
     if parts > 1 and overwrite:
-        raise BoxFileError("Tasks of an array cannot pass `overwrite`, which would delete the work of the others.")
+        raise BoxFileError("Array tasks cannot pass `overwrite`, which would delete the work of the others.")
     if resume and overwrite:
-        raise BoxFileError("`resume` goes on and `overwrite` starts again: pass one of them.")
+        raise BoxFileError("`resume` continues a job and `overwrite` starts over: pass one of them.")
 
 
 def _check_ids(images: ImageList) -> None:
@@ -250,7 +251,7 @@ def _fits(key: int) -> bool:
 
 
 def _prepare(
-    output: Path, folder: ShardFolder, manifest: dict[str, Any], resume: bool, overwrite: bool, is_shared: bool
+    output: Path, folder: SliceFolder, manifest: dict[str, Any], resume: bool, overwrite: bool, is_shared: bool
 ) -> None:
     """Decide between starting, resuming and refusing. Afterwards there is a manifest if there is something to do."""
     if not is_shared:
@@ -260,20 +261,18 @@ def _prepare(
     begun = folder.has_begun()
     if begun and not resume:
         raise BoxFileError(
-            f"{folder.path} holds a job that was interrupted. Pass `resume=True` (`--resume`) to continue it, or "
-            "`overwrite=True` (`--overwrite`) to start again."
+            f"{folder.path} holds a job that was interrupted. Pass `resume=True` to continue it, or "
+            "`overwrite=True` to start again."
         )
     if output.exists() and not begun and not overwrite:
         if not resume:
-            raise BoxFileError(
-                f"{output} exists. Choose another output, or pass `overwrite=True` (`--overwrite`) to replace it."
-            )
+            raise BoxFileError(f"{output} exists. Choose another output, or pass `overwrite=True` to replace it.")
         made = read_metadata(output)
         wanted = {name: manifest[name] for name in made}
         if settings_digest(made) != settings_digest(wanted):
             raise BoxFileError(
                 f"{output} exists, and another job made it: {describe_differences(made, wanted)}. Choose another "
-                "output, or pass `overwrite=True` (`--overwrite`) to replace it."
+                "output, or pass `overwrite=True` to replace it."
             )
         folder.remove()
         return
@@ -282,7 +281,7 @@ def _prepare(
 
 def _run(
     images: ImageList,
-    folder: ShardFolder,
+    folder: SliceFolder,
     share: range,
     detect: _Detect,
     batch_size: int,
@@ -290,7 +289,7 @@ def _run(
     show: Path | None,
     progress: Progress | None,
 ) -> None:
-    """Do some of the shards."""
+    """Detect the boxes of the slices of this process."""
     total = sum(stop - start for start, stop in map(folder.bounds, share))
 
     def report(done: int) -> None:
@@ -300,18 +299,18 @@ def _run(
     with ThreadPoolExecutor(workers) as pool:
 
         def upcoming() -> Iterator[_Work]:
-            for shard in share:
-                start, stop = folder.bounds(shard)
-                position = folder.next_image(shard)
+            for slice_number in share:
+                start, stop = folder.bounds(slice_number)
+                position = folder.next_image(slice_number)
                 report(position - start)
                 for first in range(position, stop, batch_size):
                     numbers = range(first, min(first + batch_size, stop))
-                    yield _Work(shard, first, [pool.submit(images.load, number) for number in numbers])
+                    yield _Work(slice_number, first, [pool.submit(images.load, number) for number in numbers])
 
         try:
             for work in _ahead(upcoming(), _BATCHES_AHEAD):
                 batch = _detect_batch(images, work, detect, show, pool)
-                folder.append(work.shard, batch)
+                folder.append(work.slice_number, batch)
                 report(batch.stop - batch.start)
         except BaseException:
             # Do not read the images ahead before the error is shown.
@@ -397,12 +396,12 @@ def _picture_name(number: int, entry: ImageEntry) -> str:
 
 def _draw(path: Path, image: Image.Image, detection: Mapping[str, Any]) -> None:
     with replacing(path) as partial:
-        # Without subsampling of colours, which blurs thin lines and small letters.
+        # Without chroma subsampling, which blurs thin lines and small letters.
         draw_boxes(image, detection).save(partial, format="JPEG", quality=92, subsampling=0)
 
 
-def _merge(output: Path, folder: ShardFolder, settings: dict[str, Any], images: ImageList) -> DetectionSummary:
-    """Write the output from all shards."""
+def _merge(output: Path, folder: SliceFolder, settings: dict[str, Any], images: ImageList) -> DetectionSummary:
+    """Write the output from all slices."""
     records = boxes = 0
     unreadable: list[dict[str, Any]] = []
 
@@ -417,7 +416,7 @@ def _merge(output: Path, folder: ShardFolder, settings: dict[str, Any], images: 
         if records == 0:
             raise BoxFileError(
                 f"None of the {len(images)} images can be read; the first one: {unreadable[0]['image']} "
-                f"({unreadable[0]['reason']}). If they can be read now, pass --overwrite to start again."
+                f"({unreadable[0]['reason']}). If they can be read now, pass `overwrite=True` to start over."
             )
 
     integer_boxes = None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from mgllava.atomic_files import replacing
 from mgllava.extras import import_extra
 
-from .box_file import BoxFile, Missing, Record, settings_digest
+from .box_file import BoxFile, Missing, Record, settings_digest, shorten
 from .errors import BoxFileError
 
 if TYPE_CHECKING:
@@ -186,15 +186,17 @@ def check_record(record: Any, where: str) -> Record:
         raise BoxFileError(f"{where}: boxes, scores and labels must have the same length, got {lengths}.")
     for box in record["boxes"]:
         if not isinstance(box, list | tuple) or len(box) != 4 or not _are_finite(box):
-            raise BoxFileError(f"{where}: every box must be [x1, y1, x2, y2] with finite numbers, got {_short(box)}.")
+            raise BoxFileError(
+                f"{where}: every box must be [x1, y1, x2, y2] with finite numbers, got {shorten(repr(box))}."
+            )
         if box[2] < box[0] or box[3] < box[1]:
             raise BoxFileError(
-                f"{where}: a box must have x1 <= x2 and y1 <= y2, got {_short(box)}. Is it x, y, width, height?"
+                f"{where}: a box must have x1 <= x2 and y1 <= y2, got {shorten(repr(box))}. Is it x, y, width, height?"
             )
     if not _are_finite(record["scores"]):
-        raise BoxFileError(f"{where}: `scores` must be finite numbers, got {_short(record['scores'])}.")
+        raise BoxFileError(f"{where}: `scores` must be finite numbers, got {shorten(repr(record['scores']))}.")
     if not all(isinstance(label, str) for label in record["labels"]):
-        raise BoxFileError(f"{where}: `labels` must be text, got {_short(record['labels'])}.")
+        raise BoxFileError(f"{where}: `labels` must be text, got {shorten(repr(record['labels']))}.")
     return dict(record)
 
 
@@ -210,11 +212,6 @@ def _are_finite(values: Sequence[Any]) -> bool:
 
 def _kind(value: Any) -> str:
     return "null" if value is None else type(value).__name__
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _check_all(records: Iterable[Any], names: Iterable[str], path: Path) -> list[Record]:

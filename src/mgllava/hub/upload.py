@@ -59,7 +59,7 @@ def upload_repository(folder: str | Path, repo_id: str, tag: str, *, private: bo
 
     Args:
         folder (`str` or `Path`): What [`export_repository`] wrote.
-        repo_id (`str`): `ORGANISATION/NAME`.
+        repo_id (`str`): `ORGANIZATION/NAME`.
         tag (`str`): Name of the tag.
         private (`bool`, *optional*, defaults to `False`): Whether a new repository is private.
 

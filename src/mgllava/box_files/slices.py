@@ -1,4 +1,4 @@
-"""What a detection job has done so far: a folder that survives a kill at any moment."""
+"""The progress of a detection job, in a folder that survives a kill at any moment."""
 
 import errno
 import json
@@ -21,9 +21,9 @@ _OWN_FILES = re.compile(r"manifest\.json|manifest\..+\.partial|shard-\d+\.jsonl(
 
 @dataclass(frozen=True)
 class Batch:
-    """What came of a run of consecutive images.
+    """Results for consecutive images.
 
-    Args:
+    Attributes:
         start (`int`): Number of the first image in the input.
         stop (`int`): Number of the image after the last one.
         records (`list[dict]`): Records of the box file, in order.
@@ -36,15 +36,12 @@ class Batch:
     unreadable: list[dict[str, Any]] = field(default_factory=list)
 
 
-class ShardFolder:
-    """The folder `OUTPUT.shards`: a manifest, and one file per shard, a slice of the input of fixed size.
+class SliceFolder:
+    """The folder `OUTPUT.shards` of a job: a manifest, and one file for each slice of the input.
 
-    A shard file has one line per batch. A batch is in it as soon as it is computed, so a kill loses none; a line that
-    a kill or a full disk cut short is removed when the shard is continued. A file without `.partial` in its name was
-    complete when it got its name.
-
-    Args:
-        output (`Path`): The file that the job makes.
+    The file of a slice has one line per batch. A batch is written as soon as it is computed, so a kill loses none; a
+    line that a kill or a full disk cut short is removed when the slice is resumed. A file without `.partial` in its
+    name was complete when it got its name.
     """
 
     def __init__(self, output: Path):
@@ -53,33 +50,17 @@ class ShardFolder:
         self._finished = self.path.with_name(self.path.name + ".finished")
 
     def read_manifest(self) -> dict[str, Any] | None:
-        """Read what the job is, if there is one.
-
-        Returns:
-            `dict`, *optional*: `settings`, `inputs_digest`, `images` and `shard_size`.
-        """
+        """Read the manifest (`settings`, `inputs_digest`, `images` and `shard_size`); `None` if there is no job."""
         self.manifest = _read_manifest(self.path)
         return self.manifest
 
     def has_begun(self) -> bool:
-        """Tell whether there is a job in the folder with at least one batch done.
-
-        Returns:
-            `bool`: Whether there is something to lose.
-        """
+        """Tell whether at least one batch of a job is done."""
         shards = self.path.glob("shard-*") if self.read_manifest() is not None else ()
         return any(path.stat().st_size > 0 for path in shards)
 
     def begin(self, manifest: dict[str, Any], is_shared: bool = False) -> None:
-        """Start a job, or continue it.
-
-        Args:
-            manifest (`dict`): What the job is.
-            is_shared (`bool`): Whether other tasks of an array work in the folder at this moment.
-
-        Raises:
-            BoxFileError: If the folder holds another job, or files that are not of a job.
-        """
+        """Start a job or resume it; `is_shared` says that other array tasks work in the folder now."""
         earlier = self.read_manifest()
         # As JSON has them: tuples come back as lists.
         if earlier == json.loads(json.dumps(manifest)):
@@ -87,13 +68,13 @@ class ShardFolder:
         if earlier is not None and (is_shared or self.has_begun()):
             raise BoxFileError(
                 f"{self.path} belongs to another job: {describe_differences(earlier, manifest)}. Choose another "
-                "output, or pass `overwrite=True` (`--overwrite`) to start again."
+                "output, or pass `overwrite=True` to start again."
             )
         if earlier is None and os.path.lexists(self.path):
-            # Checked, not removed: another task of an array may have begun since the manifest was looked for.
+            # Checked, not removed: another array task may have begun since the manifest was looked for.
             self._check_own()
         self.path.mkdir(parents=True, exist_ok=True)
-        # Tasks of an array may all get here first, so each writes a file of its own.
+        # Array tasks may all get here first, so each writes a file of its own.
         descriptor, partial = tempfile.mkstemp(".partial", "manifest.", self.path)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             json.dump(manifest, file, indent=2)
@@ -103,11 +84,7 @@ class ShardFolder:
         self.read_manifest()
 
     def remove(self) -> None:
-        """Remove the folder. Killed meanwhile, it is either whole or gone, but never a job with shards missing.
-
-        Raises:
-            BoxFileError: If the folder holds anything that is not of a job: it is left alone.
-        """
+        """Remove the folder. A kill leaves it whole or gone, but never a job with slices missing."""
         self.clean()
         if os.path.lexists(self.path):
             self._check_own()
@@ -115,59 +92,37 @@ class ShardFolder:
             self.clean()
 
     def _check_own(self) -> None:
-        """Refuse a folder that is not of a job; without their manifest nothing tells which images shards are of."""
+        """Refuse a folder that is not of a job; slices without their manifest could be of any images."""
         _check_own(self.path, needs_manifest=any(self.path.glob("shard-*")))
 
     def clean(self) -> None:
-        """Remove what a kill left of a folder that was to go.
-
-        Raises:
-            BoxFileError: If that folder holds anything that is not of a job: it is left alone.
-        """
+        """Finish a removal that a kill interrupted."""
         if os.path.lexists(self._finished):
             _check_own(self._finished, needs_manifest=False)
             shutil.rmtree(self._finished)
 
     @property
-    def num_shards(self) -> int:
-        """Number of shards of the job."""
+    def num_slices(self) -> int:
+        """Number of slices of the job."""
         assert self.manifest is not None
         return -(-self.manifest["images"] // self.manifest["shard_size"])
 
-    def bounds(self, shard: int) -> tuple[int, int]:
-        """Tell which images a shard has.
-
-        Args:
-            shard (`int`): Number of the shard.
-
-        Returns:
-            `tuple[int, int]`: Number of its first image, and of the one behind its last.
-        """
+    def bounds(self, number: int) -> tuple[int, int]:
+        """Return the number of the first image of a slice, and of the one after its last."""
         assert self.manifest is not None
-        start = shard * self.manifest["shard_size"]
+        start = number * self.manifest["shard_size"]
         return start, min(start + self.manifest["shard_size"], self.manifest["images"])
 
-    def _complete(self, shard: int) -> Path:
-        return self.path / f"shard-{shard:06d}.jsonl"
+    def _complete(self, number: int) -> Path:
+        return self.path / f"shard-{number:06d}.jsonl"
 
-    def _partial(self, shard: int) -> Path:
-        return self.path / f"shard-{shard:06d}.jsonl.partial"
+    def _partial(self, number: int) -> Path:
+        return self.path / f"shard-{number:06d}.jsonl.partial"
 
-    def next_image(self, shard: int) -> int:
-        """Find where a shard is to be continued, and cut off what a kill left unfinished.
-
-        Args:
-            shard (`int`): Number of the shard.
-
-        Returns:
-            `int`: Number of the first image that is not done; the end of the shard if all are.
-
-        Raises:
-            BoxFileError: If the shard changes while it is read.
-            OSError: If the disk fails.
-        """
-        start, stop = self.bounds(shard)
-        complete, partial = self._complete(shard), self._partial(shard)
+    def next_image(self, number: int) -> int:
+        """Return the first image of a slice that is not done, or the end; cut off what a kill left unfinished."""
+        start, stop = self.bounds(number)
+        complete, partial = self._complete(number), self._partial(number)
         if complete.is_file():
             if _check_lines(complete, start, stop)[1] == stop:
                 return stop
@@ -179,21 +134,12 @@ class ShardFolder:
         os.truncate(partial, size)
         if position == stop:
             # Killed between the last batch and the new name.
-            self._finish(shard)
+            self._finish(number)
         return position
 
-    def append(self, shard: int, batch: Batch) -> None:
-        """Note a batch; the last one completes the shard. Call [`next_image`] once before.
-
-        Args:
-            shard (`int`): Number of the shard.
-            batch (`Batch`): What came of its next images.
-
-        Raises:
-            OSError: If the disk does not take the batch. The shard is then as it was before.
-            BoxFileError: If the shard is found damaged when its last batch is written.
-        """
-        partial = self._partial(shard)
+    def append(self, number: int, batch: Batch) -> None:
+        """Append a batch to a slice; the last batch completes it. Call [`next_image`] once before."""
+        partial = self._partial(number)
         line = json.dumps(vars(batch)).encode() + b"\n"
         # Unbuffered: a batch is handed to the system by one call, and survives the death of this process.
         with partial.open("ab", buffering=0) as file:
@@ -205,37 +151,30 @@ class ShardFolder:
                     raise OSError(
                         errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {written} of {len(line)} bytes", partial
                     )
-                if batch.stop == self.bounds(shard)[1]:
+                if batch.stop == self.bounds(number)[1]:
                     os.fsync(file.fileno())
             except OSError:
                 os.ftruncate(file.fileno(), before)
                 raise
-        if batch.stop == self.bounds(shard)[1]:
-            self._finish(shard)
+        if batch.stop == self.bounds(number)[1]:
+            self._finish(number)
 
-    def _finish(self, shard: int) -> None:
-        """Give a shard the name of a complete one, once its file has been found whole."""
-        partial, (start, stop) = self._partial(shard), self.bounds(shard)
+    def _finish(self, number: int) -> None:
+        """Give a slice the name of a complete one, after its file was found whole."""
+        partial, (start, stop) = self._partial(number), self.bounds(number)
         position = _check_lines(partial, start, stop)[1]
         if position != stop:
             raise BoxFileError(
-                f"{partial} is damaged behind image {position} of {start} to {stop}. Run the same command with "
-                "`resume=True` (`--resume`): it starts there."
+                f"{partial} is damaged after image {position} of {start} to {stop}. Run the same command with "
+                "`resume=True`: it starts there."
             )
-        partial.rename(self._complete(shard))
+        partial.rename(self._complete(number))
 
     def batches(self) -> Iterator[Batch]:
-        """Read all shards in order.
-
-        Yields:
-            `Batch`: What came of the images.
-
-        Raises:
-            BoxFileError: If a shard is not complete.
-        """
-        for shard in range(self.num_shards):
-            start, stop = self.bounds(shard)
-            path, position = self._complete(shard), start
+        """Read all slices in order."""
+        for number in range(self.num_slices):
+            start, stop = self.bounds(number)
+            path, position = self._complete(number), start
             if path.is_file():
                 with path.open("rb") as file:
                     for line in file:
@@ -247,12 +186,12 @@ class ShardFolder:
             if position != stop:
                 raise BoxFileError(
                     f"{path} is absent or damaged (images {start} to {stop}, complete up to {position}). Run the same "
-                    "command with `resume=True` (`--resume`): it detects what is missing."
+                    "command with `resume=True`: it detects what is missing."
                 )
 
 
 def _check_lines(path: Path, start: int, stop: int) -> tuple[int, int]:
-    """Find how many bytes of a shard file are whole, and the number of the image after the last one in them."""
+    """Return how many bytes of a slice file are whole, and the number of the image after the last one in them."""
     size, position = 0, start
     with path.open("rb") as file:
         for line in file:
@@ -298,4 +237,4 @@ def _parse(line: bytes) -> Batch | None:
         return None
 
 
-__all__ = ["Batch", "ShardFolder"]
+__all__ = ["Batch", "SliceFolder"]
