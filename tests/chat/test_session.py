@@ -68,6 +68,19 @@ def test_answers_whose_text_has_other_tokens_are_read_as_text(session, ask_plain
     assert session.ask("Go on.").text == ask_plainly([user("Hello."), assistant(answer), user("Go on.")])
 
 
+def test_changed_turns_are_computed_again_with_all_images(session, ask_plainly, seen):
+    session.add_image(COFFEE, BOXES)
+    session.ask("What is this?")
+    session.add_image(PORTRAIT, OTHER_BOXES)
+    second = session.ask("And this?").text
+    session.messages[1] = assistant("A cup.")
+    third = session.ask("Why?").text
+    assert seen == [1, 1, 2]
+    messages = [user("What is this?", (COFFEE, BOXES)), assistant("A cup.")]
+    messages += [user("And this?", (PORTRAIT, OTHER_BOXES)), assistant(second), user("Why?")]
+    assert third == ask_plainly(messages)
+
+
 def test_reset_forgets_turns_and_images(session, ask_plainly, seen):
     session.add_image(COFFEE, BOXES)
     session.ask("What is this?")
