@@ -42,6 +42,12 @@ def test_samples_come_with_paths_boxes_and_lengths(samples_folder, small_process
         assert dataset.lengths[index] == (length if image_tokens else -length)
 
 
+def test_a_sample_whose_boxes_are_null_has_those_of_the_file(folder, small_processor):
+    expected = ConversationDataset([source(folder)], small_processor)[1]
+    change(folder, 1, boxes=None)
+    assert ConversationDataset([source(folder)], small_processor)[1] == expected
+
+
 def test_lengths_are_those_of_the_original(processor, tmp_path):
     """It counts an image as one token, and cuts."""
     golden = case("batch_with_text_only")

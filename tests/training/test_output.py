@@ -158,6 +158,7 @@ TOGETHER = [
     ("training.auto_find_batch_size=true", "would change `global_batch_size`"),
     ("training.lr_scheduler_kwargs={nonsense: 1}", "`training.lr_scheduler_type` cannot be used"),
     ("training.report_to=nobody", "`training` cannot be used"),
+    ("data.samples=gone.json", "`data.samples`: there is no gone.json"),
     ("evaluation={samples: x.json, streaming: true}", "`evaluation.streaming` must be false"),
     ("training.activation_checkpointing=true", "are two names of one switch, got False and True"),
     ("model.config.projector_hidden_actt=relu", "Did you mean `model.config.projector_hidden_act`?"),
