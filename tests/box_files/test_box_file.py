@@ -72,7 +72,7 @@ def test_boxes_of_other_settings_are_refused_unless_told():
 def test_boxes_of_unknown_settings_are_refused_unless_told():
     file = BoxFile([], [])
     assert file.digest is None
-    with pytest.raises(BoxFileError, match="Nothing says with which settings"):
+    with pytest.raises(BoxFileError, match="was made with are unknown"):
         file.check_settings(SETTINGS)
     file.check_settings(SETTINGS, allow_other=True)
 

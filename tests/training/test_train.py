@@ -241,7 +241,7 @@ def test_boxes_of_another_detector_are_refused(cpu_recipe):
         run(cpu_recipe, "data.allow_other_boxes=false", "data.detector=null")
     with pytest.raises(TrainingError, match=r"data.detector.tagger.*coco80"):
         run(cpu_recipe, "data.allow_other_boxes=false")
-    with pytest.raises((TrainingError, BoxFileError), match="Nothing says with which settings"):
+    with pytest.raises((TrainingError, BoxFileError), match="was made with are unknown"):
         run(cpu_recipe, "data.allow_other_boxes=false", "data.detector.tagger=coco80")
 
 

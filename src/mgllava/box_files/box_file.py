@@ -40,9 +40,9 @@ class BoxFile(Mapping[Any, Record]):
         ids (`Iterable`): The id of each record.
         records (`Sequence[dict]`): For each id `{"boxes", "labels", "scores"}`, with boxes as xyxy in pixels of the
             original image (upright); or `{"frames": [...]}` for a video, with one such dictionary per frame.
-        settings (`dict`, *optional*): Settings of the detector that made the boxes; `None` if nobody noted them.
+        settings (`dict`, *optional*): Settings of the detector that made the boxes; `None` if unknown.
         inputs_digest (`str`, *optional*): Digest of the list of images that the file was made from.
-        missing (`str`): What an unknown id gives: `"error"`, or `"empty"` for a record without boxes.
+        missing (`str`): What an unknown id returns: `"error"`, or `"empty"` for a record without boxes.
         name (`str`): How error messages call the file.
 
     Attributes:
@@ -94,7 +94,7 @@ class BoxFile(Mapping[Any, Record]):
         raise MissingBoxesError(
             f"{self.name} has no boxes for id {key!r}; it holds {len(self)} ids, such as {known or 'none'}. An image "
             "in which nothing was found needs a record with empty lists. Run the detector on this image, or pass "
-            '`missing="empty"` to go on without boxes.'
+            '`missing="empty"` to continue without boxes.'
         )
 
     def holds_frames(self, key: Any) -> bool:
@@ -128,11 +128,11 @@ class BoxFile(Mapping[Any, Record]):
         """Refuse boxes that another detector made, or the same one with other settings.
 
         Args:
-            expected (`Mapping`): The settings that the boxes must have been made with, see [`detection_settings`].
-            allow_other (`bool`): Whether other or unknown settings will do.
+            expected (`Mapping`): Settings that the boxes must have been made with, see [`detection_settings`].
+            allow_other (`bool`): Whether to accept other or unknown settings.
 
         Raises:
-            BoxFileError: If the settings are others or unknown, and `allow_other` is not given. The message lists the
+            BoxFileError: If the settings differ or are unknown, and `allow_other` is not given. The message lists the
                 differences.
         """
         if allow_other:
@@ -140,7 +140,7 @@ class BoxFile(Mapping[Any, Record]):
         advice = "Make the boxes again with `mgllava detect`, or pass `allow_other=True` if you want these."
         if self.settings is None:
             raise BoxFileError(
-                f"Nothing says with which settings {self.name} was made, but `expected` asks for "
+                f"The settings that {self.name} was made with are unknown, but `expected` asks for "
                 f"{settings_digest(expected)[:12]}. {advice}"
             )
         found, wanted = _with_known_revisions(self.settings, expected)
@@ -164,15 +164,7 @@ def _with_known_revisions(*settings: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def describe_differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-    """Name the settings that differ.
-
-    Args:
-        found (`Mapping`): Settings as they are.
-        expected (`Mapping`): Settings as they should be.
-
-    Returns:
-        `str`: For example `threshold is 0.3, expected 0.2`; the first few, if there are many.
-    """
+    """Name the settings that differ, at most a few: `threshold is 0.3, expected 0.2`."""
     left, right = _flatten(found), _flatten(expected)
     names = sorted(left.keys() | right.keys())
     different = [name for name in names if left.get(name, _ABSENT) != right.get(name, _ABSENT)]

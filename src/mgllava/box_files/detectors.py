@@ -1,4 +1,4 @@
-"""The detector of a job: named, so that its settings can be told, and loaded only when there is an image for it."""
+"""The box detector of a job: identified by its settings, and loaded at the first image."""
 
 import hashlib
 import inspect
@@ -42,7 +42,7 @@ class LazyDetector:
     """A [`BoxDetector`] that is loaded at the first image, on the device of this process.
 
     Args:
-        config (`Mapping`): What it is built from, see [`BoxDetector.from_config`]; no paths that start with `./`.
+        config (`Mapping`): What it is built from, see [`BoxDetector.from_config`]; without paths that start with `./`.
         trust_remote_code (`bool`): Whether code of its repositories may run.
     """
 
@@ -59,7 +59,7 @@ class LazyDetector:
 
         Args:
             images: The images.
-            labels (`list[str]`, *optional*): What to look for in place of what the tagger says.
+            labels (`list[str]`, *optional*): Labels to look for, instead of those that the tagger finds.
             threshold (`float`): Scores must be greater.
             batch_size (`int`): Images at a time.
 
@@ -68,7 +68,7 @@ class LazyDetector:
 
         Raises:
             BoxFileError: If there is nothing to look for, or the detector cannot be built from its configuration.
-            OSError: If there is no such repository or folder.
+            OSError: If there is no such model.
         """
         if labels is None and self.config["tagger"] is None:
             raise BoxFileError("Nothing says what to look for: pass `labels`, or a `tagger` that names it.")
@@ -92,21 +92,22 @@ def open_detector(
     mode: str | None = None,
     trust_remote_code: bool = False,
 ) -> LazyDetector:
-    """Name a detector: that of an MG-LLaVA repository, or one made of a tagger and a zero-shot detector.
+    """Name a box detector: that of a model, or one made of a tagger and a zero-shot object detector.
 
     Args:
-        processor (`str`, *optional*): Folder or Hub id of an MG-LLaVA repository that has a box detector.
-        detector (`str`, *optional*): Folder or Hub id of a zero-shot detector; OWLv2-L by default.
+        processor (`str`, *optional*): Folder or Hub id of a model with a box detector.
+        detector (`str`, *optional*): Folder or Hub id of a zero-shot object detector; OWLv2-L by
+            default.
         tagger (`str`, *optional*): Folder or Hub id of an image tagger, or `"coco80"` for the 80 labels of COCO.
-        mode (`str`, *optional*): `"faithful"` or `"clean"`; by default that of the repository, or else faithful.
-        trust_remote_code (`bool`): Whether code of the repositories may run.
+        mode (`str`, *optional*): `"faithful"` or `"clean"`; by default that of the model, or else faithful.
+        trust_remote_code (`bool`): Whether code of the models may run.
 
     Returns:
         `LazyDetector`: The detector; no weights are read yet.
 
     Raises:
-        BoxFileError: If both are given, or the repository has no box detector, or one that is outside it.
-        OSError: If the repository cannot be read.
+        BoxFileError: If both are given, or the model has no box detector, or one outside its folder.
+        OSError: If the model cannot be read.
     """
     if processor is None:
         config: dict[str, Any] = {
@@ -130,19 +131,12 @@ def open_detector(
 
 
 def _absolute(name: str | None) -> str | None:
-    """Name a folder so that it is none inside a processor's repository."""
+    """Make the name of a folder absolute, so that it is not taken for one inside a processor's folder."""
     return os.path.abspath(name) if name is not None and os.path.isdir(name) else name
 
 
 def check_detector(detector: Any) -> None:
-    """Check that a job can use a detector, and say what made its boxes.
-
-    Args:
-        detector: The detector.
-
-    Raises:
-        BoxFileError: If it has no `config` with plain values, or its `detect` takes no options.
-    """
+    """Refuse a detector without a `config` of plain values, or whose `detect` takes no options."""
     kind = type(detector).__name__
     if not isinstance(getattr(detector, "config", None), Mapping):
         raise BoxFileError(
@@ -165,13 +159,13 @@ def detection_settings(
     threshold: float = 0.2,
     repository: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Say what boxes depend on; it travels with the box file, and [`BoxFile.check_settings`] compares it.
+    """Return what boxes depend on; box files hold it, and [`BoxFile.check_settings`] compares it.
 
     Models in folders are identified by their contents, so that a folder may be moved or copied.
 
     Args:
         detector (`Detector` or `Mapping`): The detector, or the configuration of one (`box_detector_config`).
-        labels (`Sequence[str]`, *optional*): Labels to look for in place of what the detector's tagger says.
+        labels (`Sequence[str]`, *optional*): Labels to look for, instead of those that the tagger finds.
         threshold (`float`): Scores must be greater.
         repository (`str` or `Path`, *optional*): The folder that paths of the configuration that start with `./` are
             in: the processor's.
@@ -207,15 +201,7 @@ def detection_settings(
 
 
 def folder_digest(folder: str | Path) -> str:
-    """Identify a model by the files in its folder.
-
-    Args:
-        folder (`str` or `Path`): A model's folder.
-
-    Returns:
-        `str`: `sha256:` and a digest of names, sizes and contents of its JSON and weight files; of large files,
-        samples of the contents.
-    """
+    """Identify a model by names, sizes and contents of its JSON and weight files; large files are sampled."""
     content = hashlib.sha256()
     for path in sorted(Path(folder).iterdir()):
         if path.suffix not in (".json", ".safetensors", ".bin", ".txt"):

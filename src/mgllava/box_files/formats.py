@@ -37,11 +37,11 @@ def read_boxes(path: str | Path, missing: Missing = "error") -> BoxFile:
 
     Args:
         path (`str` or `Path`): A `.json` or `.parquet` file.
-        missing (`str`): What an id gives that is not in the file: `"error"`, or `"empty"` for a record without boxes.
+        missing (`str`): What an unknown id returns: `"error"`, or `"empty"` for a record without boxes.
 
     Returns:
         `BoxFile`: The records by id, and the settings that they were made with, if the file (JSON: the
-        `NAME.settings.json` beside it) tells them.
+        `NAME.settings.json` next to it) has them.
 
     Raises:
         BoxFileError: If the file is none of these, a record is damaged, or the settings belong to another file.
@@ -84,8 +84,8 @@ def write_boxes(
         settings (`Mapping`, *optional*): Settings of the detector, see [`detection_settings`].
         inputs_digest (`str`, *optional*): Digest of the list of images.
         layout (`str`): JSON only: `"list"` for training and evaluation, `"dictionary"` for training alone.
-        integer_boxes (`bool`, *optional*): Parquet only: whether all coordinates are integers. `None`: look, which
-            takes all records into memory.
+        integer_boxes (`bool`, *optional*): Parquet only: whether all coordinates are integers. `None`: find out,
+            which loads all records into memory.
 
     Returns:
         `Path`: The file.
@@ -121,17 +121,7 @@ def write_boxes(
 
 
 def check_extension(path: Path) -> str:
-    """Find the format of a box file.
-
-    Args:
-        path (`Path`): The file.
-
-    Returns:
-        `str`: One of `FORMATS`.
-
-    Raises:
-        BoxFileError: If the extension is another.
-    """
+    """Return the format of a box file, one of `FORMATS`; refuse other extensions."""
     extension = path.suffix.lower()
     if extension not in FORMATS:
         raise BoxFileError(f"A box file must end in {' or '.join(FORMATS)}, got {path}.")
@@ -139,31 +129,15 @@ def check_extension(path: Path) -> str:
 
 
 def settings_path(path: Path) -> Path:
-    """Name the file with the settings of a JSON box file.
-
-    Args:
-        path (`Path`): The box file.
-
-    Returns:
-        `Path`: `NAME.settings.json` beside it.
-    """
+    """Name the file with the settings of a JSON box file, which is next to it."""
     return path.with_suffix(".settings.json")
 
 
 def check_record(record: Any, where: str) -> Record:
     """Check that a record is one that the original and this package can use.
 
-    Args:
-        record: `{"boxes", "labels", "scores"}` in parallel, boxes as xyxy in pixels of the original image (they
-            may lie outside it); or `{"frames": [...]}` with one such dictionary per frame.
-        where (`str`): How the error calls it.
-
-    Returns:
-        `dict`: The record.
-
-    Raises:
-        BoxFileError: If keys are absent, lengths differ, a coordinate or score is not a finite number, a box has
-            `x2 < x1` or `y2 < y1`, or a label is not text.
+    It is `{"boxes", "labels", "scores"}` in parallel, boxes as xyxy in pixels of the original image (they may lie
+    outside it); or `{"frames": [...]}` with one such dictionary per frame. `where` names it in errors.
     """
     if not isinstance(record, Mapping):
         raise BoxFileError(f"{where} must be a dictionary, got {_kind(record)}.")
@@ -282,18 +256,7 @@ def _read_json(path: Path, missing: Missing) -> BoxFile:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Read how a box file was made, without its boxes.
-
-    Args:
-        path (`Path`): The box file.
-
-    Returns:
-        `dict`: `settings` and `inputs_digest`; `None` where nothing tells.
-
-    Raises:
-        BoxFileError: If the settings belong to another file, or were changed.
-        ImportError: If the file is Parquet and pyarrow is not installed.
-    """
+    """Read `settings` and `inputs_digest` of a box file without its boxes; `None` where unknown."""
     metadata: dict[str, Any] = {}
     side_file = settings_path(path)
     if check_extension(path) == ".parquet":
@@ -374,14 +337,7 @@ def _write_parquet(
 
 
 def has_integer_boxes(record: Mapping[str, Any]) -> bool:
-    """Tell whether all coordinates of an image's boxes are integers.
-
-    Args:
-        record (`Mapping`): A record with `boxes`.
-
-    Returns:
-        `bool`: Whether they are; so too without boxes.
-    """
+    """Tell whether all coordinates of an image's boxes are integers; also true without boxes."""
     return all(isinstance(value, int) for box in record.get("boxes", ()) for value in box)
 
 

@@ -1,4 +1,4 @@
-"""What there is to detect: folders, image files, JSON lists of questions or conversations, datasets."""
+"""Lists of images from folders, image files, JSON lists of questions or conversations, and datasets."""
 
 import hashlib
 import json
@@ -33,12 +33,7 @@ _DATASET_FILES = ("state.json", "dataset_dict.json")
 
 @dataclass(frozen=True)
 class ImageEntry:
-    """An image, and the ids of all records that are to have its boxes.
-
-    Args:
-        ids (`tuple`): Text or integers.
-        image (`str`, *optional*): Its path as the input gives it; `None` if the image has none.
-    """
+    """An image with its path, if it has one, and the ids (text or integers) of all records that get its boxes."""
 
     ids: tuple[Any, ...]
     image: str | None
@@ -48,9 +43,9 @@ class ImageEntry:
 class ImageList:
     """Images in the order of the input, each of them once.
 
-    Args:
+    Attributes:
         entries (`list[ImageEntry]`): The images.
-        open (`Callable[[int], Any]`): Gives an image for its number: a path, or what a dataset stores.
+        open (`Callable[[int], Any]`): Returns the image of a number: a path, or what a dataset stores.
         source (`str`): Where they come from, part of the digest.
         samples_without_image (`int`): Samples of a JSON list that were left out: text only, or with a video.
     """
@@ -75,7 +70,7 @@ class ImageList:
         """Read an image.
 
         Args:
-            number (`int`): Which one.
+            number (`int`): Index of the image in `entries`.
 
         Returns:
             `PIL.Image.Image`: RGB, upright (its EXIF orientation is applied).
@@ -98,7 +93,7 @@ def list_images(
     - a folder, read with all below it: the path below the folder;
     - image files: the path as given;
     - JSON lines (`.jsonl`): `question_id`, `id` or `index`, as the benchmark has it;
-    - LLaVA's JSON (`.json`, a list of samples): `id` as text, for so training looks it up;
+    - LLaVA's JSON (`.json`, a list of samples): `id` as text, as training looks it up;
     - a dataset (of the datasets library, or its folder, or Parquet with an image column): the column `question_id`,
       `id` or `index`, or else the number of the row.
 
@@ -107,7 +102,8 @@ def list_images(
 
     Args:
         inputs (`str`, `Path`, list of them or `datasets.Dataset`): One of the above.
-        image_folder (`str` or `Path`, *optional*): Where the paths of a JSON list start; its own folder by default.
+        image_folder (`str` or `Path`, *optional*): Folder that the paths of a JSON list start from; its
+            own by default.
         exclude (`str` or `Path`, *optional*): A folder to leave out.
 
     Returns:
