@@ -9,7 +9,6 @@ and answers: instruction tuning), `questions.jsonl` (the same questions one by o
 interrupted goes on where it was.
 """
 
-import io
 import json
 import os
 from collections.abc import Iterable
@@ -46,12 +45,9 @@ def make_sample(split: Split, number: int, images: Path, questions: int) -> dict
     picture, boxes = draw_scene(scene)
     path = images / f"{number:06d}.jpg"
     if not path.exists():
-        encoded = io.BytesIO()
-        # Full chroma: halved, small objects would lose their colors, not only their sharpness.
-        picture.save(encoded, format="JPEG", quality=92, subsampling=0)
-        partial_path = path.with_suffix(".partial")
-        partial_path.write_bytes(encoded.getvalue())
-        partial_path.replace(path)
+        with replacing(path) as partial:
+            # Full chroma: halved, small objects would lose their colors, not only their sharpness.
+            picture.save(partial, format="JPEG", quality=92, subsampling=0)
     return {
         "id": scene.id,
         "image": path.name,

@@ -5,18 +5,19 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from mgllava.atomic_files import is_partial, replacing
 
 from .box_file import describe_differences
 from .errors import BoxFileError
 
 _MANIFEST = "manifest.json"
 _MANIFEST_KEYS = {"settings", "inputs_digest", "images", "shard_size"}
-_OWN_FILES = re.compile(r"manifest\.json|manifest\..+\.partial|shard-\d+\.jsonl(\.partial)?")
+_OWN_FILES = re.compile(r"manifest\.json|shard-\d+\.jsonl(\.partial)?")
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,8 @@ class SliceFolder:
             self._check_own()
         self.path.mkdir(parents=True, exist_ok=True)
         # Array tasks may all get here first, so each writes a file of its own.
-        descriptor, partial = tempfile.mkstemp(".partial", "manifest.", self.path)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path / _MANIFEST)
+        with replacing(self.path / _MANIFEST) as partial:
+            partial.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         self.read_manifest()
 
     def remove(self) -> None:
@@ -214,7 +211,8 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
 def _check_own(folder: Path, needs_manifest: bool) -> None:
     """Refuse to delete what no job made."""
     if folder.is_dir() and not folder.is_symlink():
-        others = sorted(entry.name for entry in os.scandir(folder) if not _OWN_FILES.fullmatch(entry.name))
+        names = sorted(entry.name for entry in os.scandir(folder))
+        others = [name for name in names if not _OWN_FILES.fullmatch(name) and not is_partial(name)]
         if (needs_manifest or (folder / _MANIFEST).exists()) and _read_manifest(folder) is None:
             others.append(f"no {_MANIFEST} of a job")
         if not others:
