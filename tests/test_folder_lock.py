@@ -13,17 +13,20 @@ import pytest
 from mgllava import folder_lock
 from mgllava.folder_lock import FolderLock, FolderLockedError
 
-# Without the package around it, whose import takes seconds.
-IMPORT = f"import os, sys, time\nsys.path.insert(0, {str(Path(folder_lock.__file__).parent)!r})\n"
+# In an empty package, since importing the real one takes seconds.
+IMPORT = f"""import os, signal, sys, time, types
+sys.modules["mgllava"] = types.ModuleType("mgllava")
+sys.modules["mgllava"].__path__ = [{str(Path(folder_lock.__file__).parent)!r}]
+"""
 HOLD = """
-from folder_lock import FolderLock
+from mgllava.folder_lock import FolderLock
 with FolderLock(sys.argv[1], "holding"):
     print("held", flush=True)
     time.sleep(60)
 """
 # Enters as often as it can, and notes when: with a stale lock in the way at the start, and again and again.
 COMPETE = """
-from folder_lock import FolderLock, FolderLockedError
+from mgllava.folder_lock import FolderLock, FolderLockedError
 path, entered = sys.argv[1], 0
 deadline = time.monotonic() + 60
 while entered < 5 and time.monotonic() < deadline:
@@ -172,6 +175,26 @@ def test_heartbeat_touches_the_file(tmp_path, monkeypatch):
         while lock.file.stat().st_mtime < 100 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert lock.file.stat().st_mtime > 100
+
+
+@pytest.mark.parametrize("call", ["open", "fsync", "link"])
+def test_process_killed_while_it_makes_its_lock_holds_none(tmp_path, call):
+    code = f"os.{call} = lambda *a, **o: os.kill(os.getpid(), signal.SIGKILL)\n" + HOLD
+    killed = subprocess.run(
+        [sys.executable, "-c", IMPORT + "import mgllava.folder_lock\n" + code, str(tmp_path / "out")]
+    )
+    assert killed.returncode == -signal.SIGKILL
+    with FolderLock(tmp_path / "out", "holding"):
+        assert [path.name for path in tmp_path.iterdir()] == ["out.lock"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_file_system_without_links_gets_a_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", lambda *names: (_ for _ in ()).throw(OSError("no links on this disk")))
+    with FolderLock(tmp_path / "out", "holding"):
+        with pytest.raises(FolderLockedError, match="holding"), FolderLock(tmp_path / "out", "another"):
+            pass
+        assert [path.name for path in tmp_path.iterdir()] == ["out.lock"]
 
 
 def test_one_of_many_takes_over(tmp_path):

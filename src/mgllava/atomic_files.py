@@ -27,7 +27,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{_start(path.name)}.{uuid.uuid4().hex[:8]}.partial")
+    partial = partial_name(path)
     try:
         yield partial
         with partial.open("rb") as file:
@@ -35,6 +35,11 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def partial_name(path: Path) -> Path:
+    """Return a new, hidden name in the folder of a file, for its content until it is complete."""
+    return path.with_name(f".{_start(path.name)}.{uuid.uuid4().hex[:8]}.partial")
 
 
 def is_partial(name: str) -> bool:
@@ -69,4 +74,4 @@ def _start(name: str) -> str:
     return os.fsencode(name)[:_MAX_NAME_BYTES].decode(errors="ignore")
 
 
-__all__ = ["is_partial", "remove_partial", "replacing"]
+__all__ = ["is_partial", "partial_name", "remove_partial", "replacing"]

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from .atomic_files import partial_name, remove_partial
 from .errors import MGLlavaError
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 120.0
 
 _MARK = "mgllava lock"
-# An owner creates the file and fills it right after; whoever reads it in between looks again for this long.
+# Without hard links, a lock is created and filled right after; whoever reads it in between tries again for this long.
 _SETTLING_SECONDS = 1.0
 _MAX_BYTES = 1 << 16
 
@@ -104,10 +105,6 @@ class FolderLock:
             )
 
     def _try_to_create(self) -> bool:
-        try:
-            descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
-            return False
         self._token = uuid.uuid4().hex
         owner = {
             "mark": _MARK,
@@ -119,14 +116,28 @@ class FolderLock:
             "process_started": _process_start(os.getpid()),
             "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         }
+        if os.path.lexists(self.file):
+            return False
+        partial = partial_name(self.file)
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(owner, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            self.file.unlink(missing_ok=True)
-            raise
+            _write(partial, owner)
+            try:
+                # A lock that appears with its content is whole even if the process is killed at any moment.
+                os.link(partial, self.file)
+            except FileExistsError:
+                return False
+            except (OSError, NotImplementedError):
+                # The file system has no hard links.
+                try:
+                    _write(self.file, owner)
+                except FileExistsError:
+                    return False
+                except BaseException:
+                    self.file.unlink(missing_ok=True)
+                    raise
+        finally:
+            partial.unlink(missing_ok=True)
+        remove_partial(self.file)  # left by processes that were killed right here
         return True
 
     def _make_way(self) -> None:
@@ -234,6 +245,15 @@ def lock_owner(path: str | Path) -> str | None:
         return None
     is_dead = _is_dead(owner)
     return None if is_dead or (is_dead is None and age >= STALE_SECONDS) else _describe(owner)
+
+
+def _write(path: Path, owner: dict[str, Any]) -> None:
+    """Create a lock file, which must not exist, and write it to the disk."""
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        json.dump(owner, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _read(path: Path) -> dict[str, Any] | None:
