@@ -175,6 +175,7 @@ def test_public_names():
         "RamPlusForImageTagging",
         "RamPlusImageProcessor",
         "RamPlusImageProcessorPil",
+        "build_from_parts",
         "quantization_config",
     ]
     assert all(hasattr(mgllava, name) for name in mgllava.__all__)

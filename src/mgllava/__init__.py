@@ -36,18 +36,22 @@ _LAZY_MODULES = (
     "training",
     "visualization",
 )
+# Functions of such modules, by the module.
+_LAZY_NAMES = {"build_from_parts": "conversion"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a module of the package at its first use."""
+    """Import a module of the package, or a function of one, at its first use."""
     if name in _LAZY_MODULES:
         return import_module(f"{__name__}.{name}")
+    if name in _LAZY_NAMES:
+        return getattr(import_module(f"{__name__}.{_LAZY_NAMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    """List the modules too that are imported at their first use."""
-    return sorted({*globals(), *_LAZY_MODULES})
+    """List all names, those included that are imported at their first use."""
+    return sorted({*globals(), *_LAZY_MODULES, *_LAZY_NAMES})
 
 
 __all__ = [
@@ -64,5 +68,6 @@ __all__ = [
     "RamPlusForImageTagging",
     "RamPlusImageProcessor",
     "RamPlusImageProcessorPil",
+    "build_from_parts",
     "quantization_config",
 ]

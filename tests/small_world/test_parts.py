@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.ops import box_convert, clip_boxes_to_image
 from transformers import AutoImageProcessor, AutoModel, LlamaForCausalLM
 
-from mgllava import BoxDetector, MGLlavaForConditionalGeneration, MGLlavaImageProcessor
+from mgllava import BoxDetector, MGLlavaImageProcessor, build_from_parts
 from mgllava.training import MGLlavaDataCollator
 from small_world.dataset import write_dataset
 from small_world.frames import cells_of_centers, centered_frame, cornered_frame, squeezed_frame
@@ -271,7 +271,7 @@ def test_parts_make_a_model_that_sees_what_they_were_trained_on(data, batch, tok
     for part, name in ((language_model, "llm"), (vision, "clip"), (high_res, "convnext")):
         part.save(tmp_path / name)
     tokenizer.save_pretrained(tmp_path / "llm")
-    model = MGLlavaForConditionalGeneration.from_pretrained_parts(
+    model = build_from_parts(
         llm=tmp_path / "llm",
         vision_tower=tmp_path / "clip",
         high_res_tower=tmp_path / "convnext",

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from mgllava import BoxDetector, MGLlavaForConditionalGeneration
+from mgllava import BoxDetector, build_from_parts
 from small_world.bundle import LANGUAGE_MODEL, bundle, write_language_model
 from small_world.demo import MODEL
 from small_world.parts import Part
@@ -26,7 +26,7 @@ def parts(tmp_path_factory):
 
 def test_put_together_again_they_see_what_the_model_sees(parts):
     shipped = AutoModel.from_pretrained(MODEL, dtype=torch.float32).eval()
-    again = MGLlavaForConditionalGeneration.from_pretrained_parts(
+    again = build_from_parts(
         parts / "language-model",
         parts / "vision-tower",
         parts / "high-res-tower",

@@ -2,9 +2,9 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModel, AutoProcessor, GenerationConfig
+from transformers import AutoModel, AutoProcessor, AutoTokenizer, GenerationConfig
 
-from mgllava import MGLlavaForConditionalGeneration
+from mgllava import build_from_parts
 from mgllava.training import TrainingError, write_starting_model
 from tests.golden_cases import GOLDEN, IMAGE_ID, case, load_tensors, process, run
 
@@ -14,19 +14,42 @@ PARTS = {"llm": GOLDEN / "llm", "vision_tower": GOLDEN / "clip", "high_res_tower
 @pytest.fixture(scope="module")
 def assembled():
     torch.manual_seed(0)
-    return MGLlavaForConditionalGeneration.from_pretrained_parts(**PARTS)
+    return build_from_parts(**PARTS)
 
 
 def test_parts_are_what_the_converter_makes_of_them(assembled, convert):
     """Towers and language model have the same weights, under the same names, as a converted pretrain checkpoint."""
-    converted = AutoModel.from_pretrained(convert("iter_5_pretrain.pth"), dtype=torch.float32).state_dict()
-    own = assembled.state_dict()
-    assert own.keys() == converted.keys()
-    for name, value in converted.items():
+    converted = AutoModel.from_pretrained(convert("iter_5_pretrain.pth"), dtype=torch.float32)
+    expected, own = converted.state_dict(), assembled.state_dict()
+    assert own.keys() == expected.keys()
+    for name, value in expected.items():
         if "fusion" in name or "projector" in name:
             continue
         rows = 420 if name in ("lm_head.weight", "model.language_model.embed_tokens.weight") else None
         assert torch.equal(own[name][:rows], value[:rows]), name
+    # The rows above the language model's own are not words: neither the loss nor the answers know them.
+    assert assembled.config.unpadded_vocab_size == converted.config.unpadded_vocab_size == 420
+    assert assembled.config.unused_token_ids == list(range(420, 448))
+
+
+def test_parameters_are_the_models_own(assembled, tmp_path):
+    """Not views of the files, which would be read-only, or change when a file does."""
+    tower = assembled.model.high_res_vision_tower
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.add_(0)
+    assert all(parameter.requires_grad for parameter in tower.parameters())
+
+
+def test_a_placeholder_that_the_tokenizer_has_keeps_its_id(tmp_path):
+    shutil.copytree(PARTS["llm"], tmp_path / "llm")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "llm")
+    tokenizer.add_tokens([str(number) for number in range(40)])
+    tokenizer.add_tokens("<image>", special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "llm")
+    model = build_from_parts(**{**PARTS, "llm": tmp_path / "llm"})
+    assert model.config.image_token_id == len(tokenizer) - 1 == 460
+    assert model.get_input_embeddings().num_embeddings == 512 and model.config.unpadded_vocab_size == 420
 
 
 def test_the_new_parts_start_as_a_new_model_does(assembled):
@@ -42,7 +65,7 @@ def test_the_new_parts_start_as_a_new_model_does(assembled):
 
 
 def test_a_variant_and_another_dtype():
-    model = MGLlavaForConditionalGeneration.from_pretrained_parts(
+    model = build_from_parts(
         **PARTS,
         dtype=torch.bfloat16,
         fusion_type="resampler",
@@ -78,19 +101,21 @@ def test_the_written_repository_works(tmp_path):
 
 @pytest.mark.parametrize(
     ("part", "value", "error"),
-    [("high_res_tower", GOLDEN / "clip", OSError), ("vision_tower", GOLDEN / "llm", ValueError)],
+    [
+        ("high_res_tower", GOLDEN / "clip", OSError),
+        ("high_res_tower", "no/such/folder", OSError),
+        ("vision_tower", GOLDEN / "llm", ValueError),
+    ],
 )
 def test_a_part_of_another_kind_is_refused(part, value, error):
     with pytest.raises(error):
-        MGLlavaForConditionalGeneration.from_pretrained_parts(**{**PARTS, part: value})
+        build_from_parts(**{**PARTS, part: value})
 
 
 def test_generation_config_of_the_language_model_is_kept(tmp_path):
     shutil.copytree(PARTS["llm"], tmp_path / "llm")
     GenerationConfig(eos_token_id=[2, 5, 7], temperature=0.3, do_sample=True).save_pretrained(tmp_path / "llm")
-    model = MGLlavaForConditionalGeneration.from_pretrained_parts(
-        **{**PARTS, "llm": tmp_path / "llm"}, attn_implementation="eager", device_map="cpu"
-    )
+    model = build_from_parts(**{**PARTS, "llm": tmp_path / "llm"}, attn_implementation="eager", device_map="cpu")
     assert model.generation_config.eos_token_id == [2, 5, 7] and model.generation_config.temperature == 0.3
     assert model.generation_config.suppress_tokens == model.config.unused_token_ids
     assert model.config.text_config._attn_implementation == "eager"
@@ -102,10 +127,10 @@ def test_generation_config_of_the_language_model_is_kept(tmp_path):
     ("wrong", "error", "message"),
     [
         ({"fusion_typ": "none"}, TypeError, "unexpected keyword argument 'fusion_typ'"),
-        ({"quantization_config": {}}, ValueError, "`quantization_config` is for a complete repository"),
+        ({"quantization_config": {}}, ValueError, "`quantization_config` is for a complete model folder"),
         ({"device_map": "auto"}, ValueError, "`device_map` must be a single device here"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(wrong, error, message):
     with pytest.raises(error, match=message):
-        MGLlavaForConditionalGeneration.from_pretrained_parts(**PARTS, **wrong)
+        build_from_parts(**PARTS, **wrong)

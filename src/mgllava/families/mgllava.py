@@ -17,7 +17,7 @@ MGLLAVA = Family(
     source_formats=("mgllava.conversion.xtuner:XTUNER",),
     card="mgllava.hub.mgllava_card:mgllava_card",
     parts=("llm", "vision_tower", "high_res_tower"),
-    build="mgllava.training.starting_model_mgllava:build_mgllava",
+    build="mgllava.conversion.build:build_mgllava",
     trained_whole=("fusion", "multi_modal_projector", "box_projector", "object_attention"),
     # 2,048 tokens less those of an image.
     max_text_length=1472,

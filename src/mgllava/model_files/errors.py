@@ -1,4 +1,4 @@
-"""The error of model files."""
+"""The errors of model files."""
 
 from mgllava.errors import MGLlavaError
 
@@ -7,4 +7,8 @@ class ConversionError(MGLlavaError, ValueError):
     """A checkpoint or a repository cannot be converted; the message says what to do about it."""
 
 
-__all__ = ["ConversionError"]
+class UnreadableSourceError(ConversionError, OSError):
+    """A model folder or Hub repository that cannot be found or read."""
+
+
+__all__ = ["ConversionError", "UnreadableSourceError"]

@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, PreTrainedConfig
 
-from .errors import ConversionError
+from .errors import ConversionError, UnreadableSourceError
 from .json_files import read_json
 
 _CONFIG_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
@@ -15,7 +15,7 @@ _SAFETENSORS_FILES = ["model*.safetensors"]
 _PICKLED_FILES = ["pytorch_model*.bin"]
 
 
-def fetch(name: str | Path, argument: str, patterns: list[str], revision: str | None = None) -> Path:
+def fetch(name: str | Path, argument: str, patterns: list[str], revision: str | None = None, **location: Any) -> Path:
     """Find a repository on disk, or download parts of it from the Hub.
 
     Args:
@@ -23,22 +23,23 @@ def fetch(name: str | Path, argument: str, patterns: list[str], revision: str | 
         argument (`str`): The user's argument, for the error.
         patterns (`list[str]`): Files to download.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        **location: Further arguments of `huggingface_hub.snapshot_download`, such as `cache_dir` and `token`.
 
     Returns:
         `Path`: The folder.
 
     Raises:
-        ConversionError: If there is no such folder and no such repository.
+        UnreadableSourceError: If there is no such folder and no such repository.
     """
     folder = Path(name)
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).startswith("."):
-        raise ConversionError(f"`{argument}` must be a folder or a Hub id (owner/name), but {name} is neither.")
+        raise UnreadableSourceError(f"`{argument}` must be a folder or a Hub id (owner/name), but {name} is neither.")
     try:
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns, **location))
     except Exception as error:  # those of the HTTP library have other names in each version of huggingface_hub
-        raise ConversionError(
+        raise UnreadableSourceError(
             f"`{argument}`: {name} is not a folder here, and it cannot be fetched from the Hub ({one_line(error)})."
         ) from error
 

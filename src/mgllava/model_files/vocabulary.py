@@ -97,17 +97,8 @@ def _build_tokenizer_json(folder: Path, output: Path) -> None:
     tokenizer.save_pretrained(output)
 
 
-def plan_vocabulary(tokenizer: Any, original_rows: int) -> Vocabulary:
-    """Choose the size of the embedding table.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): It knows the placeholder.
-        original_rows (`int`): Rows of the language model's table.
-
-    Returns:
-        `Vocabulary`: With a table that covers the placeholder, padded to a multiple of 64.
-    """
-    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+def plan_vocabulary(image_token_id: int, original_rows: int) -> Vocabulary:
+    """Choose the size of an embedding table that has a row for the placeholder: a multiple of 64."""
     rows = max(original_rows, image_token_id + 1)
     return Vocabulary(image_token_id, original_rows, -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE)
 

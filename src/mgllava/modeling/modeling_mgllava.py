@@ -1,9 +1,6 @@
 """MG-LLaVA: three views of an image for one language model (arXiv 2406.17770)."""
 
-import copy
-import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -11,9 +8,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F  # noqa: N812
 from transformers import (
     AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    CLIPVisionModel,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessor,
@@ -33,7 +27,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple, logging, torch_compilable_check
 
 from .configuration_mgllava import MGLlavaConfig
-from .language_model_common import LanguageModelHead, load_language_model
+from .language_model_common import load_language_model
 from .pretrained_common import CACHE_NAME, ImageTextPreTrainedModel, either_cache
 from .vision_mgllava import (
     FUSIONS,
@@ -47,47 +41,6 @@ from .vision_mgllava import (
 
 logger = logging.get_logger(__name__)
 
-# Arguments of `from_pretrained` that `from_pretrained_parts` hands on, to all parts or to the language model; what it
-# takes of the configuration; and what needs a repository that is complete.
-_PART_LOCATION = ("cache_dir", "force_download", "local_files_only", "token")
-_LLM_ARGUMENTS = (
-    "revision",
-    "subfolder",
-    "gguf_file",
-    "trust_remote_code",
-    "code_revision",
-    "variant",
-    "use_safetensors",
-    "weights_only",
-)
-_VARIANT_ARGUMENTS = (
-    "fusion_type",
-    "object_merging",
-    "box_feature_type",
-    "box_multi_level_size",
-    "projector_hidden_act",
-)
-_WHOLE_ARGUMENTS = (
-    "quantization_config",
-    "load_in_4bit",
-    "load_in_8bit",
-    "device_map",
-    "max_memory",
-    "offload_folder",
-    "offload_buffers",
-    "tp_plan",
-    "tp_size",
-    "device_mesh",
-    "distributed_config",
-    "output_loading_info",
-    "ignore_mismatched_sizes",
-    "state_dict",
-    "config",
-    "adapter_kwargs",
-    "key_mapping",
-    "use_kernels",
-    "low_cpu_mem_usage",
-)
 # Arguments of `forward` for images, and for the loss.
 _IMAGE_ARGUMENTS = ("pixel_values", "boxes", "num_boxes", "mm_encoder_outputs")
 # What `generate` calls, overridden here: under another name it would be passed over without a word.
@@ -216,36 +169,6 @@ def _keep(hidden_states: torch.FloatTensor, logits_to_keep: int | torch.Tensor) 
         "`logits_to_keep` must be a number of positions or a tensor of one or two dimensions, got shape "
         f"{tuple(logits_to_keep.shape)}."
     )
-
-
-def _refuse_arguments(kwargs: dict) -> None:
-    """Raise for arguments that `from_pretrained_parts` does not take."""
-    if whole := [name for name in kwargs if name in _WHOLE_ARGUMENTS]:
-        raise ValueError(
-            f"`{whole[0]}` is for a complete repository: put the parts together without it, `save_pretrained`, and "
-            "pass it to `from_pretrained`."
-        )
-    if unknown := [name for name in kwargs if name not in _VARIANT_ARGUMENTS]:
-        known = [*_VARIANT_ARGUMENTS, "high_res_image_size", "attn_implementation", "device_map", "torch_dtype"]
-        raise TypeError(
-            f"from_pretrained_parts() got an unexpected keyword argument {unknown[0]!r}. Besides the parts, "
-            f"`image_token_id` and `dtype` it takes {', '.join([*known, *_PART_LOCATION, *_LLM_ARGUMENTS])}."
-        )
-
-
-def _single_device(device_map: Any) -> torch.device | None:
-    """Read a `device_map` that names one device."""
-    if isinstance(device_map, dict) and list(device_map) == [""]:
-        device_map = device_map[""]
-    if device_map is None:
-        return None
-    try:
-        return torch.device(device_map)
-    except (RuntimeError, TypeError):
-        raise ValueError(
-            f"`device_map` must be a single device here, such as 'cuda:0', got {device_map!r}. To spread a model put "
-            "the parts together without it, `save_pretrained`, and pass it to `from_pretrained`."
-        ) from None
 
 
 class MGLlavaPreTrainedModel(ImageTextPreTrainedModel):
@@ -677,128 +600,6 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
         self._is_stateful = self._head.rest._is_stateful
         self.post_init()
         self.generation_config.suppress_tokens = config.unused_token_ids
-
-    @classmethod
-    def from_pretrained_parts(
-        cls,
-        llm: str | os.PathLike,
-        vision_tower: str | os.PathLike,
-        high_res_tower: str | os.PathLike,
-        *,
-        image_token_id: int | None = None,
-        dtype: torch.dtype | str = "auto",
-        **kwargs,
-    ) -> "MGLlavaForConditionalGeneration":
-        r"""Put a model together from trained parts; fusion and projectors are random, as stage 1 starts.
-
-        The embedding table gets rows for the placeholder, up to a multiple of 64.
-
-        Example:
-        ```python
-        >>> model = MGLlavaForConditionalGeneration.from_pretrained_parts(
-        ...     llm="lmsys/vicuna-7b-v1.5",
-        ...     vision_tower="openai/clip-vit-large-patch14-336",
-        ...     high_res_tower="laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup",
-        ... )
-        ```
-
-        Args:
-            llm (`str` or `os.PathLike`): Folder or Hub id of a causal language model. Its generation config is kept.
-            vision_tower (`str` or `os.PathLike`): Folder or Hub id of a CLIP model or of its vision tower.
-            high_res_tower (`str` or `os.PathLike`): Folder or Hub id of an open_clip model with a ConvNeXt.
-            image_token_id (`int`, *optional*):
-                Id of the placeholder. By default that of `<image>` in the language model's tokenizer or, if it has
-                none, the next free one, which `tokenizer.add_tokens` gives it.
-            dtype (`torch.dtype` or `str`, *optional*, defaults to `"auto"`):
-                Of all weights; `"auto"`: that of the language model. `torch_dtype` is an older name.
-            **kwargs:
-                - `high_res_image_size` (768 by default), and of [`MGLlavaConfig`] `fusion_type`, `object_merging`,
-                  `box_feature_type`, `box_multi_level_size` and `projector_hidden_act`;
-                - for the whole model `attn_implementation`, and `device_map` with a single device;
-                - for the downloads of all parts `cache_dir`, `force_download`, `local_files_only` and `token`;
-                - of `from_pretrained` for `llm` alone `revision`, `subfolder`, `gguf_file`, `trust_remote_code`,
-                  `code_revision`, `variant`, `use_safetensors` and `weights_only`.
-
-        Returns:
-            `MGLlavaForConditionalGeneration`: The model, in evaluation mode.
-
-        Raises:
-            TypeError: If an argument is unknown.
-            ValueError: If a part is none of these, lacks weights, is quantized, or the parts do not fit together, or
-                if an argument of `from_pretrained` works on a complete repository alone.
-            ImportError: If `gguf_file` is given and the package `gguf` is missing.
-            OSError: If a part cannot be read.
-        """
-        if (older := kwargs.pop("torch_dtype", None)) is not None:
-            logger.warning_once("`torch_dtype` is deprecated! Use `dtype` instead!")
-            dtype = older if dtype == "auto" else dtype
-        location = {name: kwargs.pop(name) for name in _PART_LOCATION if name in kwargs}
-        llm_options = {name: kwargs.pop(name) for name in _LLM_ARGUMENTS if name in kwargs}
-        attention, device = kwargs.pop("attn_implementation", None), _single_device(kwargs.pop("device_map", None))
-        high_res_size = kwargs.pop("high_res_image_size", 768)
-        _refuse_arguments(kwargs)
-
-        options = {**location, "output_loading_info": True}
-        language_model, loaded = AutoModelForCausalLM.from_pretrained(llm, dtype=dtype, **options, **llm_options)
-        if loaded["missing_keys"]:
-            raise ValueError(f"`llm`: {llm} lacks the weights {sorted(loaded['missing_keys'])[:5]}.")
-        # A model from GGUF remembers where it comes from, and is not quantized any more.
-        if getattr(language_model, "is_quantized", False):
-            raise ValueError(
-                f"`llm`: {llm} is quantized. Pass the weights in 16 or 32 bits; the model that is put together can be "
-                "saved and loaded with a `quantization_config`."
-            )
-        dtype = language_model.dtype
-        tower, loaded = CLIPVisionModel.from_pretrained(vision_tower, dtype=dtype, **options)
-        if loaded["missing_keys"]:
-            raise ValueError(f"`vision_tower`: {vision_tower} lacks the weights {sorted(loaded['missing_keys'])[:5]}.")
-        # Layer -2 is what the model reads.
-        del tower.encoder.layers[-1]
-        tower.config.num_hidden_layers -= 1
-        tower.post_layernorm = nn.Identity()
-        high_res = MGLlavaHighResVisionModel.from_open_clip(high_res_tower, high_res_size, dtype, **location)
-
-        if image_token_id is None:
-            names = ("revision", "subfolder", "gguf_file", "trust_remote_code", "code_revision")
-            tokenizer_options = {name: llm_options[name] for name in names if name in llm_options}
-            tokenizer = AutoTokenizer.from_pretrained(llm, **location, **tokenizer_options)
-            image_token_id = tokenizer.get_vocab().get("<image>", len(tokenizer))
-        rows = language_model.config.vocab_size
-        language_model.resize_token_embeddings(
-            max(rows, image_token_id + 1), pad_to_multiple_of=64, mean_resizing=False
-        )
-        text_config = language_model.config
-        text_config.name_or_path = ""
-        config = cls.config_class(
-            text_config=text_config,
-            vision_config=tower.config,
-            high_res_vision_config=high_res.config,
-            image_token_id=image_token_id,
-            unpadded_vocab_size=rows,
-            dtype=dtype,
-            **kwargs,
-        )
-        # Without memory: nearly all of it is there already.
-        with torch.device("meta"):
-            model = cls(config)
-        model.generation_config = copy.deepcopy(language_model.generation_config)
-        suppressed = set(model.generation_config.suppress_tokens or ())
-        model.generation_config.suppress_tokens = sorted(suppressed | set(config.unused_token_ids))
-        parts = model.model
-        parts.language_model, model.lm_head = LanguageModelHead(language_model).take_parts()
-        parts.vision_tower = tower
-        if parts.high_res_vision_tower is not None:
-            parts.high_res_vision_tower = high_res
-        for part in (parts.fusion, parts.multi_modal_projector, parts.box_projector, parts.object_attention):
-            if part is not None:
-                for module in part.to_empty(device="cpu").to(dtype).modules():
-                    model._init_weights(module)
-        model.tie_weights()
-        if attention is not None:
-            model.set_attn_implementation(attention)
-        if device is not None:
-            model.to(device)
-        return model.eval()
 
     def get_output_embeddings(self) -> nn.Module:
         """Return the language modeling head."""

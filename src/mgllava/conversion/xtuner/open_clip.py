@@ -1,18 +1,20 @@
 """The high-resolution tower: the ConvNeXt trunk of an open_clip repository."""
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mgllava.conversion.parts import Rules, Source, sort_tensors
-from mgllava.model_files.errors import ConversionError
+from mgllava.model_files.errors import ConversionError, UnreadableSourceError
 from mgllava.model_files.json_files import read_json
 from mgllava.model_files.sources import fetch
 from mgllava.model_files.tensor_files import open_safetensors, tensors_of
 from mgllava.model_files.torch_files import open_torch_file
-from mgllava.modeling.vision_mgllava import trunk_sizes
 
-_TOWER = "model.high_res_vision_tower."
+# What the names of its weights in the model start with.
+HIGH_RES_TOWER = "model.high_res_vision_tower."
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
 _OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
@@ -49,23 +51,16 @@ class HighResTower:
     source: Source
 
 
-def open_high_res_tower(name: str | Path) -> HighResTower:
+def open_high_res_tower(name: str | Path, **location: Any) -> HighResTower:
     """Open the ConvNeXt trunk of an open_clip model.
 
-    Args:
-        name (`str` or `Path`): A folder, a Hub id (with or without `hf-hub:`), or a name that open_clip resolves:
-            `architecture` or `architecture:tag`, for example `convnext_large_d_320:laion2b_s29b_b131k_ft_soup`.
-
-    Returns:
-        `HighResTower`: The trunk.
-
-    Raises:
-        ConversionError: If it is not found or its trunk is no ConvNeXt.
+    `name` is a folder, a Hub id (with or without `hf-hub:`), or a name that open_clip resolves: `architecture` or
+    `architecture:tag`. `location` holds arguments of `huggingface_hub.snapshot_download`.
     """
-    folder = _open_clip_folder(name)
+    folder = _open_clip_folder(name, location)
     config_path = folder / _OPEN_CLIP_CONFIG
     if not config_path.is_file():
-        raise ConversionError(
+        raise UnreadableSourceError(
             f"`high_res_tower`: {name} has no {_OPEN_CLIP_CONFIG}, so it is not an open_clip repository."
         )
     architecture: Any = read_json(config_path, "high_res_tower")
@@ -85,8 +80,8 @@ def open_high_res_tower(name: str | Path) -> HighResTower:
         tensors = tensors_of(content.get("state_dict", content) if isinstance(content, dict) else content, path)
     source = sort_tensors(tensors, OPEN_CLIP_TO_MODEL, OPEN_CLIP_DROPS, [path])
     # With a vector in the place of a kernel, or a block of a number beyond all others, no sizes can be read.
-    shapes = {key.removeprefix(_TOWER): tensor.shape for key, tensor in source.tensors.items() if tensor.shape}
-    depths, hidden_sizes = trunk_sizes(shapes)
+    shapes = {key.removeprefix(HIGH_RES_TOWER): tensor.shape for key, tensor in source.tensors.items() if tensor.shape}
+    depths, hidden_sizes = _trunk_sizes(shapes)
     if stages := [stage for stage, depth in enumerate(depths) if depth == 0]:
         raise ConversionError(f"`high_res_tower`: {path} has no blocks of visual.trunk.stages.{stages[0]}.")
     if sum(depths) > len(shapes):
@@ -94,14 +89,24 @@ def open_high_res_tower(name: str | Path) -> HighResTower:
     return HighResTower(architecture, depths, hidden_sizes, source)
 
 
-def _open_clip_folder(name: str | Path) -> Path:
+def _trunk_sizes(shapes: Mapping[str, Sequence[int]]) -> tuple[list[int], list[int]]:
+    """Numbers of blocks and of channels of each stage of a ConvNeXt by timm's names; 0 for a stage that is missing."""
+    depths, widths = [0] * 4, [0] * 4
+    for name, shape in shapes.items():
+        if match := re.fullmatch(r"stages\.([0-3])\.blocks\.(\d+)\.conv_dw\.weight", name):
+            stage = int(match[1])
+            depths[stage], widths[stage] = max(depths[stage], int(match[2]) + 1), shape[0]
+    return depths, widths
+
+
+def _open_clip_folder(name: str | Path, location: dict[str, Any]) -> Path:
     text = str(name).removeprefix("local-dir:").removeprefix("hf-hub:")
     if not Path(text).is_dir() and "/" not in text:
         text = _resolve_open_clip_name(text)
-    folder = fetch(text, "high_res_tower", [_OPEN_CLIP_CONFIG, _OPEN_CLIP_WEIGHTS[0]])
+    folder = fetch(text, "high_res_tower", [_OPEN_CLIP_CONFIG, _OPEN_CLIP_WEIGHTS[0]], **location)
     if Path(text).is_dir() or (folder / _OPEN_CLIP_WEIGHTS[0]).is_file():
         return folder
-    return fetch(text, "high_res_tower", [_OPEN_CLIP_CONFIG, _OPEN_CLIP_WEIGHTS[1]])
+    return fetch(text, "high_res_tower", [_OPEN_CLIP_CONFIG, _OPEN_CLIP_WEIGHTS[1]], **location)
 
 
 def _resolve_open_clip_name(name: str) -> str:
@@ -124,4 +129,4 @@ def _resolve_open_clip_name(name: str) -> str:
     return "/".join(repository.split("/")[:2])
 
 
-__all__ = ["OPEN_CLIP_DROPS", "OPEN_CLIP_TO_MODEL", "HighResTower", "open_high_res_tower"]
+__all__ = ["HIGH_RES_TOWER", "OPEN_CLIP_DROPS", "OPEN_CLIP_TO_MODEL", "HighResTower", "open_high_res_tower"]

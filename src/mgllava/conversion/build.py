@@ -1,0 +1,267 @@
+"""A new model from trained parts: language model, CLIP and ConvNeXt."""
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
+from transformers.utils import logging
+
+from mgllava.model_files.processors import make_processor
+from mgllava.model_files.sources import clip_config, language_model_config
+from mgllava.model_files.tensor_matching import match_tensors
+from mgllava.model_files.vocabulary import generation_config, load_tokenizer, plan_vocabulary
+from mgllava.modeling import (
+    MGLlavaConfig,
+    MGLlavaForConditionalGeneration,
+    MGLlavaHighResVisionConfig,
+    MGLlavaHighResVisionModel,
+)
+from mgllava.modeling.language_model_common import LanguageModelHead
+from mgllava.processing import MGLlavaProcessor
+from mgllava.processing.text_chunks_common import IMAGE_TOKEN
+
+from .xtuner.open_clip import HIGH_RES_TOWER, open_high_res_tower
+
+logger = logging.get_logger(__name__)
+
+# Arguments for all parts.
+_LOCATION_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
+# Arguments of `from_pretrained` for the language model, and those among them that its tokenizer needs too.
+_TOKENIZER_ARGUMENTS = ("revision", "subfolder", "gguf_file", "trust_remote_code", "code_revision")
+_LLM_ARGUMENTS = (*_TOKENIZER_ARGUMENTS, "variant", "use_safetensors", "weights_only")
+_CONFIG_ARGUMENTS = (
+    "fusion_type",
+    "object_merging",
+    "box_feature_type",
+    "box_multi_level_size",
+    "projector_hidden_act",
+)
+# Arguments of `from_pretrained` that need a complete model folder.
+_WHOLE_ARGUMENTS = (
+    "quantization_config",
+    "load_in_4bit",
+    "load_in_8bit",
+    "device_map",
+    "max_memory",
+    "offload_folder",
+    "offload_buffers",
+    "tp_plan",
+    "tp_size",
+    "device_mesh",
+    "distributed_config",
+    "output_loading_info",
+    "ignore_mismatched_sizes",
+    "state_dict",
+    "config",
+    "adapter_kwargs",
+    "key_mapping",
+    "use_kernels",
+    "low_cpu_mem_usage",
+)
+
+
+def build_from_parts(
+    llm: str | os.PathLike[str],
+    vision_tower: str | os.PathLike[str],
+    high_res_tower: str | os.PathLike[str],
+    *,
+    image_token_id: int | None = None,
+    dtype: torch.dtype | str = "auto",
+    **kwargs: Any,
+) -> MGLlavaForConditionalGeneration:
+    r"""Build a model from trained parts; fusion and projectors are random, as stage 1 starts.
+
+    The embedding table gets rows for the placeholder, up to a multiple of 64.
+
+    Example:
+    ```python
+    >>> import mgllava
+
+    >>> model = mgllava.build_from_parts(
+    ...     llm="lmsys/vicuna-7b-v1.5",
+    ...     vision_tower="openai/clip-vit-large-patch14-336",
+    ...     high_res_tower="laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup",
+    ... )
+    ```
+
+    Args:
+        llm (`str` or `os.PathLike`): Folder or Hub id of a causal language model. Its generation config is kept.
+        vision_tower (`str` or `os.PathLike`): Folder or Hub id of a CLIP model or of its vision tower.
+        high_res_tower (`str` or `os.PathLike`): Folder, Hub id or open_clip name of a model with a ConvNeXt.
+        image_token_id (`int`, *optional*):
+            Id of the placeholder. By default that of `<image>` in the language model's tokenizer or, if it has none,
+            the next free one, which `tokenizer.add_tokens` gives it.
+        dtype (`torch.dtype` or `str`, *optional*, defaults to `"auto"`):
+            Dtype of all weights; `"auto"` is that of the language model. `torch_dtype` is an older name.
+        **kwargs:
+            - `high_res_image_size` (768 by default), and of [`MGLlavaConfig`] `fusion_type`, `object_merging`,
+              `box_feature_type`, `box_multi_level_size` and `projector_hidden_act`;
+            - for the whole model `attn_implementation`, and `device_map` with a single device;
+            - for the downloads of all parts `cache_dir`, `force_download`, `local_files_only` and `token`;
+            - of `from_pretrained` for `llm` alone `revision`, `subfolder`, `gguf_file`, `trust_remote_code`,
+              `code_revision`, `variant`, `use_safetensors` and `weights_only`.
+
+    Returns:
+        `MGLlavaForConditionalGeneration`: The model, in evaluation mode.
+
+    Raises:
+        TypeError: If an argument is unknown.
+        ValueError: If a part is not of its kind, lacks weights or is quantized, if the parts do not fit together, or
+            if an argument of `from_pretrained` needs a complete model folder.
+        ImportError: If `gguf_file` is given and the package `gguf` is missing.
+        OSError: If a part cannot be read.
+    """
+    if (older := kwargs.pop("torch_dtype", None)) is not None:
+        logger.warning_once("`torch_dtype` is deprecated! Use `dtype` instead!")
+        dtype = older if dtype == "auto" else dtype
+    location = _pop(kwargs, _LOCATION_ARGUMENTS)
+    llm_options = _pop(kwargs, _LLM_ARGUMENTS)
+    attention, device = kwargs.pop("attn_implementation", None), _single_device(kwargs.pop("device_map", None))
+    high_res_size = kwargs.pop("high_res_image_size", 768)
+    _refuse_arguments(kwargs)
+
+    language_model = _load(AutoModelForCausalLM, "llm", llm, dtype=dtype, **location, **llm_options)
+    # A model from GGUF still has its quantization config, but its weights are not quantized.
+    if getattr(language_model, "is_quantized", False):
+        raise ValueError(
+            f"`llm`: {llm} is quantized. Pass the weights in 16 or 32 bits; the model that is built can be saved and "
+            "loaded with a `quantization_config`."
+        )
+    weights_dtype: torch.dtype = language_model.dtype
+    tower = _load(CLIPVisionModel, "vision_tower", vision_tower, dtype=weights_dtype, **location)
+    # Layer -2 is what the model reads.
+    del tower.encoder.layers[-1]
+    tower.config.num_hidden_layers -= 1
+    tower.post_layernorm = nn.Identity()
+    high_res = _load_high_res_tower(high_res_tower, high_res_size, weights_dtype, location)
+
+    if image_token_id is None:
+        tokenizer_options = {name: llm_options[name] for name in _TOKENIZER_ARGUMENTS if name in llm_options}
+        tokenizer: Any = AutoTokenizer.from_pretrained(llm, **location, **tokenizer_options)
+        image_token_id = tokenizer.get_vocab().get(IMAGE_TOKEN, len(tokenizer))
+    vocabulary = plan_vocabulary(image_token_id, language_model.config.vocab_size)
+    language_model.resize_token_embeddings(vocabulary.padded_rows, mean_resizing=False)
+    language_model.config.name_or_path = ""
+    config = MGLlavaConfig(
+        text_config=language_model.config,
+        vision_config=tower.config,
+        high_res_vision_config=high_res.config,
+        image_token_id=image_token_id,
+        unpadded_vocab_size=vocabulary.original_rows,
+        dtype=weights_dtype,
+        **kwargs,
+    )
+    # On the meta device, which takes no memory: nearly all weights are loaded already.
+    with torch.device("meta"):
+        model: Any = MGLlavaForConditionalGeneration(config)
+    model.generation_config = copy.deepcopy(language_model.generation_config)
+    suppressed = set(model.generation_config.suppress_tokens or ())
+    model.generation_config.suppress_tokens = sorted(suppressed | set(config.unused_token_ids))
+    parts = model.model
+    parts.language_model, model.lm_head = LanguageModelHead(language_model).take_parts()
+    parts.vision_tower = tower
+    if parts.high_res_vision_tower is not None:
+        parts.high_res_vision_tower = high_res
+    for part in (parts.fusion, parts.multi_modal_projector, parts.box_projector, parts.object_attention):
+        if part is not None:
+            for module in part.to_empty(device="cpu").to(weights_dtype).modules():
+                model._init_weights(module)
+    model.tie_weights()
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    if device is not None:
+        model.to(device)
+    return model.eval()
+
+
+def _pop(kwargs: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Take the arguments of these names out of `kwargs`."""
+    return {name: kwargs.pop(name) for name in names if name in kwargs}
+
+
+def _refuse_arguments(kwargs: dict[str, Any]) -> None:
+    """Raise for arguments that `build_from_parts` does not take."""
+    if whole := [name for name in kwargs if name in _WHOLE_ARGUMENTS]:
+        raise ValueError(
+            f"`{whole[0]}` is for a complete model folder: build the model without it, call `save_pretrained`, and "
+            "pass it to `from_pretrained`."
+        )
+    if unknown := [name for name in kwargs if name not in _CONFIG_ARGUMENTS]:
+        known = [*_CONFIG_ARGUMENTS, "high_res_image_size", "attn_implementation", "device_map", "torch_dtype"]
+        raise TypeError(
+            f"build_from_parts() got an unexpected keyword argument {unknown[0]!r}. In addition to the parts, "
+            f"`image_token_id` and `dtype` it takes {', '.join([*known, *_LOCATION_ARGUMENTS, *_LLM_ARGUMENTS])}."
+        )
+
+
+def _single_device(device_map: Any) -> torch.device | None:
+    """Read a `device_map` that names one device."""
+    if isinstance(device_map, dict) and list(device_map) == [""]:
+        device_map = device_map[""]
+    if device_map is None:
+        return None
+    try:
+        return torch.device(device_map)
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"`device_map` must be a single device here, such as 'cuda:0', got {device_map!r}. To spread a model, "
+            "build it without `device_map`, call `save_pretrained`, and pass it to `from_pretrained`."
+        ) from None
+
+
+def _load(model_class: Any, argument: str, name: str | os.PathLike[str], **options: Any) -> Any:
+    """Load a part with `from_pretrained`, and refuse it if weights are missing, which would stay random."""
+    model, loaded = model_class.from_pretrained(name, output_loading_info=True, **options)
+    if missing := sorted(loaded["missing_keys"]):
+        raise ValueError(f"`{argument}`: {name} lacks the weights {missing[:5]}.")
+    return model
+
+
+def _load_high_res_tower(
+    name: str | os.PathLike[str], image_size: int, dtype: torch.dtype, location: dict[str, Any]
+) -> MGLlavaHighResVisionModel:
+    """Load the trunk of an open_clip model."""
+    tower = open_high_res_tower(os.fspath(name), **location)
+    config = MGLlavaHighResVisionConfig(
+        architecture=tower.architecture, depths=tower.depths, hidden_sizes=tower.hidden_sizes, image_size=image_size
+    )
+    with torch.device("meta"):
+        model: Any = MGLlavaHighResVisionModel(config)
+    tensors = match_tensors(
+        tower.source.tensors,
+        {f"{HIGH_RES_TOWER}{key}": tuple(tensor.shape) for key, tensor in model.state_dict().items()},
+        tower.source.unexpected,
+        f"`high_res_tower`: the weights of {name} are not those of its {tower.architecture}.",
+    )
+    # Copies, since values may lie in files that are mapped read-only.
+    weights = {key.removeprefix(HIGH_RES_TOWER): value.load().to(dtype, copy=True) for key, value in tensors.items()}
+    model.load_state_dict(weights, assign=True)
+    return model.requires_grad_(True).eval()
+
+
+def build_mgllava(
+    *,
+    llm: str | Path,
+    vision_tower: str | Path,
+    high_res_tower: str | Path,
+    prompt_template: str,
+    dtype: Any,
+    **config: Any,
+) -> tuple[MGLlavaForConditionalGeneration, MGLlavaProcessor]:
+    """Build a model and its processor, as a training starts from them."""
+    text_config, llm_folder = language_model_config(llm)
+    _, image_settings = clip_config(vision_tower)
+    tokenizer = load_tokenizer(llm_folder)
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    model = build_from_parts(llm, vision_tower, high_res_tower, image_token_id=image_token_id, dtype=dtype, **config)
+    model.generation_config = generation_config(
+        llm_folder, text_config, tokenizer, prompt_template, model.config.unused_token_ids
+    )
+    return model, make_processor(model.config, tokenizer, image_settings, prompt_template)
+
+
+__all__ = ["build_from_parts", "build_mgllava"]
