@@ -18,12 +18,6 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The other name is hidden and random, so that neither a file of the user nor another run is in the way. A link is
     followed: the file that it leads to is replaced.
-
-    Args:
-        path (`Path`): The file.
-
-    Yields:
-        `Path`: The name to write to, in the same folder. Nothing is left of it after an error.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,23 +37,12 @@ def partial_name(path: Path) -> Path:
 
 
 def is_partial(name: str) -> bool:
-    """Tell whether a name is one that [`replacing`] writes to.
-
-    Args:
-        name (`str`): Name of a file, without its folder.
-
-    Returns:
-        `bool`: Whether it is.
-    """
+    """Tell whether a name is one that [`replacing`] writes to."""
     return _PARTIAL.fullmatch(name) is not None
 
 
 def remove_partial(path: Path) -> None:
-    """Remove what runs that were killed left of a file. Only the holder of a lock on the file may call this.
-
-    Args:
-        path (`Path`): The file.
-    """
+    """Remove what runs that were killed left of a file. Only the holder of a lock on the file may call this."""
     path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
         return

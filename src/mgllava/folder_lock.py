@@ -230,15 +230,7 @@ class FolderLock:
 
 
 def lock_owner(path: str | Path) -> str | None:
-    """Tell who holds the lock on an output, without taking it.
-
-    Args:
-        path (`str` or `Path`): The output, as [`FolderLock`] has it.
-
-    Returns:
-        `str`, *optional*: The purpose, process and host of a run that is alive, or that may be; `None` if nobody holds
-        the lock, or only a dead process.
-    """
+    """Describe who holds the lock on an output; `None` if nobody does, or only a dead process."""
     lock = FolderLock(path, "")
     owner, age = _read(lock.file), lock._age()
     if owner is None or age is None:

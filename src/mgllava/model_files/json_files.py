@@ -12,18 +12,7 @@ _MAX_BYTES = 1 << 28
 
 
 def read_json(path: Path, argument: str | None = None) -> dict[str, Any]:
-    """Read a JSON file that must hold an object.
-
-    Args:
-        path (`Path`): The file.
-        argument (`str`, *optional*): The user's argument, for the error.
-
-    Returns:
-        `dict[str, Any]`: Its content.
-
-    Raises:
-        ConversionError: If it is not JSON, or holds something else.
-    """
+    """Read a JSON file that must hold an object."""
     start = f"`{argument}`: " if argument else ""
     try:
         if path.stat().st_size > _MAX_BYTES:
@@ -40,12 +29,7 @@ def read_json(path: Path, argument: str | None = None) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write JSON under a temporary name first.
-
-    Args:
-        path (`Path`): The file.
-        content (`object`): What to write.
-    """
+    """Write a JSON file atomically."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     try:
         data = text.encode("utf-8")

@@ -11,11 +11,11 @@ import torch
 class LazyTensor:
     """A tensor whose shape and dtype are known and whose values are read by `load`.
 
-    Args:
-        shape (`tuple[int, ...]`): Its shape.
-        dtype (`torch.dtype`): Its dtype.
-        origin (`str`): Where the values come from and what is done to them, for reports and digests.
-        load (`Callable[[], torch.Tensor]`): Gives the values. They may lie in a memory-mapped file: read only.
+    Attributes:
+        shape: Its shape.
+        dtype: Its dtype.
+        origin: Where the values come from and what is done to them, for reports and digests.
+        load: Gives the values. They may lie in a memory-mapped file: read only.
     """
 
     shape: tuple[int, ...]
@@ -29,29 +29,14 @@ class LazyTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def to(self, dtype: torch.dtype) -> "LazyTensor":
-        """Cast floating-point values to another dtype.
-
-        Args:
-            dtype (`torch.dtype`): The dtype wanted.
-
-        Returns:
-            `LazyTensor`: Itself if there is nothing to cast.
-        """
+        """Cast floating-point values to another dtype."""
         if dtype == self.dtype or not self.dtype.is_floating_point:
             return self
         return LazyTensor(self.shape, dtype, f"{self.origin} as {dtype}", lambda: self.load().to(dtype))
 
 
 def from_tensor(tensor: torch.Tensor, origin: str) -> LazyTensor:
-    """Wrap a tensor, usually a memory-mapped one.
-
-    Args:
-        tensor (`torch.Tensor`): The tensor.
-        origin (`str`): Where it comes from.
-
-    Returns:
-        `LazyTensor`: The wrapped tensor.
-    """
+    """Wrap a tensor, usually a memory-mapped one."""
     return LazyTensor(tuple(tensor.shape), tensor.dtype, origin, lambda: tensor.detach())
 
 

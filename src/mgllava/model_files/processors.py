@@ -9,20 +9,7 @@ from mgllava.processing import CHAT_TEMPLATES, MGLlavaImageProcessor, MGLlavaPro
 def make_processor(
     config: Any, tokenizer: Any, image_settings: Mapping[str, Any], prompt_template: str
 ) -> MGLlavaProcessor:
-    """Make the processor of a model.
-
-    Args:
-        config ([`MGLlavaConfig`]): The model's configuration.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, which knows the placeholder.
-        image_settings (`Mapping`): Of CLIP's image processor; `image_mean` and `image_std` are taken from it.
-        prompt_template (`str`): A key of `CHAT_TEMPLATES`.
-
-    Returns:
-        [`MGLlavaProcessor`]: The processor.
-
-    Raises:
-        ValueError: If the tokenizer cannot hold the placeholder.
-    """
+    """Make the processor of a model."""
     side = config.high_res_vision_config.image_size
     statistics = {name: image_settings[name] for name in ("image_mean", "image_std") if name in image_settings}
     return MGLlavaProcessor(

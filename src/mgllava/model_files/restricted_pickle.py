@@ -101,20 +101,7 @@ def _bytearray(*args: Any) -> bytearray:
 def unpickle(
     data: bytes, stand_ins: Mapping[str, Any], load_persistent: Callable[[Any], Any]
 ) -> tuple[Any, list[str]]:
-    """Unpickle with stand-ins for every class and function.
-
-    Args:
-        data (`bytes`): The pickle.
-        stand_ins (`Mapping[str, Any]`): What stands for some names, by `module.name`.
-        load_persistent (`Callable[[Any], Any]`): Gives an object that lies outside the pickle.
-
-    Returns:
-        `tuple[Any, list[str]]`: The object, and the names for which placeholders stand, sorted.
-
-    Raises:
-        pickle.UnpicklingError: If the pickle does what no file of weights needs.
-        Exception: Many other types, if it is damaged.
-    """
+    """Unpickle with stand-ins for every class and function; also list the names that became placeholders."""
     _check_opcodes(data)
     known = {
         "collections.OrderedDict": type("OrderedDict", (Dictionary,), {"__slots__": ()}),
@@ -177,19 +164,7 @@ def _check_opcodes(data: bytes) -> None:
 
 
 def read_pickle(file: BinaryIO, limit: int) -> bytes:
-    """Read one of several pickles that lie in a file one after the other.
-
-    Args:
-        file (`BinaryIO`): The file; afterwards it stands after the pickle.
-        limit (`int`): Most bytes to read.
-
-    Returns:
-        `bytes`: The pickle.
-
-    Raises:
-        pickle.UnpicklingError: If it is longer than the limit.
-        ValueError: If it is damaged.
-    """
+    """Read one of several consecutive pickles in a file, of at most `limit` bytes."""
     start = file.tell()
     limited = _Limited(file, limit)
     for number, _ in enumerate(pickletools.genops(limited)):  # type: ignore[arg-type]

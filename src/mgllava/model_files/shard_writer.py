@@ -42,10 +42,10 @@ _UNITS = {"K": 3, "M": 6, "G": 9, "T": 12}
 class Shard:
     """A file to be written.
 
-    Args:
-        filename (`str`): Its name.
-        tensors (`dict[str, LazyTensor]`): What it holds, in order.
-        header (`bytes`): Length and header of the file.
+    Attributes:
+        filename: Its name.
+        tensors: What it holds, in order.
+        header: Length and header of the file.
     """
 
     filename: str
@@ -58,14 +58,7 @@ class Shard:
         return len(self.header) + sum(tensor.nbytes for tensor in self.tensors.values())
 
     def digest(self, source_digests: Mapping[str, str]) -> str:
-        """Identify the contents before they exist: layout, origin of every value, digests of the sources.
-
-        Args:
-            source_digests (`Mapping[str, str]`): SHA-256 of every source file.
-
-        Returns:
-            `str`: SHA-256 in hexadecimal.
-        """
+        """Identify the contents before they exist: layout, origin of every value, digests of the sources."""
         origins = {name: tensor.origin for name, tensor in self.tensors.items()}
         plan = json.dumps([self.header.decode("latin-1"), origins, sorted(source_digests.items())])
         return hashlib.sha256(plan.encode()).hexdigest()
@@ -75,9 +68,9 @@ class Shard:
 class ShardPlan:
     """All files of a model.
 
-    Args:
-        shards (`list[Shard]`): The files.
-        index (`dict | None`): Contents of the index; `None` when one file holds all.
+    Attributes:
+        shards: The files.
+        index: Contents of the index; `None` when one file holds all.
     """
 
     shards: list[Shard]
@@ -85,18 +78,7 @@ class ShardPlan:
 
 
 def plan_shards(tensors: Mapping[str, LazyTensor], max_shard_size: str | int) -> ShardPlan:
-    """Spread tensors over files, as transformers does.
-
-    Args:
-        tensors (`Mapping[str, LazyTensor]`): Tensors by name.
-        max_shard_size (`str` or `int`): Largest file, such as `"5GB"`. A larger tensor gets a file of its own.
-
-    Returns:
-        `ShardPlan`: The files; nothing is read or written.
-
-    Raises:
-        ConversionError: If the size cannot be understood, or safetensors files cannot hold a dtype.
-    """
+    """Spread tensors over files, as transformers does."""
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPE_NAMES:
             raise ConversionError(f"{name} has dtype {tensor.dtype}, expected one of {list(_DTYPE_NAMES)}.")
@@ -142,16 +124,7 @@ def _header(tensors: Mapping[str, LazyTensor]) -> bytes:
 
 
 def write_shard(shard: Shard, folder: Path, on_bytes: Callable[[int], None]) -> None:
-    """Write one file; it gets its name when it is complete.
-
-    Args:
-        shard (`Shard`): What to write.
-        folder (`Path`): Where.
-        on_bytes (`Callable[[int], None]`): Told how many bytes were written, again and again.
-
-    Raises:
-        ConversionError: If a tensor is not as planned.
-    """
+    """Write one file; it gets its name when it is complete."""
     path = folder / shard.filename
     with replacing(path) as partial, partial.open("wb") as file:
         file.write(shard.header)
@@ -170,15 +143,7 @@ def write_shard(shard: Shard, folder: Path, on_bytes: Callable[[int], None]) -> 
 
 
 def check_disk_space(folder: Path, needed: int) -> None:
-    """Check that the disk under a folder has room.
-
-    Args:
-        folder (`Path`): A folder that exists.
-        needed (`int`): Bytes to be written.
-
-    Raises:
-        ConversionError: If it has not.
-    """
+    """Check that the disk under a folder has room."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ConversionError(

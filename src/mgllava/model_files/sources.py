@@ -16,20 +16,9 @@ _PICKLED_FILES = ["pytorch_model*.bin"]
 
 
 def fetch(name: str | Path, argument: str, patterns: list[str], revision: str | None = None, **location: Any) -> Path:
-    """Find a repository on disk, or download parts of it from the Hub.
+    """Return a folder on disk, or download the files of a Hub repository that match the patterns.
 
-    Args:
-        name (`str` or `Path`): A folder or a Hub id.
-        argument (`str`): The user's argument, for the error.
-        patterns (`list[str]`): Files to download.
-        revision (`str`, *optional*): Branch, tag or commit on the Hub.
-        **location: Further arguments of `huggingface_hub.snapshot_download`, such as `cache_dir` and `token`.
-
-    Returns:
-        `Path`: The folder.
-
-    Raises:
-        UnreadableSourceError: If there is no such folder and no such repository.
+    `location` holds further arguments of `huggingface_hub.snapshot_download`, such as `cache_dir` and `token`.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -45,14 +34,7 @@ def fetch(name: str | Path, argument: str, patterns: list[str], revision: str | 
 
 
 def one_line(error: BaseException) -> str:
-    """Put the message of an error into one line.
-
-    Args:
-        error (`BaseException`): The error.
-
-    Returns:
-        `str`: Its message; its type if it has none.
-    """
+    """Return the message of an error in one line; its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -95,17 +77,7 @@ _MAX_SIZE = 1 << 30
 
 
 def language_model_config(name: str | Path) -> tuple[PreTrainedConfig, Path]:
-    """Read the config of a language model.
-
-    Args:
-        name (`str` or `Path`): Its folder or Hub id.
-
-    Returns:
-        `tuple[PreTrainedConfig, Path]`: The config, and the folder with config and tokenizer.
-
-    Raises:
-        ConversionError: If it is not found or no language model.
-    """
+    """Return the config of a language model, and the folder with its config and tokenizer."""
     folder = fetch(name, "llm", _CONFIG_FILES)
     config = _read_config(folder, name, "llm")
     if not hasattr(config, "vocab_size") or not hasattr(config, "hidden_size"):
@@ -115,17 +87,7 @@ def language_model_config(name: str | Path) -> tuple[PreTrainedConfig, Path]:
 
 
 def clip_config(name: str | Path) -> tuple[PreTrainedConfig, dict[str, Any]]:
-    """Read the config of a CLIP vision tower.
-
-    Args:
-        name (`str` or `Path`): Folder or Hub id of a CLIP model or of its vision tower.
-
-    Returns:
-        `tuple[PreTrainedConfig, dict[str, Any]]`: The vision tower's config, and the image processor's, if any.
-
-    Raises:
-        ConversionError: If it is not found or no CLIP.
-    """
+    """Return the config of a CLIP vision tower, and the settings of its image processor, if any."""
     folder = fetch(name, "vision_tower", _CONFIG_FILES)
     config = _read_config(folder, name, "vision_tower")
     if config.model_type == "clip":

@@ -140,15 +140,7 @@ class StagingFolder:
         return is_partial(entry.name) or _OWN_NAMES_IN_STAGING.fullmatch(entry.name) is not None
 
     def keep_finished(self, digests: Mapping[str, str], shards: Sequence[Shard]) -> set[str]:
-        """Keep the shards of an earlier run that are exactly as planned now, and delete all else that it left.
-
-        Args:
-            digests (`Mapping[str, str]`): For each shard the digest of its plan.
-            shards (`Sequence[Shard]`): The shards.
-
-        Returns:
-            `set[str]`: Names of the shards that are done.
-        """
+        """Delete what an earlier run left, except for shards of the same plan; return the names of those."""
         done: set[str] = set()
         progress = self.path / PROGRESS_NAME
         earlier = (_read_mark(progress) or {}).get("shards")
@@ -168,25 +160,11 @@ class StagingFolder:
         return done
 
     def check_space(self, needed: int) -> None:
-        """Check that the disk has room.
-
-        Args:
-            needed (`int`): Bytes still to be written.
-
-        Raises:
-            ConversionError: If it has not.
-        """
+        """Check that the disk has room."""
         check_disk_space(self.path, needed)
 
     def publish(self) -> Path:
-        """Give the folder its name. Files of an earlier output that no conversion writes stay.
-
-        Returns:
-            `Path`: The output.
-
-        Raises:
-            ConversionError: If another run has taken over.
-        """
+        """Give the folder its name. Files of an earlier output that no conversion writes stay."""
         try:
             self._lock.check()
         except FolderLockedError as error:
@@ -247,14 +225,7 @@ class StagingFolder:
 
 
 def read_model_type(folder: Path) -> str | None:
-    """Read the model type of a repository.
-
-    Args:
-        folder (`Path`): The repository.
-
-    Returns:
-        `str`, *optional*: `model_type` of its config.json; `None` if it has none that can be read.
-    """
+    """Read the model type of a model folder; `None` if it has none."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):

@@ -14,17 +14,7 @@ from .torch_files import StoredTensor, open_torch_file, range_check
 
 
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """Open a safetensors file.
-
-    Args:
-        path (`Path`): The file.
-
-    Returns:
-        `dict[str, LazyTensor]`: Its tensors.
-
-    Raises:
-        ConversionError: If the file is truncated or no safetensors file.
-    """
+    """Open a safetensors file, which is mapped into memory."""
     try:
         file: Any = safe_open(path, framework="pt")
         # `safe_open` maps the file; its tensors cost address space, not memory.
@@ -36,18 +26,7 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 
 def tensors_of(state: Any, path: Path) -> dict[str, LazyTensor]:
-    """Wrap a state dict.
-
-    Args:
-        state (`Any`): What a torch file holds.
-        path (`Path`): That file.
-
-    Returns:
-        `dict[str, LazyTensor]`: Its tensors.
-
-    Raises:
-        ConversionError: If it is no mapping from names to tensors.
-    """
+    """Return the tensors of a state dict that was read from a torch file."""
     if not isinstance(state, dict) or not state:
         raise ConversionError(f"{path} must hold a state dict (names and tensors), got {type(state).__name__}.")
     others = {name: type(value).__name__ for name, value in state.items() if not isinstance(value, StoredTensor)}
@@ -60,17 +39,7 @@ def tensors_of(state: Any, path: Path) -> dict[str, LazyTensor]:
 
 
 def open_weights(folder: Path) -> tuple[dict[str, LazyTensor], list[Path]]:
-    """Open the weights of a transformers repository, in one file or in shards, safetensors first.
-
-    Args:
-        folder (`Path`): The repository on disk.
-
-    Returns:
-        `tuple[dict[str, LazyTensor], list[Path]]`: All tensors, and the files they come from.
-
-    Raises:
-        ConversionError: If there are no weights, or a shard or a tensor that the index names is missing.
-    """
+    """Return the tensors of a model folder, in one file or in shards, safetensors first, and their files."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         # In this order, as transformers does it.
         if (folder / name).is_file():
@@ -116,18 +85,7 @@ def _open_weight_file(path: Path) -> dict[str, LazyTensor]:
 
 
 def sha256(path: Path, on_bytes: Callable[[int], None]) -> str:
-    """Compute the SHA-256 of a file.
-
-    Args:
-        path (`Path`): The file.
-        on_bytes (`Callable[[int], None]`): Told how many bytes were read, again and again.
-
-    Returns:
-        `str`: The digest in hexadecimal.
-
-    Raises:
-        ConversionError: If it is a torch file in use, and damaged: checksums are compared on the way.
-    """
+    """Compute the SHA-256 of a file; checksums in a torch file in use are compared on the way."""
     digest = hashlib.sha256()
     check = range_check(path)
     with path.open("rb") as file:

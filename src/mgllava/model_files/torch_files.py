@@ -83,11 +83,7 @@ class _Archive:
         self._mapped: Any = None
 
     def storage(self, name: str, dtype: torch.dtype, verify: bool = True) -> torch.UntypedStorage:
-        """Give the bytes of an entry, in the order of this machine and aligned to items of a dtype.
-
-        Raises:
-            ConversionError: If they are damaged.
-        """
+        """Give the bytes of an entry, in the order of this machine and aligned to items of a dtype."""
         entry = self.entries[name]
         if entry.compressed is not None:
             storage = self._decompressed(entry)
@@ -111,11 +107,7 @@ class _Archive:
         self._verified.add(name)
 
     def verify(self) -> None:
-        """Compare all checksums that were not compared yet.
-
-        Raises:
-            ConversionError: If one differs.
-        """
+        """Compare all checksums that were not compared yet."""
         for name in self.entries.keys() - self._verified:
             if self.entries[name].compressed is None:
                 self.storage(name, torch.uint8)
@@ -170,15 +162,7 @@ class RangeCheck:
         self._checksum = 0
 
     def update(self, block: Any, position: int) -> None:
-        """Go on with the next bytes of the file.
-
-        Args:
-            block (`bytes` or `memoryview`): The bytes.
-            position (`int`): Where they lie in the file.
-
-        Raises:
-            ConversionError: If a checksum differs.
-        """
+        """Process the next bytes of the file, which start at `position`."""
         view = memoryview(block)
         while self._current < len(self._entries):
             entry = self._entries[self._current]
@@ -196,11 +180,7 @@ class RangeCheck:
             self._checksum = 0
 
     def finish(self) -> None:
-        """Say that this was all.
-
-        Raises:
-            ConversionError: If the file has become shorter than its directory says.
-        """
+        """Check that the file was as long as its directory says."""
         if self._current < len(self._entries):
             raise _damaged(self._archive.path, self._entries[self._current].name)
 
@@ -216,14 +196,7 @@ def _identity(path: Path) -> tuple[Any, ...]:
 
 
 def range_check(path: Path) -> RangeCheck | None:
-    """Start to check a file that is read whole, if it is a torch file of which tensors are in use.
-
-    Args:
-        path (`Path`): The file.
-
-    Returns:
-        `RangeCheck`, *optional*: To be given all of its bytes.
-    """
+    """Start to check a file that is read whole, if it is a torch file of which tensors are in use."""
     archive = _OPEN.get(_identity(path))
     return None if archive is None else archive.checks()
 
@@ -282,31 +255,14 @@ class StoredTensor(UnusableState):
         return math.prod(self.shape) * self.dtype.itemsize
 
     def load(self, verify: bool = True) -> torch.Tensor:
-        """Read the values, mapped from the file where that is possible.
-
-        Args:
-            verify (`bool`, *optional*, defaults to `True`): Compare the checksum first, if that was not done yet.
-
-        Returns:
-            `torch.Tensor`: The tensor; read only.
-
-        Raises:
-            ConversionError: If the values are damaged.
-        """
+        """Read the values, mapped from the file where that is possible."""
         if 0 in self.shape:
             return torch.empty(self.shape, dtype=self.dtype)
         storage = self.archive.storage(self.name, self.dtype, verify)
         return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.shape, self.strides)
 
     def lazy(self, origin: str) -> LazyTensor:
-        """Wrap it.
-
-        Args:
-            origin (`str`): Where it comes from.
-
-        Returns:
-            `LazyTensor`: The wrapped tensor.
-        """
+        """Wrap it as a [`LazyTensor`]."""
         return LazyTensor(self.shape, self.dtype, origin, self.load)
 
 
@@ -379,21 +335,7 @@ def _stand_ins() -> dict[str, Any]:
 
 
 def open_torch_file(path: Path, trust_pickle: bool = False, inert_modules: tuple[str, ...] = ()) -> Any:
-    """Open a file of `torch.save` with its tensors left on disk.
-
-    Args:
-        path (`Path`): The file.
-        trust_pickle (`bool`, *optional*, defaults to `False`): Read a file that names foreign classes. Their objects
-            become placeholders even then.
-        inert_modules (`tuple[str, ...]`, *optional*): Packages whose objects become placeholders without being asked.
-
-    Returns:
-        `Any`: What was saved, with a [`StoredTensor`] for each tensor.
-
-    Raises:
-        ConversionError: If the file is truncated, damaged, not a torch file, or holds pickled objects and is not
-            trusted.
-    """
+    """Open a file of `torch.save`, with a [`StoredTensor`] for each tensor and placeholders for other objects."""
     try:
         with path.open("rb") as file:
             start = file.read(64)
@@ -569,19 +511,7 @@ def _read_legacy(path: Path, file: BinaryIO) -> tuple[Any, list[str]]:
 
 
 def materialize(content: Any, archives: list[Any], depth: int = 0) -> Any:
-    """Give an object with real tensors, mapped and not yet checked.
-
-    Args:
-        content (`Any`): What [`open_torch_file`] gave.
-        archives (`list`): The files that the tensors lie in are added to it; their `verify()` checks them.
-        depth (`int`, *optional*, defaults to 0): How deep the object lies in others.
-
-    Returns:
-        `Any`: The same in new containers.
-
-    Raises:
-        ConversionError: If tensors are compressed, or the containers lie deeper in each other than real ones.
-    """
+    """Copy an object with mapped, unverified tensors, and add the files that they lie in to `archives`."""
     if depth > _MAX_DEPTH:
         raise ConversionError("Its objects lie too deep in each other to be a checkpoint.")
     if isinstance(content, StoredTensor):

@@ -33,10 +33,10 @@ STOP_WORDS: dict[str, tuple[str, ...]] = {
 class Vocabulary:
     """Sizes of the vocabulary.
 
-    Args:
-        image_token_id (`int`): Id of the placeholder.
-        original_rows (`int`): Rows of the language model's own embedding table.
-        padded_rows (`int`): Rows of the table in the repository.
+    Attributes:
+        image_token_id: Id of the placeholder.
+        original_rows: Rows of the language model's own embedding table.
+        padded_rows: Rows of the table in the repository.
     """
 
     image_token_id: int
@@ -45,17 +45,7 @@ class Vocabulary:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load a language model's tokenizer and add the placeholder and what generation in batches needs.
-
-    Args:
-        folder (`Path`): Repository of the language model.
-
-    Returns:
-        `PreTrainedTokenizerBase`: The tokenizer; ids that it had stay as they are.
-
-    Raises:
-        ConversionError: If there is no tokenizer, or it has neither padding, unknown nor end-of-sequence token.
-    """
+    """Load a language model's tokenizer and add the placeholder and what generation in batches needs."""
     try:
         if (folder / "tokenizer.json").is_file():
             tokenizer = _read_as_it_is(folder)
@@ -104,15 +94,7 @@ def plan_vocabulary(image_token_id: int, original_rows: int) -> Vocabulary:
 
 
 def grow_table(table: LazyTensor, rows: int) -> LazyTensor:
-    """Append rows to an embedding table or an output head, each the mean of the old ones in fp32.
-
-    Args:
-        table (`LazyTensor`): Table of shape `(vocabulary, hidden)`, or bias of shape `(vocabulary,)`.
-        rows (`int`): Rows that it shall have.
-
-    Returns:
-        `LazyTensor`: The grown table; itself if it has as many rows.
-    """
+    """Append rows to an embedding table or an output head, each the mean of the old ones in float32."""
     old_rows = table.shape[0]
     if old_rows >= rows:
         return table
@@ -134,21 +116,7 @@ def grow_table(table: LazyTensor, rows: int) -> LazyTensor:
 def generation_config(
     folder: Path, config: PreTrainedConfig, tokenizer: Any, prompt_template: str, suppress_tokens: list[int]
 ) -> GenerationConfig:
-    """Write down how to generate: greedily, as the reference evaluates, until the template's stop words.
-
-    Args:
-        folder (`Path`): Repository of the language model.
-        config (`PreTrainedConfig`): Config of the language model.
-        tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
-        prompt_template (`str`): Name of the chat template.
-        suppress_tokens (`list[int]`): Ids that must never be generated.
-
-    Returns:
-        `GenerationConfig`: The generation config.
-
-    Raises:
-        ConversionError: If its generation config cannot be read.
-    """
+    """Write down how to generate: greedily, as the reference evaluates, until the template's stop words."""
     # Only the ids: sampling settings of the bare language model are no part of MG-LLaVA.
     has_own = (folder / "generation_config.json").is_file()
     try:

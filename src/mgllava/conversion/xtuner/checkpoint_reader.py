@@ -15,11 +15,11 @@ from .zero import meta_of, open_zero_folder
 class XTunerCheckpoint:
     """An opened checkpoint.
 
-    Args:
-        tensors (`dict[str, LazyTensor]`): Its state dict.
-        meta (`dict[str, Any]`): What the runner says about itself: config text, iteration, versions.
-        files (`list[Path]`): The files it lies in.
-        path (`Path`): What was opened.
+    Attributes:
+        tensors: Its state dict.
+        meta: What the runner says about itself: config text, iteration, versions.
+        files: The files it lies in.
+        path: What was opened.
     """
 
     tensors: dict[str, LazyTensor]

@@ -28,19 +28,7 @@ _LOW_RES_CONV = "fuse_module.fast_conv.weight"
 
 
 def detect_fusion_type(tensors: dict[str, LazyTensor], vision_size: int, high_res_size: int) -> str:
-    """Tell from names and shapes how a checkpoint fuses the two resolutions.
-
-    Args:
-        tensors (`dict[str, LazyTensor]`): The checkpoint.
-        vision_size (`int`): Width of the CLIP tower, D.
-        high_res_size (`int`): Width of the last stage of the ConvNeXt, H.
-
-    Returns:
-        `str`: Value of `MGLlavaConfig.fusion_type`.
-
-    Raises:
-        ConversionError: If the checkpoint is none of the known variants or does not fit the towers.
-    """
+    """Tell from names and shapes how a checkpoint fuses the two resolutions."""
     convolved = any(name.startswith(_FUSION) for name in tensors)
     if convolved:
         _check_width(tensors, _LOW_RES_CONV, 0, vision_size, "vision_tower")
@@ -66,18 +54,7 @@ def detect_fusion_type(tensors: dict[str, LazyTensor], vision_size: int, high_re
 
 
 def detect_box_feature_type(tensors: dict[str, LazyTensor], hidden_sizes: list[int]) -> str:
-    """Tell from names and shapes what a checkpoint's box features are made from.
-
-    Args:
-        tensors (`dict[str, LazyTensor]`): The checkpoint.
-        hidden_sizes (`list[int]`): Channels of each stage of the ConvNeXt.
-
-    Returns:
-        `str`: Value of `MGLlavaConfig.box_feature_type`.
-
-    Raises:
-        ConversionError: If the checkpoint is none of the known variants or does not fit the tower.
-    """
+    """Tell from names and shapes what a checkpoint's box features are made from."""
     width = _input_width(tensors, _BOX_PROJECTOR)
     if _FIRST_LEVEL in tensors:
         if tensors[_FIRST_LEVEL].shape[:1] == (width,):
@@ -95,17 +72,7 @@ def detect_box_feature_type(tensors: dict[str, LazyTensor], hidden_sizes: list[i
 
 
 def read_image_size(config_text: str) -> int:
-    """Read the side of the high-resolution input from the text of a training config.
-
-    Args:
-        config_text (`str`): Python source as mmengine stores it; it is never executed.
-
-    Returns:
-        `int`: The side in pixels; 768, as in every published checkpoint, if the text does not say it.
-
-    Raises:
-        ConversionError: If the side is impossible.
-    """
+    """Read the side of the high-resolution input from the text of a training config."""
     match = re.search(r"\bimage_size_aux\s*=\s*(\d+)", config_text)
     if match is None:
         return _PUBLISHED_IMAGE_SIZE
@@ -115,14 +82,7 @@ def read_image_size(config_text: str) -> int:
 
 
 def stored_vision_config(published: PreTrainedConfig) -> PreTrainedConfig:
-    """Take the last layer off a CLIP config: the model reads the features before it.
-
-    Args:
-        published (`PreTrainedConfig`): Config of the published tower.
-
-    Returns:
-        `PreTrainedConfig`: Config of the tower as stored.
-    """
+    """Take the last layer off a CLIP config: the model reads the features before it."""
     stored = copy.deepcopy(published)
     stored.num_hidden_layers = published.num_hidden_layers - 1
     return stored
@@ -136,22 +96,7 @@ def build_config(
     vocabulary: Vocabulary,
     image_size: int,
 ) -> MGLlavaConfig:
-    """Build the config that a checkpoint's tensors imply.
-
-    Args:
-        tensors (`dict[str, LazyTensor]`): The checkpoint.
-        text_config (`PreTrainedConfig`): Config of the language model.
-        vision_config (`PreTrainedConfig`): Config of the published CLIP tower.
-        high_res_tower (`HighResTower`): The ConvNeXt.
-        vocabulary (`Vocabulary`): Sizes of the vocabulary.
-        image_size (`int`): Side of the high-resolution input.
-
-    Returns:
-        `MGLlavaConfig`: The config.
-
-    Raises:
-        ConversionError: If checkpoint and towers do not fit together.
-    """
+    """Build the config that a checkpoint's tensors imply."""
     text_config = copy.deepcopy(text_config)
     # Where the language model lay on the converter's machine says nothing to others.
     text_config.name_or_path = ""

@@ -38,11 +38,11 @@ OPEN_CLIP_DROPS: Rules = (
 class HighResTower:
     """The ConvNeXt of an open_clip repository.
 
-    Args:
-        architecture (`str`): Its name in timm.
-        depths (`list[int]`): Blocks in each stage, as counted in the weights.
-        hidden_sizes (`list[int]`): Channels of each stage, as found in the weights.
-        source (`Source`): Its tensors.
+    Attributes:
+        architecture: Its name in timm.
+        depths: Blocks in each stage, as counted in the weights.
+        hidden_sizes: Channels of each stage, as found in the weights.
+        source: Its tensors.
     """
 
     architecture: str

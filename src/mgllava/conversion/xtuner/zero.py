@@ -22,17 +22,7 @@ _INERT_MODULES = ("deepspeed",)
 
 
 def find_zero_folder(path: Path) -> Path:
-    """Find the folder with deepspeed's files: the folder given, or the one that its `latest` file names.
-
-    Args:
-        path (`Path`): A folder.
-
-    Returns:
-        `Path`: The folder that holds `*_model_states.pt`.
-
-    Raises:
-        ConversionError: If there is none.
-    """
+    """Find the folder with deepspeed's files: the folder given, or the one that its `latest` file names."""
     if any(path.glob("*_model_states.pt")):
         return path
     latest = path / "latest"
@@ -53,21 +43,7 @@ def find_zero_folder(path: Path) -> Path:
 def open_zero_folder(
     path: Path, trust_pickle: bool, scratch: Path | None
 ) -> tuple[dict[str, LazyTensor], dict[str, Any], list[Path]]:
-    """Open a DeepSpeed checkpoint of any ZeRO stage.
-
-    Args:
-        path (`Path`): The checkpoint's folder, or the one above it with a `latest` file.
-        trust_pickle (`bool`): Read files that name classes of other packages than deepspeed; their objects are
-            skipped either way.
-        scratch (`Path`, *optional*): Folder on a disk with room for the weights in fp32, which stages 1 and 2 need
-            when several processes wrote the checkpoint. The system's temporary folder by default.
-
-    Returns:
-        `tuple`: The tensors (fp32 where they were trained), the runner's `meta`, and the files read.
-
-    Raises:
-        ConversionError: If files are missing or damaged, hold pickled objects, or deepspeed is not installed.
-    """
+    """Return the tensors (float32 if they were trained), `meta` and files of a checkpoint of any ZeRO stage."""
     folder = find_zero_folder(path)
     model_files = sorted(folder.glob("*_model_states.pt"))
     optimizer_files = sorted(folder.glob("*_optim_states.pt"))
@@ -102,18 +78,7 @@ def _load(value: Any, archives: Sequence[Any]) -> torch.Tensor:
 
 
 def meta_of(content: dict[Any, Any], path: Path) -> dict[str, Any]:
-    """Read what the runner says about itself.
-
-    Args:
-        content (`dict`): What a checkpoint holds.
-        path (`Path`): That checkpoint.
-
-    Returns:
-        `dict[str, Any]`: Its `meta`; empty if there is none.
-
-    Raises:
-        ConversionError: If it is not a dict with text for keys.
-    """
+    """Return the `meta` that XTuner's runner stored; empty if there is none."""
     meta = content.get("meta")
     if meta is None:
         return {}
