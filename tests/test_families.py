@@ -1,0 +1,69 @@
+"""The registry of model families, and what a new family takes: its own files and one line."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mgllava
+from mgllava.families import FAMILIES, family_of, resolve
+from tests.golden_cases import GOLDEN
+
+PACKAGE = Path(mgllava.__file__).parent
+TOY = Path(__file__).parent / "toy_family"
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_names_of_a_family_are_those_of_its_classes(model_type):
+    family = FAMILIES[model_type]
+    config, model = resolve(family.config), resolve(family.model)
+    assert config.model_type == model_type and model.config_class is config
+    assert family_of(config(), has_text=family.processor is not None) is family
+    for name in (family.base_model, family.processor, family.card, family.build, family.chat_templates):
+        assert name is None or resolve(name) is not None
+    assert all(resolve(name).model_type == model_type for name in family.source_formats)
+    assert set(family.image_processors) == {"torchvision", "pil"}
+
+
+def test_models_of_other_families_are_refused_by_name():
+    from transformers import LlamaConfig
+
+    from mgllava import RamPlusConfig
+
+    with pytest.raises(ValueError, match=r"must be MG-LLaVA \('mgllava'\), got 'llama'"):
+        family_of(LlamaConfig())
+    with pytest.raises(ValueError, match="got 'ram_plus'"):
+        family_of(RamPlusConfig())
+
+
+def test_a_family_is_its_own_files_and_one_line(tmp_path):
+    """With these a toy family converts, exports, loads by remote code, chats, serves and trains a step."""
+    package = tmp_path / "src" / "mgllava"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in TOY.glob("*/*.py"):
+        target = package / file.relative_to(TOY)
+        assert not target.exists()
+        shutil.copyfile(file, target)
+    registry = package / "families" / "__init__.py"
+    line, toy = '    "mgllava": MGLLAVA,\n', '    "toy": __import__("mgllava.families.toy", fromlist=["TOY"]).TOY,\n'
+    text = registry.read_text()
+    assert text.count(line) == 1
+    registry.write_text(text.replace(line, line + toy))
+
+    work = tmp_path / "work"
+    work.mkdir()
+    done = subprocess.run(
+        [sys.executable, TOY / "session.py", work, GOLDEN / "llm"],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(package.parent),
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(tmp_path / "home"),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.endswith("done\n"), done.stderr[-4000:]
