@@ -17,6 +17,7 @@ from tests.golden_cases import (
     process,
     recorded_stages,
     run,
+    stage_pairs,
     thinned,
 )
 
@@ -31,18 +32,9 @@ def assert_near(actual, expected, limit):
 def assert_stages_equal(stages, tensors):
     limits = {"pixel_values_aux": PIXELS, "pixel_values": PIXELS, "logits": LOGITS}
     compared = set()
-    for name, expected in tensors.items():
-        stage = next(
-            (
-                s
-                for s in sorted(stages, key=len, reverse=True)
-                if name == s or name.startswith((f"{s}_s", f"{s}_last"))
-            ),
-            None,
-        )
-        if stage is not None and expected.dtype == torch.float32:
-            assert_near(thinned(name, stages[stage]), expected, limits.get(stage, FEATURES))
-            compared.add(stage)
+    for stage, actual, expected in stage_pairs(stages, tensors):
+        assert_near(actual, expected, limits.get(stage, FEATURES))
+        compared.add(stage)
     return compared
 
 

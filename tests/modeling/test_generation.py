@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, TextIteratorStreamer
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    StaticCache,
+    TextIteratorStreamer,
+)
 
 from mgllava.modeling import CACHE_NAME
 from tests.tiny import VOCAB_SIZE, one_prompt, random_boxes, tiny_config, tiny_inputs, tiny_model
@@ -100,10 +108,14 @@ def test_sampling_is_reproducible_and_varies(model):
     assert draws[0] == draws[1] != draws[2]
 
 
-def test_static_cache_equals_dynamic_cache(model):
+@pytest.mark.parametrize("kwargs", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_static_cache_equals_dynamic_cache(model, kwargs):
     inputs = tiny_inputs(MIXED)
-    static = new_tokens(model, inputs, cache_implementation="static", disable_compile=True)
-    assert torch.equal(static, new_tokens(model, inputs))
+    output = generate(
+        model, inputs, cache_implementation="static", disable_compile=True, return_dict_in_generate=True, **kwargs
+    )
+    assert isinstance(output[CACHE_NAME], StaticCache)
+    assert torch.equal(output.sequences, generate(model, inputs, **kwargs))
 
 
 def test_without_cache_equals_with_cache(model):
@@ -196,11 +208,12 @@ def test_assisted_decoding_with_a_text_model_equals_greedy(model):
     )
 
 
-def test_generate_from_embeddings_equals_ids(model):
-    inputs = tiny_inputs([[3], [1]])
-    expected = new_tokens(model, inputs)
+@pytest.mark.parametrize("kwargs", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_generate_from_embeddings_equals_ids(model, kwargs):
+    inputs = tiny_inputs([[3], [1, 2]])
+    expected = new_tokens(model, inputs, **kwargs)
     embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
-    assert torch.equal(generate(model, {**inputs, "inputs_embeds": embeds}), expected)
+    assert torch.equal(generate(model, {**inputs, "inputs_embeds": embeds}, **kwargs), expected)
 
 
 def test_second_turn_continues_on_the_cache(model):
@@ -212,6 +225,61 @@ def test_second_turn_continues_on_the_cache(model):
     continued = generate(model, longer, **{CACHE_NAME: first[CACHE_NAME]})
     images = {name: inputs[name] for name in ("pixel_values", "boxes", "num_boxes")}
     assert torch.equal(continued, generate(model, {**longer, **images}))
+
+
+def test_a_second_image_in_a_later_turn(model):
+    """The prefix with the first one comes from the cache."""
+    inputs = one_prompt(tiny_inputs([[3, 2]]), [[3, 2]], 0)
+    images = ("pixel_values", "boxes", "num_boxes")
+    ids, is_image = inputs["input_ids"], inputs["input_ids"][0] == 100
+    second = int(is_image.nonzero().flatten()[12])  # 9 + 3 placeholders belong to the first image
+    cut = second - 2
+    with torch.no_grad():
+        first = {name: inputs[name][:1] for name in images}
+        prefix = model(input_ids=ids[:, :cut], attention_mask=torch.ones(1, cut), **first, use_cache=True)
+    later = {**inputs, **{name: inputs[name][1:] for name in images}}
+    output = generate(model, later, **{CACHE_NAME: prefix[CACHE_NAME]})
+    assert torch.equal(output, generate(model, inputs))
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_the_cache_goes_by_the_names_of_all_releases(model, name, recwarn):
+    """Releases before 5.24 pass `past_key_values`, later ones `cache`; neither passes on what it deprecates."""
+    inputs = tiny_inputs([[3]])
+    prompt = {**inputs, "input_ids": inputs["input_ids"][:, :-1], "attention_mask": inputs["attention_mask"][:, :-1]}
+    cache = model(**prompt, use_cache=True)[CACHE_NAME]
+    last = model(input_ids=inputs["input_ids"][:, -1:], **{name: cache})
+    torch.testing.assert_close(last.logits, model(**inputs).logits[:, -1:])
+    assert last[CACHE_NAME].get_seq_length() == inputs["input_ids"].shape[1]
+    assert not [warning for warning in recwarn if "past_key_values" in str(warning.message)]
+
+
+def test_one_cache_at_a_time(model):
+    inputs = tiny_inputs([[]])
+    with pytest.raises(ValueError, match="either `past_key_values` or `cache`"):
+        model(**inputs, past_key_values=DynamicCache(), cache=DynamicCache())
+
+
+@pytest.mark.skipif(
+    not hasattr(GenerationMixin, "_supports_mm_encoder_outputs"),
+    reason="this release of transformers leaves images out of a prefill in chunks",
+)
+@pytest.mark.parametrize("kwargs", [{"prefill_chunk_size": 4}, {"prefill_chunk_size": 7, "num_beams": 2}])
+def test_prefill_in_chunks_equals_prefill_at_once(model, kwargs):
+    """Chunks end inside the run of placeholders of an image."""
+    inputs = tiny_inputs([[3], [1, 2]])
+    beams = {"num_beams": kwargs["num_beams"]} if "num_beams" in kwargs else {}
+    assert torch.equal(generate(model, inputs, **kwargs), generate(model, inputs, **beams))
+
+
+def test_rules_of_the_caller_count(model):
+    inputs = tiny_inputs([[3]])
+
+    def only_seven(input_ids, scores):
+        return torch.full_like(scores, -torch.inf).index_fill(-1, torch.tensor([7]), 0.0)
+
+    output = new_tokens(model, inputs, logits_processor=LogitsProcessorList([only_seven]))
+    assert output.tolist() == [[7] * 6]
 
 
 def test_number_of_boxes_may_exceed_those_of_training(model):

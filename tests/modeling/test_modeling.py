@@ -1,7 +1,11 @@
 """The model on small random weights: inputs, loss, variants, dtypes, saving and loading."""
 
+import importlib.util
+import inspect
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -9,8 +13,8 @@ from transformers import (
     AutoModelForMultimodalLM,
 )
 
-from mgllava import MGLlavaForConditionalGeneration
-from tests.tiny import IMAGE_TOKEN_ID, one_prompt, tiny_config, tiny_inputs, tiny_model
+from mgllava import MGLlavaForConditionalGeneration, MGLlavaModel
+from tests.tiny import IMAGE_TOKEN_ID, NUM_FUSED_TOKENS, one_prompt, tiny_config, tiny_inputs, tiny_model
 
 LLMS = ["llama", "phi3", "qwen2", "qwen3", "mistral"]
 MIXED = [[3], [], [1, 5], [2]]
@@ -45,6 +49,56 @@ def test_save_and_load_give_the_same_logits_and_no_stray_key(llm, tmp_path):
         assert torch.equal(loaded.eval()(**inputs).logits, model(**inputs).logits)
 
 
+def test_a_tied_head_is_stored_once_and_tied_again(tmp_path):
+    model = tiny_model(text_config={"tie_word_embeddings": True})
+    model.save_pretrained(tmp_path)
+    assert sorted(load_file(tmp_path / "model.safetensors")) == sorted(set(model.state_dict()) - {"lm_head.weight"})
+    loaded = MGLlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    inputs = tiny_inputs(MIXED)
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+def test_the_body_loads_from_the_whole_model_and_the_other_way_round(model, tmp_path):
+    model.save_pretrained(tmp_path / "whole")
+    body, info = MGLlavaModel.from_pretrained(tmp_path / "whole", output_loading_info=True)
+    assert not info["missing_keys"]
+    body.save_pretrained(tmp_path / "body")
+    whole, info = MGLlavaForConditionalGeneration.from_pretrained(tmp_path / "body", output_loading_info=True)
+    assert list(info["missing_keys"]) == ["lm_head.weight"] and not info["unexpected_keys"]
+    for name, value in model.model.state_dict().items():
+        assert torch.equal(value, body.state_dict()[name]) and torch.equal(value, whole.model.state_dict()[name])
+
+
+@pytest.mark.parametrize("variant", [{}, {"fusion_type": "resampler", "object_merging": "box_to_fused"}])
+def test_missing_weights_start_as_in_a_new_model(variant):
+    torch.manual_seed(0)
+    new = MGLlavaForConditionalGeneration(tiny_config(**variant))
+    filled = MGLlavaForConditionalGeneration.from_pretrained(None, config=tiny_config(**variant), state_dict={})
+    for name, value in filled.named_parameters():
+        expected = new.get_parameter(name)
+        if name.startswith("model.vision_tower"):  # transformers skips CLIP's own rules in that case
+            assert torch.isfinite(value).all()
+        else:
+            spread = {"rel": 0.5, "abs": 1e-8}
+            assert value.norm().item() == pytest.approx(expected.norm().item(), **spread), name
+            assert value.abs().max().item() == pytest.approx(expected.abs().max().item(), **spread), name
+
+
+def test_arguments_of_forward_and_configurations_of_the_parts(model):
+    for model_class in (MGLlavaModel, MGLlavaForConditionalGeneration):
+        names = list(inspect.signature(model_class.forward).parameters)[1:]
+        assert names[:5] == ["input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds"]
+        # `Trainer` drops what the signature does not name.
+        assert {"pixel_values", "boxes", "num_boxes", "image_position_ids", "mm_encoder_outputs"} <= set(names)
+    parts = model.model
+    assert parts.config is model.config
+    assert parts.vision_tower.config is model.config.vision_config
+    assert parts.high_res_vision_tower.config is model.config.high_res_vision_config
+    assert parts.language_model.config is model.config.text_config
+
+
 @pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM])
 def test_auto_classes_give_the_model_that_generates(auto_class, model, tmp_path):
     model.save_pretrained(tmp_path)
@@ -68,6 +122,35 @@ def test_box_tokens_follow_the_fused_tokens_of_their_image(model):
     features = model.get_image_features(inputs["pixel_values"], inputs["boxes"], inputs["num_boxes"]).pooler_output
     for index, count in enumerate((2, 3)):
         assert torch.equal(features[index], torch.cat([fused[index], boxes[index, :count]]))
+
+
+def test_states_and_attentions_on_request():
+    model, inputs = tiny_model(), tiny_inputs([[2], [1]])
+    model.set_attn_implementation("eager")
+    plain, length = model(**inputs), inputs["input_ids"].shape[1]
+    assert plain.hidden_states is None and plain.attentions is None
+    output = model(**inputs, output_hidden_states=True, output_attentions=True)
+    assert [tuple(state.shape) for state in output.hidden_states] == [(2, length, 32)] * 3
+    assert [tuple(weights.shape) for weights in output.attentions] == [(2, 4, length, length)] * 2
+    torch.testing.assert_close(output.hidden_states[-1], model.model(**inputs).last_hidden_state)
+    # The first is the input of the language model: text and images in their places.
+    is_image = inputs["input_ids"] == IMAGE_TOKEN_ID
+    assert torch.equal(output.hidden_states[0][is_image], output.image_hidden_states)
+
+
+def test_image_features_have_the_states_of_the_low_resolution_tower():
+    """Two layers on 9 patches and CLS."""
+    model, inputs = tiny_model(), tiny_inputs([[2, 3]])
+    model.set_attn_implementation("eager")
+    images = {name: inputs[name] for name in ("pixel_values", "boxes", "num_boxes")}
+    plain = model.get_image_features(**images)
+    assert plain.last_hidden_state.shape == (2, NUM_FUSED_TOKENS, 32)
+    assert plain.hidden_states is None and plain.attentions is None
+    output = model.get_image_features(**images, output_hidden_states=True, output_attentions=True)
+    assert [tuple(state.shape) for state in output.hidden_states] == [(2, 10, 32)] * 3
+    assert [tuple(weights.shape) for weights in output.attentions] == [(2, 2, 10, 10)] * 2
+    as_tuple = model.get_image_features(**images, return_dict=False)
+    assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], plain.last_hidden_state)
 
 
 def test_missing_boxes_are_an_error_for_a_model_that_uses_them(model):
@@ -157,6 +240,25 @@ def test_loss_is_cross_entropy_over_the_original_vocabulary_without_image_positi
     torch.testing.assert_close(total, expected * (targets != -100).sum() / 10)
 
 
+def test_labels_that_are_shifted_already(model):
+    """Trainers that split sequences pass them, placeholders included."""
+    inputs = tiny_inputs([[3], [1, 2]], padding_side="right")
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    expected = model(**inputs, labels=labels).loss
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    zeros = torch.zeros_like(labels)
+    torch.testing.assert_close(model(**inputs, labels=zeros, shift_labels=shifted).loss, expected)
+    assert (shifted == IMAGE_TOKEN_ID).any()  # the caller's tensor is left as it was
+
+
+def test_loss_from_embeddings_equals_the_loss_from_ids(model):
+    inputs = tiny_inputs([[3], [1, 2]], padding_side="right")
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    expected = model(**inputs, labels=labels).loss
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+    torch.testing.assert_close(model(inputs_embeds=embeds, **inputs, labels=labels).loss, expected)
+
+
 def test_resized_vocabulary_counts_in_loss_and_generation():
     model = tiny_model()
     model.generation_config.suppress_tokens = [7, *model.config.unused_token_ids]  # one of the user's
@@ -210,6 +312,23 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(gradients[1][name], gradient, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_gradient_checkpointing_with_frozen_towers():
+    """Stage 1: towers and language model are frozen, and the rest learns through them."""
+    inputs = tiny_inputs([[3], [1, 2]], padding_side="right")
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model().train()
+        for part in (model.model.vision_tower, model.model.high_res_vision_tower, model.model.language_model):
+            part.requires_grad_(False)
+        model.lm_head.requires_grad_(False)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert all(name.startswith(("model.fusion", "model.multi_modal", "model.box")) for name in gradients[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 def test_every_parameter_has_a_gradient():
     for kwargs in (
         {},
@@ -232,6 +351,29 @@ def test_attention_implementations_agree(model, implementation, tmp_path):
     mask = inputs["attention_mask"].bool()
     with torch.no_grad():
         torch.testing.assert_close(other(**inputs).logits[mask], model(**inputs).logits[mask], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow  # compiles
+def test_flex_attention_matches_eager():
+    inputs = tiny_inputs(MIXED)
+    mask, model = inputs["attention_mask"].bool(), tiny_model()
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = model(**inputs).logits[mask]
+    model.set_attn_implementation({"text_config": "flex_attention"})
+    assert model.model.language_model.config._attn_implementation == "flex_attention"
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits[mask], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_flash_attention_is_not_refused():
+    """Only the package may be missing."""
+    model = tiny_model().to(torch.bfloat16)
+    if importlib.util.find_spec("flash_attn") is not None:
+        model.set_attn_implementation("flash_attention_2")
+        return
+    with pytest.raises(ImportError, match=r"(?i)flash.?att.*install"):
+        model.set_attn_implementation("flash_attention_2")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -5,6 +5,7 @@ import PIL.Image
 import pytest
 import torch
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+from transformers.models.grounding_dino.modeling_grounding_dino import GroundingDinoObjectDetectionOutput
 
 from mgllava import BoxDetector
 from mgllava.conversion import convert_ram_plus
@@ -297,6 +298,20 @@ def test_grounding_dino_finds_given_labels_in_batches_as_alone():
         assert ((found["boxes"] >= 0) & (found["boxes"] <= torch.tensor([width, height] * 2))).all()
     assert detector.detect(IMAGES[0], [[]])[0]["labels"] == []
     assert detector.detect(IMAGES[0], threshold=1.0)[0]["labels"] == []
+
+
+def test_words_of_grounding_dino_count_from_the_threshold_of_the_boxes_on(monkeypatch):
+    """Its own default for words is 0.25: below that, a box that counts would have no word and be dropped."""
+    model, processor = grounding_dino()
+    logits = torch.full((1, 2, 256), -20.0)
+    logits[0, 0, 1], logits[0, 1, 3] = -1.5, -3.0  # "cat" at 0.18, "dog" at 0.05
+    boxes = torch.tensor([[[0.5, 0.5, 0.5, 0.5], [0.2, 0.2, 0.2, 0.2]]])
+    output = GroundingDinoObjectDetectionOutput(logits=logits, pred_boxes=boxes)
+    output["input_ids"] = torch.tensor([[101, 1030, 1012, 1031, 1012, 102]])
+    monkeypatch.setattr(model, "forward", lambda **_: output)
+    detector = BoxDetector(["cat", "dog"], model, detector_processor=processor, mode="clean")
+    for threshold, labels in ((0.1, ["cat"]), (0.01, ["cat", "dog"]), (0.2, [])):
+        assert detector.detect(IMAGES[0], threshold=threshold)[0]["labels"] == labels
 
 
 @pytest.mark.parametrize(

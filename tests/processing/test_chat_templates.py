@@ -8,6 +8,7 @@ import jinja2
 import jinja2.ext
 import PIL.Image
 import pytest
+from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from mgllava.processing import CHAT_TEMPLATES
@@ -319,6 +320,37 @@ def test_templates_without_boundaries_still_work(byte_level):
     )
     learned = [t for t, m in zip(features["input_ids"][0], features["assistant_masks"][0], strict=True) if m]
     assert byte_level.decode(learned) == "circle"
+
+
+@pytest.mark.skipif(
+    not hasattr(ProcessorMixin, "_adjust_assistant_masks_indices"),
+    reason="this release of transformers shifts the masks of other templates by the placeholders",
+)
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_other_templates_mark_answers_with_images_before_and_between_them(sentencepiece_like, padding_side):
+    template = (
+        "{% for m in messages %}{{ m['role'] }}: {% for c in m['content'] %}"
+        "{% if m['role'] == 'assistant' %}{% generation %}{{ c['text'] }}{% endgeneration %}"
+        "{% else %}{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endif %}"
+        "{% endfor %}{{ '\n' }}{% endfor %}"
+    )
+    answers, messages = ["a red circle", "a blue square"], []
+    for answer in answers:
+        image = {"type": "image", "image": IMAGE, "boxes": [[0, 0, 9, 9]]}
+        messages.append({"role": "user", "content": [image, {"type": "text", "text": "What?"}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    features = sentencepiece_like.apply_chat_template(
+        [messages, messages[:2]],
+        chat_template=template,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+        processor_kwargs={"padding": True, "padding_side": padding_side},
+    )
+    for row, expected in enumerate((answers, answers[:1])):
+        learned = features["input_ids"][row][features["assistant_masks"][row].bool()]
+        assert sentencepiece_like.decode(learned).split() == " ".join(expected).split()
 
 
 def test_sanitized_user_text_writes_no_placeholder_and_no_control_token(byte_level):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torchvision.transforms.v2.functional import InterpolationMode, resize
+from transformers import AutoImageProcessor
 
 from mgllava.processing import MGLlavaImageProcessor, MGLlavaImageProcessorPil, image_processing_mgllava
 
@@ -213,8 +214,9 @@ def test_boxes_are_padded_with_zeros_and_counted(backend):
 def test_default_limit_and_settings_survive_saving(tmp_path):
     processor = MGLlavaImageProcessor(box_limit=None, iou_threshold=0.5, box_limit_mode="per_image", **SMALL)
     processor.save_pretrained(tmp_path)
-    for backend in BACKENDS:
-        loaded = backend.from_pretrained(tmp_path)
+    for name, backend in zip(("pil", "torchvision"), BACKENDS, strict=True):
+        loaded = AutoImageProcessor.from_pretrained(tmp_path, backend=name)
+        assert type(loaded) is backend
         assert (loaded.box_limit, loaded.iou_threshold, loaded.box_limit_mode) == (None, 0.5, "per_image")
         assert dict(loaded.size) == SMALL["size"]
     saved = json.loads((tmp_path / "preprocessor_config.json").read_text())

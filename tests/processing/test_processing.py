@@ -341,6 +341,30 @@ def test_save_and_load(processor, tmp_path):
     )
 
 
+def test_options_of_from_pretrained_reach_the_parts(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    loaded = MGLlavaProcessor.from_pretrained(
+        tmp_path, padding_side="left", do_normalize=False, box_limit=7, image_seq_length=9
+    )
+    assert loaded.tokenizer.padding_side == "left" and loaded.image_seq_length == 9
+    assert loaded.image_processor.do_normalize is False and loaded.image_processor.box_limit == 7
+
+
+def test_options_of_a_call_may_be_grouped(processor):
+    flat = processor(
+        RED, "<image>", boxes=[TWO], do_normalize=False, padding="max_length", max_length=40, return_tensors="pt"
+    )
+    grouped = processor(
+        RED,
+        "<image>",
+        common_kwargs={"return_tensors": "pt"},
+        images_kwargs={"boxes": [TWO], "do_normalize": False},
+        text_kwargs={"padding": "max_length", "max_length": 40},
+    )
+    torch.testing.assert_close(dict(grouped), dict(flat))
+    assert flat["input_ids"].shape == (1, 40) and flat["num_boxes"].tolist() == [2]
+
+
 def test_pickling_gives_the_same_inputs(processor):
     copy = pickle.loads(pickle.dumps(processor))
     arguments = {"images": RED, "text": "a <image>", "boxes": [TWO], "return_tensors": "pt"}
