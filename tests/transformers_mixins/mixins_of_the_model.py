@@ -55,7 +55,7 @@ modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["mgllava"] = "MGLlavaFo
 
 @skip(
     {
-        "test_mismatching_num_image_tokens": "it drops images without their boxes; test_modeling.py has the same check",
+        "test_mismatching_num_image_tokens": "it drops images without their boxes; test_modeling.py checks the same",
         "test_can_init_all_missing_weights": "transformers passes by CLIP's own rules inside models of other packages",
         "test_pipeline*": "it needs small models from the Hub",
     }
