@@ -87,6 +87,9 @@ bench-pooling: setup  ## compare box pooling with upsampling, RoI-align and mean
 bench-convert: setup  ## measure the peak memory of converting a 6 GB checkpoint
 	$(BIN)/python benchmarks/convert_memory.py
 
+bench-real-size: setup  ## a 7B model on a CPU: conversion, loading, prefill against transformers' LLaVA (45 GB of disk)
+	$(BIN)/python benchmarks/real_size.py
+
 bench-detector: setup  ## compare the box detector with the original's algorithm
 	$(BIN)/python benchmarks/detector.py
 

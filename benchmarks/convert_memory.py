@@ -12,16 +12,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 
 import torch
+from memory_watch import MemoryWatch
+from random_checkpoints import save_random
 from report import report
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 4096, 11008, 14, 32001
-BLOCK = 1 << 24
 
 CASES = {
     "convert, 5 GB shards": {"max_shard_size": "5GB"},
@@ -45,20 +44,6 @@ def language_model_shapes() -> dict[str, tuple[int, ...]]:
 
 def write_sources(directory: Path) -> None:
     """Write the checkpoint in bf16, and a language model folder with a fitting config."""
-    shapes = language_model_shapes()
-    numels = [torch.Size(shape).numel() for shape in shapes.values()]
-    raw = directory / "raw"
-    block = torch.randn(BLOCK).bfloat16().view(torch.uint8).numpy().data
-    with raw.open("wb") as file:
-        for _ in range(-(-sum(numels) // BLOCK)):
-            file.write(block)
-    # Mapped from the disk, so that this needs no memory either. Each tensor owns its part of the storage.
-    storage = torch.UntypedStorage.from_file(str(raw), shared=True, nbytes=raw.stat().st_size)
-    state, start = {}, 0
-    for (name, shape), numel in zip(shapes.items(), numels, strict=True):
-        own = storage[2 * start : 2 * (start + numel)]
-        state[name] = torch.empty(0, dtype=torch.bfloat16).set_(own, 0, shape)
-        start += numel
     golden = torch.load(GOLDEN / "xtuner" / "iter_10.pth", weights_only=True)
     rest = {key: value.bfloat16() for key, value in golden["state_dict"].items() if not key.startswith("llm.")}
     for projector in ("projector", "bbox_projector"):
@@ -67,9 +52,7 @@ def write_sources(directory: Path) -> None:
         rest[f"{projector}.model.2.weight"] = torch.randn(HIDDEN, HIDDEN).bfloat16()
         for layer in (0, 2):
             rest[f"{projector}.model.{layer}.bias"] = torch.randn(HIDDEN).bfloat16()
-    torch.save({"meta": golden["meta"], "state_dict": {**state, **rest}}, directory / "iter.pth")
-    del state, storage
-    raw.unlink()
+    save_random(directory / "iter.pth", language_model_shapes(), meta=golden["meta"], state_dict=rest)
     shutil.copytree(GOLDEN / "llm", directory / "llm", ignore=shutil.ignore_patterns("model.safetensors"))
     config = json.loads((directory / "llm" / "config.json").read_text())
     config |= {
@@ -84,46 +67,25 @@ def write_sources(directory: Path) -> None:
     (directory / "llm" / "config.json").write_text(json.dumps(config))
 
 
-def _memory(kind: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(kind):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"no {kind} in /proc/self/status: this benchmark needs Linux")
-
-
 def run_case(case: str, directory: Path) -> dict[str, float]:
     """Run one case in this process and watch its memory."""
     from mgllava.conversion import convert_checkpoint, export_xtuner
 
-    before = _memory("RssAnon")
-    peaks = {"RssAnon": before, "RssFile": 0}
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.005):
-            for kind in peaks:
-                peaks[kind] = max(peaks[kind], _memory(kind))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start = time.perf_counter()
-    if case == "back to XTuner":
-        export_xtuner(directory / "out", directory / "back.pth")
-    else:
-        convert_checkpoint(
-            directory / "iter.pth",
-            directory / "llm",
-            GOLDEN / "clip",
-            GOLDEN / "convnext",
-            "vicuna",
-            directory / "out",
-            overwrite=True,
-            **CASES[case],
-        )
-    seconds = time.perf_counter() - start
-    done.set()
-    watcher.join()
-    return {"extra": (peaks["RssAnon"] - before) / 1e9, "mapped": peaks["RssFile"] / 1e9, "seconds": seconds}
+    with MemoryWatch() as watch:
+        if case == "back to XTuner":
+            export_xtuner(directory / "out", directory / "back.pth")
+        else:
+            convert_checkpoint(
+                directory / "iter.pth",
+                directory / "llm",
+                GOLDEN / "clip",
+                GOLDEN / "convnext",
+                "vicuna",
+                directory / "out",
+                overwrite=True,
+                **CASES[case],
+            )
+    return {"extra": watch.extra_gb, "mapped": watch.mapped_gb, "seconds": watch.seconds}
 
 
 def main() -> None:
