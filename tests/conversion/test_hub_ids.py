@@ -253,6 +253,7 @@ def test_tagger_in_one_line(tmp_path, hub):
         assert result.exit_code == 1 and "cannot be downloaded (HTTP Error 404" in result.output
     finally:
         server.shutdown()
+        server.server_close()  # or what connects waits for an answer
     result = _run(*start, *texts, "--output", tmp_path / "other")
     assert result.exit_code == 1 and "cannot be downloaded" in result.output
     result = _run(*start, "--output", tmp_path / "other")

@@ -1,6 +1,6 @@
 """One process of a group: trains by a recipe, as `mgllava train` does, and writes down what it ran.
 
-Usage: `torchrun … -m tests.training.worker REPORT.json RECIPE.yaml [MORE.yaml|KEY=VALUE]... [--resume]`
+`main` takes `REPORT.json RECIPE.yaml [MORE.yaml|KEY=VALUE]... [--resume]`; torchrun may start it too, as a module.
 """
 
 import json
