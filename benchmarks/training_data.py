@@ -17,7 +17,7 @@ from random_models import make_config
 
 from mgllava import MGLlavaConfig, MGLlavaProcessor
 from mgllava.box_files import write_boxes
-from mgllava.model_files.processors import make_processor
+from mgllava.conversion.xtuner.processor import make_processor
 from mgllava.model_files.vocabulary import load_tokenizer
 from mgllava.processing.text_chunks_common import IMAGE_TOKEN
 from mgllava.training import ConversationDataset, open_source

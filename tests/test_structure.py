@@ -30,9 +30,9 @@ HUB_PACKAGES = {
 # No import runs from a lower floor, which stands first here, to a higher one. "mgllava" is the package's `__init__`.
 FLOORS = (
     ("modeling", "processing", "ram_plus"),
-    ("families", "quantization"),
+    ("errors", "families", "quantization"),
     ("mgllava",),
-    ("errors", "extras", "noise", "model_files", "atomic_files", "folder_lock", "user_text"),
+    ("extras", "noise", "model_files", "atomic_files", "folder_lock", "user_text"),
     ("conversion", "hub", "training", "chat", "box_files", "visualization"),
     ("serving",),
     ("commands",),
@@ -165,6 +165,7 @@ def test_public_names():
         "BoxDetector",
         "COCO_80",
         "MGLlavaConfig",
+        "MGLlavaError",
         "MGLlavaForConditionalGeneration",
         "MGLlavaImageProcessor",
         "MGLlavaImageProcessorPil",

@@ -8,6 +8,7 @@ these classes carries their code, so it loads with `trust_remote_code=True` wher
 from importlib import import_module
 from typing import Any
 
+from mgllava.errors import MGLlavaError
 from mgllava.families import FAMILIES, register
 from mgllava.modeling import (
     MGLlavaConfig,
@@ -58,6 +59,7 @@ __all__ = [
     "COCO_80",
     "BoxDetector",
     "MGLlavaConfig",
+    "MGLlavaError",
     "MGLlavaForConditionalGeneration",
     "MGLlavaImageProcessor",
     "MGLlavaImageProcessorPil",

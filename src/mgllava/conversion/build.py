@@ -10,7 +10,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
 from transformers.utils import logging
 
-from mgllava.model_files.processors import make_processor
 from mgllava.model_files.sources import clip_config, language_model_config
 from mgllava.model_files.tensor_matching import match_tensors
 from mgllava.model_files.vocabulary import generation_config, load_tokenizer, plan_vocabulary
@@ -25,6 +24,7 @@ from mgllava.processing import MGLlavaProcessor
 from mgllava.processing.text_chunks_common import IMAGE_TOKEN
 
 from .xtuner.open_clip import HIGH_RES_TOWER, open_high_res_tower
+from .xtuner.processor import make_processor
 
 logger = logging.get_logger(__name__)
 

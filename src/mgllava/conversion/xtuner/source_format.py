@@ -13,7 +13,6 @@ from mgllava.conversion.parts import Source, clip_weights, language_model_weight
 from mgllava.conversion.source_format import Gathered, GatheredTensors, SourceFormat
 from mgllava.model_files.errors import ConversionError
 from mgllava.model_files.lazy_tensor import LazyTensor
-from mgllava.model_files.processors import make_processor
 from mgllava.model_files.sources import clip_config, language_model_config
 from mgllava.model_files.tensor_matching import FLOAT_DTYPES
 from mgllava.model_files.vocabulary import generation_config, load_tokenizer, plan_vocabulary
@@ -28,6 +27,7 @@ from .key_mapping import XTUNER_TO_MODEL, XTUNER_TOWERS_TO_MODEL, to_xtuner
 from .lora import lora_scaling, split_lora
 from .open_clip import open_high_res_tower
 from .presets import PRESETS
+from .processor import make_processor
 
 _EMBEDDING = "model.language_model.embed_tokens.weight"
 _PREFIXES = tuple(prefix for prefix, _ in (("llm.", ""), *XTUNER_TO_MODEL, *XTUNER_TOWERS_TO_MODEL))
