@@ -92,9 +92,9 @@ def main(folder: Path) -> None:
     with Image.open(COFFEE) as coffee:
         coffee.resize((90, 60)).save(folder / "images" / "coffee.png")
     command("detect", folder / "images", processor=folder / "saved", output=folder / "boxes.json")
-    command("export", model=folder / "saved", output=folder / "exported")
-    options = {"model": folder / "exported", "image": folder / "images" / "coffee.png", "save_boxes": folder / "drawn"}
-    command("chat", said="What is it?\nEXIT\n", max_new_tokens=2, **options)
+    command("export", folder / "saved", output=folder / "exported")
+    options = {"image": folder / "images" / "coffee.png", "save_boxes": folder / "drawn"}
+    command("chat", folder / "exported", said="What is it?\nEXIT\n", max_new_tokens=2, **options)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
-"""The main job as a user does it: the command, then new processes that know nothing of it."""
+"""The main job as a user does it: the command, then a new process that knows nothing of it."""
 
 import json
 import subprocess
 import sys
-
-import pytest
 
 from tests.golden_cases import GOLDEN, case
 
@@ -14,13 +12,15 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 import mgllava
 
-repository, image, prompt, detections = json.loads(sys.stdin.read())
+repository, questions = json.loads(sys.stdin.read())
 model = AutoModel.from_pretrained(repository, dtype=torch.float32)
 processor = AutoProcessor.from_pretrained(repository, backend="pil")
-inputs = processor(Image.open(image), prompt, boxes=[detections], return_tensors="pt")
-output = model.generate(**inputs, max_new_tokens=20, do_sample=False, eos_token_id=None)
-new = output[:, inputs["input_ids"].shape[1]:]
-print(json.dumps({"ids": new[0].tolist(), "text": processor.post_process_image_text_to_text(new)[0]}))
+answers = []
+for image, prompt, detections in questions:
+    inputs = processor(Image.open(image), prompt, boxes=[detections], return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=20, do_sample=False, eos_token_id=None)
+    answers.append(output[0, inputs["input_ids"].shape[1]:].tolist())
+print(json.dumps(answers))
 """
 
 
@@ -30,23 +30,16 @@ def run(*command, **kwargs):
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory):
-    output = tmp_path_factory.mktemp("cli") / "model"
+def test_command_then_new_process_gives_the_original_answers(tmp_path):
     run(
         *("-m", "mgllava", "convert"),
         *("--checkpoint", GOLDEN / "xtuner" / "iter_10.pth", "--llm", GOLDEN / "llm"),
         *("--vision-tower", GOLDEN / "clip", "--high-res-tower", GOLDEN / "convnext"),
-        *("--prompt-template", "vicuna", "--output", output),
+        *("--prompt-template", "vicuna", "--output", tmp_path / "model"),
     )
-    return output
-
-
-@pytest.mark.parametrize("name", ["portrait_odd", "square_empty"])
-def test_command_then_new_process_gives_the_original_answer(converted, name):
-    golden = case(name)
-    detections = {"boxes": golden["raw_boxes"], "labels": golden["raw_labels"], "scores": golden["raw_scores"]}
-    request = json.dumps([str(converted), str(GOLDEN / golden["image"]), golden["prompt"], detections])
-    answer = json.loads(run("-c", ANSWER, input=request).splitlines()[-1])
-    assert answer["ids"] == golden["generated_ids"]
-    assert isinstance(answer["text"], str)
+    cases, questions = [case(name) for name in ("portrait_odd", "square_empty")], []
+    for golden in cases:
+        detections = {"boxes": golden["raw_boxes"], "labels": golden["raw_labels"], "scores": golden["raw_scores"]}
+        questions.append([str(GOLDEN / golden["image"]), golden["prompt"], detections])
+    answers = json.loads(run("-c", ANSWER, input=json.dumps([str(tmp_path / "model"), questions])).splitlines()[-1])
+    assert answers == [golden["generated_ids"] for golden in cases]

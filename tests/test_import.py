@@ -15,46 +15,10 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoPr
 from transformers import LlamaModel, LlavaForConditionalGeneration, LlavaImageProcessor, LlavaProcessor
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 """
-PRINT_MODULES = "\nimport json, sys; print(json.dumps(sorted(sys.modules)))"
-
-
-def modules(code):
-    done = subprocess.run(
-        [sys.executable, "-W", "error::DeprecationWarning", "-c", code + PRINT_MODULES],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return set(json.loads(done.stdout.splitlines()[-1]))
-
-
-def test_importing_loads_little_beyond_transformers():
-    """Seconds depend on the machine (benchmarks/import_time.py); which packages are loaded does not.
-
-    Deprecation warnings are errors while it loads.
-    """
-    loaded = modules("import mgllava")
-    packages = {name.split(".")[0] for name in loaded - modules(LLAVA)} - set(sys.stdlib_module_names)
-    # timm is the one package that is new; the others are loaded already, and timm and the detectors name more of them.
-    known = {"mgllava", "timm", "torch", "torchvision", "transformers", "PIL"}
-    assert {name for name in packages if not name.startswith("_")} <= known
-    assert loaded.isdisjoint(
-        {"bitsandbytes", "open_clip", "deepspeed", "gradio", "peft", "datasets", "fastapi", "uvicorn", "openai"}
-    )
-    assert not {name for name in loaded if name.startswith(("mgllava.conversion", "mgllava.box_files", "mgllava.cli"))}
-
-
-def test_what_the_documentation_names_is_found_after_importing_the_package_alone():
-    """In a process of its own: in this one other tests have imported the modules."""
-    names = set()
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        names |= set(re.findall(r"\bmgllava\.[a-z_]+(?:\.\w+)*", path.read_text()))
-    names -= {name for name in names if name.endswith((".cli", ".git")) or ".atomic_files" in name}
-    assert {"mgllava.chat.ChatSession", "mgllava.visualization.draw_boxes"} <= names
-    code = f"""
-import mgllava
+PRINT_MODULES = "\nimport json, sys; print(json.dumps(sorted(sys.modules)))\n"
+USE_NAMES = """
 from operator import attrgetter
-for name in {sorted(names)!r}:
+for name in {names!r}:
     attrgetter(name.removeprefix("mgllava."))(mgllava)
 assert len(mgllava.COCO_80) == 80 and "chat" in dir(mgllava)
 try:
@@ -64,4 +28,30 @@ except AttributeError as error:
 else:
     raise AssertionError
 """
-    modules(code)
+
+
+def test_importing_loads_little_beyond_transformers_and_finds_what_the_documentation_names():
+    """In a process of its own: in this one other tests have imported the modules.
+
+    Seconds depend on the machine (benchmarks/import_time.py); which packages are loaded does not. Deprecation warnings
+    are errors while it loads.
+    """
+    names = set()
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        names |= set(re.findall(r"\bmgllava\.[a-z_]+(?:\.\w+)*", path.read_text()))
+    names -= {name for name in names if name.endswith((".cli", ".git")) or ".atomic_files" in name}
+    assert {"mgllava.chat.ChatSession", "mgllava.visualization.draw_boxes"} <= names
+    code = LLAVA + PRINT_MODULES + "import mgllava" + PRINT_MODULES + USE_NAMES.format(names=sorted(names))
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning", "-c", code], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, loaded = (set(json.loads(line)) for line in done.stdout.splitlines() if line.startswith("["))
+    packages = {name.split(".")[0] for name in loaded - before} - set(sys.stdlib_module_names)
+    # timm is the one package that is new; the others are loaded already, and timm and the detectors name more of them.
+    known = {"mgllava", "timm", "torch", "torchvision", "transformers", "PIL"}
+    assert {name for name in packages if not name.startswith("_")} <= known
+    assert loaded.isdisjoint(
+        {"bitsandbytes", "open_clip", "deepspeed", "gradio", "peft", "datasets", "fastapi", "uvicorn", "openai"}
+    )
+    assert not {name for name in loaded if name.startswith(("mgllava.conversion", "mgllava.box_files", "mgllava.cli"))}
