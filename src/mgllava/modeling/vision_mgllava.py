@@ -184,7 +184,7 @@ class MGLlavaConvFusion(nn.Module):
 
 
 class MGLlavaPlainConcatFusion(nn.Module):
-    """The last high-resolution stage behind the low-resolution channels, as it is."""
+    """Concatenates the last high-resolution stage to the low-resolution channels, unchanged."""
 
     def __init__(self, config: MGLlavaConfig):
         super().__init__()
