@@ -200,7 +200,7 @@ def test_printed_command_has_options_that_exist(words):
 
 
 # Commands that need neither a Hub, nor other machines, nor a person; without the options that do.
-RUN = {"README.md": ("convert --checkpoint iter",), "detect.md": ("detect images/",), "hub.md": ("export mg-",)}
+RUN = {"convert.md": ("convert --checkpoint iter",), "detect.md": ("detect images/",), "hub.md": ("export mg-",)}
 LEFT_OUT = ("--push", "org/name")
 
 
