@@ -16,7 +16,7 @@ ABLATION := --world $(ABLATION_WORLD) --alignment 0.5 --tuning 0.5 --bf16 --jobs
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all test-mixins hub-check wheel-check lint format bench bench-pooling bench-convert bench-detector \
-	bench-quantization bench-generation bench-train bench-import bench-real-size refresh-code small-model ablation clean
+	bench-quantization bench-generation bench-train bench-import bench-real-size bench-sizes refresh-code small-model ablation clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | column -t -s '	'
@@ -70,10 +70,11 @@ wheel-check: setup  ## build the wheel, install it into a clean environment, use
 	cd / && HF_HUB_OFFLINE=1 PYTHONPATH= $(CURDIR)/$(WHEEL)/bin/python $(CURDIR)/tests/wheel_check.py \
 		$(CURDIR)/small_world/model $(CURDIR)/examples/shapes.jpg
 
-lint: setup  ## check style and types without changing anything
+lint: setup  ## check style, types and spelling without changing anything
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/codespell
 
 format: setup  ## fix style and formatting
 	$(BIN)/ruff format $(SOURCES)
@@ -105,6 +106,9 @@ bench-train: setup  ## measure training on a GPU (a tiny model without one), and
 
 bench-real-size: setup  ## convert, load and run a 7B model with random weights on a CPU (minutes; 32 GB of disk)
 	$(BIN)/python benchmarks/real_size.py
+
+bench-sizes: setup  ## compute the disk and memory that the published models need
+	$(BIN)/python benchmarks/sizes.py
 
 bench-import: setup  ## measure the import time in addition to torch and transformers
 	$(BIN)/python benchmarks/import_time.py

@@ -1,4 +1,4 @@
-"""Pictures are looked at by people; what a test can say is where things are drawn, and with which colours."""
+"""Pictures are looked at by people; what a test can say is where things are drawn, and with which colors."""
 
 import runpy
 from pathlib import Path
@@ -13,20 +13,20 @@ from mgllava.visualization import draw_boxes
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "draw_boxes.py"
 
-GREY = (128, 128, 128)
+GRAY = (128, 128, 128)
 
 
-def grey(width, height):
-    return Image.new("RGB", (width, height), GREY)
+def gray(width, height):
+    return Image.new("RGB", (width, height), GRAY)
 
 
 def drawn(picture):
-    """Tell which pixels of a grey picture were drawn on, `(height, width)`."""
+    """Tell which pixels of a gray picture were drawn on, `(height, width)`."""
     return (np.asarray(picture) != 128).any(axis=2)
 
 
-def colours(picture):
-    """List the colours of lines and plates: the frequent ones that are neither grey nor black nor white."""
+def colors(picture):
+    """List the colors of lines and plates: the frequent ones that are neither gray nor black nor white."""
     values, counts = np.unique(np.asarray(picture).reshape(-1, 3), axis=0, return_counts=True)
     return [value for value, count in zip(values, counts, strict=True) if count > 200 and len(set(value)) > 1]
 
@@ -34,7 +34,7 @@ def colours(picture):
 @pytest.mark.parametrize(("width", "height"), [(400, 380), (600, 400), (4000, 3000)])
 def test_lines_run_along_the_box_and_nowhere_else(width, height):
     box = [width // 4, height // 4, 3 * width // 4, 3 * height // 4]
-    on = drawn(draw_boxes(grey(width, height), [box]))
+    on = drawn(draw_boxes(gray(width, height), [box]))
     middle_row, middle_column = height // 2, width // 2
     line = max(4, round((width * height) ** 0.5 / 90))
     for position, edge in ((on[middle_row], box[0]), (on[middle_row], box[2]), (on[:, middle_column], box[1])):
@@ -47,17 +47,17 @@ def test_lines_run_along_the_box_and_nowhere_else(width, height):
 def test_lines_and_letters_grow_with_the_image():
     def share(width, height):
         box = {"boxes": [[width / 3, height / 3, width / 2, height / 2]], "labels": ["spoon"], "scores": [0.5]}
-        return drawn(draw_boxes(grey(width, height), box)).mean()
+        return drawn(draw_boxes(gray(width, height), box)).mean()
 
     shares = [share(*size) for size in ((400, 300), (1200, 900), (4000, 3000))]
     assert max(shares) < 1.6 * min(shares)
 
 
-def test_each_label_has_a_colour_of_its_own():
+def test_each_label_has_a_color_of_its_own():
     boxes = [[10 + 90 * number, 60, 80 + 90 * number, 120] for number in range(6)]
     labels = ["cup", "spoon", "cup", "saucer", "fork", "spoon"]
-    assert len(colours(draw_boxes(grey(600, 400), {"boxes": boxes, "labels": labels}))) == 4
-    assert len(colours(draw_boxes(grey(600, 400), boxes))) == 6
+    assert len(colors(draw_boxes(gray(600, 400), {"boxes": boxes, "labels": labels}))) == 4
+    assert len(colors(draw_boxes(gray(600, 400), boxes))) == 6
 
 
 @pytest.mark.parametrize(
@@ -74,32 +74,32 @@ def test_each_label_has_a_colour_of_its_own():
 def test_labels_stay_inside_the_image(box):
     """The same label is as large as in the middle of the image, so nothing of it is cut off."""
     label = {"labels": ["a long label"], "scores": [0.123]}
-    colour = (51, 255, 255)
+    color = (51, 255, 255)
 
     def plate(box):
-        picture = np.asarray(draw_boxes(grey(600, 400), {"boxes": [box], **label}, line_width=1))
-        filled = (picture == colour).all(axis=2)
-        # Rows of the plate have many pixels of its colour outside the two lines.
+        picture = np.asarray(draw_boxes(gray(600, 400), {"boxes": [box], **label}, line_width=1))
+        filled = (picture == color).all(axis=2)
+        # Rows of the plate have many pixels of its color outside the two lines.
         return sum(row.sum() for row in filled if 20 < row.sum() < 200)
 
     assert plate(box) >= 0.8 * plate([300, 200, 310, 210])
 
 
 def test_labels_do_not_cover_each_other():
-    alone = drawn(draw_boxes(grey(600, 400), {"boxes": [[200, 200, 300, 300]], "labels": ["mmmm"]}))
-    both = drawn(draw_boxes(grey(600, 400), {"boxes": [[200, 200, 300, 300]] * 2, "labels": ["mmmm", "mmmn"]}))
+    alone = drawn(draw_boxes(gray(600, 400), {"boxes": [[200, 200, 300, 300]], "labels": ["mmmm"]}))
+    both = drawn(draw_boxes(gray(600, 400), {"boxes": [[200, 200, 300, 300]] * 2, "labels": ["mmmm", "mmmn"]}))
     assert both.sum() > alone.sum() + 500
 
 
 def test_scores_can_be_left_out():
     found = {"boxes": [[100, 100, 300, 300]], "labels": ["cup"], "scores": [0.5]}
-    without = draw_boxes(grey(600, 400), {"boxes": found["boxes"], "labels": ["cup"]})
-    assert draw_boxes(grey(600, 400), found, scores=False) == without
-    assert draw_boxes(grey(600, 400), found) != without
+    without = draw_boxes(gray(600, 400), {"boxes": found["boxes"], "labels": ["cup"]})
+    assert draw_boxes(gray(600, 400), found, scores=False) == without
+    assert draw_boxes(gray(600, 400), found) != without
 
 
 def test_small_images_are_enlarged_by_a_whole_number():
-    picture = draw_boxes(grey(100, 80), {"boxes": [[20, 20, 60, 60]], "labels": ["cup"]})
+    picture = draw_boxes(gray(100, 80), {"boxes": [[20, 20, 60, 60]], "labels": ["cup"]})
     assert picture.size == (500, 400)
     on = drawn(picture)
     assert on[200, 100] and on[200, 300] and not on[200, 200]
@@ -107,21 +107,21 @@ def test_small_images_are_enlarged_by_a_whole_number():
 
 def test_boxes_of_all_kinds():
     box = [100.0, 100.0, 300.0, 300.0]
-    expected = draw_boxes(grey(600, 400), [box])
+    expected = draw_boxes(gray(600, 400), [box])
     for boxes in (np.array([box]), torch.tensor([box]), {"boxes": torch.tensor([box], dtype=torch.bfloat16)}):
-        assert draw_boxes(grey(600, 400), boxes) == expected
-    assert draw_boxes(grey(600, 400), [{"boxes": [box]}]) == expected  # what a detector returns for one image
+        assert draw_boxes(gray(600, 400), boxes) == expected
+    assert draw_boxes(gray(600, 400), [{"boxes": [box]}]) == expected  # what a detector returns for one image
     outside = {"boxes": [[-20, -20, -5, -5]], "scores": [0.5]}  # of a detector
     for boxes in ([], torch.zeros(0, 4), {"boxes": [], "labels": [], "scores": []}, outside):
-        assert not drawn(draw_boxes(grey(600, 400), boxes)).any()
+        assert not drawn(draw_boxes(gray(600, 400), boxes)).any()
 
 
 def test_the_image_is_turned_upright_and_left_as_it_is():
-    image = grey(600, 400)
+    image = gray(600, 400)
     image.getexif()[0x0112] = 6
     picture = draw_boxes(image, [[10, 10, 100, 500]])
     assert picture.size == (400, 600) and image.size == (600, 400) and not drawn(image).any()
-    assert draw_boxes(np.full((400, 600, 3), 128, dtype=np.uint8), []) == grey(600, 400)
+    assert draw_boxes(np.full((400, 600, 3), 128, dtype=np.uint8), []) == gray(600, 400)
     assert draw_boxes(Image.new("L", (400, 400), 128), [[10, 10, 100, 300]]).mode == "RGB"
 
 
@@ -140,7 +140,7 @@ def test_the_image_is_turned_upright_and_left_as_it_is():
 )
 def test_wrong_boxes_are_refused(found, said):
     with pytest.raises(ValueError, match=said):
-        draw_boxes(grey(600, 400), found)
+        draw_boxes(gray(600, 400), found)
 
 
 def test_example_draws_what_a_box_file_holds(tmp_path, monkeypatch):
@@ -149,9 +149,9 @@ def test_example_draws_what_a_box_file_holds(tmp_path, monkeypatch):
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     assert drawn(Image.open("boxes.png")).any()
 
-    grey(600, 400).save("grey.png")
-    write_boxes("boxes.json", [{"id": "grey.png", "boxes": [[50, 50, 300, 300]], "labels": ["wall"], "scores": [0.9]}])
-    monkeypatch.setattr("sys.argv", ["draw_boxes.py", "boxes.json", ".", "grey.png", "out.png"])
+    gray(600, 400).save("gray.png")
+    write_boxes("boxes.json", [{"id": "gray.png", "boxes": [[50, 50, 300, 300]], "labels": ["wall"], "scores": [0.9]}])
+    monkeypatch.setattr("sys.argv", ["draw_boxes.py", "boxes.json", ".", "gray.png", "out.png"])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
-    expected = draw_boxes(grey(600, 400), {"boxes": [[50, 50, 300, 300]], "labels": ["wall"], "scores": [0.9]})
+    expected = draw_boxes(gray(600, 400), {"boxes": [[50, 50, 300, 300]], "labels": ["wall"], "scores": [0.9]})
     assert Image.open("out.png").convert("RGB") == expected

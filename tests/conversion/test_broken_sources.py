@@ -75,7 +75,7 @@ def test_broken_json(tmp_path, golden, folders, argument, file, content):
     [
         ("high_res_tower", "open_clip_config.json", {"model_cfg": []}, "must have a ConvNeXt"),
         ("high_res_tower", "open_clip_config.json", {"model_cfg": {"vision_cfg": {"timm_model_name": 3}}}, "names 3"),
-        ("vision_tower", "preprocessor_config.json", {"image_mean": "grey"}, "must be three numbers, got 'grey'"),
+        ("vision_tower", "preprocessor_config.json", {"image_mean": "gray"}, "must be three numbers, got 'gray'"),
         ("vision_tower", "preprocessor_config.json", {"image_std": [1, None, 2]}, "must be three numbers"),
         ("llm", "config.json", {"model_type": "llama", "hidden_size": "64"}, "config.json"),
         (

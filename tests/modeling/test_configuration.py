@@ -33,7 +33,7 @@ def test_dictionaries_of_the_caller_are_not_changed():
 
 def test_unused_token_ids_are_placeholder_and_padding():
     assert tiny_config().unused_token_ids == list(range(100, 128))
-    # A placeholder inside the original vocabulary (Phi-3 has spare rows) is unused, its neighbours are not.
+    # A placeholder inside the original vocabulary (Phi-3 has spare rows) is unused, its neighbors are not.
     assert tiny_config(image_token_id=90, unpadded_vocab_size=128).unused_token_ids == [90]
     assert tiny_config(image_token_id=90, unpadded_vocab_size=None).unused_token_ids == [90]
 

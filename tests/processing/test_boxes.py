@@ -1,4 +1,4 @@
-"""Box maths against the original's numbers and against an NMS written out here."""
+"""Box math against the original's numbers and against an NMS written out here."""
 
 import json
 import re

@@ -14,7 +14,7 @@ from tests.ram_plus.golden import arrays, image_path
 BACKENDS = [RamPlusImageProcessorPil, RamPlusImageProcessor]
 SIZE = {"height": 128, "width": 128}
 RAW = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
-LEVEL = 1 / 255 / 0.224  # one 8-bit level after normalisation, at most
+LEVEL = 1 / 255 / 0.224  # one 8-bit level after normalization, at most
 
 
 def noise(height, width, channels=3):
@@ -71,8 +71,8 @@ def test_kinds_of_input_give_the_same(backend, tmp_path):
     given = raw(backend(size={"height": 9, "width": 12}), *kinds)
     for pixels in given:
         assert torch.equal(pixels, channels_first[:3])
-    grey = raw(backend(size={"height": 9, "width": 12}), array[..., 0], array[..., :1])
-    assert torch.equal(grey, channels_first[:1].expand(2, 3, -1, -1))
+    gray = raw(backend(size={"height": 9, "width": 12}), array[..., 0], array[..., :1])
+    assert torch.equal(gray, channels_first[:1].expand(2, 3, -1, -1))
     batch = backend(size={"height": 9, "width": 12})(np.stack([array, array]), **RAW)["pixel_values"]
     assert torch.equal(batch, channels_first[:3].expand(2, -1, -1, -1))
 

@@ -83,7 +83,7 @@ def test_it_answers(folder):
 def test_the_demo_draws_some_answers(folder):
     drawing = Image.open(folder / "answers.png")
     assert drawing.width > 3 * 400
-    # Boxes and answers in colour.
+    # Boxes and answers in color.
     assert len(drawing.convert("RGB").getcolors(1 << 24)) > 1000
 
 

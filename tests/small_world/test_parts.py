@@ -228,7 +228,7 @@ def test_cells_are_told_where_the_towers_learn_them(data, tokenizer):
         side = max(scene.width, scene.height)
         boxes += torch.tensor([side - scene.width, side - scene.height] * 2) / 2
         assert told["cells"].tolist() == cells_of_centers(boxes[None], GRID, side)[0].tolist()
-        # Margins are of one colour; the resampled edge of the picture may reach a pixel into them.
+        # Margins are of one color; the resampled edge of the picture may reach a pixel into them.
         cells = picture["pixel_values"].float().unfold(1, 32, 32).unfold(2, 32, 32)[..., 1:-1, 1:-1]
         assert cells.flatten(3).std(-1).amax(0).flatten()[told["margin"] > 0.99].sum() == 0
 

@@ -17,7 +17,7 @@ def singular(name):
 
 
 def matching(scene, words):
-    """Objects that fit all the words, each a colour, a shape, or `object`."""
+    """Objects that fit all the words, each a color, a shape, or `object`."""
     return [item for item in scene.objects if all(word in (item.color, item.shape, "object") for word in words)]
 
 

@@ -60,7 +60,7 @@ def test_bundled_again_they_are_what_is_shipped(parts, tmp_path):
                 expected, got = load_file(shipped / file), load_file(again / file)
                 assert expected.keys() == got.keys()
                 for key, value in expected.items():
-                    # Prompts are embedded anew.
+                    # Prompts are embedded again.
                     tolerance = 1e-5 if file.stem == "prompt_embeds" else 0
                     torch.testing.assert_close(got[key], value, rtol=0, atol=tolerance)
 

@@ -51,7 +51,7 @@ class MGLlavaHighResVisionModel(PreTrainedModel):
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(num_images, 3, height, width)`):
-                Normalised high-resolution images.
+                Normalized high-resolution images.
 
         Returns:
             `BackboneOutput` whose `feature_maps` are four tensors of shape
@@ -331,7 +331,7 @@ def roi_axis_weights(start: torch.Tensor, end: torch.Tensor, size: int, pooled_s
     `ceil(length / pooled_size)` samples, so all samples are evenly spaced; a sample interpolates between its two
     cells, is clamped onto the map if it lies up to one cell outside and counts as zero beyond that.
 
-    Instead of visiting samples, this counts those between each pair of neighbouring cells: `count` samples whose mean
+    Instead of visiting samples, this counts those between each pair of neighboring cells: `count` samples whose mean
     distance to the left cell is `offset` give it `count * (1 - offset)` and the right cell `count * offset`. The
     shapes do not depend on the boxes, and the cost does not depend on their size.
 
