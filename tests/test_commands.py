@@ -18,7 +18,7 @@ SHARED = {
     "--bits": {"chat", "serve"},
     "--device": {"chat", "serve"},
     "--attn-implementation": {"chat", "serve"},
-    "--no-detector": {"chat", "serve"},
+    "--no-box-detector": {"chat", "serve"},
     "--save-boxes": {"chat", "detect"},
     "--threshold": {"chat", "detect"},
     "--dtype": {"chat", "serve", "convert", "convert-ram-plus"},
@@ -59,13 +59,13 @@ def test_errors_name_options_where_functions_name_arguments():
     def command(
         model: Annotated[str, typer.Argument(metavar="MODEL")],
         box_file: Annotated[str, typer.Option("--boxes")] = "",
-        use_detector: Annotated[bool, typer.Option(" /--no-detector")] = True,
+        use_box_detector: Annotated[bool, typer.Option(" /--no-box-detector")] = True,
         batch_size: Annotated[int, typer.Option()] = 1,
     ):
-        raise ValueError(f"`model` {model}; `box_file`, `batch_size`, `use_detector=False`; `other`, `model.bits`")
+        raise ValueError(f"`model` {model}; `box_file`, `batch_size`, `use_box_detector=False`; `other`, `model.bits`")
 
     alone = typer.Typer()
     alone.command()(command)
     result = CliRunner().invoke(alone, ["`model`\x1b"])
     assert result.exit_code == 1
-    assert "MODEL MODEL\\x1b; --boxes, --batch-size, --no-detector; `other`, `model.bits`" in result.output
+    assert "MODEL MODEL\\x1b; --boxes, --batch-size, --no-box-detector; `other`, `model.bits`" in result.output

@@ -78,7 +78,7 @@ def test_command_chats_and_refuses_options_of_boxes(stand_in_path, tmp_path):
     assert result.exit_code == 0 and result.stdout.strip(), result.output
     (tmp_path / "boxes.json").write_text("[]")
     for options in (
-        ["--no-detector"],
+        ["--no-box-detector"],
         ["--threshold", "0.5"],
         ["--boxes", tmp_path / "boxes.json"],
         ["--save-boxes", tmp_path],

@@ -73,6 +73,6 @@ def test_boxes_are_refused(post, boxes):
 
 
 def test_options_of_boxes_are_refused(stand_in_path):
-    result = CliRunner().invoke(commands, ["serve", stand_in_path, "--no-detector"])
+    result = CliRunner().invoke(commands, ["serve", stand_in_path, "--no-box-detector"])
     assert result.exit_code == 1
-    assert "--no-detector must be left out: Stand-in has no boxes" in " ".join(result.output.split())
+    assert "--no-box-detector must be left out: Stand-in has no boxes" in " ".join(result.output.split())

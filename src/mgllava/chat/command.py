@@ -23,7 +23,7 @@ def chat(
     model: str,
     images: Sequence[str] = (),
     *,
-    use_detector: bool = True,
+    use_box_detector: bool = True,
     detection_threshold: float | None = None,
     box_file: Path | None = None,
     picture_folder: Path | None = None,
@@ -41,7 +41,7 @@ def chat(
     known_boxes = None if box_file is None else read_boxes(box_file)
     loaded, processor = load(
         model,
-        use_detector=use_detector,
+        use_box_detector=use_box_detector,
         detection_threshold=detection_threshold,
         box_file=box_file,
         picture_folder=picture_folder,

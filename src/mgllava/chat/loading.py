@@ -19,7 +19,7 @@ def load(
     device: str = "auto",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
-    use_detector: bool = True,
+    use_box_detector: bool = True,
     **box_options: Any,
 ) -> tuple[Any, Any]:
     """Load a model and its processor; refuse the options of boxes that are not `None` if the model has no boxes."""
@@ -41,10 +41,10 @@ def load(
         ) from error
     processor = AutoProcessor.from_pretrained(model, **source)
     if takes_boxes(processor):
-        if not use_detector:
+        if not use_box_detector:
             processor.box_detector = None
     else:
-        given = {"use_detector=False": None if use_detector else True, **box_options}
+        given = {"use_box_detector=False": None if use_box_detector else True, **box_options}
         if refused := [f"`{name}`" for name, value in given.items() if value is not None]:
             raise ValueError(f"{', '.join(refused)} must be left out: {family.title} has no boxes.")
     loaded = AutoModelForImageTextToText.from_pretrained(

@@ -15,7 +15,7 @@ from .options import (
     Dtype,
     Model,
     TrustRemoteCode,
-    UseDetector,
+    UseBoxDetector,
 )
 
 
@@ -30,7 +30,7 @@ def chat(
     device: Device = "auto",
     attn_implementation: AttnImplementation = None,
     trust_remote_code: TrustRemoteCode = False,
-    use_detector: UseDetector = True,
+    use_box_detector: UseBoxDetector = True,
     detection_threshold: Annotated[
         float | None, typer.Option("--threshold", help=THRESHOLD_HELP, show_default="the detector's")
     ] = None,

@@ -22,8 +22,10 @@ AttnImplementation = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python code of models that bring their own.")
 ]
-# Without a positive form: `--detector` names an object detector in other commands.
-UseDetector = Annotated[bool, typer.Option(" /--no-detector", help="Do not look for objects.", show_default=False)]
+# Without a positive form, which could change nothing.
+UseBoxDetector = Annotated[
+    bool, typer.Option(" /--no-box-detector", help="Do not look for objects.", show_default=False)
+]
 Detector = Annotated[
     str | None, typer.Option(help="Zero-shot object detector: folder or Hub id.", show_default="OWLv2-L")
 ]

@@ -9,7 +9,7 @@ from mgllava.extras import install_hint
 from mgllava.serving.limits import ServingLimits
 
 from .console import errors_as_messages
-from .options import AttnImplementation, Bits, Device, Dtype, Model, TrustRemoteCode, UseDetector
+from .options import AttnImplementation, Bits, Device, Dtype, Model, TrustRemoteCode, UseBoxDetector
 
 
 @errors_as_messages(ValueError, ImportError)
@@ -26,7 +26,7 @@ def serve(
     chat_template_kwargs: Annotated[
         str | None, typer.Option(help="JSON object: variables of the chat template.")
     ] = None,
-    use_detector: UseDetector = True,
+    use_box_detector: UseBoxDetector = True,
     served_model_name: Annotated[
         str | None, typer.Option(help="How clients call the model.", show_default="the folder's name, or the id")
     ] = None,
