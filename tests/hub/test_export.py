@@ -64,8 +64,9 @@ def test_an_export_is_complete_and_changes_no_weights(saved, tmp_path):
 
     result = run(saved, "--output", output)
     assert result.exit_code == 1 and "exists. Choose another --output, or pass --overwrite" in result.output
-    # Onto itself, which brings card and code up to date.
-    (output / "modeling_mgllava.py").write_text("old")
+    # Onto itself, which brings card and code up to date; modules of an earlier version go.
+    for name in ("modeling_mgllava.py", "attention_mgllava.py", "old_text_common.py", "tags_ram_plus.py"):
+        (output / name).write_text("old")
     assert run(output, "--output", output, "--overwrite", "--no-verify").exit_code == 0
     assert {path.name for path in output.iterdir()} == names
     assert "class MGLlavaModel" in (output / "modeling_mgllava.py").read_text()
@@ -299,8 +300,8 @@ def test_results_of_the_paper_are_for_the_published_model_alone(changes):
 class FakeApi:
     """The Hub, as far as an upload sees it."""
 
-    def __init__(self, exists=False, private=False, tags=()):
-        self.calls, self.exists, self.private, self.tags = [], exists, private, tags
+    def __init__(self, exists=False, private=False, tags=(), files=()):
+        self.calls, self.exists, self.private, self.tags, self.files = [], exists, private, tags, files
 
     def __call__(self):
         return self
@@ -319,6 +320,9 @@ class FakeApi:
         url = type("Url", (str,), {"repo_id": repo_id})
         return url(f"https://hub/{repo_id}")
 
+    def list_repo_files(self, repo_id):
+        return list(self.files)
+
     def upload_folder(self, repo_id, folder_path, commit_message, delete_patterns):
         self.calls.append(("upload", repo_id, {path.name for path in folder_path.iterdir()}, delete_patterns))
         return SimpleNamespace(oid="c0ffee")
@@ -328,7 +332,7 @@ class FakeApi:
 
 
 def test_push_creates_uploads_and_tags(saved, tmp_path, monkeypatch):
-    api = FakeApi()
+    api = FakeApi(files=["README.md", "modeling_mgllava.py", "attention_mgllava.py", "handler.py"])
     monkeypatch.setattr(upload, "HfApi", api)
     output = tmp_path / "out"
     result = run(saved, "--output", output, "--push", "org/name", "--private", "--no-verify")
@@ -337,7 +341,7 @@ def test_push_creates_uploads_and_tags(saved, tmp_path, monkeypatch):
     create, sent, tag = api.calls
     assert create == ("create", "org/name", True, True) and tag == ("tag", "org/name", TAG, "c0ffee")
     assert sent[:2] == ("upload", "org/name") and {"README.md", "modeling_mgllava.py"} <= sent[2]
-    assert "modeling_mgllava.py" in sent[3] and not any(pattern.startswith("*") for pattern in sent[3])
+    assert sent[3] == ["attention_mgllava.py"]
     assert '"org/name"' in (output / "README.md").read_text()
 
 

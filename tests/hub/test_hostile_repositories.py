@@ -1,6 +1,5 @@
 """Repositories of strangers: what their files say never reaches outside them, and nothing of this machine leaks."""
 
-import fnmatch
 import json
 import os
 import shutil
@@ -8,7 +7,6 @@ import shutil
 import pytest
 import torch
 
-import mgllava
 from mgllava import BoxDetector, MGLlavaConfig, MGLlavaProcessor
 from mgllava.conversion import ConversionError
 from mgllava.hub import export_repository, upload
@@ -302,22 +300,23 @@ USERS_FILES = [
     "handler.py",
     "adapters/a.safetensors",
     "tools/modeling_mgllava.py",
-    "my_mgllava.py",
+    "my_mgllava_tools.py",
     "lora.safetensors",
 ]
-OWN_FILES = [
-    "modeling_mgllava.py",
-    "processing_mgllava.py",
-    "model.safetensors",
+STALE_FILES = [
+    "attention_mgllava.py",
+    "image_text_processor_common.py",
     "model-00001-of-00002.safetensors",
     "model.safetensors.index.json",
-    "box_detector/tagger/modeling_ram_plus.py",
+    "box_detector/tagger/tag_layers_ram_plus.py",
     "box_detector/detector/model.safetensors",
 ]
 
 
-def test_an_upload_deletes_nothing_of_the_user():
-    patterns = upload._own_names()
-    deleted = [path for path in USERS_FILES + OWN_FILES if any(fnmatch.fnmatch(path, pattern) for pattern in patterns)]
-    assert deleted == OWN_FILES
-    assert "__init__.py" not in patterns and mgllava.__file__ not in patterns
+def test_an_upload_deletes_stale_code_and_weights_but_nothing_of_the_user(tmp_path):
+    new = [tmp_path / "model.safetensors", tmp_path / "box_detector" / "tagger" / "modeling_ram_plus.py"]
+    for path in new:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    uploaded = [*USERS_FILES, *STALE_FILES, *(path.relative_to(tmp_path).as_posix() for path in new)]
+    assert upload.stale_files(uploaded, tmp_path) == sorted(STALE_FILES)

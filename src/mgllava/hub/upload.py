@@ -1,32 +1,30 @@
 """Upload of a model folder to the Hub, with a tag that examples can name."""
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
+from transformers.utils import logging
 
-import mgllava
 from mgllava.model_files.errors import ConversionError
 from mgllava.model_files.sources import one_line
+from mgllava.model_files.staging import CODE_NAMES
 from mgllava.processing.box_detector_files_mgllava import BUNDLE_FOLDER, PARTS
 
-_HUB_FOLDERS = ("modeling", "processing", "ram_plus")
+logger = logging.get_logger(__name__)
+
+# What an export may hold, in the root and in the parts of the box detector.
+_OWN_PATHS = re.compile(
+    rf"({BUNDLE_FOLDER}/({'|'.join(PARTS)})/)?"
+    rf"({CODE_NAMES.pattern}|model(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index\.json)"
+)
 
 
-def _own_names() -> list[str]:
-    """Return patterns for the code and the weights that an export may hold."""
-    # Left over from an earlier upload, they would be loaded. A `*` would match folders too, and a user's files there.
-    package = Path(mgllava.__file__).parent
-    code = [path.name for folder in _HUB_FOLDERS for path in (package / folder).glob("*.py")]
-    number = "[0-9]" * 5
-    weights = [
-        "model.safetensors",
-        "model.safetensors.index.json",
-        f"model-{number}-of-{number}.safetensors",
-    ]
-    folders = ["", *(f"{BUNDLE_FOLDER}/{part}/" for part in PARTS)]
-    names = sorted({*code, *weights} - {"__init__.py"})
-    return [folder + name for folder in folders for name in names]
+def stale_files(uploaded: Iterable[str], folder: Path) -> list[str]:
+    """List the code and weights of an earlier export among the files on the Hub, which a new one does not have."""
+    return sorted(path for path in uploaded if _OWN_PATHS.fullmatch(path) and not (folder / path).is_file())
 
 
 def check_destination(repo_id: str, tag: str, private: bool) -> None:
@@ -53,9 +51,9 @@ def check_destination(repo_id: str, tag: str, private: bool) -> None:
 def upload_repository(folder: str | Path, repo_id: str, tag: str, *, private: bool = False) -> str:
     """Upload a folder in one commit, and tag it.
 
-    The repository is created if there is none. Files with the names of this package's code and of model weights that
-    the folder lacks are deleted, since they would be loaded; all other files there stay, a `handler.py` or adapters
-    for example.
+    The repository is created if there is none. Code of saved models (`*_mgllava.py`, `*_ram_plus.py`, `*_common.py`)
+    and model weights that the folder lacks are deleted there, with a warning that names them. All other files stay,
+    for example a `handler.py` or adapters.
 
     Args:
         folder (`str` or `Path`): What [`export_repository`] wrote.
@@ -73,14 +71,17 @@ def upload_repository(folder: str | Path, repo_id: str, tag: str, *, private: bo
     api = HfApi()
     try:
         url = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        stale = stale_files(api.list_repo_files(url.repo_id), Path(folder))
         commit = api.upload_folder(
-            repo_id=url.repo_id, folder_path=folder, commit_message=f"Export {tag}", delete_patterns=_own_names()
+            repo_id=url.repo_id, folder_path=folder, commit_message=f"Export {tag}", delete_patterns=stale
         )
         api.create_tag(url.repo_id, tag=tag, revision=commit.oid)
     except Exception as error:  # those of the HTTP library have other names in each version of huggingface_hub
         raise ConversionError(
             f"`push`: {folder} is complete, but could not be uploaded to {repo_id} ({one_line(error)})."
         ) from error
+    if stale:
+        logger.warning(f"Deleted from {url.repo_id}, because the new export does not have them: {', '.join(stale)}.")
     return str(url)
 
 

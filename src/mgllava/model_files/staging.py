@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from mgllava.atomic_files import is_partial
+from mgllava.families import FAMILIES
 from mgllava.folder_lock import FolderLock, FolderLockedError
 
 from .errors import ConversionError
@@ -26,13 +27,15 @@ REPORT_NAME = "conversion_report.json"
 _REPLACED_NAME = "conversion_replaced.json"
 _MARK = "mgllava conversion"
 
+# Code that a saved model carries, by the endings of the names, so that modules that are merged by now are included.
+CODE_NAMES = re.compile(rf"\w+_({'|'.join([*FAMILIES, 'common'])})\.py|__init__\.py")
 # What a conversion or an export writes, so what the next one may remove. All other files are somebody else's.
 _OWN_NAMES = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|chat_template\.jinja"
     r"|(config|generation_config|processor_config|preprocessor_config|image_processor_config)\.json"
     r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|chat_template)\.json"
     r"|(conversion_report|conversion_progress|conversion_replaced)\.json"
-    r"|\w+_(mgllava|ram_plus)\.py|__init__\.py"
+    rf"|{CODE_NAMES.pattern}"
 )
 # Only an export writes these, so only in an unfinished folder they are surely its own.
 _OWN_NAMES_IN_STAGING = re.compile(
@@ -319,4 +322,4 @@ def _sync(folder: Path) -> None:
             os.close(descriptor)
 
 
-__all__ = ["PROGRESS_NAME", "REPORT_NAME", "StagingFolder", "read_model_type"]
+__all__ = ["CODE_NAMES", "PROGRESS_NAME", "REPORT_NAME", "StagingFolder", "read_model_type"]
