@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Annotated
 
 import pytest
@@ -9,12 +10,14 @@ import typer
 from typer.testing import CliRunner
 
 import mgllava
+from mgllava.chat import loading
 from mgllava.cli import app
 from mgllava.commands.console import errors_as_messages
 
 COMMANDS = typer.main.get_command(app).commands
 # One word for one thing: these options read the same wherever they occur.
 SHARED = {
+    "--revision": {"chat", "serve", "export"},
     "--bits": {"chat", "serve"},
     "--device": {"chat", "serve"},
     "--attn-implementation": {"chat", "serve"},
@@ -47,6 +50,43 @@ def test_model_is_the_argument_of_all_commands_that_take_one():
     }
     assert {name for name, words in positional.items() if words == ["MODEL"]} == {"chat", "serve", "export"}
     assert not any("--model" in parameter.opts for command in COMMANDS.values() for parameter in command.params)
+
+
+@pytest.mark.parametrize("command", ["chat", "serve", "export"])
+def test_revision_of_a_folder_is_refused(command, tmp_path):
+    options = ["--output", str(tmp_path / "out")] if command == "export" else []
+    result = CliRunner().invoke(app, [command, str(tmp_path), "--revision", "v1", *options])
+    assert result.exit_code == 1
+    assert f"--revision is for models on the Hub, but {tmp_path} is a folder." in result.output
+
+
+@pytest.mark.parametrize("command", ["chat", "serve"])
+@pytest.mark.parametrize(("options", "revision"), [([], "main"), (["--revision", "v1"], "v1")])
+def test_all_parts_of_a_model_are_of_one_revision(command, options, revision, stand_in, monkeypatch):
+    asked = []
+
+    def load(found):
+        def from_pretrained(name, revision, **_):
+            asked.append((name, revision))
+            return found
+
+        return SimpleNamespace(from_pretrained=from_pretrained)
+
+    model, processor = stand_in
+    monkeypatch.setattr(loading, "AutoConfig", load(model.config))
+    monkeypatch.setattr(loading, "AutoProcessor", load(processor))
+    monkeypatch.setattr(loading, "AutoModelForImageTextToText", load(model))
+    monkeypatch.setattr("uvicorn.run", lambda *_, **__: None)
+    result = CliRunner().invoke(app, [command, "org/model", *options], input="")
+    assert result.exit_code == 0, result.output
+    assert asked == [("org/model", revision)] * 3
+
+
+@pytest.mark.parametrize("command", ["chat", "serve"])
+def test_revision_in_the_name_is_refused(command):
+    result = CliRunner().invoke(app, [command, "org/model@v1"])
+    assert result.exit_code == 1
+    assert "MODEL must be a folder or a Hub id, got org/model@v1. Name a revision with --revision." in result.output
 
 
 def test_python_m_mgllava_prints_the_version():

@@ -85,7 +85,7 @@ def test_a_resumed_training_has_the_losses_of_an_uninterrupted_one(cpu_recipe, c
 
 def test_a_folder_with_checkpoints_is_not_overwritten(cpu_recipe):
     run(cpu_recipe, "training.max_steps=2")
-    with pytest.raises(TrainingError, match=r"checkpoint-2.*Set `resume`"):
+    with pytest.raises(TrainingError, match=r"checkpoint-2.*Pass `resume`"):
         run(cpu_recipe)
 
 
@@ -389,3 +389,8 @@ def test_columns_that_the_trainer_removed_are_named(collator_run, small_processo
     )
     with pytest.raises(SampleError, match="remove_unused_columns=False"):
         trainer.train()
+
+
+def test_errors_of_the_command_name_its_option(cpu_recipe):
+    result = CliRunner().invoke(app, ["train", str(cpu_recipe), "training.resume_from_checkpoint=checkpoint-1"])
+    assert result.exit_code == 1 and "Pass --resume when you start the training." in result.output

@@ -1,5 +1,6 @@
 """Loading a model and its processor to talk with, for the commands `chat` and `serve`."""
 
+import os
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from mgllava.quantization import quantization_config
 def load(
     model: str,
     *,
-    revision: str = "main",
+    revision: str | None = None,
     bits: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
@@ -24,13 +25,17 @@ def load(
 ) -> tuple[Any, Any]:
     """Load a model and its processor; refuse the options of boxes that are not `None` if the model has no boxes."""
     # Loading takes minutes, so everything else is checked first.
+    if revision is not None and os.path.isdir(model):
+        raise ValueError(f"`revision` is for models on the Hub, but {model} is a folder.")
+    if "@" in model and not os.path.exists(model):
+        raise ValueError(f"`model` must be a folder or a Hub id, got {model}. Name a revision with `revision`.")
     quantization = None
     if bits is not None:
         quantization = quantization_config(bits)
         quantization.llm_int8_skip_modules = None  # `from_pretrained` fills in those of the model's class
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"`dtype` must be 'auto' or a dtype of torch such as 'bfloat16', got {dtype!r}.")
-    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    source: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(model, **source)
     try:
         family = family_of(config)

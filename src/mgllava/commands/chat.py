@@ -14,6 +14,7 @@ from .options import (
     Device,
     Dtype,
     Model,
+    Revision,
     TrustRemoteCode,
     UseBoxDetector,
 )
@@ -25,6 +26,7 @@ def chat(
     images: Annotated[
         list[str] | None, typer.Option("--image", help="Path or URL of an image; may be given several times.")
     ] = None,
+    revision: Revision = None,
     bits: Bits = None,
     dtype: Dtype = "auto",
     device: Device = "auto",

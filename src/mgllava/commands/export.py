@@ -7,14 +7,14 @@ import typer
 from mgllava.model_files.errors import ConversionError
 
 from .console import errors_as_messages, progress_bars, say
-from .options import Output, Overwrite
+from .options import Output, Overwrite, Revision
 
 
 @errors_as_messages()
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="MG-LLaVA or RAM++ model: folder or Hub id.")],
     output: Output,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL on the Hub.")] = None,
+    revision: Revision = None,
     tagger: Annotated[
         str | None, typer.Option(help="Image tagger to add: folder or Hub id.", show_default="the processor's")
     ] = None,

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model: folder or Hub id.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL on the Hub.")]
 Bits = Annotated[
     int | None,
     typer.Option(metavar="4|8", help="Load the language model quantized to so many bits.", show_default="as stored"),

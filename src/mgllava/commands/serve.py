@@ -9,7 +9,7 @@ from mgllava.extras import install_hint
 from mgllava.serving.limits import ServingLimits
 
 from .console import errors_as_messages
-from .options import AttnImplementation, Bits, Device, Dtype, Model, TrustRemoteCode, UseBoxDetector
+from .options import AttnImplementation, Bits, Device, Dtype, Model, Revision, TrustRemoteCode, UseBoxDetector
 
 
 @errors_as_messages(ValueError, ImportError)
@@ -17,6 +17,7 @@ def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Server listen address.")] = "localhost",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Server listen port.")] = 8000,
+    revision: Revision = None,
     bits: Bits = None,
     dtype: Dtype = "auto",
     device: Device = "auto",

@@ -80,6 +80,8 @@ def export_repository(
             outside it, the result does not load, or `output` exists.
     """
     output = Path(output).absolute()
+    if revision is not None and Path(model).is_dir():
+        raise ConversionError(f"`revision` is for models on the Hub, but {model} is a folder.")
     source = fetch(model, "model", [*_TEXT_FILES, "*.safetensors"], revision)
     _refuse_links(source)
     family = _read_family(source, model)

@@ -109,8 +109,7 @@ def run_server(
     if default_seed is not None and not -(2**63) <= default_seed < 2**63:
         raise ValueError(f"`default_seed` must have 64 bits, got {default_seed}.")
 
-    name, _, revision = (model, "", "") if os.path.exists(model) else model.partition("@")
-    loaded, processor = load(name, revision=revision or "main", **options)
+    loaded, processor = load(model, **options)
     if takes_boxes(processor):
         processor.box_detector  # noqa: B018  (loads it: the first request should not wait)
     health = DeviceHealth(loaded.device)

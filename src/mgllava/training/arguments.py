@@ -22,7 +22,7 @@ _WITHOUT_EFFECT = {
     "do_eval": "Set `training.eval_strategy`.",
     "do_predict": "Remove it.",
     "do_train": "Remove it.",
-    "resume_from_checkpoint": "Set `resume` when you start the training.",
+    "resume_from_checkpoint": "Pass `resume` when you start the training.",
 }
 _DEFAULTS = {"ddp_find_unused_parameters": False, "report_to": "none"}
 

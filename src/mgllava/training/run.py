@@ -89,7 +89,7 @@ def _train(recipe: Recipe, args: TrainingArguments, output: Path, resume: bool) 
     checkpoint = last_complete_checkpoint(output)
     if checkpoint is not None and not resume:
         raise TrainingError(
-            f"`training.output_dir`: {output} has checkpoints, the last at {checkpoint.name}. Set `resume` to "
+            f"`training.output_dir`: {output} has checkpoints, the last at {checkpoint.name}. Pass `resume` to "
             "resume that training, or choose another folder."
         )
     if checkpoint is None and recipe.model.parts is not None and not (output / _START).is_dir():
