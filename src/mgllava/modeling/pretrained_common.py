@@ -6,8 +6,9 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -209,4 +210,78 @@ def read_sub_config(value: Any, name: str, model_type: str, **defaults: Any) -> 
     raise TypeError(f"`{name}` must be a configuration or a dictionary, got {type(value).__name__}.")
 
 
-__all__ = ["CACHE_NAME", "ImageTextPreTrainedModel", "either_cache", "read_sub_config"]
+@strict
+class ImageTextConfig(PreTrainedConfig):
+    """Configuration of a family: a language model, a CLIP vision tower, and the placeholder of images."""
+
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
+    # `Trainer` takes all other outputs for predictions; these, some of which only batches with images have, are none.
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states", "image_outputs"]
+    # Where remote code finds the model, by the Auto classes that load it.
+    remote_classes = {}
+
+    # Configurations once `__post_init__` is done, whatever they were given as.
+    text_config: Any = None
+    vision_config: Any = None
+    image_token_id: int = 32000
+    unpadded_vocab_size: int | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        self.text_config = read_sub_config(self.text_config, "text_config", "llama", vocab_size=32064)
+        self.vision_config = read_sub_config(
+            self.vision_config,
+            "vision_config",
+            "clip_vision_model",
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=23,
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
+            projection_dim=768,
+        )
+        # Only the text config says so in most repositories, while saving and loading read the top level.
+        self.tie_word_embeddings = self.tie_word_embeddings or getattr(self.text_config, "tie_word_embeddings", False)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Check what the sub configurations must have in common."""
+        if self.vision_config.model_type != "clip_vision_model":
+            raise ValueError(
+                "`vision_config` must be a CLIP vision configuration (model_type 'clip_vision_model'), "
+                f"got model_type {self.vision_config.model_type!r}."
+            )
+        rows = self.text_config.vocab_size
+        if not 0 <= self.image_token_id < rows:
+            raise ValueError(
+                f"`image_token_id` must be a row of the embedding table, 0 to {rows - 1} "
+                f"(`text_config.vocab_size` is {rows}), got {self.image_token_id}."
+            )
+        if self.unpadded_vocab_size is not None and not 0 < self.unpadded_vocab_size <= rows:
+            raise ValueError(
+                f"`unpadded_vocab_size` must be between 1 and `text_config.vocab_size` ({rows}), "
+                f"got {self.unpadded_vocab_size}."
+            )
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save the configuration, with every Auto class in `auto_map`: transformers notes one for each object.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder.
+            push_to_hub (`bool`, *optional*, defaults to `False`): Whether to upload it.
+            **kwargs: See the base class.
+        """
+        if self._auto_class is not None:
+            self.auto_map = {**self.remote_classes, **(getattr(self, "auto_map", None) or {})}
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @property
+    def unused_token_ids(self) -> list[int]:
+        """Ids that must never be generated: the placeholder and the padding of the embedding table."""
+        rows = self.text_config.vocab_size
+        first_padding = rows if self.unpadded_vocab_size is None else self.unpadded_vocab_size
+        return sorted({self.image_token_id, *range(first_padding, rows)})
+
+
+__all__ = ["CACHE_NAME", "ImageTextConfig", "ImageTextPreTrainedModel", "either_cache", "read_sub_config"]
