@@ -1,10 +1,12 @@
+import dataclasses
+
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from mgllava import MGLlavaForConditionalGeneration
 from mgllava.cli import app
-from mgllava.commands.convert import PromptTemplate
+from mgllava.conversion.detect import presets, prompt_templates, source_formats
 from mgllava.model_files.vocabulary import STOP_WORDS
 from mgllava.processing import CHAT_TEMPLATES
 
@@ -75,4 +77,31 @@ def test_help_lists_commands():
 
 
 def test_templates_are_the_processors():
-    assert {template.value for template in PromptTemplate} == CHAT_TEMPLATES.keys() == STOP_WORDS.keys()
+    assert set(prompt_templates()) == CHAT_TEMPLATES.keys() == STOP_WORDS.keys()
+
+
+def test_presets_and_templates_of_a_new_family_are_taken(tmp_path, monkeypatch):
+    import mgllava.conversion.xtuner as xtuner
+    from mgllava.families import FAMILIES
+
+    taken = []
+    new = dataclasses.replace(
+        xtuner.XTUNER, model_type="new", presets={"new-7b": {"llm": "a/llm", "prompt_template": "new"}}
+    )
+    monkeypatch.setattr(xtuner, "NEW", new, raising=False)
+    monkeypatch.setattr(xtuner, "NEW_TEMPLATES", {"new": ""}, raising=False)
+    names = {"source_formats": (f"{xtuner.__name__}:NEW",), "chat_templates": f"{xtuner.__name__}:NEW_TEMPLATES"}
+    monkeypatch.setitem(FAMILIES, "new", dataclasses.replace(FAMILIES["mgllava"], **names))
+    monkeypatch.setattr("mgllava.conversion.convert.run_conversion", lambda *args, **_: taken.append(args) or tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "new"}')
+    options = ["--checkpoint", "x.pth", "--output", tmp_path / "out"]
+    result = _run("convert", *options, "--preset", "new-7b", "--vision-tower", "a/clip")
+    assert result.exit_code == 0, result.output
+    expected = {"llm": "a/llm", "prompt_template": "new", "vision_tower": "a/clip"}
+    assert {name: value for name, value in taken[0][1].items() if value is not None} == expected
+    result = _run("convert", *options, "--preset", "no-such")
+    assert result.exit_code == 1 and "--preset must be one of ['llama3-8b', 'new-7b'," in result.output
+
+
+def test_presets_have_a_name_of_their_own():
+    assert len(presets()) == sum(len(one.presets) for one in source_formats())

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from mgllava.cli import app
-from mgllava.commands.convert import Preset
 from mgllava.conversion import PRESETS, ConversionError, fetch
+from mgllava.conversion.detect import presets
 from mgllava.conversion.ram_plus import TAG_LIST_URL, THRESHOLDS_URL
 from mgllava.conversion.xtuner import XTUNER
 from mgllava.hub.card_sections import LICENSES
@@ -153,7 +153,7 @@ def test_hub_that_cannot_be_reached(hub):
 
 
 def test_presets_are_the_published_models():
-    assert {preset.value for preset in Preset} == PRESETS.keys()
+    assert presets() == PRESETS
     named = {(values["llm"], values["prompt_template"]) for values in PRESETS.values()}
     assert named == {
         ("microsoft/Phi-3-mini-4k-instruct", "phi3"),

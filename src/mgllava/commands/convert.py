@@ -1,38 +1,22 @@
 """The commands `mgllava convert` and `mgllava convert-ram-plus`."""
 
-from enum import Enum
+from inspect import signature
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mgllava import conversion
-from mgllava.conversion import PRESETS, convert_checkpoint, export_original
+from mgllava.conversion import convert_checkpoint, export_original
+from mgllava.conversion.detect import presets, prompt_templates
 from mgllava.conversion.pipeline import DEFAULT_SHARD_SIZE
 from mgllava.conversion.ram_plus import TAG_LIST_URL, THRESHOLDS_URL
+from mgllava.families import FAMILIES
 from mgllava.model_files.errors import ConversionError
+from mgllava.model_files.staging import read_model_type
 
 from .console import errors_as_messages, progress_bars, say
 from .options import Dtype, MaxShardSize, Output, Overwrite, TrustPickle
-
-
-class PromptTemplate(str, Enum):
-    """Chat templates, one for each family of language models."""
-
-    VICUNA = "vicuna"
-    LLAMA3 = "llama3"
-    PHI3 = "phi3"
-    YI = "yi"
-
-
-class Preset(str, Enum):
-    """Published models, by their language models."""
-
-    PHI3_MINI = "phi3-mini"
-    VICUNA_7B = "vicuna-7b"
-    VICUNA_13B = "vicuna-13b"
-    LLAMA3_8B = "llama3-8b"
-    YI_34B = "yi-34b"
 
 
 @errors_as_messages()
@@ -46,16 +30,24 @@ def convert(
     ],
     output: Annotated[Path, typer.Option(help="Folder to write. With --to-original: the .pth file to write.")],
     preset: Annotated[
-        Preset | None,
-        typer.Option(help="Published model: fills the next four options, as far as they are not given."),
+        str | None,
+        typer.Option(
+            metavar="|".join(presets()),
+            help="Published model: fills the options of its parts and its prompt template where they are not given.",
+        ),
     ] = None,
     llm: Annotated[str | None, typer.Option(help="Language model: folder or Hub id.")] = None,
-    vision_tower: Annotated[str | None, typer.Option(help="CLIP: folder or Hub id.")] = None,
+    vision_tower: Annotated[str | None, typer.Option(help="Vision tower (CLIP): folder or Hub id.")] = None,
     high_res_tower: Annotated[
-        str | None, typer.Option(help="open_clip ConvNeXt: folder, Hub id, or open_clip's architecture:tag.")
+        str | None,
+        typer.Option(
+            help="High-resolution vision tower (ConvNeXt of open_clip): folder, Hub id, or open_clip's "
+            "architecture:tag."
+        ),
     ] = None,
     prompt_template: Annotated[
-        PromptTemplate | None, typer.Option(help="Chat template of the language model.")
+        str | None,
+        typer.Option(metavar="|".join(prompt_templates()), help="Chat template of the language model."),
     ] = None,
     dtype: Dtype = "auto",
     max_shard_size: MaxShardSize = DEFAULT_SHARD_SIZE,
@@ -68,44 +60,28 @@ def convert(
         bool, typer.Option("--to-original", help="The way back: from a model folder to an original checkpoint (.pth).")
     ] = False,
 ) -> None:
-    """Convert an original (XTuner) checkpoint into a model folder for `from_pretrained`, or back."""
-    given = {
-        "llm": llm,
-        "vision_tower": vision_tower,
-        "high_res_tower": high_res_tower,
-        "prompt_template": None if prompt_template is None else prompt_template.value,
-    }
-    parts = {name: value for name, value in given.items() if value is not None}
+    """Convert an original checkpoint into a model folder for `from_pretrained`, or back."""
+    options = locals()
     if to_original:
-        others = {
-            "preset": preset is not None,
-            **dict.fromkeys(parts, True),
-            "dtype": dtype != "auto",
-            "max_shard_size": max_shard_size != DEFAULT_SHARD_SIZE,
-            "trust_pickle": trust_pickle,
-            "lora_alpha": lora_alpha is not None,
-        }
-        superfluous = [f"`{name}`" for name, is_given in others.items() if is_given]
+        defaults = {name: parameter.default for name, parameter in signature(convert).parameters.items()}
+        accepted = ("checkpoint", "output", "overwrite", "to_original")
+        superfluous = [
+            f"`{name}`" for name, value in options.items() if name not in accepted and value != defaults[name]
+        ]
         if superfluous:
             raise ConversionError(
                 f"`to_original` takes `checkpoint` and `output` only (and `overwrite`), got {', '.join(superfluous)}."
             )
         say(f"Wrote {export_original(checkpoint, output, overwrite=overwrite)}")
         return
-    parts = {**(PRESETS[preset.value] if preset is not None else {}), **parts}
+    del options["preset"], options["to_original"]
+    if preset is not None:
+        known = presets()
+        if preset not in known:
+            raise ConversionError(f"`preset` must be one of {sorted(known)}, got {preset!r}.")
+        options |= {name: value for name, value in known[preset].items() if options[name] is None}
     with progress_bars() as progress:
-        written = convert_checkpoint(
-            checkpoint,
-            **parts,
-            output=output,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            trust_pickle=trust_pickle,
-            lora_alpha=lora_alpha,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    _say_how_to_load(written, processor="AutoProcessor", model="AutoModelForImageTextToText")
+        _say_how_to_load(convert_checkpoint(**options, progress=progress))
 
 
 @errors_as_messages()
@@ -157,14 +133,18 @@ def convert_ram_plus(
             overwrite=overwrite,
             progress=progress,
         )
-    _say_how_to_load(written, image_processor="AutoImageProcessor", model="AutoModel")
+    _say_how_to_load(written)
 
 
-def _say_how_to_load(folder: Path, **auto_classes: str) -> None:
-    """Print the lines that load what was written; `auto_classes` by the names of the variables."""
-    lines = ["import mgllava", f"from transformers import {', '.join(sorted(auto_classes.values()))}"]
-    lines += [f'{variable} = {name}.from_pretrained("{folder}")' for variable, name in auto_classes.items()]
+def _say_how_to_load(folder: Path) -> None:
+    """Print the lines that load a model folder."""
+    if FAMILIES[read_model_type(folder) or ""].processor:
+        classes = {"processor": "AutoProcessor", "model": "AutoModelForImageTextToText"}
+    else:
+        classes = {"image_processor": "AutoImageProcessor", "model": "AutoModel"}
+    lines = ["import mgllava", f"from transformers import {', '.join(sorted(classes.values()))}"]
+    lines += [f'{variable} = {name}.from_pretrained("{folder}")' for variable, name in classes.items()]
     say("\n  ".join([f"Wrote {folder}\nLoad it:", *lines]))
 
 
-__all__ = ["Preset", "PromptTemplate", "convert", "convert_ram_plus"]
+__all__ = ["convert", "convert_ram_plus"]

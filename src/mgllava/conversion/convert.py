@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 
-from mgllava.families import FAMILIES, resolve
+from mgllava.families import FAMILIES
 from mgllava.model_files.errors import ConversionError
 from mgllava.model_files.shard_writer import Progress
 from mgllava.model_files.staging import read_model_type
 
-from .detect import source_formats
+from .detect import prompt_templates, source_formats
 from .lora import check_lora_alpha
 from .pipeline import DEFAULT_SHARD_SIZE, run_conversion
 from .ram_plus import RAM_PLUS
@@ -55,8 +55,8 @@ def convert_checkpoint(
         trust_pickle (`bool`, *optional*, defaults to `False`): Read checkpoints that hold pickled objects next to
             the weights. The objects are skipped, and no code of theirs is run, even then.
         lora_alpha (`float`, *optional*): `lora_alpha` of a LoRA checkpoint whose config text does not say it.
-        overwrite (`bool`, *optional*, defaults to `False`): Replace an MG-LLaVA repository at `output`. Files there
-            that no conversion writes stay, and so does the processor's box detector.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace a model folder of the same family at `output`.
+            Files there that no conversion writes stay, and so does the processor's box detector.
         progress (`Callable[[str, int, int], None]`, *optional*): Called with the stage, bytes just done and bytes
             in total.
 
@@ -69,8 +69,7 @@ def convert_checkpoint(
     """
     if output is None:
         raise ConversionError("`output` must be the folder to write, got None.")
-    tables = [resolve(family.chat_templates) for family in FAMILIES.values() if family.chat_templates]
-    known = sorted({name for templates in tables for name in templates})
+    known = prompt_templates()
     if prompt_template is not None and prompt_template not in known:
         raise ConversionError(f"`prompt_template` must be one of {known}, got {prompt_template!r}.")
     check_lora_alpha(lora_alpha)
@@ -129,7 +128,7 @@ def convert_ram_plus(
         max_shard_size (`str` or `int`, *optional*, defaults to `"5GB"`): Size of the largest weight file.
         trust_pickle (`bool`, *optional*, defaults to `False`): Read a checkpoint that holds pickled objects next to
             the weights. The objects are skipped, and no code of theirs is run, even then.
-        overwrite (`bool`, *optional*, defaults to `False`): Replace a RAM++ repository at `output`. Files there
+        overwrite (`bool`, *optional*, defaults to `False`): Replace a RAM++ model folder at `output`. Files there
             that no conversion writes stay.
         progress (`Callable[[str, int, int], None]`, *optional*): Called with the stage, bytes just done and bytes
             in total.

@@ -20,6 +20,17 @@ def source_formats() -> list[SourceFormat]:
     return [resolve(name) for family in FAMILIES.values() for name in family.source_formats]
 
 
+def prompt_templates() -> list[str]:
+    """List the names of the chat templates of all families."""
+    tables = [resolve(family.chat_templates) for family in FAMILIES.values() if family.chat_templates]
+    return sorted({name for templates in tables for name in templates})
+
+
+def presets() -> dict[str, Mapping[str, str]]:
+    """Return the presets of all source formats."""
+    return {name: arguments for one in source_formats() for name, arguments in one.presets.items()}
+
+
 def find_source(
     checkpoint: str | Path, formats: Sequence[SourceFormat], options: Mapping[str, Any], trust_pickle: bool
 ) -> tuple[Path, SourceFormat]:
@@ -98,4 +109,4 @@ def _unknown(path: Path, formats: Sequence[SourceFormat], trust_pickle: bool) ->
     return f"`checkpoint`: {path} is not a checkpoint that can be converted: {holds}. Looked for:{looked_for}"
 
 
-__all__ = ["find_source", "source_formats", "tensor_names"]
+__all__ = ["find_source", "presets", "prompt_templates", "source_formats", "tensor_names"]

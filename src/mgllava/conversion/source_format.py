@@ -99,6 +99,7 @@ class SourceFormat:
         advice: What to do about missing arguments, for the error that names them.
         convert: Name of the function that has the arguments of this format.
         hint: Words that are expected in the path of a checkpoint, joined by `-`, to choose among several.
+        presets: Arguments of the conversion for each published model, by a name that no other format uses.
         export: The way back, if there is one: `export(model_folder, output, overwrite=...)`.
     """
 
@@ -115,6 +116,7 @@ class SourceFormat:
     advice: str = ""
     convert: str = "convert_checkpoint"
     hint: Callable[[Mapping[str, Any]], str] = _no_hint
+    presets: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     export: Callable[..., Path] | None = None
 
 

@@ -219,6 +219,7 @@ XTUNER = SourceFormat(
     takes=("lora_alpha",),
     advice="`mgllava.conversion.PRESETS` (of the command: `preset`) has them for the published models.",
     hint=hint,
+    presets=PRESETS,
     export=export_xtuner,
 )
 
