@@ -144,7 +144,7 @@ def test_damaged_parquet_is_refused(tmp_path):
 
     path = tmp_path / "boxes.parquet"
     path.write_bytes(b"PAR1")
-    with pytest.raises(BoxFileError, match="is no Parquet file"):
+    with pytest.raises(BoxFileError, match="is not a Parquet file"):
         read_boxes(path)
     pyarrow.parquet.write_table(pyarrow.table({"id": [1], "boxes": [[1]]}), path)
     with pytest.raises(BoxFileError, match="has no column scores, labels"):

@@ -21,7 +21,7 @@ from .errors import BoxFileError
 COCO_TAGGER = "coco80"
 
 _PARTS = ("tagger", "detector")
-# Of large files only samples are read: weights that differ do so nearly everywhere, and settings are told often.
+# Of large files only samples are read: weights that differ do so nearly everywhere, and the digest is needed often.
 _SAMPLES, _SAMPLE_SIZE = 64, 65_536
 
 

@@ -399,10 +399,10 @@ def _read_parquet(path: Path, missing: Missing) -> BoxFile:
     try:
         table = read_table(path)
     except pa.ArrowInvalid as error:
-        raise BoxFileError(f"{path} is no Parquet file ({error}). Is it truncated?") from error
+        raise BoxFileError(f"{path} is not a Parquet file ({error}). Is it truncated?") from error
     absent = [name for name in ("id", *_BOX_KEYS) if name not in table.column_names]
     if absent:
-        raise BoxFileError(f"{path} has no column {', '.join(absent)}, so it is no box file.")
+        raise BoxFileError(f"{path} has no column {', '.join(absent)}, so it is not a box file.")
     records = _ArrowRecords(table)
     if not _is_clean(table):
         _check_all(records, (f"record {number}" for number in range(len(records))), path)

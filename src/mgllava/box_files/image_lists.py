@@ -214,14 +214,14 @@ def _json_lines(path: Path) -> Iterator[Any]:
                 try:
                     yield json.loads(line)
                 except ValueError as error:
-                    raise BoxFileError(f"{path}, line {number} is no JSON ({error}).") from error
+                    raise BoxFileError(f"{path}, line {number} is not JSON ({error}).") from error
 
 
 def _json_list(path: Path) -> list[Any]:
     try:
         samples = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise BoxFileError(f"{path} is no JSON ({error}). Name a file with one sample per line .jsonl.") from error
+        raise BoxFileError(f"{path} is not JSON ({error}). Name a file with one sample per line .jsonl.") from error
     if not isinstance(samples, list):
         raise BoxFileError(f"{path} must hold a list of samples, got {type(samples).__name__}.")
     return samples

@@ -60,7 +60,7 @@ def load(
         quantization_config=quantization,
         **source,
     )
-    # One bar is enough: tagger and object detector are small, and load while somebody reads the terminal.
+    # One bar is enough: tagger and object detector are small, and a second bar would distract.
     logging.disable_progress_bar()
     return loaded, processor
 

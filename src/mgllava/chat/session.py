@@ -262,7 +262,7 @@ class ChatSession:
                 break
             common += 1
         image_token = self.processor.image_token_id
-        # How many images a part of them is cannot be told from placeholders, so a prefix has all of them or none.
+        # Placeholders do not tell how many images a part of them is, so a prefix has all of them or none.
         if self._images_depend_on_text or image_token in self._cached_ids[common:]:
             first = prompt.index(image_token) if image_token in prompt else len(prompt)
             common = min(common, first)
@@ -286,7 +286,7 @@ class ChatSession:
 
 
 class _Listener(TextStreamer):
-    """Passes on text as soon as it is complete, and keeps the tokens."""
+    """Streamer that passes on text as soon as it is complete, and keeps the tokens."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,5 +1,6 @@
 """The commands `mgllava convert` and `mgllava convert-ram-plus`."""
 
+from collections.abc import Callable, Iterable
 from inspect import signature
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,17 @@ from .console import errors_as_messages, progress_bars, say
 from .options import Dtype, MaxShardSize, Output, Overwrite, TrustPickle
 
 
+def _one_of(names: Callable[[], Iterable[str]]) -> Callable[[str | None], str | None]:
+    """Refuse values that are not in a list, which is asked for late: families may be registered after the import."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in names():
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(map(repr, names()))}.")
+        return value
+
+    return check
+
+
 @errors_as_messages()
 def convert(
     checkpoint: Annotated[
@@ -33,6 +45,7 @@ def convert(
         str | None,
         typer.Option(
             metavar="|".join(presets()),
+            callback=_one_of(presets),
             help="Published model: fills the options of its parts and its prompt template where they are not given.",
         ),
     ] = None,
@@ -47,7 +60,11 @@ def convert(
     ] = None,
     prompt_template: Annotated[
         str | None,
-        typer.Option(metavar="|".join(prompt_templates()), help="Chat template of the language model."),
+        typer.Option(
+            metavar="|".join(prompt_templates()),
+            callback=_one_of(prompt_templates),
+            help="Chat template of the language model.",
+        ),
     ] = None,
     dtype: Dtype = "auto",
     max_shard_size: MaxShardSize = DEFAULT_SHARD_SIZE,
@@ -76,10 +93,7 @@ def convert(
         return
     del options["preset"], options["to_original"]
     if preset is not None:
-        known = presets()
-        if preset not in known:
-            raise ConversionError(f"`preset` must be one of {sorted(known)}, got {preset!r}.")
-        options |= {name: value for name, value in known[preset].items() if options[name] is None}
+        options |= {name: value for name, value in presets()[preset].items() if options[name] is None}
     with progress_bars() as progress:
         _say_how_to_load(convert_checkpoint(**options, progress=progress))
 

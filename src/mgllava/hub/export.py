@@ -147,7 +147,7 @@ def _read_family(folder: Path, name: str | Path) -> Family:
 
 
 def _refuse_links(folder: Path) -> None:
-    """Refuse texts that are links to files elsewhere, which somebody's clone may have; they would be published."""
+    """Refuse texts that are links to files elsewhere, because they would be published."""
     for path in sorted(folder.iterdir()):
         if path.name == _TEMPLATES_FOLDER or any(path.match(pattern) for pattern in _TEXT_FILES):
             _inside(path, folder)
@@ -167,7 +167,7 @@ def _read_config(folder: Path, family: Family) -> Any:
     except Exception as error:  # a config may be wrong in many ways
         reason = one_line(error.__cause__ or error)
         raise ConversionError(f"config.json of {folder} cannot be read ({reason}).") from error
-    # Repositories that somebody saved may lack it, and the Auto classes' code must be that of what is here.
+    # Saved models may lack `architectures`, and `auto_map` must name the code that is written here.
     config.architectures, config.auto_map = [resolve(family.model).__name__], None
     return config
 

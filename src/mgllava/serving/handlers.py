@@ -324,9 +324,11 @@ class ResponseHandler(_ConversationHandler):
                     yield event("response.output_item.done", output_index=0, item=finished["output"][0])
                     yield event(f"response.{finished['status']}", response=finished)
         except Exception as error:
-            told = _told(error)
-            yield event("error", message=told["message"], code=told["code"] or told["type"], param=told["param"])
-            failure = {"code": "server_error", "message": told["message"]}
+            details = _error_details(error)
+            yield event(
+                "error", message=details["message"], code=details["code"] or details["type"], param=details["param"]
+            )
+            failure = {"code": "server_error", "message": details["message"]}
             yield event("response.failed", response=self._response(frame, body, "failed", error=failure))
 
 
@@ -353,12 +355,12 @@ def _last_chunks(
     return [last] if options.usage_in_stream is False else [{**last, "usage": _usage(answers)}]
 
 
-def _told(error: Exception) -> dict[str, Any]:
+def _error_details(error: Exception) -> dict[str, Any]:
     """Return what a client may know of an error after its answer has begun."""
     if not isinstance(error, RequestError):
         logger.error("Generation failed.", exc_info=error)
-    told: dict[str, Any] = error_body(error)["error"]
-    return told
+    details: dict[str, Any] = error_body(error)["error"]
+    return details
 
 
 async def _as_text(events: AsyncGenerator[Any, None]) -> AsyncGenerator[str, None]:
@@ -370,7 +372,7 @@ async def _as_text(events: AsyncGenerator[Any, None]) -> AsyncGenerator[str, Non
                 kind = f"event: {event['type']}\n" if isinstance(event, dict) and "type" in event else ""
                 yield f"{kind}data: {data}\n\n"
         except Exception as error:
-            yield f"data: {json.dumps({'error': _told(error)})}\n\n"
+            yield f"data: {json.dumps({'error': _error_details(error)})}\n\n"
 
 
 __all__ = ["ChatCompletionHandler", "CompletionHandler", "ResponseHandler", "ServedModel"]
