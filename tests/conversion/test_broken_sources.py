@@ -184,21 +184,21 @@ def test_stage_one_checkpoint_with_a_language_model_of_another_size(tmp_path, go
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "hidden_size": 128}))
     message = _broken(tmp_path, golden, folders, "iter_5_pretrain.pth")
-    assert "`llm` is not the one of the training: it is 128 channels wide" in message
+    assert "--llm is not the one of the training: it is 128 channels wide" in message
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--dtype", "floof"], "`dtype` must be auto, float32, float16, bfloat16, got floof"),
-        (["--dtype", "float64"], "`dtype` must be"),
-        (["--dtype", ""], "`dtype` must be"),
-        (["--max-shard-size", "floof"], "`max_shard_size` must be"),
-        (["--max-shard-size", "-1GB"], "`max_shard_size` must be"),
-        (["--max-shard-size", "0"], "`max_shard_size` must be"),
-        (["--max-shard-size", "nanGB"], "`max_shard_size` must be"),
-        (["--lora-alpha", "nan"], "`lora_alpha` must be a positive number"),
-        (["--lora-alpha", "16"], "`lora_alpha` is for LoRA checkpoints"),
+        (["--dtype", "floof"], "--dtype must be auto, float32, float16, bfloat16, got floof"),
+        (["--dtype", "float64"], "--dtype must be"),
+        (["--dtype", ""], "--dtype must be"),
+        (["--max-shard-size", "floof"], "--max-shard-size must be"),
+        (["--max-shard-size", "-1GB"], "--max-shard-size must be"),
+        (["--max-shard-size", "0"], "--max-shard-size must be"),
+        (["--max-shard-size", "nanGB"], "--max-shard-size must be"),
+        (["--lora-alpha", "nan"], "--lora-alpha must be a positive number"),
+        (["--lora-alpha", "16"], "--lora-alpha is for LoRA checkpoints"),
     ],
 )
 def test_wrong_options(tmp_path, golden, sources, options, said):
