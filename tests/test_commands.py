@@ -1,6 +1,6 @@
 """The command line as a whole: its words, its version, and errors that name options. What commands do is elsewhere."""
 
-import subprocess
+import runpy
 import sys
 from types import SimpleNamespace
 from typing import Annotated
@@ -89,9 +89,11 @@ def test_revision_in_the_name_is_refused(command):
     assert "MODEL must be a folder or a Hub id, got org/model@v1. Name a revision with --revision." in result.output
 
 
-def test_python_m_mgllava_prints_the_version():
-    done = subprocess.run([sys.executable, "-m", "mgllava", "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout == f"mgllava {mgllava.__version__}\n"
+def test_python_m_mgllava_prints_the_version(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mgllava", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("mgllava", run_name="__main__")
+    assert not ended.value.code and capsys.readouterr().out == f"mgllava {mgllava.__version__}\n"
 
 
 def test_errors_name_options_where_functions_name_arguments():

@@ -2,15 +2,15 @@
 
 import csv
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from transformers import AutoModel, AutoProcessor
+from typer.testing import CliRunner
 
+from mgllava.cli import app
 from small_world.dataset import write_dataset
 from small_world.scenes import make_scene
 
@@ -44,28 +44,35 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_the_page_works_as_it_stands(folder):
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-    }
+def commands(script):
+    """The arguments of each `mgllava` in a script, as the shell expands them."""
+    noted = "mgllava() { printf '%s\\0' \"$@\"; printf '\\n'; }\n"
+    done = subprocess.run(["bash", "-ec", noted + script], capture_output=True, text=True, check=True)
+    return [line.split("\0")[:-1] for line in done.stdout.splitlines()]
+
+
+def test_the_page_works_as_it_stands(folder, monkeypatch, capsys):
+    """In this process: another one for each block would take longer to import than to run."""
+    monkeypatch.chdir(folder)
     shell, python = blocks("sh"), blocks("python")
     assert (len(shell), len(python)) == (3, 2)
     settings, detect, train = shell
     make_samples, ask = python
     model = re.search(r"^MODEL=(.*)$", settings, re.MULTILINE)[1]
 
-    def run(*command):
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
+    def run(script):
+        (arguments,) = commands(settings + script)
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
 
-    assert run(sys.executable, "-c", make_samples).strip() == f"{PICTURES} samples about {PICTURES} pictures"
-    run("bash", "-ec", settings + detect)
+    exec(make_samples, {})
+    assert capsys.readouterr().out.strip() == f"{PICTURES} samples about {PICTURES} pictures"
+    run(detect)
     assert len(list((folder / "my-pictures" / "drawn").iterdir())) == PICTURES
-    run("bash", "-ec", settings + train)
-    answer = run(sys.executable, "-c", ask).splitlines()[-1].strip()
+    run(train)
+    capsys.readouterr()
+    exec(ask, {})
+    answer = capsys.readouterr().out.splitlines()[-1].strip()
 
     samples = json.loads((folder / "my-pictures" / "samples.json").read_text())
     before, after = (
