@@ -54,6 +54,14 @@ def test_a_folder_that_cannot_be_written_is_reported(run, tmp_path):
     assert "The picture cannot be saved" in notes
 
 
+@pytest.mark.parametrize("has_detector", [True, False])
+def test_a_missing_detector_is_said(run, processor, has_detector):
+    if not has_detector:
+        processor.box_detector = None
+    _, notes = run(f"/image {COFFEE}")
+    assert ("(there is no box detector to find them)" in notes) is not has_detector
+
+
 def test_box_file_comes_before_the_detector(run, session, processor, tmp_path):
     records = [{"boxes": [[1, 2, 30, 40]], "labels": ["by name"], "scores": [0.7]}]
     _, notes = run(f"/image {COFFEE}", box_file=BoxFile(["coffee.jpg"], records))

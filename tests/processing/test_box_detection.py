@@ -332,6 +332,20 @@ def test_wrong_parts_are_named(arguments, error, message):
         BoxDetector(**{"detector": OWLV2, **arguments})
 
 
+@pytest.mark.parametrize(("works", "chosen"), [(True, "meta"), (False, "cpu")])
+def test_a_detector_goes_to_the_accelerator_if_this_process_can_use_it(monkeypatch, caplog, works, chosen):
+    """A process forked from one that uses the accelerator cannot; this machine may have none."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("meta"))
+    if not works:
+
+        def fail(*_, **__):
+            raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+        monkeypatch.setattr(torch, "empty", fail)
+    assert box_detection_mgllava._resolve_device(None, None) == torch.device(chosen)
+    assert ("is loaded on the CPU, since this process cannot use meta" in caplog.text) is not works
+
+
 def test_a_model_without_its_processor_is_refused():
     model = AutoModelForZeroShotObjectDetection.from_pretrained(OWLV2)
     with pytest.raises(ValueError, match="`detector_processor` must be given"):
