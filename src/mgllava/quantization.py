@@ -21,11 +21,17 @@ def quantization_config(bits: int) -> BitsAndBytesConfig:
     Raises:
         ValueError: If `bits` is neither 4 nor 8.
     """
+    config = quantization_of(bits)
+    config.llm_int8_skip_modules = MGLlavaPreTrainedModel.skipped_modules()
+    return config
+
+
+def quantization_of(bits: int) -> BitsAndBytesConfig:
+    """Make the same for any family: `from_pretrained` of a model's class fills in `llm_int8_skip_modules`."""
     if bits not in (4, 8):
         raise ValueError(f"`bits` must be 4 or 8, got {bits!r}. Load without `quantization_config` for 16 bits.")
-    skipped = MGLlavaPreTrainedModel.skipped_modules()
     if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+        return BitsAndBytesConfig(load_in_8bit=True)
     has_bf16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = torch.bfloat16 if has_bf16 else torch.float16
     return BitsAndBytesConfig(
@@ -34,8 +40,7 @@ def quantization_config(bits: int) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=dtype,
-        llm_int8_skip_modules=skipped,
     )
 
 
-__all__ = ["quantization_config"]
+__all__ = ["quantization_config", "quantization_of"]

@@ -99,6 +99,14 @@ def test_the_written_repository_works(tmp_path):
         write_starting_model(tmp_path / "other", **PARTS, prompt_template="alpaca")
 
 
+def test_the_standard_deviation_of_new_weights_can_be_chosen(tmp_path):
+    options = {"prompt_template": "vicuna", "initializer_range": 0.08}
+    model = AutoModel.from_pretrained(write_starting_model(tmp_path / "start", **PARTS, **options))
+    assert model.config.initializer_range == 0.08
+    weight = model.model.multi_modal_projector.linear_1.weight
+    assert weight.std().item() == pytest.approx(0.08, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("part", "value", "error"),
     [

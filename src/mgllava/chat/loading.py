@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 from mgllava.families import family_of, takes_boxes
-from mgllava.quantization import quantization_config
+from mgllava.quantization import quantization_of
 
 
 def load(
@@ -29,10 +29,7 @@ def load(
         raise ValueError(f"`revision` is for models on the Hub, but {model} is a folder.")
     if "@" in model and not os.path.exists(model):
         raise ValueError(f"`model` must be a folder or a Hub id, got {model}. Name a revision with `revision`.")
-    quantization = None
-    if bits is not None:
-        quantization = quantization_config(bits)
-        quantization.llm_int8_skip_modules = None  # `from_pretrained` fills in those of the model's class
+    quantization = None if bits is None else quantization_of(bits)
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"`dtype` must be 'auto' or a dtype of torch such as 'bfloat16', got {dtype!r}.")
     source: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}

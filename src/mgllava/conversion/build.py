@@ -39,6 +39,7 @@ _CONFIG_ARGUMENTS = (
     "box_feature_type",
     "box_multi_level_size",
     "projector_hidden_act",
+    "initializer_range",
 )
 # Arguments of `from_pretrained` that need a complete model folder.
 _WHOLE_ARGUMENTS = (
@@ -99,7 +100,8 @@ def build_from_parts(
             Dtype of all weights; `"auto"` is that of the language model. `torch_dtype` is an older name.
         **kwargs:
             - `high_res_image_size` (768 by default), and of [`MGLlavaConfig`] `fusion_type`, `object_merging`,
-              `box_feature_type`, `box_multi_level_size` and `projector_hidden_act`;
+              `box_feature_type`, `box_multi_level_size`, `projector_hidden_act` and `initializer_range` (standard
+              deviation of the random weights; by default that of the language model's configuration);
             - for the whole model `attn_implementation`, and `device_map` with a single device;
             - for the downloads of all parts `cache_dir`, `force_download`, `local_files_only` and `token`;
             - of `from_pretrained` for `llm` alone `revision`, `subfolder`, `gguf_file`, `trust_remote_code`,

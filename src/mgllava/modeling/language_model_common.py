@@ -704,6 +704,9 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
         is_left_out = ids is not None and ids.shape[1] > 1 and not images.keys() <= inputs.keys()
         if is_left_out and (ids == self.config.image_token_id).any():
             inputs |= self._own_images(images)
+        # Releases before 5.24 hand on features of images, unlike pixels, in every step.
+        if ids is not None and ids.shape[1] == 1 and not kwargs.get("is_first_iteration"):
+            inputs.pop("mm_encoder_outputs", None)
         if not self._head.takes_positions:
             inputs.pop("position_ids", None)
         return inputs

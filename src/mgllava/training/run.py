@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedModel, TrainingArguments, set_see
 from mgllava.box_files import detection_settings, open_detector
 from mgllava.families import FAMILIES, Family, family_of, resolve, takes_boxes
 from mgllava.folder_lock import FolderLock
-from mgllava.quantization import quantization_config
+from mgllava.quantization import quantization_of
 
 from .account import (
     PARTIAL,
@@ -322,9 +322,7 @@ def load_model(recipe: Recipe, start: str, args: TrainingArguments, family: Fami
     if options.attn_implementation is not None:
         given["attn_implementation"] = options.attn_implementation
     if options.bits is not None:
-        given["quantization_config"] = quantization_config(options.bits)
-        # The class of the model fills in its own list.
-        given["quantization_config"].llm_int8_skip_modules = None
+        given["quantization_config"] = quantization_of(options.bits)
     kind = resolve(family.model)
     model: Any
     if options.config:
