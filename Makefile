@@ -11,7 +11,7 @@ FLOOR_RELEASE := $(shell sed -n 's/.*transformers>=\([0-9.]*\).*/\1/p' setup.cfg
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 SOURCES := src tests examples benchmarks small_world
 ABLATION_WORLD := small-ablation
-# Half as much training as the shipped model had, two runs in parallel.
+# Half the training of the shipped model, two runs in parallel.
 ABLATION := --world $(ABLATION_WORLD) --alignment 0.5 --tuning 0.5 --bf16 --jobs 2
 
 .DEFAULT_GOAL := help
@@ -42,7 +42,7 @@ demo: $(VENV)/.package  ## answer questions about new pictures with the small mo
 test: setup  ## run the fast tests
 	$(PYTEST) -n 2 -m "not slow and not gpu"
 
-test-all: setup  ## run all tests, including slow ones and, on a GPU, those that need one
+test-all: setup  ## run all tests: also slow ones and, on a GPU, those that need it
 	$(PYTEST)
 
 test-mixins: setup  ## run transformers' own test mixins, from its git tag or TRANSFORMERS_SOURCE
@@ -60,7 +60,7 @@ $(FLOOR)/.installed: $(VENV)/.installed
 	$(FLOOR)/bin/python -m pip install --quiet transformers==$(FLOOR_RELEASE)
 	touch $@
 
-wheel-check: setup  ## build the wheel, install it into a clean environment, use it away from this checkout
+wheel-check: setup  ## build the wheel and use it in a clean environment, outside this checkout
 	rm -rf build/lib build/bdist.* build/wheel
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	$(BIN)/python -m venv --clear $(WHEEL)
@@ -88,7 +88,7 @@ bench-pooling: setup  ## compare box pooling with upsampling, RoI-align and mean
 bench-convert: setup  ## measure the peak memory of converting a 6 GB checkpoint
 	$(BIN)/python benchmarks/convert_memory.py
 
-bench-real-size: setup  ## a 7B model on a CPU: conversion, loading, prefill against transformers' LLaVA (45 GB of disk)
+bench-real-size: setup  ## convert, load and run a 7B model with random weights on a CPU (45 GB of disk)
 	$(BIN)/python benchmarks/real_size.py
 
 bench-detector: setup  ## compare the box detector with the original's algorithm
@@ -104,16 +104,13 @@ bench-train: setup  ## measure training on a GPU (a tiny model without one), and
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/processor.py
 
-bench-real-size: setup  ## convert, load and run a 7B model with random weights on a CPU (minutes; 32 GB of disk)
-	$(BIN)/python benchmarks/real_size.py
-
 bench-sizes: setup  ## compute the disk and memory that the published models need
 	$(BIN)/python benchmarks/sizes.py
 
 bench-import: setup  ## measure the import time in addition to torch and transformers
 	$(BIN)/python benchmarks/import_time.py
 
-refresh-code: setup  ## copy the code in src into the small model, which includes it like every saved model
+refresh-code: setup  ## copy the code of src into the small model, which contains it like every saved model
 	HF_HUB_OFFLINE=1 $(BIN)/python -m small_world.refresh_code
 
 small-model: setup  ## train the small model from scratch in small-world/ (hours; resumes)

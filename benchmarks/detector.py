@@ -1,8 +1,8 @@
 """Tags and boxes of a batch of images: the `BoxDetector` against a path of the original's shape, with random weights.
 
-The reference is fp32, one image at a time, with eager attention, the text tower for every image and every head, on
-transformers' own preprocessing. Its tagger is ours too, without the original's large temporaries, so it is on the fast
-side. Sizes are those of RAM++ Swin-L/384 and OWLv2-L/14 on a GPU and small ones on a CPU.
+The reference is float32, one image at a time, with eager attention; it runs the text tower for every image, and every
+head, with transformers' own preprocessing. It uses our tagger, without the original's large temporaries, which favors
+the reference. Sizes are those of RAM++ Swin-L/384 and OWLv2-L/14 on a GPU and small ones on a CPU.
 Usage: `python benchmarks/detector.py [--device cuda] [--batch-size 8]`.
 """
 

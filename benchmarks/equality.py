@@ -1,6 +1,6 @@
-"""How far from the original: the greatest absolute difference of each stage over the golden cases.
+"""Distance from the original: the greatest absolute difference of each stage over the golden cases.
 
-Usage: `python benchmarks/equality.py` from the root of the repository.
+Usage: `python benchmarks/equality.py` from the root of the git repository.
 """
 
 import sys

@@ -1,9 +1,9 @@
-"""What `import mgllava` costs beyond importing torch and transformers, and where that goes.
+"""Time that `import mgllava` takes in addition to torch and transformers, by stage.
 
-`import transformers` alone loads almost nothing: classes come when they are named. So there are stages, each in fresh
-interpreters that take turns: the two packages; the Auto classes, which a package must load to register its models; a
-vision-language model of transformers and its processor (what any model of that kind costs); and mgllava. Wall clock
-and processor time, the least of all runs.
+`import transformers` alone loads almost nothing: classes are imported when they are first accessed. So there are
+stages, each in fresh interpreters that take turns: the two packages; the Auto classes, which a package must load to
+register its models; a vision-language model of transformers and its processor (what any model of that kind costs); and
+mgllava. Wall clock and processor time, the minimum of all runs.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Whether the CPU keeps up with training: images per second and core of everything that happens before the model.
+"""Speed of data preparation: images per second and core, from file to batch, compared with what training needs.
 
 That is the `MGLlavaDataCollator` in worker processes, on a `ConversationDataset`: JPEG files decoded, turned into
 squares of 768 px (the 336 px input is made of these on the device, by the model), boxes from Parquet filtered and

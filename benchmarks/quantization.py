@@ -1,7 +1,7 @@
-"""What quantization costs in accuracy: logits, next tokens and memory of small models against their fp32 form.
+"""Accuracy and memory of quantized small models: logits and next tokens compared with float32.
 
-Every model is loaded in each form from the same folder: as it is stored, with the default list of modules that stay
-in half precision, and with nothing left out that can be quantized. Both see the fp32 model's own answers.
+Every model is loaded in each form from the same folder: as it is stored, with the default list of modules that stay in
+half precision, and with every possible module quantized. All are given the float32 model's answers.
 Usage: `python benchmarks/quantization.py`.
 """
 

@@ -1,4 +1,4 @@
-"""What every benchmark reports: the machine, the versions, a table, and a JSON file under `benchmarks/results/`."""
+"""Report of a benchmark: the machine, the versions, a table, and a JSON file under `benchmarks/results/`."""
 
 import json
 import platform

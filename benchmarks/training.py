@@ -1,8 +1,8 @@
 """Speed, use of the hardware and memory of training at real size: stage 2 of the recipes on random weights.
 
-LoRA and QLoRA of the 7B model, and all of the 3.8B one (Phi-3-mini) but its towers. Each is what `mgllava train` makes
-of the package's recipe: batches, optimizer, gradient checkpointing and workers are its own, and can be changed as
-there. Only the weights are drawn on the device, and the photographs are drawn too. The first step is not counted.
+LoRA and QLoRA of the 7B model, and all of the 3.8B one (Phi-3-mini) but its towers. Each uses the package's recipe:
+batches, optimizer, gradient checkpointing and workers are those of `mgllava train`, and can be changed in the same
+way. Only the weights are drawn on the device, and the photographs are drawn too. The first step is not counted.
 
 - tokens/s: of text, image and boxes; padding does not count.
 - MFU, model FLOP utilization: FLOP that the counted samples need / seconds / dense bf16 rate of the data sheet. FLOP

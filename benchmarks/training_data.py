@@ -1,8 +1,8 @@
-"""What the training benchmarks learn from: drawn photographs as JPEG, conversations as LLaVA's JSON, boxes as Parquet.
+"""Data of the training benchmarks: generated photographs as JPEG, conversations as LLaVA's JSON, boxes as Parquet.
 
 The photographs are noise that is about as strong in every octave, weaker in the finest, as in those of a camera: so
-that their files have about the size of such, and take as long to decode. Their size is reported. Text is cut by the
-small tokenizer in `tests/golden`, which makes more tokens of a word than that of a real language model.
+that their files are about as large, and take as long to decode. Their size is reported. The small tokenizer in
+`tests/golden` makes more tokens of a word than that of a real language model.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Answer several prompts at once: `python examples/batch.py [--model FOLDER_OR_HUB_ID]`.
 
-A batch may mix prompts with one image, with several and with none. The answers are those that each prompt gets alone.
-The small model has learned from one image at a time: the first two answers are its best.
+A batch may mix prompts with one image, with several and with none. Each prompt gets the same answer as alone.
+The small model was trained with one image per prompt, so the first two answers are its best.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from PIL import Image
 from small_model import model_name
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import mgllava  # noqa: F401  (makes the Auto classes know MG-LLaVA)
+import mgllava  # noqa: F401  (registers MG-LLaVA with the Auto classes)
 
 SHAPES = Image.open(Path(__file__).parent / "shapes.jpg")
 WHOLE = {"type": "image", "image": SHAPES}
@@ -34,7 +34,7 @@ def main() -> None:
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left"},  # answers start behind the last column
+        processor_kwargs={"padding": True, "padding_side": "left"},  # answers start after the last column
     ).to(model.device)
     output = model.generate(**inputs, max_new_tokens=20, do_sample=False)
     answers = processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :])

@@ -1,7 +1,6 @@
 """Several turns from Python: `python examples/chat_session.py [--model FOLDER_OR_HUB_ID]`.
 
-`mgllava chat` is the same in a terminal. A session keeps what the model has read: no turn is read again, and no image
-is looked at twice.
+`mgllava chat` does the same in a terminal. A session keeps the KV cache, so it processes each turn and image once.
 """
 
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 from small_model import model_name
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import mgllava  # noqa: F401  (makes the Auto classes know MG-LLaVA)
+import mgllava  # noqa: F401  (registers MG-LLaVA with the Auto classes)
 from mgllava.chat import ChatSession
 
 PICTURE = Path(__file__).parent / "shapes.jpg"
@@ -22,7 +21,7 @@ def main() -> None:
     session = ChatSession(model, AutoProcessor.from_pretrained(name))
     session.max_new_tokens = 20
 
-    session.add_image(PICTURE)  # also between two turns; boxes may follow, if the detector shall not look for them
+    session.add_image(PICTURE)  # also between two turns; pass boxes as well to skip the detector
     for question in QUESTIONS:
         print(f"Question: {question}\nAnswer:   ", end="")
         answer = session.ask(question, on_text=lambda piece: print(piece, end="", flush=True))

@@ -1,7 +1,7 @@
 """Find the boxes of many images on a Ray cluster: `python examples/detect_with_ray.py IMAGES boxes.parquet`.
 
-Ray Data schedules the batches; each actor loads the detector once. `mgllava detect` needs no cluster software, resumes
-and skips what is done: take Ray where the images already come from a Ray pipeline. Needs Ray: see docs/detect.md.
+Ray Data schedules the batches; each actor loads the detector once. `mgllava detect` needs no cluster software and can
+resume; use Ray if the images already come from a Ray pipeline. Needs Ray: see docs/detect.md.
 """
 
 import argparse
@@ -29,7 +29,7 @@ class FindBoxes:
             except Exception as error:  # whatever a decoder raises
                 print(f"Skipped {self.images.entries[number].image}: {error}")
         found = self.detector.detect(pictures, batch_size=max(1, len(pictures)))
-        # As text: where no image of a block has a box, Arrow could not tell the type of the column.
+        # As text, because Arrow cannot infer the type of the column if no image of a block has a box.
         records = [self._record(*row) for row in zip(numbers, pictures, found, strict=True)]
         return {"number": numbers, "record": [json.dumps(record) for record in records]}
 

@@ -1,7 +1,7 @@
 """Draw the boxes of a box file: `python examples/draw_boxes.py boxes.parquet images/ 000000039769.jpg out.png`.
 
 `mgllava detect IMAGES --output boxes.parquet` makes such a file; the id is the path of the image below IMAGES. Without
-arguments it draws boxes that were chosen by hand in the photograph beside this script.
+arguments it draws boxes that were chosen by hand in the photograph next to this script.
 """
 
 import sys

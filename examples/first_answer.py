@@ -5,7 +5,7 @@ from pathlib import Path
 from small_model import model_name
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import mgllava  # noqa: F401  (makes the Auto classes know MG-LLaVA)
+import mgllava  # noqa: F401  (registers MG-LLaVA with the Auto classes)
 
 PICTURE = Path(__file__).parent / "shapes.jpg"
 
@@ -15,7 +15,7 @@ def main() -> None:
     model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto")
     processor = AutoProcessor.from_pretrained(name)
 
-    # The processor's own detector finds the objects; `"boxes": [[x1, y1, x2, y2], …]` would name them.
+    # The processor's own detector finds the objects; `"boxes": [[x1, y1, x2, y2], …]` would set them instead.
     image = {"type": "image", "path": str(PICTURE)}
     question = {"type": "text", "text": "What letter is on the cyan square?"}
     inputs = processor.apply_chat_template(

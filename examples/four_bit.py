@@ -1,7 +1,7 @@
 """Load a model in 4 bits: `python examples/four_bit.py [--model FOLDER_OR_HUB_ID]`.
 
-`mgllava.quantization_config(4)` quantizes the language model and leaves all that sees in 16 bits. `mgllava chat` and
-other commands have it as `--bits 4`.
+`mgllava.quantization_config(4)` quantizes the language model and leaves the vision modules in 16 bits. `mgllava chat`
+and other commands have the option `--bits 4`.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Teach a model an answer with LoRA: `python examples/lora.py [--model FOLDER_OR_HUB_ID]`.
 
-The repository may bring its own code (`trust_remote_code=True`); then mgllava need not be installed.
+A model with its own code (`trust_remote_code=True`) does not need mgllava installed.
 """
 
 from contextlib import suppress
@@ -12,7 +12,7 @@ from small_model import ROOT, model_name
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 with suppress(ImportError):
-    import mgllava  # noqa: F401  (for repositories without code)
+    import mgllava  # noqa: F401  (for models without code)
 
 ADAPTER = ROOT / "demo-output" / "lora"
 PICTURE = Path(__file__).parent / "shapes.jpg"
@@ -65,7 +65,7 @@ def main() -> None:
 
     print("After: ", answer(model, processor))
     model.save_pretrained(ADAPTER)
-    # The adapter goes onto a fresh copy of the model.
+    # Load the adapter onto a fresh copy of the model.
     again = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(name, **load), ADAPTER)
     print("Loaded:", answer(again, processor))
 

@@ -1,6 +1,6 @@
-"""Ask a running server about a picture: boxes in the request, and the answer as it comes.
+"""Ask a running server about a picture: boxes in the request, and a streamed answer.
 
-Usage: `mgllava serve REPOSITORY` in one terminal, `python examples/serve_client.py [URL] [MODEL]` in another;
+Usage: `mgllava serve MODEL` in one terminal, `python examples/serve_client.py [URL] [MODEL]` in another;
 needs `pip install openai`. URL is `http://localhost:8000/v1` by default, MODEL the first one that the server lists.
 """
 
@@ -16,7 +16,7 @@ BOXES = {"square": [228, 49, 303, 122], "heart": [50, 122, 89, 155]}
 
 def main() -> None:
     url = sys.argv[1] if len(sys.argv) > 1 else "http://localhost:8000/v1"
-    client = openai.OpenAI(base_url=url, api_key="none")  # the server asks for no key, the client insists on one
+    client = openai.OpenAI(base_url=url, api_key="none")  # the client requires a key, the server does not
     model = sys.argv[2] if len(sys.argv) > 2 else next(iter(client.models.list())).id
 
     encoded = base64.b64encode(PICTURE.read_bytes()).decode()
@@ -24,7 +24,7 @@ def main() -> None:
         {
             "type": "image_url",
             "image_url": {"url": f"data:image/jpeg;base64,{encoded}"},
-            "boxes": list(BOXES.values()),  # x1, y1, x2, y2 in pixels; without them the server's detector looks
+            "boxes": list(BOXES.values()),  # x1, y1, x2, y2 in pixels; without them the server's detector finds boxes
         },
         {"type": "text", "text": "What letter is on the cyan square?"},
     ]

@@ -1,4 +1,4 @@
-"""The model of the examples: `--model FOLDER_OR_HUB_ID`, by default the small one of this repository."""
+"""The model of the examples: `--model FOLDER_OR_HUB_ID`, by default the small one of this git repository."""
 
 import argparse
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""Write an answer as it comes: `python examples/streaming.py [--model FOLDER_OR_HUB_ID]`.
+"""Print an answer while it is generated: `python examples/streaming.py [--model FOLDER_OR_HUB_ID]`.
 
-For a terminal alone `TextStreamer` is enough, and needs no thread. The iterator serves programs that do something else
-with the pieces, such as a web page.
+For a terminal, `TextStreamer` is enough and needs no thread. The iterator is for programs that do something else with
+the pieces, such as a web page.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from threading import Thread
 from small_model import model_name
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextIteratorStreamer
 
-import mgllava  # noqa: F401  (makes the Auto classes know MG-LLaVA)
+import mgllava  # noqa: F401  (registers MG-LLaVA with the Auto classes)
 
 PICTURE = Path(__file__).parent / "shapes.jpg"
 
