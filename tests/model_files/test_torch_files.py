@@ -418,3 +418,19 @@ def test_random_pickles_end_in_an_error_and_change_nothing(tmp_path, seed):
             assert "\n" not in str(error)
     assert _snapshot() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.pth"]
+
+
+@pytest.mark.parametrize(("number", "ending"), [(10, "name_09. "), (11, "name_09 and 1 more. ")])
+def test_long_lists_of_refused_names_are_cut(tmp_path, number, ending):
+    names = "".join(f"cstrange\nname_{index:02}\n0" for index in range(number))
+    state = pickle.dumps({"weight": 1}, protocol=0)
+    path = tmp_path / "many.pth"
+    torch.save({"weight": torch.ones(1)}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name, names.encode() + state if name.endswith("data.pkl") else data)
+    with pytest.raises(ConversionError) as error:
+        read_checkpoint(path)
+    assert "it names strange.name_00, " in str(error.value) and f"strange.{ending}" in str(error.value)
