@@ -145,9 +145,11 @@ def is_text(value: Any) -> bool:
         `bool`: `False` for a string with lone surrogates.
     """
     try:
-        return not isinstance(value, str) or bool(value.encode() or True)
+        if isinstance(value, str):
+            value.encode()
     except UnicodeEncodeError:
         return False
+    return True
 
 
 def is_image(path: Path) -> bool:
