@@ -60,9 +60,8 @@ def main(folder, llm):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(image)
 
     model_folder = folder / "model"
-    from mgllava.conversion import convert_checkpoint
-
-    convert_checkpoint(checkpoint, llm=llm, prompt_template="toy", output=model_folder)
+    arguments = ("--llm", llm, "--prompt-template", "toy", "--output", model_folder)
+    run("convert", "--checkpoint", checkpoint, *arguments)
     run("export", model_folder, "--output", folder / "exported", "--no-verify")
     written = sorted(path.name for path in (folder / "exported").glob("*.py"))
     assert written == [

@@ -1,6 +1,7 @@
 """The source format of the toy family: one `.pth` file with a configuration and weights under `toy.`."""
 
 import json
+from pathlib import Path
 
 from mgllava.modeling.modeling_toy import ToyConfig
 from mgllava.processing.processing_toy import TOY_CHAT_TEMPLATES, ToyImageProcessor, ToyProcessor
@@ -36,7 +37,7 @@ def gather(path, options, trust_pickle, scratch):
     size = config.vision_config.image_size
     processor = ToyProcessor(
         ToyImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}),
-        load_tokenizer(options["llm"]),
+        load_tokenizer(Path(options["llm"])),
         image_seq_length=config.image_seq_length,
         chat_template=TOY_CHAT_TEMPLATES[options["prompt_template"]],
     )
