@@ -1,12 +1,15 @@
-"""Finding objects: image to tags to boxes (MG-LLaVA, arXiv 2406.17770, section 3.1)."""
+"""The box detector: from an image to tags to boxes (MG-LLaVA, arXiv 2406.17770, section 3.1)."""
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+import PIL.Image
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForZeroShotObjectDetection, AutoProcessor
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_utils import ChannelDimension
 from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES
 from transformers.utils import logging
 from transformers.utils.generic import maybe_autocast
@@ -15,7 +18,6 @@ from .box_detector_files_mgllava import (
     BUNDLE_FOLDER,
     PARTS,
     PROMPT_EMBEDS_FILE,
-    ProcessLock,
     ProcessorRepository,
     bundled_name,
     known_commit,
@@ -23,10 +25,10 @@ from .box_detector_files_mgllava import (
     locate_revision,
     store_parts,
 )
-from .grounded_detection_mgllava import GroundedDetector
-from .image_inputs_mgllava import as_rgb, load_upright
-from .owlv2_detection_mgllava import Owlv2Detector
-from .tagging_mgllava import ImageTagger, tags_as_labels
+from .boxes_mgllava import read_boxes
+from .image_text_processor_common import ProcessLock
+from .images_common import as_rgb, load_upright, resize_like_pil
+from .owlv2_detection_mgllava import GroundedDetector, Owlv2Detector
 
 logger = logging.get_logger(__name__)
 
@@ -36,24 +38,59 @@ DEFAULT_DETECTOR = "google/owlv2-large-patch14-ensemble"
 DetectionMode = Literal["faithful", "clean"]
 _MODES = ("faithful", "clean")
 CONFIG_KEYS = ("tagger", "tagger_revision", "detector", "detector_revision", "mode", "prompt_embeds")
+# The 80 object categories of COCO, the fixed label list of the paper's ablation (section 4.3).
+COCO_80: list[str] = [
+    *("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light"),
+    *("fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow"),
+    *("elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee"),
+    *("skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard"),
+    *("tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple"),
+    *("sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch"),
+    *("potted plant", "bed", "dining table", "toilet", "tv", "laptop", "mouse", "remote", "keyboard"),
+    *("cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase"),
+    *("scissors", "teddy bear", "hair drier", "toothbrush"),
+]
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 
 
+class BoxDetectorProtocol(Protocol):
+    """What the processor needs of a box detector.
+
+    Any object with this method will do. If the processor is used from several threads, so is the detector. A
+    detector other than a [`BoxDetector`] is copied and pickled with the processor, but not saved.
+    """
+
+    def detect(self, images: list[PIL.Image.Image], *args: Any, **kwargs: Any) -> Sequence[Mapping[str, Any]]:
+        """Find the objects of some images.
+
+        Args:
+            images (`list[PIL.Image.Image]`): Upright images in 8-bit RGB, also where there is only one.
+            *args: Options of the detector.
+            **kwargs: Options of the detector.
+
+        Returns:
+            `list[Mapping]`: Per image `boxes` (`(num_boxes, 4)`, xyxy in pixels of that image), `labels` (one string
+            per box) and `scores` (shape `(num_boxes,)`).
+        """
+        ...
+
+
 class BoxDetector:
-    r"""Finds the objects of images: a tagger names what is there, a zero-shot detector finds where.
+    r"""Finds the objects of images: a tagger names them, and an object detector locates them.
 
     Two modes, saved with the processor:
 
-    - `"faithful"`, **what the published weights expect**: how the 2024 box files were made. Corners are whole numbers,
-      truncated towards zero and not clipped, so they may lie outside the image; tags are lower-cased; where no tag
-      fires, OWLv2 looks for the prompt `"a photo of "` and its boxes have the label `""`.
-    - `"clean"`: no tag, no boxes; corners are fractions, clipped to the image, and boxes without area are dropped.
+    - `"faithful"`: boxes as in the files of 2024, **which the published weights expect**. Corners are whole numbers,
+      truncated towards zero and not clipped, so they may lie outside the image; tags are lower-cased; if no tag passes
+      its threshold, OWLv2 looks for the prompt `"a photo of "` and its boxes have the label `""`.
+    - `"clean"`: corners are fractions, clipped to the image; boxes without area are dropped, and an image without tags
+      has no boxes.
 
-    In both, OWLv2 sees the pixels of 2024 (grey padding, see `detector_pixels_mgllava.py`; faithful mode also resizes
-    for the tagger as Pillow did, clean mode as the tagger's processor does), and boxes come in the
-    order of its patches, without non-maximum suppression, which the image processor does. Images are turned upright
-    by their EXIF orientation first, as everywhere in this package; the original ignored it, so its box files agree
-    for images without one.
+    In both modes, OWLv2 gets the same pixels as in 2024 (gray padding, see `square_pixels`). Faithful mode also
+    resizes for the tagger as Pillow did then, clean mode as the tagger's image processor does. Boxes come in the order
+    of OWLv2's patches, without non-maximum suppression, which the processor does. Images are turned upright by their
+    EXIF orientation first, as everywhere in this package; the original ignored it, so its box files agree for images
+    without one.
 
     Example:
         ```python
@@ -76,15 +113,15 @@ class BoxDetector:
             accelerator if there is one that this process can use (the CPU in a DataLoader worker, and in a process
             forked from one that uses the accelerator). Models that are given are moved there.
         dtype (`torch.dtype`, *optional*): Of the tagger and of OWLv2's image tower; all that decides about scores and
-            boxes is fp32 in any case. By default models that are given keep theirs, and others are bf16 on an
-            accelerator and fp32 on the CPU. Other detectors are fp32 unless it is given.
+            boxes is float32 in any case. By default models that are given keep theirs, and others are bfloat16 on an
+            accelerator and float32 on the CPU. Other detectors are float32 unless it is given.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Whether code of the repositories may run.
         **hub_options: How repositories are read: `cache_dir`, `force_download`, `local_files_only`, `token`.
 
     [`~BoxDetector.detect`] may be called from several threads; they take turns, batch by batch.
 
     Raises:
-        OSError: If there is no such repository or folder.
+        OSError: If a repository or folder does not exist.
         TypeError: If the tagger is not a tagger, the detector not a zero-shot detector, labels are not strings, or an
             option is unknown.
         ValueError: If the mode is unknown, the label list empty, a model is given without its processor, or a
@@ -199,7 +236,7 @@ class BoxDetector:
         return detector
 
     def _part(self, part: str, source: Any, processor: Any, options: dict[str, Any]) -> tuple[Any, Any]:
-        """Load a part, or take it as it is given."""
+        """Load a part, unless it is given as an object."""
         if not isinstance(source, str | os.PathLike):
             model = source
             _check_kind(part, getattr(model, "config", None), type(model).__name__)
@@ -218,12 +255,12 @@ class BoxDetector:
         try:
             config = AutoConfig.from_pretrained(name, **options)
             _check_kind(part, config, name)
-            if not is_folder:  # one commit for all that follows, and for those who load what is saved
+            if not is_folder:  # one commit for this load and for the saved configuration
                 commit = known_commit(name, options["revision"], options.get("cache_dir")) or options["revision"]
                 options["revision"] = commit
                 if commit is not None:
                     self._config[f"{part}_revision"] = commit
-            # fp32 first: what stays in fp32 must not be rounded on the way.
+            # float32 first: what stays in float32 must not be rounded on the way.
             auto_model = AutoModel if part == "tagger" else AutoModelForZeroShotObjectDetection
             model = auto_model.from_pretrained(name, dtype=torch.float32, **options)
             auto_processor = AutoImageProcessor if part == "tagger" else AutoProcessor
@@ -235,6 +272,7 @@ class BoxDetector:
             ) from error
 
     def _refuse_revision(self, part: str, source: Any) -> None:
+        """Refuse a revision of a part that is not on the Hub."""
         if self._revisions[part] is not None:
             raise ValueError(
                 f"`{part}_revision` must be None unless `{part}` is a repository on the Hub, got "
@@ -242,6 +280,7 @@ class BoxDetector:
             )
 
     def _tower_dtype(self, source: Any, dtype: torch.dtype | None, model: Any) -> torch.dtype:
+        """Choose the type of a tower: bfloat16 on an accelerator, unless the user chose one."""
         if dtype is not None or not isinstance(source, str | os.PathLike):
             return dtype or model.dtype
         return torch.float32 if self.device.type == "cpu" else torch.bfloat16
@@ -271,7 +310,7 @@ class BoxDetector:
         self.__dict__.update(state, _process=os.getpid())
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> dict[str, Any]:
-        """Store models that are no repository ids, and the text embeddings, in `save_directory/box_detector`.
+        """Store models that are not repository ids, and the text embeddings, in `save_directory/box_detector`.
 
         Args:
             save_directory (`str` or `os.PathLike`): A processor's repository.
@@ -294,7 +333,7 @@ class BoxDetector:
         return config
 
     def embed_vocabulary(self) -> None:
-        """Embed the prompts of all labels that are known ahead, so that the text tower is not needed again.
+        """Embed the prompts of all labels that are known in advance, so that the text tower is not needed again.
 
         On an accelerator the first detection does this by itself. On a CPU it takes minutes for thousands of tags, so
         prompts are embedded as they come; call it before saving a processor, and others are spared.
@@ -328,8 +367,8 @@ class BoxDetector:
 
         Returns:
             `list[dict]`: Per image `boxes` of shape `(n, 4)` (xyxy in pixels of the upright original image; int64 in
-            faithful mode, fp32 in clean mode), `labels` (n strings, as given, or lower-case tags) and `scores` (fp32
-            of shape `(n,)`), on the CPU. The processor takes it as `boxes`.
+            faithful mode, float32 in clean mode), `labels` (n strings, as given, or lower-case tags) and `scores`
+            (float32 of shape `(n,)`), on the CPU. The processor takes it as `boxes`.
 
         Raises:
             TypeError: If labels are not strings, or something is not an image.
@@ -359,13 +398,13 @@ class BoxDetector:
             loaded = [
                 _load(image, batch.start + index, input_data_format) for index, image in enumerate(images[batch])
             ]
-            # Models change places, tokenizers and embeddings change: one thread at a time.
+            # Models move, tokenizers and embeddings change: one thread at a time.
             with self._lock:
                 found = self._detect_if_it_fits(loaded, None if given is None else given[batch], threshold)
             if found is None:
                 batch_size = len(loaded) // 2
                 torch.accelerator.empty_cache()
-                logger.warning(f"Out of memory with {len(loaded)} images at a time: going on with {batch_size}.")
+                logger.warning(f"Out of memory with {len(loaded)} images at a time: continuing with {batch_size}.")
             else:
                 results += found
         return results
@@ -386,7 +425,8 @@ class BoxDetector:
     def _detect(
         self, images: list[torch.Tensor], labels: list[list[str]] | None, threshold: float
     ) -> list[dict[str, Any]]:
-        images = [image.to(self.device) for image in images]  # in 8 bits, once for tagger and detector
+        """Detect in images that fit into memory."""
+        images = [image.to(self.device) for image in images]  # in 8 bits, once for the tagger and the object detector
         if labels is None:
             labels = [self._as_labels(tags) for tags in self._tagger(images)]  # type: ignore[misc]
         elif self.mode == "faithful":
@@ -409,7 +449,7 @@ class BoxDetector:
         return {"boxes": boxes[kept], "labels": [labels[index] for index in kept.tolist()], "scores": scores[kept]}
 
     def _as_labels(self, tags: Sequence[str]) -> list[str]:
-        """Turn what the tagger says about an image into labels; fixed labels stay as they are."""
+        """Turn the tags of an image into labels; fixed labels are kept."""
         if self._labels is not None:
             return list(tags)
         return tags_as_labels(tags) if self.mode == "faithful" else [tag.strip().lower() for tag in tags]
@@ -423,7 +463,7 @@ class BoxDetector:
                 return [self._labels] * num_images
             if self._tagger is None:
                 raise ValueError(
-                    "`labels` must be given, got None: this detector has no tagger. Pass what to look for, or make it "
+                    "`labels` must be given, got None: this detector has no tagger. Pass labels, or make it "
                     "with `tagger=`."
                 )
             return None
@@ -437,21 +477,48 @@ class BoxDetector:
         return [check_labels(of_image, f"labels[{index}]", may_be_empty=True) for index, of_image in enumerate(labels)]
 
 
+def find_boxes(
+    detector: Any, images: list[Any], input_data_format: str | None, options: Mapping[str, Any] | None = None
+) -> list[Mapping[str, Any]]:
+    """Let a detector find the boxes of upright images, and check what it returns."""
+    pictures = [_as_picture(image, input_data_format) for image in images]
+    found = detector.detect(pictures, **(options or {}))
+    name = f"`{type(detector).__name__}.detect`"
+    if isinstance(found, Mapping | str) or not hasattr(found, "__len__") or not hasattr(found, "__iter__"):
+        raise TypeError(f"{name} must return a list with one mapping per image, got {type(found).__name__}.")
+    if len(found) != len(images):
+        raise ValueError(f"{name} must return one result per image, got {len(found)} for {len(images)} images.")
+    for index, result in enumerate(found):
+        if not isinstance(result, Mapping):
+            raise TypeError(
+                f"{name} must return mappings with 'boxes', 'labels' and 'scores', got {type(result).__name__} for "
+                f"image {index}."
+            )
+        if absent := [key for key in ("boxes", "labels", "scores") if result.get(key) is None]:
+            raise ValueError(
+                f"{name} must return 'boxes', 'labels' and 'scores', got none of {absent} for image {index}, but "
+                f"{sorted(map(str, result))}."
+            )
+        if isinstance(result["labels"], str):
+            raise TypeError(f"{name} must return a list of labels, got {result['labels']!r} for image {index}.")
+        try:
+            read_boxes(result)
+        except (TypeError, ValueError) as error:
+            raise type(error)(
+                f"{name} returned, for image {index}, what cannot be used as `boxes`: {error}"
+            ) from error
+    return list(found)
+
+
+def _as_picture(image: Any, input_data_format: str | None) -> PIL.Image.Image:
+    """Bring an upright image into the one form that every detector can read."""
+    if isinstance(image, PIL.Image.Image) and image.mode == "RGB":
+        return image
+    return PIL.Image.fromarray(as_rgb(image, input_data_format).permute(1, 2, 0).contiguous().cpu().numpy())
+
+
 def check_labels(labels: Any, name: str, may_be_empty: bool = False) -> list[str]:
-    """Check a list of labels.
-
-    Args:
-        labels (`Sequence[str]`): The labels.
-        name (`str`): How error messages call them.
-        may_be_empty (`bool`): Whether there may be none.
-
-    Returns:
-        `list[str]`: The labels.
-
-    Raises:
-        TypeError: If it is no list of strings.
-        ValueError: If it is empty.
-    """
+    """Check that labels are a list of strings, and return them."""
     if not isinstance(labels, list | tuple) or not all(isinstance(label, str) for label in labels):
         got = (
             repr(labels)
@@ -465,18 +532,19 @@ def check_labels(labels: Any, name: str, may_be_empty: bool = False) -> list[str
 
 
 def _check_kind(part: str, config: Any, name: str) -> None:
-    """Refuse a detector that is none, before its weights are read."""
+    """Refuse what is not a zero-shot detector, before its weights are read."""
     model_type = getattr(config, "model_type", None)
     known = MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES
     has_own_code = AutoModelForZeroShotObjectDetection.__name__ in (getattr(config, "auto_map", None) or {})
     if part == "detector" and model_type not in known and not has_own_code:
         raise TypeError(
             f"`detector` must be a zero-shot object detector ({', '.join(known)}), got {name!r}, "
-            f"{f'a model of type {model_type!r}' if model_type else 'which is no model'}."
+            f"{f'a model of type {model_type!r}' if model_type else 'which is not a model'}."
         )
 
 
 def _resolve_device(device: str | torch.device | None, detector: Any) -> torch.device:
+    """Choose the device of a detector."""
     if device is None and isinstance(detector, torch.nn.Module):
         device = getattr(detector, "device", None)
     if device is None:
@@ -501,7 +569,7 @@ def _can_allocate(device: torch.device) -> bool:
     try:
         torch.empty(1, device=device)
     except torch.OutOfMemoryError:
-        return True  # which loading will say
+        return True  # loading will raise the error
     except RuntimeError:
         return False
     return True
@@ -513,4 +581,86 @@ def _load(image: Any, index: int, input_data_format: str | None) -> torch.Tensor
     return as_rgb(load_upright(image, name), input_data_format, name)
 
 
-__all__ = ["CONFIG_KEYS", "DEFAULT_DETECTOR", "BoxDetector", "DetectionMode", "in_worker"]
+class ImageTagger:
+    """Names what is in images, with RAM++ or another model of its interface.
+
+    The model's output has `logits` of shape `(num_images, num_tags)`; it, or its image processor, has
+    `post_process_image_tagging(outputs)`, which lists per image the `labels`. Models that are spread over devices or
+    quantized are not moved. With `resizes_like_pil`, images are resized as Pillow did in 2024 if the image processor's
+    resize is bilinear.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        image_processor: Any,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        resizes_like_pil: bool,
+    ):
+        owner = next((part for part in (model, image_processor) if hasattr(part, "post_process_image_tagging")), None)
+        if owner is None or image_processor is None:
+            raise TypeError(
+                "`tagger` must be an image tagging model whose `post_process_image_tagging` lists the labels of each "
+                f"image (RamPlusForImageTagging is one), got {type(model).__name__}."
+            )
+        if not (getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)):
+            model = model.to(device=device, dtype=dtype)
+        self.model, self.image_processor, self._post_process = model.eval(), image_processor, owner
+        is_bilinear = getattr(image_processor, "resample", None) == PIL.Image.Resampling.BILINEAR
+        size = dict(getattr(image_processor, "size", None) or {})
+        self._resize_to: tuple[int, int] | None = None
+        if resizes_like_pil and is_bilinear and image_processor.do_resize and size.get("height") and size.get("width"):
+            self._resize_to = (size["height"], size["width"])
+
+    @property
+    def vocabulary(self) -> list[str]:
+        """All tags that the model knows, in its order; empty if its configuration does not list them."""
+        id2label = getattr(self.model.config, "id2label", None) or {}
+        return [id2label[index] for index in sorted(id2label)]
+
+    def pixel_values(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Make the model's input of uint8 RGB images: float32 of shape `(num_images, 3, height, width)`."""
+        options: dict[str, Any] = {"return_tensors": "pt"}
+        given: list[Any] = list(images)
+        if self._resize_to is not None:
+            given = [resize_like_pil(image, self._resize_to) for image in given]
+            options["do_resize"] = False
+        if isinstance(self.image_processor, TorchvisionBackend):
+            # Named, since nothing tells the channels of a picture that is three pixels wide or high.
+            options |= {"device": self.model.device, "input_data_format": ChannelDimension.FIRST}
+        else:
+            given = [PIL.Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in given]
+        return self.image_processor(given, **options)["pixel_values"]
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[torch.Tensor]) -> list[list[str]]:
+        """Return the tags of each image, in the model's order."""
+        pixels = self.pixel_values(images)
+        outputs = self.model(pixel_values=pixels.to(self.model.device, self.model.dtype))
+        outputs["logits"] = outputs["logits"].float()  # the sigmoid and the thresholds in float32
+        results = self._post_process.post_process_image_tagging(outputs)
+        return [list(result["labels"]) for result in results]
+
+
+def tags_as_labels(tags: Sequence[str]) -> list[str]:
+    """Turn the tags of an image into labels as for the published box files: joined, lower-cased, split again.
+
+    So a tag with a comma becomes two labels, and no tag at all becomes the single label `""`.
+    """
+    joined = " | ".join(tags).replace(" |", ",").lower().strip()
+    return [piece.strip() for piece in joined.split(",")]
+
+
+__all__ = [
+    "COCO_80",
+    "CONFIG_KEYS",
+    "DEFAULT_DETECTOR",
+    "BoxDetector",
+    "BoxDetectorProtocol",
+    "DetectionMode",
+    "ImageTagger",
+    "find_boxes",
+    "in_worker",
+    "tags_as_labels",
+]

@@ -1,14 +1,14 @@
-"""Where the parts of a box detector are on disk and on the Hub, and how they are stored with the processor.
+"""The parts of a box detector on disk and on the Hub, and how they are stored with the processor.
 
 `box_detector_config` of a processor holds plain values. A part is named by a repository id (with a revision), by a
-folder, or by `./box_detector/NAME`: a folder inside the repository that the processor itself is in. Folders elsewhere
-are for values that the user set: what a `processor_config.json` says never reaches outside its own repository.
+folder, or by `./box_detector/NAME`: a folder inside the model folder or model repository of the processor, which is
+called its repository here. Only a user may name other folders: a `processor_config.json` never reaches outside its own
+repository.
 """
 
 import copy
 import os
 import shutil
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -27,15 +27,13 @@ PARTS = ("tagger", "detector")
 class ProcessorRepository:
     """The folder or the repository on the Hub that a processor was loaded from.
 
-    Args:
-        name (`str`): Folder or repository id.
-        revision (`str`, *optional*): Branch, tag or commit of the repository.
-        hub_options (`dict`, *optional*): How repositories are read: `cache_dir`, `token`, `local_files_only`,
-            `force_download`.
-        trust_remote_code (`bool`): Whether code of repositories may run.
-        subfolder (`str`): The processor's folder inside the repository; paths that start with `./` start there.
-        written_config (`Mapping`, *optional*): The `box_detector_config` that its file holds, as opposed to what the
-            user set later.
+    Attributes:
+        name: Folder or repository id.
+        revision: Branch, tag or commit of the repository.
+        hub_options: How repositories are read: `cache_dir`, `token`, `local_files_only`, `force_download`.
+        trust_remote_code: Whether code of repositories may run.
+        subfolder: The processor's folder inside the repository; paths that start with `./` start there.
+        written_config: The `box_detector_config` that its file holds, as opposed to what the user set later.
     """
 
     name: str
@@ -51,27 +49,6 @@ class ProcessorRepository:
         return key in written and written[key] == value
 
 
-class ProcessLock:
-    """A reentrant lock that copies, pickles and forked processes do not share: each gets a lock that nobody holds."""
-
-    def __init__(self) -> None:
-        self._renew()
-
-    def _renew(self) -> None:
-        self._lock, self._process = threading.RLock(), os.getpid()
-
-    def __enter__(self) -> None:
-        if self._process != os.getpid():  # a thread that was not forked may have held it
-            self._renew()
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple[type["ProcessLock"], tuple[()]]:
-        return type(self), ()
-
-
 def bundled_name(part: str) -> str:
     """Name a part as one that is stored with the processor."""
     return f"./{BUNDLE_FOLDER}/{part}"
@@ -85,38 +62,18 @@ def is_bundled(source: str) -> bool:
 def known_commit(
     repo_id: str, revision: str | None, cache_dir: str | os.PathLike | None = None, file: str = "config.json"
 ) -> str | None:
-    """Tell which commit a revision of a repository stands for, as far as the local cache knows.
-
-    Args:
-        repo_id (`str`): Repository id.
-        revision (`str`, *optional*): Branch, tag or commit; the main branch by default.
-        cache_dir (`str` or `os.PathLike`, *optional*): Where downloads are kept.
-        file (`str`): A file that was read from that revision.
-
-    Returns:
-        `str`, *optional*: The commit, or `None` if the cache does not have this file.
-    """
+    """Return the commit that a revision stands for, if the local cache has this file of it."""
     folder = None if cache_dir is None else os.fspath(cache_dir)
     path = try_to_load_from_cache(repo_id, file, cache_dir=folder, revision=revision)
     return Path(path).parents[len(PurePosixPath(file).parts) - 1].name if isinstance(path, str) else None
 
 
 def locate(key: str, source: str, repository: ProcessorRepository | None) -> str:
-    """Find what a value of a box detector's configuration names.
+    """Return the repository id or the existing path that a value of a box detector's configuration names.
 
-    Args:
-        key (`str`): The value's key: `tagger`, `detector` or `prompt_embeds`.
-        source (`str`): A repository id, a path in the processor's repository that starts with `./`, or, if the user
-            set it, a folder.
-        repository ([`ProcessorRepository`], *optional*): Where the processor came from.
-
-    Returns:
-        `str`: A repository id or an existing path. Parts in a repository on the Hub are downloaded.
-
-    Raises:
-        ValueError: If a value from the repository's file leaves the repository, by its path or by a link, or there
-            is no repository to look in.
-        FileNotFoundError: If the repository has no such path.
+    `source` is a repository id, a path in the processor's repository that starts with `./`, or, if the user set it, a
+    folder. Parts in a repository on the Hub are downloaded. A value from the repository's file that leaves the
+    repository, by its path or by a link, is refused.
     """
     if not is_bundled(source):
         if repository is not None and repository.wrote(key, source):
@@ -148,13 +105,13 @@ def locate(key: str, source: str, repository: ProcessorRepository | None) -> str
 
 
 def _download(repository: ProcessorRepository, patterns: list[str]) -> Path:
-    """Download some files; if that fails, take what the cache has."""
+    """Download some files; if that fails, take them from the cache."""
     options = {name: value for name, value in repository.hub_options.items() if value is not None}
     options.update(revision=repository.revision, allow_patterns=patterns)
     try:
         return Path(snapshot_download(repository.name, **options))
-    # Without a connection, some releases of huggingface_hub ask the Hub all the same where the revision is a commit,
-    # and fail with the errors of their HTTP library.
+    # Without a connection, some releases of huggingface_hub ask the Hub even if the revision is a commit, and fail
+    # with the errors of their HTTP library.
     except Exception as error:
         if options.get("local_files_only") or options.get("force_download"):
             raise
@@ -199,12 +156,7 @@ def _check_repository_id(key: str, source: str, repository: ProcessorRepository)
 def check_links(path: Path, root: Path) -> None:
     """Refuse a file or folder with links that lead out of a repository.
 
-    Args:
-        path (`Path`): The file or folder.
-        root (`Path`): The repository. In the cache of the Hub, files are links to `blobs/` next to the snapshots.
-
-    Raises:
-        ValueError: If a link leads elsewhere.
+    In the cache of the Hub, files are links to `blobs/` next to the snapshots.
     """
     allowed = [root.resolve()]
     for parent in root.absolute().parents:
@@ -224,7 +176,7 @@ def check_links(path: Path, root: Path) -> None:
 
 
 def links_out_of(folder: Path, root: Path) -> list[str]:
-    """Name the texts in a folder (settings, templates) that are links to somewhere outside its repository."""
+    """List the texts in a folder (settings, templates) that are links to somewhere outside its repository."""
     outside = []
     for path in sorted(folder.iterdir()):
         if path.suffix in (".jinja", ".json", ".model", ".txt") or path.name == "chat_templates":
@@ -244,21 +196,8 @@ def store_parts(
 ) -> dict[str, Any]:
     """Store the parts that are not repository ids in `save_directory/box_detector`, and pin those that are.
 
-    Args:
-        config (`Mapping`): A box detector's configuration.
-        save_directory (`str` or `os.PathLike`): The processor's new repository.
-        repository ([`ProcessorRepository`], *optional*): Where paths that start with `./` are.
-        objects (`Mapping`): Model and processor of the parts that exist in memory only, by the part's name.
-        cache_dir (`str` or `os.PathLike`, *optional*): Where downloads of the parts are kept; by default where those
-            of the repository are.
-
-    Returns:
-        `dict`: The configuration, with the stored parts named `./box_detector/...`, and the others with the commit
-        that the local cache knows.
-
-    Raises:
-        ValueError: If a path or a link leads out of the repository that the configuration comes from.
-        FileNotFoundError: If a folder that the configuration names is gone.
+    `objects` holds model and processor of the parts that exist in memory only. Returns the configuration, with the
+    stored parts named `./box_detector/...`, and the others with the commit that the local cache knows.
     """
     stored = copy.deepcopy(dict(config))
     bundle = Path(save_directory) / BUNDLE_FOLDER
@@ -293,13 +232,14 @@ def _pin(config: dict[str, Any], part: str, cache_dir: str | os.PathLike | None)
     revision = locate_revision(key, config.get(key))
     try:
         commit = known_commit(config[part], revision, cache_dir)
-    except HFValidationError:  # a folder that does not exist, which loading will say
+    except HFValidationError:  # a folder that does not exist: loading will raise the error
         commit = None
     if commit is not None:
         config[key] = commit
 
 
 def _copy(source: Path, target: Path) -> None:
+    """Copy a file or a folder without links that lead out of it."""
     if source.resolve() == target.resolve():
         return
     check_links(source, source if source.is_dir() else source.parent)
@@ -330,7 +270,24 @@ class _Replacement:
 
 
 def _remove(path: Path) -> None:
+    """Delete a file or a folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+__all__ = [
+    "BUNDLE_FOLDER",
+    "PARTS",
+    "PROMPT_EMBEDS_FILE",
+    "ProcessorRepository",
+    "bundled_name",
+    "check_links",
+    "is_bundled",
+    "known_commit",
+    "links_out_of",
+    "locate",
+    "locate_revision",
+    "store_parts",
+]

@@ -1,8 +1,8 @@
-"""Boxes: from what a detector or a user gives to the model's `boxes` input (MG-LLaVA, arXiv 2406.17770, section 3.2).
+"""Boxes: from those of a detector or a user to the model's `boxes` input (MG-LLaVA, arXiv 2406.17770, section 3.2).
 
 Two frames occur, both with boxes as xyxy in pixels: the *original image* (after its EXIF orientation is applied) and
 the *model input*, the square that the vision towers see (768 × 768 for the published models). The original code works
-in fp32 on the CPU; so does this module, whatever the model's dtype is. Boxes in the model's frame are whole numbers
+in float32 on the CPU; so does this module, whatever the model's dtype is. Boxes in the model's frame are whole numbers
 and leave as int64: trainers and serving engines cast every floating point input to the model's dtype, and in bfloat16
 259 becomes 260.
 """
@@ -19,7 +19,7 @@ import torch
 from torchvision.ops import nms
 from transformers.utils import logging
 
-# What a mapping of boxes may have.
+# The keys of a mapping of boxes.
 _KEYS = ("boxes", "scores", "labels")
 
 logger = logging.get_logger(__name__)
@@ -28,9 +28,9 @@ BoxLimitMode = Literal["per_category", "per_image"]
 Label = Hashable
 
 # Private-use characters around the boxes of an image that a rendered conversation holds after its placeholder.
-BOXES_START, BOXES_END = "\U000ff4e0", "\U000ff4e1"
-BOXES_IN_TEXT = re.compile(f"{BOXES_START}([^{BOXES_START}{BOXES_END}]*){BOXES_END}")
-BOX_MARKS = re.compile(f"[{BOXES_START}{BOXES_END}]")
+_START, _END = "\U000ff4e0", "\U000ff4e1"
+_BOXES_IN_TEXT = re.compile(f"{_START}([^{_START}{_END}]*){_END}")
+BOX_MARKS = re.compile(f"[{_START}{_END}]")
 
 # How many boxes the original keeps when a limit applies.
 _PER_CATEGORY = 20
@@ -68,7 +68,7 @@ def prepare_boxes(
             [`read_boxes_of_image`] for what is refused. `None`: no boxes.
         image_size (`tuple[int, int]`): `(height, width)` of the original image.
         resize_to (`int`, *optional*): Length of the short side after resizing; `None` if images are not resized.
-        crop_to (`tuple[int, int]`, *optional*): `(height, width)` of the centre crop; `None` if nothing is cropped.
+        crop_to (`tuple[int, int]`, *optional*): `(height, width)` of the center crop; `None` if nothing is cropped.
         pad_to_square (`bool`): Whether the image is padded to a square before resizing.
         iou_threshold (`float`): See [`nms_per_label`].
         limit_mode (`str`): `"per_category"` or `"per_image"`, see [`limit_boxes`].
@@ -86,52 +86,73 @@ def prepare_boxes(
         ValueError: If shapes, values or lengths are wrong, a region does not lie in the image, or `limit_mode` is
             unknown.
     """
-    given, given_labels, scores = read_boxes_of_image(entry, image_size, name)
-    boxes, labels = given, [None] * len(given) if given_labels is None else given_labels
+    boxes, objects = select_objects(
+        entry,
+        image_size,
+        resize_to=resize_to,
+        crop_to=crop_to,
+        pad_to_square=pad_to_square,
+        iou_threshold=iou_threshold,
+        limit_mode=limit_mode,
+        limit=limit,
+        close_to_max_length=close_to_max_length,
+        name=name,
+    )
+    return (boxes, objects.get("labels", [])) if len(boxes) else (torch.zeros(1, 4, dtype=torch.int64), [])
 
+
+def select_objects(
+    entry: Any,
+    image_size: tuple[int, int],
+    *,
+    resize_to: int | None,
+    crop_to: tuple[int, int] | None,
+    pad_to_square: bool,
+    iou_threshold: float,
+    limit_mode: BoxLimitMode,
+    limit: int | None,
+    close_to_max_length: bool = False,
+    name: str = "boxes",
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Choose the boxes that the model gets; arguments and errors are those of [`prepare_boxes`].
+
+    Returns int64 boxes of shape `(n, 4)` in pixels of the model input, n >= 0; and of the same boxes `boxes` (float32,
+    in pixels of the original image), and `labels` and `scores` if they were given.
+    """
+    given, labels, scores = read_boxes_of_image(entry, image_size, name)
+    boxes, kept = given, list(range(len(given)))
     if pad_to_square:
         boxes = boxes + padding_offset(image_size)
         image_size = (max(image_size), max(image_size))
     if scores is not None:
-        keep = nms_per_label(boxes, scores, labels, iou_threshold)
-        keep = [keep[i] for i in limit_boxes([labels[i] for i in keep], limit_mode, limit, close_to_max_length)]
-        boxes, labels = boxes[keep], [labels[i] for i in keep]
-    boxes, inside = to_model_frame(boxes, image_size, resize_to=resize_to, crop_to=crop_to)
-    if scores is None and not bool(inside.all()):
-        index = int((~inside).nonzero()[0])
+        names = labels or [None] * len(boxes)
+        kept = nms_per_label(boxes, scores, names, iou_threshold)
+        chosen = limit_boxes([names[row] for row in kept], limit_mode, limit, close_to_max_length)
+        kept = [kept[row] for row in chosen]
+    boxes, inside = to_model_frame(boxes[kept], image_size, resize_to=resize_to, crop_to=crop_to)
+    if scores is None and (index := _first(~inside)) is not None:
         raise ValueError(
             f"`{name}` must lie where the model looks, got {given[index].tolist()} at index {index}, which the crop "
             "of the center cuts off. Remove it, or pass `do_pad=True` to show the model the whole image."
         )
-    labels = [label for label, is_inside in zip(labels, inside.tolist(), strict=True) if is_inside]
-
-    if len(boxes) == 0:
-        return torch.zeros(1, 4, dtype=torch.int64), []
-    return boxes, [] if given_labels is None else labels
+    kept = [row for row, is_inside in zip(kept, inside.tolist(), strict=True) if is_inside]
+    objects: dict[str, Any] = {"boxes": given[kept]}
+    if labels is not None:
+        objects["labels"] = [labels[row] for row in kept]
+    if scores is not None:
+        objects["scores"] = scores[kept]
+    return boxes, objects
 
 
 def read_boxes_of_image(
     entry: Any, image_size: tuple[int, int], name: str = "boxes"
 ) -> tuple[torch.Tensor, list[Label] | None, torch.Tensor | None]:
-    """Read the boxes of one image and check that they are in pixels of that image.
+    """Read the boxes of one image like [`read_boxes`], and check that they are in pixels of that image.
 
-    What a detector found (with scores) is taken as it is, as in the original. Regions that a user chose must lie in
-    the image: what reaches over its edge by a pixel or more is clipped with a warning. Whole numbers may lie in the
-    first pixel, but fractions between 0 and 1 there mean relative coordinates. The box [0, 0, 0, 0] stands for "no
-    object" and is kept.
-
-    Args:
-        entry: See [`prepare_boxes`].
-        image_size (`tuple[int, int]`): `(height, width)` of the upright original image.
-        name (`str`): How error messages call the entry.
-
-    Returns:
-        `tuple`: As of [`read_boxes`]; the regions of a user lie in the image.
-
-    Raises:
-        TypeError: If the entry is neither a mapping nor an array.
-        ValueError: If shapes, values or lengths are wrong, or a region of a user has relative coordinates or lies
-            outside of the image.
+    The boxes of a detector (with scores) are kept unchanged, as in the original. Regions that a user chose must lie in
+    the image (`image_size` is `(height, width)`): a box that crosses its edge by a pixel or more is clipped with a
+    warning. Integers may lie in the first pixel, but fractions between 0 and 1 there mean relative coordinates. The
+    box [0, 0, 0, 0] stands for "no object" and is kept.
     """
     boxes, labels, scores = read_boxes(entry, name)
     if scores is None:
@@ -151,8 +172,7 @@ def _check_regions(boxes: torch.Tensor, image_size: tuple[int, int], name: str, 
         return boxes
     height, width = image_size
     size = _size(image_size)
-    if max(image_size) > 2 and bool((relative := _look_relative(boxes, are_integers)).any()):
-        index = int(relative.nonzero()[0])
+    if max(image_size) > 2 and (index := _first(_look_relative(boxes, are_integers))) is not None:
         raise ValueError(
             f"`{name}` must be x1, y1, x2, y2 in pixels of the upright image ({size}, width x height), got "
             f"{boxes[index].tolist()} at index {index}, which looks relative to its size. Multiply x by the width and "
@@ -161,8 +181,7 @@ def _check_regions(boxes: torch.Tensor, image_size: tuple[int, int], name: str, 
     edges = boxes.new_tensor([width, height, width, height])
     is_nothing = (boxes == 0).all(dim=1)
     outside = ((boxes[:, 2:] <= 0) | (boxes[:, :2] >= edges[:2])).any(dim=1) & ~is_nothing
-    if bool(outside.any()):
-        index = int(outside.nonzero()[0])
+    if (index := _first(outside)) is not None:
         raise ValueError(
             f"`{name}` must lie in the upright image ({size}, width x height), got {boxes[index].tolist()} at index "
             f"{index}, which is outside of it ({int(outside.sum())} such boxes). Pass pixels of the image as it is "
@@ -170,15 +189,13 @@ def _check_regions(boxes: torch.Tensor, image_size: tuple[int, int], name: str, 
         )
     clipped = boxes.clamp(min=0).minimum(edges)
     over = ((boxes - clipped).abs() >= 1).any(dim=1)
-    if bool(over.any()):
-        index = int(over.nonzero()[0])
+    if (index := _first(over)) is not None:
         logger.warning_once(
             f"`{name}` reach over the edge of the image ({size}, width x height) and are clipped to it: "
             f"{boxes[index].tolist()} at index {index} ({int(over.sum())} such boxes)."
         )
     empty = (clipped[:, 2:] <= clipped[:, :2]).any(dim=1) & ~is_nothing
-    if bool(empty.any()):
-        index = int(empty.nonzero()[0])
+    if (index := _first(empty)) is not None:
         logger.warning_once(
             f"`{name}` have no area, so that the model sees a line or a point: {boxes[index].tolist()} at index "
             f"{index} ({int(empty.sum())} such boxes)."
@@ -186,7 +203,14 @@ def _check_regions(boxes: torch.Tensor, image_size: tuple[int, int], name: str, 
     return clipped
 
 
+def _first(rows: torch.Tensor) -> int | None:
+    """Return the index of the first row that is true, if there is one."""
+    indices = rows.nonzero()
+    return int(indices[0]) if len(indices) else None
+
+
 def _size(image_size: tuple[int, int]) -> str:
+    """Format a `(height, width)` for an error."""
     return f"{image_size[1]} x {image_size[0]}"
 
 
@@ -200,7 +224,7 @@ def _look_relative(boxes: torch.Tensor, are_integers: bool) -> torch.Tensor:
 
 
 def _are_integers(rows: Any) -> bool:
-    """Whether coordinates were given as integers."""
+    """Tell whether coordinates were given as integers."""
     if isinstance(rows, torch.Tensor):
         return not rows.is_floating_point()
     if hasattr(rows, "dtype"):
@@ -211,21 +235,11 @@ def _are_integers(rows: Any) -> bool:
 
 
 def flatten_boxes(boxes: Any, num_images: int, group_sizes: Sequence[int] | None = None) -> list[Any]:
-    """List one entry per image, in the order of the images, whatever the nesting of `boxes` is.
+    """List one entry (see [`prepare_boxes`]) per image, in the order of the images, however `boxes` are nested.
 
-    Args:
-        boxes: One entry (see [`prepare_boxes`]), a list of one entry per image, an array of shape
-            `(num_images, num_boxes, 4)`, or such lists nested per prompt as the images may be. `None`: not given. An
-            empty list, at any level: no boxes for the images that it stands for.
-        num_images (`int`): How many images there are.
-        group_sizes (`Sequence[int]`, *optional*): How many images each prompt has, if they are nested per prompt.
-
-    Returns:
-        `list`: The entries. `None` stands for an image whose boxes are not given.
-
-    Raises:
-        TypeError: If there is text in place of numbers.
-        ValueError: If the nesting is not regular, or there are not as many entries as images.
+    They may be one entry, a list of one entry per image, an array of shape `(num_images, num_boxes, 4)`, or such lists
+    nested per prompt; `group_sizes` says how many images each prompt has. An empty list, at any level, means that the
+    images it stands for have no boxes. In the result, `None` stands for an image whose boxes are not given.
     """
     if boxes is None:
         return [None] * num_images
@@ -263,18 +277,7 @@ def flatten_boxes(boxes: Any, num_images: int, group_sizes: Sequence[int] | None
 
 
 def boxes_of_block(boxes: Any) -> Any:
-    """Check that what an image block of a conversation has as `boxes` is those of one image.
-
-    Args:
-        boxes: One entry, see [`prepare_boxes`].
-
-    Returns:
-        The entry.
-
-    Raises:
-        TypeError: If there is text in place of numbers.
-        ValueError: If it is one box, or boxes of several images.
-    """
+    """Check that the `boxes` of an image block of a conversation are those of one image, and return them."""
     boxes = as_lists(boxes)
     if levels := _entry_levels(boxes) - {0}:
         advice = "Wrap it: [[x1, y1, x2, y2]]." if min(levels) < 0 else "Take lists away, or give each image a block."
@@ -286,7 +289,7 @@ def boxes_of_block(boxes: Any) -> Any:
 
 
 def as_lists(boxes: Any) -> Any:
-    """Turn what holds boxes, such as generators and arrays of objects, into lists; arrays of numbers stay."""
+    """Turn containers of boxes, such as generators and arrays of objects, into lists; arrays of numbers stay."""
     if str(getattr(boxes, "dtype", None)) == "object":
         boxes = boxes.tolist()
     if isinstance(boxes, str | bytes):
@@ -299,7 +302,7 @@ def as_lists(boxes: Any) -> Any:
 
 
 def _entry_levels(value: Any, level: int = 0) -> set[int]:
-    """Tell in how many lists the entries of images lie; boxes are lists of lists of numbers. Nothing tells nothing."""
+    """Collect in how many lists the entries of images lie; boxes are lists of lists of numbers."""
     if value is None:
         return set()
     if isinstance(value, Mapping):
@@ -312,7 +315,7 @@ def _entry_levels(value: Any, level: int = 0) -> set[int]:
 
 
 def _flatten_empty(boxes: Any, num_images: int, group_sizes: Sequence[int] | None) -> list[Any]:
-    """List the entries where there is no box at all, only empty lists and None."""
+    """List the entries if there are only empty lists and None."""
     if len(boxes) == 0:
         return [[]] * num_images
     groups = [[group] if group is None else list(group) for group in boxes]
@@ -342,24 +345,16 @@ def _join_groups(groups: Any, group_sizes: Sequence[int] | None) -> list[Any]:
 
 
 def _cut(value: Any) -> str:
+    """Shorten a value for an error."""
     text = repr(value.tolist() if hasattr(value, "tolist") else value)
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def read_boxes(entry: Any, name: str = "boxes") -> tuple[torch.Tensor, list[Label] | None, torch.Tensor | None]:
-    """Read and check the boxes of one image.
+    """Read and check the boxes of one image, see [`prepare_boxes`].
 
-    Args:
-        entry: See [`prepare_boxes`].
-        name (`str`): How error messages call the entry.
-
-    Returns:
-        `tuple`: fp32 boxes of shape `(n, 4)`, a list of n labels and fp32 scores of shape `(n,)`, both
-        `None` if not given.
-
-    Raises:
-        TypeError: If the entry is neither a mapping nor an array.
-        ValueError: If shapes, values or lengths are wrong.
+    Returns float32 boxes of shape `(n, 4)`, a list of n labels and float32 scores of shape `(n,)`; the last two are
+    `None` if they were not given.
     """
     labels: list[Label] | None = None
     scores = None
@@ -407,21 +402,20 @@ def read_boxes(entry: Any, name: str = "boxes") -> tuple[torch.Tensor, list[Labe
             raise ValueError(
                 f"`{name}` must have as many {key} as boxes, got {len(values)} {key} for {len(boxes)} boxes."
             )
-    if scores is not None and not bool(torch.isfinite(scores).all()):
-        index = int((~torch.isfinite(scores)).nonzero()[0])
+    if scores is not None and (index := _first(~torch.isfinite(scores))) is not None:
         raise ValueError(f"`{name}` must have finite scores, got {scores[index].item()} at index {index}.")
     return boxes, labels, scores
 
 
 def _depth(labels: Any) -> int:
-    """Number of lists that labels lie in; more than two count as two."""
+    """Count the lists that labels lie in; more than two count as two."""
     if not isinstance(labels, list):
         return 0
     return 2 if any(isinstance(label, list) for label in labels) else 1
 
 
 def _as_corners(values: Any, name: str) -> torch.Tensor:
-    """Read coordinates, and say if they come in a type that has rounded them."""
+    """Read coordinates, and warn if they come in a type that has rounded them."""
     rows = values if isinstance(values, list | tuple) else [values]
     dtypes = {str(row.dtype).removeprefix("torch.") for row in rows if hasattr(row, "dtype")}
     for dtype in sorted(dtypes & {"bfloat16", "float16"}):
@@ -433,6 +427,7 @@ def _as_corners(values: Any, name: str) -> torch.Tensor:
 
 
 def _as_float_tensor(values: Any, name: str) -> torch.Tensor:
+    """Read numbers as float32."""
     if isinstance(values, list | tuple):  # of arrays or tensors, which torch reads slowly or not at all
         values = [row.tolist() if hasattr(row, "tolist") else row for row in values]
     try:
@@ -445,16 +440,14 @@ def _as_float_tensor(values: Any, name: str) -> torch.Tensor:
 
 
 def _check_corners(boxes: torch.Tensor, name: str) -> None:
-    finite = torch.isfinite(boxes).all(dim=1)
-    if not bool(finite.all()):
-        index = int((~finite).nonzero()[0])
+    """Refuse corners that are not finite, or swapped."""
+    if (index := _first(~torch.isfinite(boxes).all(dim=1))) is not None:
         raise ValueError(
             f"`{name}` must hold finite numbers, got {boxes[index].tolist()} at index {index}. "
             "Remove boxes with NaN or infinite corners."
         )
     swapped = (boxes[:, :2] > boxes[:, 2:]).any(dim=1)
-    if bool(swapped.any()):
-        index = int(swapped.nonzero()[0])
+    if (index := _first(swapped)) is not None:
         raise ValueError(
             f"`{name}` must hold x1, y1, x2, y2 with x1 <= x2 and y1 <= y2, got {boxes[index].tolist()} at index "
             f"{index} ({int(swapped.sum())} such boxes). Swap the corners, or convert from x, y, width, height."
@@ -462,14 +455,7 @@ def _check_corners(boxes: torch.Tensor, name: str) -> None:
 
 
 def padding_offset(image_size: tuple[int, int]) -> torch.Tensor:
-    """Shift of boxes when the image is padded to a square around its middle.
-
-    Args:
-        image_size (`tuple[int, int]`): `(height, width)` of the original image.
-
-    Returns:
-        `torch.Tensor`: `(x, y, x, y)` in pixels.
-    """
+    """Return by how many pixels (x, y, x, y) boxes move when the image is padded to a square around its middle."""
     height, width = image_size
     side = max(height, width)
     return torch.tensor([(side - width) // 2, (side - height) // 2] * 2, dtype=torch.float32)
@@ -478,20 +464,11 @@ def padding_offset(image_size: tuple[int, int]) -> torch.Tensor:
 def nms_per_label(
     boxes: torch.Tensor, scores: torch.Tensor, labels: Sequence[Label], iou_threshold: float
 ) -> list[int]:
-    """Non-maximum suppression within each label.
+    """Suppress boxes within each label; return the indices of the others, best first, equal scores in input order.
 
     Each label runs on its own: shifting labels apart to run once, as `batched_nms` does, lets the labels of fully
     negative boxes collide, and the shift rounds IoUs. At the default threshold an IoU of exactly 0.2 is suppressed,
-    because its fp32 value is above the double 0.2 that it is compared with.
-
-    Args:
-        boxes (`torch.Tensor`): fp32 of shape `(n, 4)`, xyxy in any frame.
-        scores (`torch.Tensor`): fp32 of shape `(n,)`.
-        labels (`Sequence`): One hashable label per box.
-        iou_threshold (`float`): Boxes with a larger IoU with a better box of their label are suppressed.
-
-    Returns:
-        `list[int]`: Indices of the kept boxes by descending score, equal scores in input order.
+    because its float32 value is above the double 0.2 that it is compared with.
     """
     order = scores.argsort(descending=True, stable=True)
     ranked, ranked_scores = boxes[order], scores[order]
@@ -512,26 +489,14 @@ def nms_per_label(
 def limit_boxes(
     labels: Sequence[Label], mode: BoxLimitMode, limit: int | None, close_to_max_length: bool = False
 ) -> list[int]:
-    """Choose which boxes to keep, given that they come best first.
+    """Return the indices of the boxes to keep, given the labels of all boxes with the best box first.
 
-    `"per_category"`: only when more than `limit` boxes are given, at most 20 per label (5 if `limit` < 50) are kept,
+    `"per_category"`: only if more than `limit` boxes are given, at most 20 per label (5 if `limit` < 50) are kept,
     regrouped by label with the labels in the order of their first box; the total may still exceed `limit`.
-    `"per_image"`: the best `limit` boxes are kept.
-    When the text is close to its maximum length the limit always applies: 1 per label, or 20 per image. (The original
-    raises for a limit of exactly 50 and, close to the maximum length, for no limit; here 50 keeps 20 per label and
-    "no limit" means that only the length limits.)
-
-    Args:
-        labels (`Sequence`): One label per box.
-        mode (`str`): `"per_category"` or `"per_image"`.
-        limit (`int`, *optional*): Number of boxes above which the limit applies; `None` for no limit.
-        close_to_max_length (`bool`): Whether the text leaves little room (training: within 50 tokens of its limit).
-
-    Returns:
-        `list[int]`: Indices of the kept boxes.
-
-    Raises:
-        ValueError: If `mode` is unknown.
+    `"per_image"`: the best `limit` boxes are kept. When the text is close to its maximum length (in training: within
+    50 tokens of its limit), the limit always applies: 1 per label, or 20 per image. (The original raises for a limit
+    of exactly 50 and, close to the maximum length, for no limit; here 50 keeps 20 per label and "no limit" means that
+    only the length limits.)
     """
     if mode not in ("per_category", "per_image"):
         raise ValueError(f"`box_limit_mode` must be 'per_category' or 'per_image', got {mode!r}.")
@@ -554,22 +519,14 @@ def limit_boxes(
 def to_model_frame(
     boxes: torch.Tensor, image_size: tuple[int, int], *, resize_to: int | None, crop_to: tuple[int, int] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move boxes as resizing the short side and cropping the centre move the image.
+    """Move boxes as resizing the short side and cropping the center move the image, of `(height, width)` `image_size`.
 
     The original computes the resized side as `int(side * (768 / side))` in double precision, which is 767 for 211 of
-    the sides below 5000 (47, 94, 147, 173, ...): its crop offset is then -1, and every box moves by +1 px although
-    no pixel does. The model was trained so, therefore it is reproduced.
+    the sides below 5000 (47, 94, 147, 173, ...): its crop offset is then -1, and every box moves by +1 px although no
+    pixel does. The model was trained so, therefore it is reproduced.
 
-    Args:
-        boxes (`torch.Tensor`): fp32 of shape `(n, 4)`, xyxy in pixels of the (padded) image.
-        image_size (`tuple[int, int]`): `(height, width)` of that image.
-        resize_to (`int`, *optional*): Length of the short side after resizing; `None` if images are not resized.
-        crop_to (`tuple[int, int]`, *optional*): `(height, width)` of the centre crop; `None` if nothing is cropped.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: The boxes that are not strictly outside, int64 of shape `(m, 4)`, clamped
-        to the model input (those that only touch its border stay, with zero size); and a bool mask of shape `(n,)`
-        that tells which they are.
+    Returns the boxes that are not strictly outside, int64 of shape `(m, 4)`, clamped to the model input (those that
+    only touch its border stay, with zero size); and a bool mask of shape `(n,)` that tells which they are.
     """
     height, width = image_size
     scale = 1.0 if resize_to is None else resize_to / min(height, width)
@@ -587,18 +544,9 @@ def to_model_frame(
 
 
 def write_boxes_into_text(text: str, placeholder: re.Pattern[str], entries: Sequence[Any]) -> str:
-    """Put the boxes of each image after its placeholder, for whoever passes images and rendered text alone.
+    """Put the boxes of each image after its placeholder in a rendered conversation.
 
-    Args:
-        text (`str`): A rendered conversation.
-        placeholder (`re.Pattern`): What marks an image.
-        entries (`Sequence`): One entry (see [`prepare_boxes`]) per image; `None`: its boxes are not given.
-
-    Returns:
-        `str`: The text; [`take_boxes_from_text`] undoes it.
-
-    Raises:
-        ValueError: If there are more or fewer placeholders than entries.
+    They reach the processor this way if the caller passes on only images and text. An entry of `None` writes nothing.
     """
     ends = [match.end() for match in placeholder.finditer(text)]
     if len(ends) != len(entries):
@@ -610,25 +558,14 @@ def write_boxes_into_text(text: str, placeholder: re.Pattern[str], entries: Sequ
     for end, entry in zip(ends, entries, strict=True):
         pieces.append(text[start:end])
         if entry is not None:
-            pieces.append(BOXES_START + json.dumps(plain_boxes(entry)) + BOXES_END)
+            pieces.append(_START + json.dumps(plain_boxes(entry)) + _END)
         start = end
     return "".join([*pieces, text[start:]])
 
 
 def take_boxes_from_text(text: str, placeholder: re.Pattern[str]) -> tuple[str, list[Any]]:
-    """Read what [`write_boxes_into_text`] wrote.
-
-    Args:
-        text (`str`): A text, with or without boxes.
-        placeholder (`re.Pattern`): What marks an image.
-
-    Returns:
-        `tuple[str, list]`: The text without boxes, and one entry per placeholder, `None` where there are no boxes.
-
-    Raises:
-        ValueError: If what stands there is not boxes.
-    """
-    if BOXES_START not in text:
+    """Undo [`write_boxes_into_text`]: return the text, and one entry per placeholder (`None` without boxes)."""
+    if _START not in text:
         return text, [None] * len(placeholder.findall(text))
     entries: list[Any] = []
     pieces, start = [], 0
@@ -636,7 +573,7 @@ def take_boxes_from_text(text: str, placeholder: re.Pattern[str]) -> tuple[str, 
         pieces.append(text[start : match.end()])
         start = match.end()
         entries.append(None)
-        if written := BOXES_IN_TEXT.match(text, start):
+        if written := _BOXES_IN_TEXT.match(text, start):
             try:
                 entries[-1] = json.loads(written.group(1))
             except ValueError as error:
@@ -655,3 +592,23 @@ def plain_boxes(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()
     return [plain_boxes(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+__all__ = [
+    "BOX_MARKS",
+    "BoxLimitMode",
+    "as_lists",
+    "boxes_of_block",
+    "flatten_boxes",
+    "limit_boxes",
+    "nms_per_label",
+    "padding_offset",
+    "plain_boxes",
+    "prepare_boxes",
+    "read_boxes",
+    "read_boxes_of_image",
+    "select_objects",
+    "take_boxes_from_text",
+    "to_model_frame",
+    "write_boxes_into_text",
+]

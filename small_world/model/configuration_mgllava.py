@@ -1,18 +1,12 @@
 """Configuration of MG-LLaVA (arXiv 2406.17770)."""
 
-import os
 import re
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import CONFIG_MAPPING, AutoConfig
-from transformers.configuration_utils import PreTrainedConfig
+from transformers import PreTrainedConfig
 
-# Where remote code finds the model, by the Auto classes that load it.
-_REMOTE_CLASSES = dict.fromkeys(
-    ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"),
-    "modeling_mgllava.MGLlavaForConditionalGeneration",
-)
+from .pretrained_common import ImageTextConfig
 
 
 @strict
@@ -60,25 +54,8 @@ class MGLlavaHighResVisionConfig(PreTrainedConfig):
             )
 
 
-def _read_sub_config(value: Any, name: str, model_type: str, **defaults: Any) -> PreTrainedConfig:
-    """Build the sub configuration `name` from nothing, a dictionary (left as it is) or a configuration."""
-    if value is None:
-        return CONFIG_MAPPING[model_type](**defaults)
-    if isinstance(value, dict):
-        model_type = value.get("model_type", model_type)
-        if model_type not in CONFIG_MAPPING:
-            raise ValueError(
-                f"`{name}`: this release of transformers has no model of type {model_type!r}. A newer release may "
-                "have it; code of others is used after `AutoConfig.register` and `AutoModelForCausalLM.register`."
-            )
-        return CONFIG_MAPPING[model_type](**{**value, "model_type": model_type})
-    if isinstance(value, PreTrainedConfig):
-        return value
-    raise TypeError(f"`{name}` must be a configuration or a dictionary, got {type(value).__name__}.")
-
-
 @strict
-class MGLlavaConfig(PreTrainedConfig):
+class MGLlavaConfig(ImageTextConfig):
     r"""Configuration of an MG-LLaVA model.
 
     `MGLlavaConfig()` describes MG-LLaVA-Vicuna-7B. Sizes of the two image inputs, the token grid and the number of
@@ -128,20 +105,13 @@ class MGLlavaConfig(PreTrainedConfig):
     """
 
     model_type = "mgllava"
-    sub_configs = {
-        "text_config": AutoConfig,
-        "vision_config": AutoConfig,
-        "high_res_vision_config": MGLlavaHighResVisionConfig,
-    }
-    # `Trainer` takes all other outputs for predictions; these, some of which only batches with images have, are none.
-    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states", "image_outputs"]
+    sub_configs = {**ImageTextConfig.sub_configs, "high_res_vision_config": MGLlavaHighResVisionConfig}
+    remote_classes = dict.fromkeys(
+        ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"),
+        "modeling_mgllava.MGLlavaForConditionalGeneration",
+    )
 
-    # Configurations once `__post_init__` is done, whatever they were given as.
-    text_config: Any = None
-    vision_config: Any = None
     high_res_vision_config: Any = None
-    image_token_id: int = 32000
-    unpadded_vocab_size: int | None = None
     fusion_type: Literal[
         "conv_gate",
         "conv_gate_concat",
@@ -155,49 +125,17 @@ class MGLlavaConfig(PreTrainedConfig):
     box_feature_type: Literal["pyramid", "multi_level", "last_stage"] = "pyramid"
     box_multi_level_size: int = 1024
     projector_hidden_act: str = "gelu"
-    tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        self.text_config = _read_sub_config(self.text_config, "text_config", "llama", vocab_size=32064)
-        self.vision_config = _read_sub_config(
-            self.vision_config,
-            "vision_config",
-            "clip_vision_model",
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=23,
-            num_attention_heads=16,
-            image_size=336,
-            patch_size=14,
-            projection_dim=768,
-        )
         if self.high_res_vision_config is None:
             self.high_res_vision_config = MGLlavaHighResVisionConfig()
         elif isinstance(self.high_res_vision_config, dict):
             self.high_res_vision_config = MGLlavaHighResVisionConfig(**self.high_res_vision_config)
-
-        # Only the text config says so in most repositories, while saving and loading read the top level.
-        self.tie_word_embeddings = self.tie_word_embeddings or getattr(self.text_config, "tie_word_embeddings", False)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         """Check what the sub configurations must have in common."""
-        if self.vision_config.model_type != "clip_vision_model":
-            raise ValueError(
-                "`vision_config` must be a CLIP vision configuration (model_type 'clip_vision_model'), "
-                f"got model_type {self.vision_config.model_type!r}."
-            )
-        rows = self.text_config.vocab_size
-        if not 0 <= self.image_token_id < rows:
-            raise ValueError(
-                f"`image_token_id` must be a row of the embedding table, 0 to {rows - 1} "
-                f"(`text_config.vocab_size` is {rows}), got {self.image_token_id}."
-            )
-        if self.unpadded_vocab_size is not None and not 0 < self.unpadded_vocab_size <= rows:
-            raise ValueError(
-                f"`unpadded_vocab_size` must be between 1 and `text_config.vocab_size` ({rows}), "
-                f"got {self.unpadded_vocab_size}."
-            )
+        super().validate_architecture()
         grid, high_res_grid = self.token_grid_size, self.high_res_vision_config.image_size // 32
         if self.fusion_type not in ("none", "resampler") and grid != high_res_grid:
             raise ValueError(
@@ -205,18 +143,6 @@ class MGLlavaConfig(PreTrainedConfig):
                 f"tokens, `high_res_vision_config` a last stage of {high_res_grid}x{high_res_grid}. "
                 "Choose image sizes with image_size / patch_size == high_res image_size / 32."
             )
-
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save the configuration, with every Auto class in `auto_map`: transformers notes one for each object.
-
-        Args:
-            save_directory (`str` or `os.PathLike`): The folder.
-            push_to_hub (`bool`, *optional*, defaults to `False`): Whether to upload it.
-            **kwargs: See the base class.
-        """
-        if self._auto_class is not None:
-            self.auto_map = {**_REMOTE_CLASSES, **(getattr(self, "auto_map", None) or {})}
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @property
     def token_grid_size(self) -> int:
@@ -232,13 +158,6 @@ class MGLlavaConfig(PreTrainedConfig):
     def num_tokens_per_box(self) -> int:
         """Number of tokens that each box adds to the prompt: 1 or 0."""
         return 1 if self.object_merging in ("concat", "box_to_fused") else 0
-
-    @property
-    def unused_token_ids(self) -> list[int]:
-        """Ids that must never be generated: the placeholder and the padding of the embedding table."""
-        rows = self.text_config.vocab_size
-        first_padding = rows if self.unpadded_vocab_size is None else self.unpadded_vocab_size
-        return sorted({self.image_token_id, *range(first_padding, rows)})
 
 
 __all__ = ["MGLlavaConfig", "MGLlavaHighResVisionConfig"]

@@ -1,102 +1,40 @@
 """MG-LLaVA: three views of an image for one language model (arXiv 2406.17770)."""
 
-import copy
-import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F  # noqa: N812
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    CLIPVisionModel,
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModel, GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerateOutput
-from transformers.integrations import is_fsdp_managed_module
-from transformers.masking_utils import create_masks_for_generate
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    BaseModelOutputWithPooling,
-    CausalLMOutputWithPast,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple, logging, torch_compilable_check
 
-from .attention_mgllava import MGLlavaCrossAttention
-from .cache_mgllava import CACHE_NAME, either_cache
 from .configuration_mgllava import MGLlavaConfig
-from .fusion_mgllava import FUSIONS, MGLlavaResampler
-from .high_res_vision_mgllava import MGLlavaHighResVisionModel
-from .language_model_mgllava import LanguageModelHead, load_language_model
-from .projector_mgllava import MGLlavaProjector
-from .quantization_mgllava import leave_unpackable_layers, with_skipped_modules
-from .regions_mgllava import MGLlavaBoxProjector, check_box_dtype
+from .language_model_common import (
+    ImageTextCausalLMOutputWithPast,
+    ImageTextForConditionalGeneration,
+    ImageTextModel,
+    ImageTextModelOutputWithPast,
+)
+from .pretrained_common import CACHE_NAME, ImageTextPreTrainedModel, either_cache
+from .vision_mgllava import (
+    FUSIONS,
+    MGLlavaBoxProjector,
+    MGLlavaCrossAttention,
+    MGLlavaHighResVisionModel,
+    MGLlavaProjector,
+    MGLlavaResampler,
+    check_box_dtype,
+)
 
 logger = logging.get_logger(__name__)
 
-# Arguments of `from_pretrained` that say where a repository is.
-_LOCATION_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-# Arguments of `from_pretrained` that `from_pretrained_parts` hands on, to all parts or to the language model; what it
-# takes of the configuration; and what needs a repository that is complete.
-_PART_LOCATION = ("cache_dir", "force_download", "local_files_only", "token")
-_LLM_ARGUMENTS = (
-    "revision",
-    "subfolder",
-    "gguf_file",
-    "trust_remote_code",
-    "code_revision",
-    "variant",
-    "use_safetensors",
-    "weights_only",
-)
-_VARIANT_ARGUMENTS = (
-    "fusion_type",
-    "object_merging",
-    "box_feature_type",
-    "box_multi_level_size",
-    "projector_hidden_act",
-)
-_WHOLE_ARGUMENTS = (
-    "quantization_config",
-    "load_in_4bit",
-    "load_in_8bit",
-    "device_map",
-    "max_memory",
-    "offload_folder",
-    "offload_buffers",
-    "tp_plan",
-    "tp_size",
-    "device_mesh",
-    "distributed_config",
-    "output_loading_info",
-    "ignore_mismatched_sizes",
-    "state_dict",
-    "config",
-    "adapter_kwargs",
-    "key_mapping",
-    "use_kernels",
-    "low_cpu_mem_usage",
-)
-# Arguments of `forward` for images, and for the loss.
-_IMAGE_ARGUMENTS = ("pixel_values", "boxes", "num_boxes", "mm_encoder_outputs")
-# What `generate` calls, overridden here: under another name it would be passed over without a word.
-_GENERATION_HOOKS = ("_expand_inputs_for_generation", "_supports_default_dynamic_cache")
-_LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
-
 
 @dataclass
-class MGLlavaModelOutputWithPast(BaseModelOutputWithPast):
+class MGLlavaModelOutputWithPast(ImageTextModelOutputWithPast):
     """Output of `MGLlavaModel`.
 
     Args:
@@ -116,17 +54,9 @@ class MGLlavaModelOutputWithPast(BaseModelOutputWithPast):
             Scores of the experts in every layer of a mixture of experts, when asked for.
     """
 
-    image_hidden_states: torch.FloatTensor | None = None
-    image_outputs: BaseModelOutputWithPooling | None = None
-    router_logits: tuple[torch.FloatTensor] | None = None
-
-    # Heads of language models read these of their own bodies.
-    cross_attentions = None
-    shared_kv_states = None
-
 
 @dataclass
-class MGLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
+class MGLlavaCausalLMOutputWithPast(ImageTextCausalLMOutputWithPast):
     """Output of `MGLlavaForConditionalGeneration`.
 
     Args:
@@ -151,11 +81,6 @@ class MGLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
             Scores of the experts in every layer of a mixture of experts, when asked for.
     """
 
-    image_hidden_states: torch.FloatTensor | None = None
-    image_outputs: BaseModelOutputWithPooling | None = None
-    aux_loss: torch.FloatTensor | None = None
-    router_logits: tuple[torch.FloatTensor] | None = None
-
 
 def _unpack_boxes(
     boxes: torch.Tensor | None, num_boxes: torch.Tensor | None, packed: torch.Tensor | None
@@ -173,90 +98,12 @@ def _unpack_boxes(
     return packed.clamp(min=0), (packed >= 0).all(-1).sum(-1)
 
 
-def _must_be_touched(modules: list[nn.Module]) -> bool:
-    """Whether all processes must run these modules, also those without an image.
-
-    So it is where their gradients are reduced together, and where each process holds a share of their weights, which
-    all gather together (ZeRO-3, FSDP).
-    """
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return False
-    if torch.distributed.get_world_size() == 1:
-        return False
-    parameters = [parameter for module in modules for parameter in module.parameters()]
-    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
-        return True
-    return any(hasattr(parameter, "ds_id") or isinstance(parameter, DTensor) for parameter in parameters) or any(
-        is_fsdp_managed_module(module) for module in modules
-    )
-
-
-class _UnusedTokens(LogitsProcessor):
-    """Rows of the embedding table that are no words are never generated, whatever generation config is passed."""
-
-    def __init__(self, ids: list[int]):
-        self.ids = torch.tensor(ids, dtype=torch.long)
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        ids = self.ids[self.ids < scores.shape[-1]]  # some language models cut the padding off themselves
-        return scores.index_fill(-1, ids.to(scores.device), -torch.inf)
-
-
-def _keep(hidden_states: torch.FloatTensor, logits_to_keep: int | torch.Tensor) -> torch.FloatTensor:
-    """Cut hidden states to the positions whose logits are wanted; those of a mask are one row."""
-    if isinstance(logits_to_keep, int):
-        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
-    if logits_to_keep.ndim == 1:
-        return hidden_states[:, logits_to_keep]
-    if logits_to_keep.ndim == 2:
-        if logits_to_keep.dtype == torch.bool:
-            return hidden_states[logits_to_keep].unsqueeze(0)
-        return torch.take_along_dim(hidden_states, logits_to_keep.unsqueeze(-1), dim=1)
-    raise ValueError(
-        "`logits_to_keep` must be a number of positions or a tensor of one or two dimensions, got shape "
-        f"{tuple(logits_to_keep.shape)}."
-    )
-
-
-def _refuse_arguments(kwargs: dict) -> None:
-    """Raise for arguments that `from_pretrained_parts` does not take."""
-    if whole := [name for name in kwargs if name in _WHOLE_ARGUMENTS]:
-        raise ValueError(
-            f"`{whole[0]}` is for a complete repository: put the parts together without it, `save_pretrained`, and "
-            "pass it to `from_pretrained`."
-        )
-    if unknown := [name for name in kwargs if name not in _VARIANT_ARGUMENTS]:
-        known = [*_VARIANT_ARGUMENTS, "high_res_image_size", "attn_implementation", "device_map", "torch_dtype"]
-        raise TypeError(
-            f"from_pretrained_parts() got an unexpected keyword argument {unknown[0]!r}. Besides the parts, "
-            f"`image_token_id` and `dtype` it takes {', '.join([*known, *_PART_LOCATION, *_LLM_ARGUMENTS])}."
-        )
-
-
-def _single_device(device_map: Any) -> torch.device | None:
-    """Read a `device_map` that names one device."""
-    if isinstance(device_map, dict) and list(device_map) == [""]:
-        device_map = device_map[""]
-    if device_map is None:
-        return None
-    try:
-        return torch.device(device_map)
-    except (RuntimeError, TypeError):
-        raise ValueError(
-            f"`device_map` must be a single device here, such as 'cuda:0', got {device_map!r}. To spread a model put "
-            "the parts together without it, `save_pretrained`, and pass it to `from_pretrained`."
-        ) from None
-
-
-class MGLlavaPreTrainedModel(PreTrainedModel):
-    """What all MG-LLaVA models share: configuration, capabilities, initialization."""
+class MGLlavaPreTrainedModel(ImageTextPreTrainedModel):
+    """Configuration, capabilities and initialization of all MG-LLaVA models."""
 
     config: MGLlavaConfig
     config_class = MGLlavaConfig
-    base_model_prefix = "model"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    # Each of these meets tensors of several sources, which must lie on one device.
+    # Each of these combines tensors of several sources, which must lie on one device.
     _no_split_modules = [
         "MGLlavaConvFusion",
         "MGLlavaPatchInfoMining",
@@ -265,106 +112,26 @@ class MGLlavaPreTrainedModel(PreTrainedModel):
         "MGLlavaProjector",
         "MGLlavaCrossAttention",
     ]
-    _skip_keys_device_placement = ["past_key_values", "cache"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args, **kwargs
-    ) -> "MGLlavaPreTrainedModel":
-        """Load a model; a `quantization_config` that names no modules to skip quantizes the language model alone.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or repository id.
-            *model_args: See the base class.
-            **kwargs: See the base class.
-
-        Returns:
-            `MGLlavaPreTrainedModel`: The model, in evaluation mode.
-        """
-        quantization_config = kwargs.get("quantization_config")
-        if quantization_config is not None:
-            config = kwargs.get("config")
-            if not isinstance(config, PreTrainedConfig):
-                location = {name: kwargs[name] for name in _LOCATION_ARGUMENTS if name in kwargs}
-                config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **location)
-            # What is stored quantized knows its own list, which a list given here could overrule.
-            if getattr(config, "quantization_config", None) is None:
-                kwargs["quantization_config"] = with_skipped_modules(quantization_config)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        leave_unpackable_layers(loaded[0] if isinstance(loaded, tuple) else loaded)
-        return loaded
-
-    def post_init(self):
-        """Initialize the weights, and note what this variant of the model consists of."""
-        super().post_init()
-        # FSDP refuses to start where one of these names is not that of a module.
-        self._no_split_modules = set(self._no_split_modules) & {type(module).__name__ for module in self.modules()}
-
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Embedding:
-        """Resize the embedding table; all of the first `new_num_tokens` rows count as vocabulary from then on.
-
-        It is needed for each token that is new to the tokenizer, also when the padded table has a row for it.
-
-        Args:
-            new_num_tokens (`int`, *optional*): New number of tokens. By default that of the rows.
-            pad_to_multiple_of (`int`, *optional*): Add rows until the table is a multiple of this. They are not words.
-            mean_resizing (`bool`, *optional*, defaults to `True`): Start new rows from the mean of the old.
-
-        Returns:
-            `nn.Embedding`: the table.
-
-        Raises:
-            ValueError: If the placeholder would be cut off.
-        """
-        if new_num_tokens is not None and new_num_tokens <= self.config.image_token_id:
-            raise ValueError(
-                f"`new_num_tokens` must be greater than the id of the placeholder (`config.image_token_id`, "
-                f"{self.config.image_token_id}), got {new_num_tokens}. Pass the `len` of this model's tokenizer."
-            )
-        unpadded, unused = self.config.unpadded_vocab_size, set(self.config.unused_token_ids)
-        rows = self.config.text_config.vocab_size
-        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        if new_num_tokens is not None:
-            unpadded = new_num_tokens
-        elif unpadded is None and self.config.text_config.vocab_size > rows:
-            unpadded = rows
-        self.config.unpadded_vocab_size = unpadded
-        if (generation_config := getattr(self, "generation_config", None)) is not None:
-            others = set(generation_config.suppress_tokens or ()) - unused
-            generation_config.suppress_tokens = sorted(others | set(self.config.unused_token_ids))
-        return embeddings
-
-    @torch.no_grad()
-    @init.guard_torch_init_functions()
-    def initialize_weights(self):
-        """Initialize what no file had, also what the language model's body computes for its layers (Falcon-H1)."""
-        super().initialize_weights()
-        # The base class passes by a module without weights of its own, if the whole model is not one of transformers.
-        body = self.base_model.language_model
-        body._init_weights(body)
+    unquantized_modules = (
+        "vision_tower",
+        "high_res_vision_tower",
+        "fusion",
+        "multi_modal_projector",
+        "box_projector",
+        "object_attention",
+    )
+    modules_without_int8 = ("high_res_vision_tower",)
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        # transformers passes by modules of outside packages that own no parameter themselves, so what a block wants
-        # for its layers is noted on the layers.
-        initialization = getattr(module, "initialization", None)
-        if initialization == "xavier_uniform":
-            init.xavier_uniform_(module.weight)
-        elif initialization == "zeros":
-            init.zeros_(module.weight)
-        elif isinstance(module, MGLlavaResampler):
+        if isinstance(module, MGLlavaResampler):
             init.normal_(module.queries, std=0.02)
 
 
-class MGLlavaModel(MGLlavaPreTrainedModel):
+class MGLlavaModel(MGLlavaPreTrainedModel, ImageTextModel):
     """Vision towers, fusion, projectors and the language model, without the head."""
+
+    output_class = MGLlavaModelOutputWithPast
 
     def __init__(self, config: MGLlavaConfig, language_model: PreTrainedModel | None = None):
         super().__init__(config)
@@ -387,11 +154,13 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
                 config.vision_config.hidden_size,
                 config.vision_config.num_attention_heads,
             )
-        # The model with a head brings the body of the same instance that its head comes from.
-        self.language_model = language_model
-        if language_model is None:
-            self.language_model, _ = load_language_model(config.text_config).take_parts()
-        self.post_init()
+        self.add_language_model(language_model)
+
+    def dummy_images(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Arguments of `get_image_features` for one empty image."""
+        size = self.config.high_res_vision_config.image_size
+        no_box = torch.zeros(1, 1, 4, dtype=torch.int64)
+        return {"pixel_values": torch.zeros(1, 3, size, size, device=device), "boxes": no_box}
 
     def encode_images(
         self, pixel_values: torch.FloatTensor, boxes: torch.LongTensor, num_boxes: torch.LongTensor, **kwargs
@@ -533,95 +302,6 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
             )
         return boxes.to(pixel_values.device), num_boxes.to(pixel_values.device)
 
-    def find_placeholders(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None
-    ) -> torch.BoolTensor:
-        """Tell which positions of prompts are placeholders.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Token ids. Without them, placeholders are recognized by their embedding.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
-                Token embeddings.
-
-        Returns:
-            `torch.BoolTensor` of shape `(batch_size, sequence_length)`.
-        """
-        if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(image_token).to(inputs_embeds.device)).all(-1)
-
-    def vision_modules(self) -> list[nn.Module]:
-        """List what images pass: towers, fusion, projectors.
-
-        Returns:
-            `list[nn.Module]`.
-        """
-        return [module for name, module in self.named_children() if name != "language_model"]
-
-    def _with_gradient(self, inputs_embeds: torch.FloatTensor) -> torch.FloatTensor:
-        """Let a loss of text alone have a gradient, zero, where only vision parameters are trained (stage 1)."""
-        if not self.training or not torch.is_grad_enabled():
-            return inputs_embeds
-        if any(parameter.requires_grad for parameter in self.language_model.parameters()):
-            return inputs_embeds
-        parameters = (parameter for module in self.vision_modules() for parameter in module.parameters())
-        trained = next((parameter for parameter in parameters if parameter.requires_grad), None)
-        if trained is None:
-            return inputs_embeds
-        zero = torch.zeros((), dtype=inputs_embeds.dtype, device=inputs_embeds.device)
-        return inputs_embeds + zero * torch.nan_to_num(trained.flatten()[0]).to(inputs_embeds.device)
-
-    def _check_no_placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> None:
-        """Raise `ValueError` where placeholders would be read as text."""
-        if inputs_embeds.shape[1] == 1:
-            return  # a step of generation, which never gives a placeholder
-        mask = self.find_placeholders(input_ids, inputs_embeds)
-        torch_compilable_check(
-            ~mask.any(),
-            lambda: (
-                f"The prompt holds {int(mask.sum())} image placeholders, but no image: `pixel_values` and "
-                "`mm_encoder_outputs` are missing. Pass all that the processor returned, or, if images are "
-                "left out on purpose, write the prompt without `<image>`. With a cache that holds them already, pass "
-                "only the ids that follow (chunked prefill works from transformers 5.24 on)."
-            ),
-        )
-
-    def get_placeholder_mask(
-        self,
-        input_ids: torch.LongTensor | None,
-        inputs_embeds: torch.FloatTensor,
-        image_features: list[torch.FloatTensor],
-    ) -> torch.BoolTensor:
-        """Find the placeholders that `image_features` take the place of.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Token ids. Without them, placeholders are recognized by their embedding.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
-                Token embeddings.
-            image_features (`list` of `torch.FloatTensor` of shape `(num_tokens, hidden_size)`):
-                Embeddings of each image.
-
-        Returns:
-            `torch.BoolTensor` of shape `(batch_size, sequence_length, 1)`.
-
-        Raises:
-            ValueError: If there are more or fewer placeholders than image embeddings.
-        """
-        mask = self.find_placeholders(input_ids, inputs_embeds)
-        num_features = sum(len(features) for features in image_features)
-        torch_compilable_check(
-            mask.sum() == num_features,
-            lambda: (
-                f"The prompt holds {int(mask.sum())} image placeholders, but its {len(image_features)} image(s) give "
-                f"{num_features} embeddings ({[len(features) for features in image_features]}). Prepare text, images "
-                "and boxes in one call of the processor, and do not truncate inside an image."
-            ),
-        )
-        return mask.unsqueeze(-1).to(inputs_embeds.device)
-
     @can_return_tuple
     def forward(
         self,
@@ -677,61 +357,21 @@ class MGLlavaModel(MGLlavaPreTrainedModel):
         Raises:
             ValueError: If inputs are missing, double, or do not fit each other.
         """
-        cache = either_cache(past_key_values, cache)
         kwargs.pop("box_labels", None)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
-        image_outputs = None if mm_encoder_outputs is None else mm_encoder_outputs.get("image")
         boxes, num_boxes = _unpack_boxes(boxes, num_boxes, image_position_ids)
-        if pixel_values is not None:
-            if image_outputs is not None:
-                raise ValueError("Pass either `pixel_values` or `mm_encoder_outputs` with an image, not both.")
-            image_outputs = self.get_image_features(pixel_values, boxes, num_boxes, return_dict=True)
-        # Other processes may have images in their batches: then an empty image, for a zero, in the same place.
-        is_unseen = image_outputs is None and cache is None and _must_be_touched(self.vision_modules())
-        if is_unseen:
-            device = input_ids.device if inputs_embeds is None else inputs_embeds.device
-            size = self.config.high_res_vision_config.image_size
-            pixels, no_box = torch.zeros(1, 3, size, size, device=device), torch.zeros(1, 1, 4, dtype=torch.int64)
-            image_outputs = self.get_image_features(pixels, no_box, return_dict=True)
-
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        image_features = None
-        if is_unseen or image_outputs is None:
-            self._check_no_placeholders(input_ids, inputs_embeds)
-        if is_unseen:
-            # Zero also where the empty image overflows.
-            total = torch.nan_to_num(torch.cat(list(image_outputs.pooler_output)), posinf=0.0, neginf=0.0).sum()
-            inputs_embeds = inputs_embeds + (0 * total).to(inputs_embeds.device, inputs_embeds.dtype)
-        elif image_outputs is None:
-            inputs_embeds = self._with_gradient(inputs_embeds)
-        else:
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_outputs.pooler_output)
-            image_features = torch.cat(list(image_outputs.pooler_output))
-            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-            inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
-
-        outputs = self.language_model(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            return_dict=True,
-            **{CACHE_NAME: cache},
-            **kwargs,
-        )
-        return MGLlavaModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            hidden_states=outputs.get("hidden_states"),
-            attentions=outputs.get("attentions"),
-            image_hidden_states=image_features,
-            image_outputs=None if is_unseen else image_outputs,
-            router_logits=outputs.get("router_logits"),
-            **{CACHE_NAME: outputs.get(CACHE_NAME)},
-        )
+        arguments = {
+            "input_ids": input_ids,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "cache": either_cache(past_key_values, cache),
+            "mm_encoder_outputs": mm_encoder_outputs,
+        }
+        images = {"pixel_values": pixel_values, "boxes": boxes, "num_boxes": num_boxes}
+        return self.embed_and_run(images, arguments, **kwargs)
 
 
-class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
+class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, ImageTextForConditionalGeneration):
     r"""MG-LLaVA with its language modeling head.
 
     Example:
@@ -749,145 +389,9 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
     ```
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-
-    def __init__(self, config: MGLlavaConfig):
-        super().__init__(config)
-        self._head = load_language_model(config.text_config)
-        language_model, lm_head = self._head.take_parts()
-        self.model = MGLlavaModel(config, language_model)
-        self.lm_head = lm_head
-        self._tied_weights_keys = self._head.tied_weights_keys
-        self._is_stateful = self._head.rest._is_stateful
-        self.post_init()
-        self.generation_config.suppress_tokens = config.unused_token_ids
-
-    @classmethod
-    def from_pretrained_parts(
-        cls,
-        llm: str | os.PathLike,
-        vision_tower: str | os.PathLike,
-        high_res_tower: str | os.PathLike,
-        *,
-        image_token_id: int | None = None,
-        dtype: torch.dtype | str = "auto",
-        **kwargs,
-    ) -> "MGLlavaForConditionalGeneration":
-        r"""Put a model together from trained parts; fusion and projectors are random, as stage 1 starts.
-
-        The embedding table gets rows for the placeholder, up to a multiple of 64.
-
-        Example:
-        ```python
-        >>> model = MGLlavaForConditionalGeneration.from_pretrained_parts(
-        ...     llm="lmsys/vicuna-7b-v1.5",
-        ...     vision_tower="openai/clip-vit-large-patch14-336",
-        ...     high_res_tower="laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup",
-        ... )
-        ```
-
-        Args:
-            llm (`str` or `os.PathLike`): Folder or Hub id of a causal language model. Its generation config is kept.
-            vision_tower (`str` or `os.PathLike`): Folder or Hub id of a CLIP model or of its vision tower.
-            high_res_tower (`str` or `os.PathLike`): Folder or Hub id of an open_clip model with a ConvNeXt.
-            image_token_id (`int`, *optional*):
-                Id of the placeholder. By default that of `<image>` in the language model's tokenizer or, if it has
-                none, the next free one, which `tokenizer.add_tokens` gives it.
-            dtype (`torch.dtype` or `str`, *optional*, defaults to `"auto"`):
-                Of all weights; `"auto"`: that of the language model. `torch_dtype` is an older name.
-            **kwargs:
-                - `high_res_image_size` (768 by default), and of [`MGLlavaConfig`] `fusion_type`, `object_merging`,
-                  `box_feature_type`, `box_multi_level_size` and `projector_hidden_act`;
-                - for the whole model `attn_implementation`, and `device_map` with a single device;
-                - for the downloads of all parts `cache_dir`, `force_download`, `local_files_only` and `token`;
-                - of `from_pretrained` for `llm` alone `revision`, `subfolder`, `gguf_file`, `trust_remote_code`,
-                  `code_revision`, `variant`, `use_safetensors` and `weights_only`.
-
-        Returns:
-            `MGLlavaForConditionalGeneration`: The model, in evaluation mode.
-
-        Raises:
-            TypeError: If an argument is unknown.
-            ValueError: If a part is none of these, lacks weights, is quantized, or the parts do not fit together, or
-                if an argument of `from_pretrained` works on a complete repository alone.
-            ImportError: If `gguf_file` is given and the package `gguf` is missing.
-            OSError: If a part cannot be read.
-        """
-        if (older := kwargs.pop("torch_dtype", None)) is not None:
-            logger.warning_once("`torch_dtype` is deprecated! Use `dtype` instead!")
-            dtype = older if dtype == "auto" else dtype
-        location = {name: kwargs.pop(name) for name in _PART_LOCATION if name in kwargs}
-        llm_options = {name: kwargs.pop(name) for name in _LLM_ARGUMENTS if name in kwargs}
-        attention, device = kwargs.pop("attn_implementation", None), _single_device(kwargs.pop("device_map", None))
-        high_res_size = kwargs.pop("high_res_image_size", 768)
-        _refuse_arguments(kwargs)
-
-        options = {**location, "output_loading_info": True}
-        language_model, loaded = AutoModelForCausalLM.from_pretrained(llm, dtype=dtype, **options, **llm_options)
-        if loaded["missing_keys"]:
-            raise ValueError(f"`llm`: {llm} lacks the weights {sorted(loaded['missing_keys'])[:5]}.")
-        # A model from GGUF remembers where it comes from, and is not quantized any more.
-        if getattr(language_model, "is_quantized", False):
-            raise ValueError(
-                f"`llm`: {llm} is quantized. Pass the weights in 16 or 32 bits; the model that is put together can be "
-                "saved and loaded with a `quantization_config`."
-            )
-        dtype = language_model.dtype
-        tower, loaded = CLIPVisionModel.from_pretrained(vision_tower, dtype=dtype, **options)
-        if loaded["missing_keys"]:
-            raise ValueError(f"`vision_tower`: {vision_tower} lacks the weights {sorted(loaded['missing_keys'])[:5]}.")
-        # Layer -2 is what the model reads.
-        del tower.encoder.layers[-1]
-        tower.config.num_hidden_layers -= 1
-        tower.post_layernorm = nn.Identity()
-        high_res = MGLlavaHighResVisionModel.from_open_clip(high_res_tower, high_res_size, dtype, **location)
-
-        if image_token_id is None:
-            names = ("revision", "subfolder", "gguf_file", "trust_remote_code", "code_revision")
-            tokenizer_options = {name: llm_options[name] for name in names if name in llm_options}
-            tokenizer = AutoTokenizer.from_pretrained(llm, **location, **tokenizer_options)
-            image_token_id = tokenizer.get_vocab().get("<image>", len(tokenizer))
-        rows = language_model.config.vocab_size
-        language_model.resize_token_embeddings(
-            max(rows, image_token_id + 1), pad_to_multiple_of=64, mean_resizing=False
-        )
-        text_config = language_model.config
-        text_config.name_or_path = ""
-        config = cls.config_class(
-            text_config=text_config,
-            vision_config=tower.config,
-            high_res_vision_config=high_res.config,
-            image_token_id=image_token_id,
-            unpadded_vocab_size=rows,
-            dtype=dtype,
-            **kwargs,
-        )
-        # Without memory: nearly all of it is there already.
-        with torch.device("meta"):
-            model = cls(config)
-        model.generation_config = copy.deepcopy(language_model.generation_config)
-        suppressed = set(model.generation_config.suppress_tokens or ())
-        model.generation_config.suppress_tokens = sorted(suppressed | set(config.unused_token_ids))
-        parts = model.model
-        parts.language_model, model.lm_head = LanguageModelHead(language_model).take_parts()
-        parts.vision_tower = tower
-        if parts.high_res_vision_tower is not None:
-            parts.high_res_vision_tower = high_res
-        for part in (parts.fusion, parts.multi_modal_projector, parts.box_projector, parts.object_attention):
-            if part is not None:
-                for module in part.to_empty(device="cpu").to(dtype).modules():
-                    model._init_weights(module)
-        model.tie_weights()
-        if attention is not None:
-            model.set_attn_implementation(attention)
-        if device is not None:
-            model.to(device)
-        return model.eval()
-
-    def get_output_embeddings(self) -> nn.Module:
-        """Return the language modeling head."""
-        return self.lm_head
+    body_class = MGLlavaModel
+    output_class = MGLlavaCausalLMOutputWithPast
+    image_arguments = ("pixel_values", "boxes", "num_boxes")
 
     def get_image_features(
         self,
@@ -964,88 +468,22 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
             ValueError: If inputs are missing, double, or do not fit each other.
         """
         kwargs.pop("box_labels", None)
-        cache = either_cache(past_key_values, cache)
-        if position_ids is not None and not self._head.takes_positions:
-            raise ValueError(
-                f"A language model of type {self.config.text_config.model_type!r} takes no `position_ids`: the "
-                "positions of its tokens follow from `attention_mask`."
-            )
-        loss_arguments = {name: kwargs.pop(name) for name in _LOSS_ARGUMENTS if name in kwargs}
-        seen = []
-
-        def body(input_ids: torch.LongTensor | None = None, **arguments) -> MGLlavaModelOutputWithPast:
-            outputs = self.model(
-                input_ids=input_ids,
-                pixel_values=pixel_values,
-                boxes=boxes,
-                num_boxes=num_boxes,
-                mm_encoder_outputs=mm_encoder_outputs,
-                image_position_ids=image_position_ids,
-                **{**arguments, "return_dict": True},
-            )
-            seen.append(outputs)
-            kept = _keep(outputs.last_hidden_state, logits_to_keep)
-            return MGLlavaModelOutputWithPast(**{**outputs, "last_hidden_state": kept})
-
-        def loss_function(logits: torch.FloatTensor, *_, **__) -> torch.FloatTensor:
-            return self._loss(logits, labels, input_ids, **loss_arguments)
-
         arguments = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
             "labels": labels,
-            CACHE_NAME: cache,
+            CACHE_NAME: either_cache(past_key_values, cache),
         }
-        arguments = {name: value for name, value in arguments.items() if value is not None}
-        scored = self._head.score(self, body, loss_function, **arguments, **kwargs, return_dict=True)
-        outputs, logits = seen[0], scored.logits
-        if (
-            isinstance(logits_to_keep, torch.Tensor)
-            and logits_to_keep.ndim == 2
-            and logits_to_keep.dtype == torch.bool
-        ):
-            logits = logits[0]
-        return MGLlavaCausalLMOutputWithPast(
-            loss=scored.loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-            image_outputs=outputs.image_outputs,
-            aux_loss=scored.get("aux_loss"),
-            router_logits=outputs.router_logits,
-            **{CACHE_NAME: outputs.get(CACHE_NAME)},
-        )
-
-    def _loss(
-        self, logits: torch.FloatTensor, labels: torch.LongTensor, input_ids: torch.LongTensor | None, **kwargs
-    ) -> torch.FloatTensor:
-        """Cross-entropy of the next token: over the original vocabulary, where it is not a placeholder."""
-        placeholder = self.config.image_token_id
-        if input_ids is not None:
-            labels = labels.masked_fill(input_ids == placeholder, -100)
-        labels = labels.masked_fill(labels == placeholder, -100)
-        # What a trainer that splits sequences has shifted already stands in for `labels`.
-        targets = labels
-        if (shifted := kwargs.get("shift_labels")) is not None:
-            targets = kwargs["shift_labels"] = shifted.masked_fill(shifted == placeholder, -100)
-        # Where nothing is to be learned, the sum is 0 and so is the loss, not 0 / 0.
-        if (count := kwargs.get("num_items_in_batch")) is not None:
-            kwargs["num_items_in_batch"] = torch.as_tensor(count).clamp(min=1)
-        # Padding rows of the table are no words: with them in the sum the loss would not be the reference's.
-        vocab_size = self.config.unpadded_vocab_size or self.config.text_config.vocab_size
-        torch_compilable_check(
-            ((targets < vocab_size) & (targets >= 0) | (targets == -100)).all(),
-            lambda: (
-                f"`labels` must be ids from 0 to {vocab_size - 1} or -100, got {int(targets.min())} to "
-                f"{int(targets.max())}. Of the {self.config.text_config.vocab_size} rows of the table only the first "
-                f"{vocab_size} are words: after adding tokens call `model.resize_token_embeddings(len(tokenizer))`, "
-                "also if the table is long enough."
-            ),
-        )
-        return self.loss_function(logits=logits[..., :vocab_size], labels=labels, vocab_size=vocab_size, **kwargs)
+        images = {
+            "pixel_values": pixel_values,
+            "boxes": boxes,
+            "num_boxes": num_boxes,
+            "mm_encoder_outputs": mm_encoder_outputs,
+            "image_position_ids": image_position_ids,
+        }
+        return self._score(images, arguments, logits_to_keep, **kwargs)
 
     def generate(
         self,
@@ -1074,11 +512,6 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
             ValueError: If inputs are missing, double, or do not fit each other.
             RuntimeError: If the installed transformers has renamed what this relies on.
         """
-        if gone := [name for name in _GENERATION_HOOKS if not hasattr(GenerationMixin, name)]:
-            raise RuntimeError(
-                f"The installed transformers has no `GenerationMixin.{gone[0]}`, on which answers to images rely. "
-                "Install an older release, or a newer one of mgllava."
-            )
         kwargs.pop("box_labels", None)
         if (packed := kwargs.pop("image_position_ids", None)) is not None:
             kwargs["boxes"], kwargs["num_boxes"] = _unpack_boxes(kwargs.get("boxes"), kwargs.get("num_boxes"), packed)
@@ -1087,106 +520,14 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, GenerationMixin):
                 "`generate` is called in training with `boxes`. TRL's GRPOTrainer and RLOOTrainer do not hand these "
                 "on to the loss: set `processor.packs_boxes = True` before you train with them."
             )
-        processors = LogitsProcessorList([*(logits_processor or ()), _UnusedTokens(self.config.unused_token_ids)])
-        return super().generate(inputs, generation_config, processors, *args, **kwargs)
+        return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
 
-    def prepare_inputs_for_generation(
-        self, input_ids: torch.LongTensor, inputs_embeds: torch.FloatTensor | None = None, **kwargs
-    ) -> dict:
-        """Prepare the arguments of `forward` for a step of generation, as the language model's own class does.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Ids so far.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
-                Embeddings of the prompts, if they are given so.
-            **kwargs: See the base class.
-
-        Returns:
-            `dict`: Arguments of `forward`.
-        """
-        rest = self._head.rest
-        if type(rest).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation:
-            prepare = super().prepare_inputs_for_generation
-        else:
-            prepare = self._head.stand_in(self).prepare_inputs_for_generation
-        inputs = prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        # Images go with the first step alone. But Phi-3 starts again from the whole prompt where its position
-        # embeddings change, and an assistant has no first step.
-        images = {name: kwargs[name] for name in _IMAGE_ARGUMENTS if kwargs.get(name) is not None}
-        ids = inputs.get("input_ids")
-        is_left_out = ids is not None and ids.shape[1] > 1 and not images.keys() <= inputs.keys()
-        if is_left_out and (ids == self.config.image_token_id).any():
-            inputs |= self._own_images(images)
-        if not self._head.takes_positions:
-            inputs.pop("position_ids", None)
-        return inputs
-
-    def _own_images(self, images: dict) -> dict:
-        """Images as this model reads them: an assistant is given the features of the model that it assists."""
-        features = (images.get("mm_encoder_outputs") or {}).get("image")
-        width = self.config.text_config.hidden_size
-        if features is None or features.pooler_output[0].shape[-1] == width:
-            return images
-        logger.warning_once(
-            f"The images were encoded for a model whose layers are {features.pooler_output[0].shape[-1]} wide, not "
-            f"{width} as in this one, which drafts without seeing them. The answer is the same, but takes longer."
-        )
-        blank = [tokens.new_zeros(len(tokens), width) for tokens in features.pooler_output]
-        return {**images, "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=blank)}}
-
-    def create_masks_for_generate(self, *args, **kwargs) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Make attention masks for a cache of fixed size, as the language model's own class does.
-
-        Args:
-            *args: See `transformers.masking_utils.create_masks_for_generate`.
-            **kwargs: See there.
-
-        Returns:
-            `torch.Tensor` or `dict`: The masks.
-        """
-        make = getattr(self._head.rest, "create_masks_for_generate", create_masks_for_generate)
-        return make(*args, **kwargs)
-
-    def _supports_default_dynamic_cache(self) -> bool:
-        return type(self._head.rest)._supports_default_dynamic_cache()
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
-        **model_kwargs,
-    ) -> tuple[torch.LongTensor, dict]:
-        # Releases that do not encode images before the prefill repeat every tensor row by row. Images must instead be
-        # repeated prompt by prompt, since a prompt may hold none or several.
-        images = {}
-        if expand_size > 1 and model_kwargs.get("pixel_values") is not None:
-            names = ("pixel_values", "boxes", "num_boxes")
-            images = {name: model_kwargs.pop(name) for name in names if model_kwargs.get(name) is not None}
-            embeds = model_kwargs.get("inputs_embeds")  # `generate` then holds no ids
-            is_placeholder = self.model.find_placeholders(input_ids if embeds is None else None, embeds)
-            order = self._image_order(is_placeholder, images, expand_size)
-            images = {name: tensor[order] for name, tensor in images.items()}
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        return input_ids, {**model_kwargs, **images}
-
-    def _image_order(self, is_placeholder: torch.BoolTensor, images: dict, expand_size: int) -> list[int]:
-        """Indices of the images of all prompts, each prompt's repeated `expand_size` times as a group."""
+    def _num_image_tokens(self, images: dict[str, torch.Tensor]) -> torch.Tensor:
         num_boxes = images.get("num_boxes")
         if num_boxes is None:  # then all boxes are real
             boxes = images.get("boxes")
             num_boxes = torch.full((len(images["pixel_values"]),), 1 if boxes is None else boxes.shape[1])
-        tokens = self.config.image_seq_length + self.config.num_tokens_per_box * num_boxes
-        ends = tokens.cumsum(0).tolist()
-        prompt_ends = is_placeholder.sum(-1).cumsum(0).tolist()
-        groups, first = [], 0
-        for prompt_end in prompt_ends:
-            last = sum(end <= prompt_end for end in ends)
-            groups += list(range(first, last)) * expand_size
-            first = last
-        return groups
+        return self.config.image_seq_length + self.config.num_tokens_per_box * num_boxes
 
 
 __all__ = [

@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 _RELEASED_TAG_COUNT = 4585
-# What every tag has in the original until a threshold file says otherwise.
+# The original gives it to every tag that its threshold file does not list.
 DEFAULT_TAG_THRESHOLD = 0.68
 # Where remote code finds the model, by the Auto classes that load it.
 _REMOTE_CLASSES = dict.fromkeys(
@@ -58,7 +58,7 @@ class RamPlusConfig(PreTrainedConfig):
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of new weights.
         thresholds (`list[float]`, *optional*):
-            For each tag the probability above which it counts as seen. 1 switches a tag off. 0.68 each by default.
+            Probability above which each tag counts as seen; 1 switches a tag off. By default 0.68 for all.
         suppressed_tags (`list[int]`, *optional*, defaults to `[]`):
             Indices of tags that are never reported, whatever their probability.
         tag_chunk_size (`int`, *optional*, defaults to 1024):

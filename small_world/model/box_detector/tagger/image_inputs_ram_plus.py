@@ -1,7 +1,8 @@
 """What both image processor backends of RAM++ share: the settings of the original, and 8-bit RGB as it makes it.
 
-All functions from [`open_images`] on are those of `image_inputs_mgllava.py`, word by word: the two folders go into
-repositories of their own, and open every image alike. `tests/ram_plus/test_image_processing.py` compares them.
+All functions from [`open_images`] on are those of `processing/images_common.py`, word for word: the two folders are
+copied into different repositories, and must open every image alike. `tests/processing/test_opening_images.py` compares
+them.
 """
 
 import base64
@@ -29,7 +30,7 @@ logger = logging.get_logger(__name__)
 
 # Where a mapping may hold an image: blocks of conversations, and what the datasets library stores.
 IMAGE_KEYS = ("image", "bytes", "base64", "url", "path", "image_url")
-_CHANNEL_COUNTS = (1, 3, 4)  # grey, RGB, RGB and alpha
+_CHANNEL_COUNTS = (1, 3, 4)  # gray, RGB, RGB and alpha
 _SHORTEST_BASE64 = 32
 _DOWNLOAD_TIMEOUT = 60  # seconds without an answer
 _ROUNDING = 1e-3  # by how much floating point values may lie outside of their range
@@ -142,19 +143,7 @@ class UnreadableImageError(OSError, ValueError):
 
 
 def open_images(images: Any, name: str = "images") -> Any:
-    """Open all images of a (nested) list, one after the other, so that no more than one file is open.
-
-    Args:
-        images: An image as [`open_image`] takes it, or a (nested) list, tuple, generator, or array of objects of them.
-        name (`str`): How error messages call it.
-
-    Returns:
-        What [`open_image`] returns, in (nested) lists where there were several.
-
-    Raises:
-        TypeError: If something is not an image; the message names its index.
-        UnreadableImageError: If an image cannot be opened; the message names its index.
-    """
+    """Open all images of a (nested) list one after the other; errors name the index."""
     if isinstance(images, np.ndarray) and images.dtype.kind in "OSU":
         images = images.tolist()
     single = str | bytes | bytearray | memoryview | os.PathLike | Mapping | Set | np.ndarray | torch.Tensor
@@ -164,24 +153,16 @@ def open_images(images: Any, name: str = "images") -> Any:
 
 
 def open_image(image: Any, name: str = "image") -> Any:
-    """Open an image, whatever way it comes, and decode it; the file is closed again.
+    """Open an image and decode it; the file is closed again.
 
-    Args:
-        image: A PIL image, array, tensor, path, http(s) URL, data URL, base64 string, bytes, or binary file; or a
-            mapping that holds one of these (`image`, `bytes`, `base64`, `url`, `path` or `image_url`).
-        name (`str`): How error messages call it.
-
-    Returns:
-        `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`: PIL images are RGB, as they are stored (see [`upright`]), of
-        several frames the first or the present one. Arrays have 3 or 4 dimensions.
-
-    Raises:
-        TypeError: If it is not an image.
-        UnreadableImageError: If it cannot be opened or decoded, or its values are out of range.
+    It may be a PIL image, array, tensor, path, http(s) URL, data URL, base64 string, bytes, or binary file; or a
+    mapping that holds one of these (`image`, `bytes`, `base64`, `url`, `path` or `image_url`). Returns a PIL image in
+    RGB, not turned upright, of several frames the first or the present one; or an array or tensor of 3 or 4
+    dimensions.
     """
     if isinstance(image, Mapping):
         given = {key: image[key] for key in IMAGE_KEYS if image.get(key) is not None}
-        if len(given) != 1 and set(given) != {"bytes", "path"}:  # of both, the path says where the bytes come from
+        if len(given) != 1 and set(given) != {"bytes", "path"}:  # of these two, the path names the bytes' source
             raise TypeError(
                 f"`{name}` must have one image, under {', '.join(map(repr, IMAGE_KEYS))}, got "
                 f"{', '.join(given) or f'none under the keys {sorted(map(str, image))}'}."
@@ -202,7 +183,7 @@ def open_image(image: Any, name: str = "image") -> Any:
                 f"`{name}` must be an image, got {shown}, which is not in a format that Pillow knows. Pass JPEG, PNG, "
                 "WebP, GIF, BMP or TIFF, or install the Pillow plugin of the format."
             ) from error
-        except Exception as error:  # broken files make decoders raise whatever comes
+        except Exception as error:  # decoders raise anything for broken files
             raise _undecodable(error, name, shown) from error
         return _decode(opened, name, shown)
 
@@ -215,7 +196,7 @@ def _decode(image: PIL.Image.Image, name: str, shown: str) -> PIL.Image.Image:
             return image
         if image.mode[0] not in "IF":
             return image.convert("RGB")
-        array = np.array(image)  # deep greyscale: `convert` would clip it at 255
+        array = np.array(image)  # deep grayscale: `convert` would clip it at 255
     except MemoryError:
         raise
     except Exception as error:
@@ -229,13 +210,13 @@ def _decode(image: PIL.Image.Image, name: str, shown: str) -> PIL.Image.Image:
                     f"`{name}` must hold values from 0 to 65535, got {shown} with {low} to {high}. Scale it to 8 bits."
                 )
             array = array.astype(np.uint16)
-    grey = PIL.Image.fromarray(_as_uint8(_as_tensor(array, name), name).numpy()).convert("RGB")
-    grey.info = dict(image.info)
-    return grey
+    gray = PIL.Image.fromarray(_as_uint8(_as_tensor(array, name), name).numpy()).convert("RGB")
+    gray.info = dict(image.info)
+    return gray
 
 
 def _undecodable(error: Exception, name: str, shown: str) -> UnreadableImageError:
-    """Say what a decoder says, and what to do."""
+    """Make an error of what a decoder reports, with advice."""
     advice = "The file may be incomplete or damaged: replace it, or leave it out."
     if isinstance(error, PIL.Image.DecompressionBombError):
         advice = "If you trust it, raise PIL.Image.MAX_IMAGE_PIXELS."
@@ -247,7 +228,7 @@ def _open_array(array: np.ndarray | torch.Tensor, name: str) -> Any:
     """Check the dimensions of an array."""
     if array.ndim not in (2, 3, 4):
         raise TypeError(
-            f"`{name}` must have 2 dimensions (greyscale), 3, or 4 for a batch, got an array of shape "
+            f"`{name}` must have 2 dimensions (grayscale), 3, or 4 for a batch, got an array of shape "
             f"{tuple(array.shape)}."
         )
     if 0 in array.shape[1 if array.ndim == 4 else 0 :]:
@@ -259,7 +240,7 @@ def _open_array(array: np.ndarray | torch.Tensor, name: str) -> Any:
 
 
 def _binary_file(image: Any, name: str) -> BinaryIO:
-    """Open what holds the bytes of an image file."""
+    """Open the source of an image file's bytes."""
     if hasattr(image, "read"):
         if hasattr(image, "seek") and (not hasattr(image, "seekable") or image.seekable()):
             image.seek(0)  # also one that was just written
@@ -302,7 +283,7 @@ def _binary_file(image: Any, name: str) -> BinaryIO:
         return io.BytesIO(decoded)
     raise UnreadableImageError(
         f"`{name}` must be a path, an http(s) URL, a data URL or a base64 string, got {shown}, and there is no such "
-        "file. Check the path; a relative one starts at the current folder. Or was text passed in the place of images?"
+        "file. Check the path; a relative one starts at the current folder. Or was text passed instead of images?"
     )
 
 
@@ -319,11 +300,11 @@ def _from_base64(text: str | bytes) -> bytes:
 
 
 def _download(url: str, name: str) -> bytes:
-    """Get a file from the web."""
+    """Download a file."""
     try:
         response = httpx.get(url, follow_redirects=True, timeout=_DOWNLOAD_TIMEOUT)
         problem = "" if response.is_success else f"status {response.status_code}"
-    except Exception as error:  # as many kinds as there are ways to fail
+    except Exception as error:  # connections fail in many ways
         response, problem = None, f"{type(error).__name__}: {error}"
     if response is None or problem:
         raise UnreadableImageError(
@@ -346,20 +327,13 @@ def _shown(image: Any) -> str:
 
 
 def upright(image: Any) -> Any:
-    """Turn a PIL image as its EXIF orientation says.
-
-    Args:
-        image: What [`open_image`] returns.
-
-    Returns:
-        The image; one that was turned has no metadata left. If its EXIF cannot be read, it stays as it is stored.
-    """
+    """Turn a PIL image as its EXIF orientation says, without its metadata; keep it if its EXIF cannot be read."""
     if not isinstance(image, PIL.Image.Image):
         return image
-    # Not `PIL.ImageOps.exif_transpose`, which writes the EXIF anew and so fails at entries that Pillow cannot write.
+    # Not `PIL.ImageOps.exif_transpose`, which writes the EXIF again and so fails at entries that Pillow cannot write.
     try:
         turn = _UPRIGHT.get(image.getexif()[0x0112])
-    except Exception:  # whatever damaged metadata makes Pillow raise; the pixels are whole
+    except Exception:  # damaged metadata makes Pillow raise anything; the pixels are intact
         turn = None
     if turn is None:
         return image
@@ -369,14 +343,7 @@ def upright(image: Any) -> Any:
 
 
 def flat_images(images: Any) -> list[Any]:
-    """List the images of an image, a batch, or a (nested) list.
-
-    Args:
-        images: What [`open_images`] returns, or `None`.
-
-    Returns:
-        `list`: The images; empty for `None`.
-    """
+    """List the images of an image, a batch, or a (nested) list; `None` has none."""
     if images is None:
         return []
     if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4:
@@ -385,19 +352,9 @@ def flat_images(images: Any) -> list[Any]:
 
 
 def as_rgb(image: Any, input_data_format: str | ChannelDimension | None = None, name: str = "images") -> torch.Tensor:
-    """Convert an opened image to 8-bit RGB.
+    """Convert an opened image to 8-bit RGB: uint8 of shape `(3, height, width)`, on the device of the input.
 
-    Args:
-        image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): The image; arrays have 3 dimensions.
-        input_data_format (`str`, *optional*): `"channels_first"` or `"channels_last"`; by default found out.
-        name (`str`): How error messages call it.
-
-    Returns:
-        `torch.Tensor`: uint8 of shape `(3, height, width)`, on the device of the input.
-
-    Raises:
-        ValueError: If the channels cannot be told from the other dimensions, or values are out of range.
-        TypeError: If it is neither a PIL image nor an array nor a tensor.
+    Arrays have 3 dimensions; if `input_data_format` is not given, the number of channels tells it.
     """
     if isinstance(image, PIL.Image.Image):
         return torch.from_numpy(np.array(_decode(image, name, "a PIL image"))).permute(2, 0, 1)
@@ -416,6 +373,7 @@ def as_rgb(image: Any, input_data_format: str | ChannelDimension | None = None, 
 
 
 def _channel_dimension(array: torch.Tensor, name: str) -> ChannelDimension:
+    """Tell which end of an array's shape is the channels."""
     first, last = array.shape[0] in _CHANNEL_COUNTS, array.shape[2] in _CHANNEL_COUNTS
     if first == last:
         problem = "either end could be the channels" if first else "neither end has 1, 3 or 4 channels"
@@ -427,6 +385,7 @@ def _channel_dimension(array: torch.Tensor, name: str) -> ChannelDimension:
 
 
 def _as_tensor(array: np.ndarray | torch.Tensor, name: str) -> torch.Tensor:
+    """Make a tensor of an array of numbers."""
     if isinstance(array, torch.Tensor):
         return array.detach()
     if array.dtype.kind not in "biuf":
@@ -455,7 +414,7 @@ def _as_uint8(array: torch.Tensor, name: str) -> torch.Tensor:
     low, high = array.min().item(), array.max().item()
     is_float = array.is_floating_point()
     slack = _ROUNDING if is_float else 0
-    if not (low >= -slack and high <= 255 + slack):  # also when they are NaN
+    if not (low >= -slack and high <= 255 + slack):  # also if they are NaN
         raise UnreadableImageError(
             f"`{name}` must hold values from 0 to 255, or from 0 to 1, got {low} to {high}. Clip or scale them; "
             "pixels that are normalized already cannot be used, and 16 bits are read as uint16."

@@ -1,7 +1,7 @@
 """RAM++: which of a list of tags an image shows (arXiv 2310.15200).
 
-A Swin transformer reads the image. Each tag is a query, mixed from the embeddings of its descriptions by their
-likeness to the image; a small decoder lets it attend to the image's tokens, and one number per tag comes out.
+A Swin transformer reads the image. Each tag is a query, a mixture of the embeddings of its descriptions weighted by
+their similarity to the image. A small decoder lets it attend to the image's tokens and gives one number per tag.
 """
 
 from collections.abc import Sequence
@@ -33,9 +33,9 @@ _INITIAL_TEMPERATURE = 0.07
 class RamPlusImageTaggingOutput(ModelOutput):
     """Output of [`RamPlusForImageTagging`].
 
-    Args:
+    Attributes:
         logits (`torch.FloatTensor` of shape `(batch_size, num_tags)`):
-            One number for each tag, fp32; the sigmoid of it is the tag's probability.
+            One number for each tag, float32; its sigmoid is the tag's probability.
         image_embeds (`torch.FloatTensor` of shape `(batch_size, num_tokens, projection_dim)`):
             The projected tokens of the image, the mean over the image first.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*):
@@ -49,7 +49,7 @@ class RamPlusImageTaggingOutput(ModelOutput):
             With `output_hidden_states=True`: output of the patch embedding and of each stage of the backbone, of shape
             `(batch_size, height, width, channels)`.
         vision_tokens (`torch.FloatTensor` of shape `(batch_size, num_tokens, 8 * embed_dim)`, *optional*):
-            With `output_hidden_states=True`: what is projected to `image_embeds`.
+            With `output_hidden_states=True`: the tokens before their projection to `image_embeds`.
     """
 
     logits: torch.FloatTensor | None = None
@@ -61,17 +61,17 @@ class RamPlusImageTaggingOutput(ModelOutput):
     vision_tokens: torch.FloatTensor | None = None
 
 
-def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
+def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class RamPlusLayerNorm(nn.LayerNorm):
-    """Layer norm in fp32 whatever the dtype: an epsilon of 1e-12 is zero in fp16."""
+    """Layer norm in float32 whatever the dtype: an epsilon of 1e-12 is zero in float16."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Normalise the last axis; the dtype stays."""
-        weight, bias = _at_least_fp32(self.weight), _at_least_fp32(self.bias)
-        normed = F.layer_norm(_at_least_fp32(hidden_states), self.normalized_shape, weight, bias, self.eps)
+        """Normalize the last axis; the dtype stays."""
+        weight, bias = _at_least_float32(self.weight), _at_least_float32(self.bias)
+        normed = F.layer_norm(_at_least_float32(hidden_states), self.normalized_shape, weight, bias, self.eps)
         return normed.to(hidden_states.dtype)
 
 
@@ -80,12 +80,12 @@ class RamPlusUnquantizedLinear(nn.Linear):
 
 
 class RamPlusClassifier(RamPlusUnquantizedLinear):
-    """A linear layer in fp32 whatever the dtype."""
+    """A linear layer in float32 whatever the dtype."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Map the last axis; the result is at least fp32."""
+        """Map the last axis; the result is float32 or float64."""
         with torch.autocast(hidden_states.device.type, enabled=False):
-            hidden_states = _at_least_fp32(hidden_states)
+            hidden_states = _at_least_float32(hidden_states)
             return F.linear(hidden_states, self.weight.to(hidden_states.dtype), self.bias.to(hidden_states.dtype))
 
 
@@ -112,14 +112,9 @@ class RamPlusVisionModel(nn.Module):
         self.norm = trunk.norm
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Compute the image's tokens.
+        """Compute the image's tokens, their mean first, and the outputs of the patch embedding and of each stage.
 
-        Args:
-            pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, image_size, image_size)`): Normalised images.
-
-        Returns:
-            The tokens, of shape `(batch_size, 1 + height * width, channels)`: their mean, then they themselves, row by
-            row; and the outputs of patch embedding and stages, of shape `(batch_size, height, width, channels)`.
+        Shapes: `(batch_size, 1 + height * width, channels)` and `(batch_size, height, width, channels)`.
         """
         hidden_states = self.patch_embed(pixel_values)
         stages = [hidden_states]
@@ -131,9 +126,9 @@ class RamPlusVisionModel(nn.Module):
 
 
 class RamPlusDecoderLayer(nn.Module):
-    """Cross-attention to the image and a feed-forward network, each with residual and a layer norm behind.
+    """Cross-attention to the image, then a feed-forward network, each followed by a residual and a layer norm.
 
-    There is no self-attention: tags do not see each other.
+    Tags do not attend to each other.
     """
 
     def __init__(self, config: RamPlusConfig):
@@ -153,27 +148,11 @@ class RamPlusDecoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def project_image(self, image_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute keys and values, which all tags share.
-
-        Args:
-            image_embeds (`torch.Tensor` of shape `(batch_size, num_tokens, projection_dim)`): Tokens of the image.
-
-        Returns:
-            Keys and values, each of shape `(batch_size, num_heads, num_tokens, head_size)`.
-        """
+        """Compute keys and values, `(batch_size, num_heads, num_tokens, head_size)`, which all tags share."""
         return self._split_heads(self.k_proj(image_embeds)), self._split_heads(self.v_proj(image_embeds))
 
     def forward(self, hidden_states: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Let tags attend to the image.
-
-        Args:
-            hidden_states (`torch.Tensor` of shape `(batch_size, num_tags, hidden_size)`): The tags.
-            keys (`torch.Tensor` of shape `(batch_size, num_heads, num_tokens, head_size)`): See `project_image`.
-            values (`torch.Tensor` of shape `(batch_size, num_heads, num_tokens, head_size)`): See `project_image`.
-
-        Returns:
-            `torch.Tensor` of shape `(batch_size, num_tags, hidden_size)`.
-        """
+        """Let tags, `(batch_size, num_tags, hidden_size)`, attend to what `project_image` made of the image."""
         queries = self._split_heads(self.q_proj(hidden_states))
         dropout = self.attention_dropout if self.training else 0.0
         if self.config._attn_implementation == "eager":
@@ -191,10 +170,10 @@ class RamPlusDecoderLayer(nn.Module):
 
 
 class RamPlusTagDecoder(nn.Module):
-    """From descriptions of tags and tokens of an image to one vector for each tag.
+    """Computes one vector for each tag from the descriptions of all tags and the tokens of an image.
 
-    `label_embed` holds the descriptions' embeddings, `(num_tags, num_descriptions, projection_dim)`. They come from a
-    text encoder that is no part of the model, and are not trained.
+    `label_embed`, `(num_tags, num_descriptions, projection_dim)`, holds the embeddings of the descriptions. They come
+    from a text encoder that is not part of the model, and are not trained.
     """
 
     def __init__(self, config: RamPlusConfig):
@@ -209,21 +188,16 @@ class RamPlusTagDecoder(nn.Module):
         self.layers: Any = nn.ModuleList(RamPlusDecoderLayer(config) for _ in range(config.num_hidden_layers))
 
     def reweight(self, label_embed: torch.Tensor, global_embed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mix the descriptions of each tag by their likeness to the image, in fp32 whatever the dtype.
+        """Mix the descriptions of each tag by their similarity to the image, in float32 whatever the dtype.
 
-        Args:
-            label_embed (`torch.Tensor` of shape `(num_tags, num_descriptions, projection_dim)`): The descriptions.
-            global_embed (`torch.Tensor` of shape `(batch_size, projection_dim)`): The image.
-
-        Returns:
-            The mixtures, of shape `(batch_size, num_tags, projection_dim)`, and the weights of the descriptions, of
-            shape `(batch_size, num_tags, num_descriptions)`.
+        Returns the mixtures, `(batch_size, num_tags, projection_dim)`, and the weights of the descriptions,
+        `(batch_size, num_tags, num_descriptions)`.
         """
         # No temporary of batch size times `label_embed`: one product for the scores and one per tag for the mixture.
         with torch.autocast(global_embed.device.type, enabled=False):
-            descriptions, image = _at_least_fp32(label_embed), _at_least_fp32(global_embed)
+            descriptions, image = _at_least_float32(label_embed), _at_least_float32(global_embed)
             image = image / image.norm(dim=-1, keepdim=True)
-            scores = _at_least_fp32(self.reweight_scale).exp() * (descriptions @ image.to(descriptions.dtype).mT)
+            scores = _at_least_float32(self.reweight_scale).exp() * (descriptions @ image.to(descriptions.dtype).mT)
             weights = scores.softmax(1).mT  # (num_tags, batch_size, num_descriptions)
             mixed = torch.bmm(weights, descriptions)
         return mixed.transpose(0, 1), weights.transpose(0, 1)
@@ -231,16 +205,10 @@ class RamPlusTagDecoder(nn.Module):
     def forward(
         self, image_embeds: torch.Tensor, output_hidden_states: bool = False
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Decode all tags.
+        """Decode all tags; `image_embeds` are the projected tokens of the image, their mean first.
 
-        Args:
-            image_embeds (`torch.Tensor` of shape `(batch_size, num_tokens, projection_dim)`):
-                Tokens of the image, the mean over the image first.
-            output_hidden_states (`bool`, *optional*, defaults to `False`): Whether to return what lies between.
-
-        Returns:
-            The tags, of shape `(batch_size, num_tags, hidden_size)`; and, if asked for, the fields of
-            [`RamPlusImageTaggingOutput`] that the decoder computes.
+        Returns the tags, `(batch_size, num_tags, hidden_size)`, and, if asked for, the fields of
+        [`RamPlusImageTaggingOutput`] that the decoder computes.
         """
         keys_values = [layer.project_image(image_embeds) for layer in self.layers]
         decoded, weights, tag_embeds = [], [], []
@@ -295,7 +263,7 @@ class RamPlusForImageTagging(PreTrainedModel):
         """Load a model: see [`PreTrainedModel.from_pretrained`]. The descriptions' embeddings stay untrained."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.decoder.label_embed.requires_grad_(False)  # loading makes every floating point parameter trainable
+        model.decoder.label_embed.requires_grad_(False)  # loading makes every floating-point parameter trainable
         return loaded
 
     def _init_weights(self, module: nn.Module):
@@ -322,14 +290,14 @@ class RamPlusForImageTagging(PreTrainedModel):
             pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, image_size, image_size)`):
                 Images from the model's image processor.
             output_hidden_states (`bool`, *optional*):
-                Whether to return what lies between. `config.output_hidden_states` by default.
+                Whether to return intermediate values. `config.output_hidden_states` by default.
             **kwargs: `return_dict=False` gives a tuple.
 
         Returns:
             `RamPlusImageTaggingOutput`.
 
         Raises:
-            ValueError: If the shape of `pixel_values` is another one.
+            ValueError: If `pixel_values` has another shape.
         """
         size = self.config.image_size
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
@@ -354,7 +322,7 @@ class RamPlusForImageTagging(PreTrainedModel):
         """List the tags of each image.
 
         Args:
-            outputs (`RamPlusImageTaggingOutput`): What the model gave.
+            outputs (`RamPlusImageTaggingOutput`): Output of the model.
             threshold (`float`, *optional*):
                 Probability that a tag must exceed. By default each tag has its own, `config.thresholds`.
 
@@ -394,10 +362,10 @@ class RamPlusForImageTagging(PreTrainedModel):
         tag_embeds: torch.Tensor,
         thresholds: float | Sequence[float] | None = None,
     ) -> None:
-        """Replace the tags by others, of which any number of descriptions are embedded.
+        """Replace the tags. Each new tag may have any number of descriptions, the same number for all.
 
-        The released model was trained on embeddings of CLIP ViT-B/16's text encoder, each of unit length; they are
-        used as they are given. The model is saved with its new tags.
+        The released model was trained on embeddings of CLIP ViT-B/16's text encoder, each of unit length; embeddings
+        are not normalized here. The model is saved with its new tags.
 
         Args:
             tags (`Sequence[str]`): The tags.

@@ -1,30 +1,29 @@
-"""Chat templates of the language models that MG-LLaVA was trained with, and the chunks that texts are encoded in.
+"""Chat templates, and the chunks in which texts are encoded.
 
-**Templates** (arXiv 2406.17770, section 4.1). The conversation starts with BOS, so that a rendered prompt is the
-beginning of every longer conversation. Answers are closed by EOS or a suffix, then comes the separator, and after EOS
-comes BOS again. Images of a user turn go to its front, one `<image>` line each, and the rest of that turn is
-stripped; they may be content blocks or a literal `<image>` in the text. With `literal_image_token=False` an `<image>`
-within the text is left where it is.
+**Templates.** A conversation starts with BOS, so that a rendered prompt is the beginning of every longer conversation.
+An answer is closed by EOS or a suffix; then comes the separator and, after EOS, BOS again. Images of a user turn go to
+its front, one `<image>` line each, and the rest of that turn is stripped; they may be content blocks or a literal
+`<image>` in the text. With `literal_image_token=False` an `<image>` in the text stays where it is.
 
-**Chunks.** The original encodes every piece of a text alone, without special tokens: what stands before and after an
-image, the answer with its suffix, EOS, the separator; the BOS id is put in front by hand. Tokenizers of the
-SentencePiece kind start every chunk with a space piece and merges never cross chunks, so the ids differ from those of
+**Chunks.** As in training, every piece of a text is encoded alone, without special tokens: the text before and after
+an image, the answer with its suffix, EOS, the separator; the BOS id is put in front by hand. Tokenizers of the
+SentencePiece kind start every chunk with a space piece, and merges never cross chunks, so the ids differ from those of
 the whole string. The cuts are found in two ways, which agree:
 
 - A template writes `chunk_boundary` before every piece that is given and `answer_boundary` before every piece that is
-  learned, where the caller passes these two characters. By default it writes nothing.
-- In a rendered string without them, the pieces are told by what the template writes between the texts of a
-  conversation ([`ChatFormat`]), which is read off its rendering of a probe conversation.
+  learned, if the caller passes these two characters. By default it writes neither.
+- In a rendered string without them, the pieces are found by the strings that the template writes between the texts of
+  a conversation ([`ChatFormat`]). These are read off its rendering of a probe conversation.
 
-Where the text of a conversation itself holds what the template writes, `protect_text` puts an invisible character into
-it, which is taken out again before the text is encoded.
+If a message itself holds such a string, `protect_text` puts an invisible character into it, which is taken out again
+before the text is encoded.
 """
 
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -33,7 +32,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 logger = logging.get_logger(__name__)
 
-# Private-use characters: the boundaries that a template writes, and what breaks role words within a text.
+IMAGE_TOKEN = "<image>"
+
+# Private-use characters: the boundaries that a template writes, and the guard that
+# keeps a part of a text from being taken for a delimiter.
 CHUNK_BOUNDARY = "\U000ff4d0"
 ANSWER_BOUNDARY = "\U000ff4d1"
 GUARD = "\U000ff4d2"
@@ -47,10 +49,10 @@ _TEMPLATE = """
 {%- set system_start, system_end = SYSTEM_START, SYSTEM_END -%}
 {%- set user_start, user_end = USER_START, USER_END -%}
 {%- set generation_prompt, suffix, separator = GENERATION_PROMPT, SUFFIX, SEPARATOR -%}
-{%- set closed_by_eos = CLOSED_BY_EOS -%}
+{%- set closed_by_eos, image_end = CLOSED_BY_EOS, IMAGE_END -%}
 {%- set given = chunk_boundary | default('') -%}
-{%- set learnt = answer_boundary | default('') -%}
-{%- set state = namespace(system='', text='', images=0, expected='user') -%}
+{%- set learned = answer_boundary | default('') -%}
+{%- set state = namespace(system=DEFAULT_SYSTEM, text='', images=0, expected='user') -%}
 {%- if tools or documents -%}
   {{- raise_exception('This model was not trained with tools or documents: `tools` and `documents` must be empty.') -}}
 {%- endif -%}
@@ -94,9 +96,9 @@ _TEMPLATE = """
       {%- set state.text = state.text.replace('<image>', '') -%}
     {%- endif -%}
     {%- if state.images -%}
-      {%- set state.text = ('<image>\\n' * state.images + state.text.strip()).strip() -%}
+      {%- set state.text = (('<image>' + image_end) * state.images + state.text.strip()).strip() -%}
     {%- endif -%}
-    {%- set is_first_turn = loop.index0 == (1 if state.system else 0) -%}
+    {%- set is_first_turn = loop.index0 == (1 if messages[0]['role'] == 'system' else 0) -%}
     {%- if is_first_turn or closed_by_eos -%}
       {{- bos_token or "" -}}
     {%- endif -%}
@@ -107,9 +109,9 @@ _TEMPLATE = """
     {%- set state.expected = 'assistant' -%}
   {%- else -%}
     {%- generation -%}
-      {{- learnt + state.text + suffix -}}
+      {{- learned + state.text + suffix -}}
       {%- if closed_by_eos -%}
-        {{- learnt ~ eos_token -}}
+        {{- learned ~ eos_token -}}
       {%- endif -%}
     {%- endgeneration -%}
     {{- given + separator + given -}}
@@ -119,7 +121,7 @@ _TEMPLATE = """
 """
 
 
-def _template(
+def build_chat_template(
     *,
     system: tuple[str, str],
     user: tuple[str, str],
@@ -127,61 +129,29 @@ def _template(
     suffix: str = "",
     separator: str = "",
     closed_by_eos: bool = False,
+    default_system: str = "",
+    image_end: str = "\n",
 ) -> str:
-    """Fill in the fields of one family; a JSON string is a Jinja string too."""
+    """Make the chat template of a language model; a pair holds the strings before and after a text.
+
+    `default_system` is written in front of a conversation without a system message, and `image_end` after each image.
+    """
     fields = {
-        "SYSTEM_START": json.dumps(system[0]),
-        "SYSTEM_END": json.dumps(system[1]),
-        "USER_START": json.dumps(user[0]),
-        "USER_END": json.dumps(user[1]),
-        "GENERATION_PROMPT": json.dumps(generation_prompt),
-        "SUFFIX": json.dumps(suffix),
-        "SEPARATOR": json.dumps(separator),
-        "CLOSED_BY_EOS": json.dumps(closed_by_eos),
+        "SYSTEM_START": system[0],
+        "SYSTEM_END": system[1],
+        "USER_START": user[0],
+        "USER_END": user[1],
+        "GENERATION_PROMPT": generation_prompt,
+        "SUFFIX": suffix,
+        "SEPARATOR": separator,
+        "CLOSED_BY_EOS": closed_by_eos,
+        "DEFAULT_SYSTEM": default_system,
+        "IMAGE_END": image_end,
     }
     template = _TEMPLATE
     for name, value in fields.items():
-        template = template.replace(name, value)
+        template = template.replace(name, json.dumps(value))  # a JSON string is a Jinja string too
     return template.strip()
-
-
-CHAT_TEMPLATES: dict[str, str] = {
-    # Vicuna-1.5
-    "vicuna": _template(
-        system=(
-            "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-            "detailed, and polite answers to the user's questions. ",
-            "\n ",
-        ),
-        user=("USER: ", ""),
-        generation_prompt=" ASSISTANT:",
-        separator="\n",
-        closed_by_eos=True,
-    ),
-    # Llama-3-Instruct
-    "llama3": _template(
-        system=("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
-        user=("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
-        generation_prompt="<|start_header_id|>assistant<|end_header_id|>\n\n",
-        suffix="<|eot_id|>",
-    ),
-    # Phi-3-mini
-    "phi3": _template(
-        system=("<|system|>", "<|end|>\n"),
-        user=("<|user|>", "<|end|>\n"),
-        generation_prompt="<|assistant|>\n",
-        suffix="<|end|>",
-        separator="\n",
-    ),
-    # Yi-1.5-Chat (ChatML; the original calls it `qwen_chat`)
-    "yi": _template(
-        system=("<|im_start|>system\n", "<|im_end|>\n"),
-        user=("<|im_start|>user\n", "<|im_end|>\n"),
-        generation_prompt="<|im_start|>assistant\n",
-        suffix="<|im_end|>",
-        separator="\n",
-    ),
-}
 
 
 # A position in a text, and whether what follows is learned.
@@ -190,7 +160,7 @@ Cut = tuple[int, bool]
 
 @dataclass(frozen=True)
 class Delimiter:
-    """What a template writes between two texts of a conversation.
+    """The string that a template writes between two texts of a conversation.
 
     Attributes:
         text: The string.
@@ -207,7 +177,7 @@ class Delimiter:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How the strings of a chat template come apart.
+    """The strings by which the rendered conversations of a chat template are cut.
 
     Attributes:
         starts: What a conversation may start with after BOS.
@@ -223,14 +193,9 @@ class ChatFormat:
 
 
 def read_format(template: str, special_tokens: Mapping[str, Any]) -> ChatFormat | None:
-    """Read off a template how its strings come apart.
+    """Read the format of a template's strings; return `None` if it does not write boundaries as those made here do.
 
-    Args:
-        template (`str`): A chat template.
-        special_tokens (`Mapping`): The tokenizer's `special_tokens_map`, which the template may write.
-
-    Returns:
-        [`ChatFormat`], *optional*: `None` for a template that does not write boundaries as those of this file do.
+    `special_tokens` is the tokenizer's `special_tokens_map`, whose names templates use.
     """
     tokens = tuple(sorted((name, value) for name, value in special_tokens.items() if isinstance(value, str)))
     return _read_format(template, tokens)
@@ -238,6 +203,8 @@ def read_format(template: str, special_tokens: Mapping[str, Any]) -> ChatFormat 
 
 @lru_cache(maxsize=64)
 def _read_format(template: str, special_tokens: tuple[tuple[str, str], ...]) -> ChatFormat | None:
+    """Render probe conversations, and see what stands around their texts."""
+
     def render(*messages: tuple[str, str]) -> str:
         conversation = [{"role": role, "content": text} for role, text in messages]
         rendered: Any = render_jinja_template([conversation], chat_template=template, **variables)
@@ -250,7 +217,7 @@ def _read_format(template: str, special_tokens: tuple[tuple[str, str], ...]) -> 
     except Exception:  # a template may refuse anything, in any way
         return None
     starts = [_BOUNDARIES.split(head)[-1]]
-    with suppress(Exception):  # there are templates without a system message
+    with suppress(Exception):  # some templates have no system message
         starts.append(_BOUNDARIES.split(render(("system", _SYSTEM), turns[0]).split(_SYSTEM)[0])[-1])
     chat = ChatFormat(tuple(filter(None, starts)), *map(_delimiter, (opening, between, closing)))
     is_cut_at_answer = chat.opening.cuts == ((len(chat.opening.text), True),)
@@ -259,30 +226,28 @@ def _read_format(template: str, special_tokens: tuple[tuple[str, str], ...]) -> 
 
 
 def _delimiter(marked: str) -> Delimiter:
+    """Make a delimiter of a string with boundary characters."""
     text, cuts = _take_boundaries(marked)
     return Delimiter(text, tuple(cuts))
 
 
-def chat_formats(chat_template: Any, special_tokens: Mapping[str, Any]) -> tuple[ChatFormat, ...]:
-    """Tell which strings a processor can take apart.
+def chat_formats(
+    chat_template: Any, known_templates: Iterable[str], special_tokens: Mapping[str, Any]
+) -> tuple[ChatFormat, ...]:
+    """List the formats by which a processor cuts strings, in the order in which it tries them.
 
-    Args:
-        chat_template (`str`, `dict[str, str]` or `None`): The processor's own template or templates. Those of this
-            package come after them, unless one of the own is of another kind: its strings may look like ours.
-        special_tokens (`Mapping`): The tokenizer's `special_tokens_map`.
-
-    Returns:
-        `tuple[ChatFormat, ...]`: The formats, in the order in which they are tried.
+    Known templates come after the processor's own, unless one of its own is of another kind: its strings may look like
+    theirs.
     """
     own = list(chat_template.values()) if isinstance(chat_template, Mapping) else [chat_template or ""]
     writing = [template for template in own if writes_boundaries(template)]
-    known = list(CHAT_TEMPLATES.values()) if len(writing) == len([template for template in own if template]) else []
+    known = list(known_templates) if len(writing) == len([template for template in own if template]) else []
     formats = [read_format(template, special_tokens) for template in [*writing, *known]]
     return tuple(dict.fromkeys(chat for chat in formats if chat is not None))
 
 
 def writes_boundaries(template: str) -> bool:
-    """Tell whether a chat template writes boundaries where it is asked to."""
+    """Tell whether a chat template writes boundaries if it is asked to."""
     return "chunk_boundary" in template
 
 
@@ -302,8 +267,8 @@ class _Pieces:
     Attributes:
         text: The text, without boundary characters.
         cuts: Where it is cut.
-        bos: Length of the BOS that it starts with; `None`: it has none, and must not go without.
-        repeated: A delimiter that stands where none can be, as if it were part of a text.
+        bos: Length of the BOS that it starts with; `None` if it has none and needs one.
+        repeated: A delimiter at a place where none can be, as if it were part of a text.
     """
 
     text: str
@@ -321,7 +286,7 @@ class _Pieces:
 
 
 def _cut(text: str, bos_token: str | None, chats: Iterable[ChatFormat]) -> _Pieces:
-    """Find the cuts of a text, by its boundary characters if it has some."""
+    """Find the cuts of a text, by its boundary characters if it has any."""
     bos = bos_token or ""
     if _BOUNDARIES.search(text):
         text, cuts = _take_boundaries(text)
@@ -370,31 +335,23 @@ def _cut_by_format(text: str, start: int, chat: ChatFormat, is_answer: bool | No
 def _find(text: str, literal: str, start: int) -> int:
     """Find a delimiter that no guard breaks."""
     place = text.find(literal, start)
-    # Longer ones have the guard inside.
+    # A longer delimiter would have the guard inside.
     while len(literal) == 1 and place > 0 and text[place - 1] == GUARD:
         place = text.find(literal, place + 1)
     return place
 
 
 def _find_last(text: str, literal: str, start: int) -> int:
+    """Find a delimiter that a text ends with; -1 if it does not."""
     place = len(text) - len(literal)
     return place if literal and place >= start and _find(text, literal, place) == place else -1
 
 
 def protect_text(marked: str, bos_token: str | None, chat: ChatFormat | None, chats: Sequence[ChatFormat]) -> str:
-    """Take the boundary characters out of a rendered text so that its cuts are found without them.
+    """Take the boundary characters out of a text that `chat` rendered, so that `chats` find its cuts without them.
 
     A guard is put before the last character of whatever looks like a delimiter and is text: there it does not change
-    what a shorter conversation is rendered to.
-
-    Args:
-        marked (`str`): What a template rendered, with boundary characters.
-        bos_token (`str`, *optional*): The BOS token as text.
-        chat ([`ChatFormat`], *optional*): The format of that template.
-        chats (`Sequence[ChatFormat]`): The formats that the text will be cut by.
-
-    Returns:
-        `str`: The text; with its boundary characters if its cuts would not be found.
+    what a shorter conversation is rendered to. If the cuts would not be found, the boundary characters stay.
     """
     truth = _cut(marked, bos_token, chats)
     if chat in chats and chat is not None:
@@ -465,7 +422,7 @@ class TextChunk:
         text: The text; for an image its run of placeholders.
         num_image_tokens: Length of that run, 0 for text.
         is_answer: Whether the chunk is learned in training.
-        is_bos: Whether this is the leading BOS; its text is empty where the text does not have it.
+        is_bos: Whether this is the leading BOS; its text is empty if the text does not have it.
     """
 
     text: str
@@ -473,25 +430,23 @@ class TextChunk:
     is_answer: bool = False
     is_bos: bool = False
 
+    @property
+    def is_text(self) -> bool:
+        """Whether the tokenizer has to encode the chunk."""
+        return not (self.num_image_tokens or self.is_bos)
+
 
 def split_text(
     text: str,
     placeholder: re.Pattern[str],
-    runs: Iterator[tuple[str, int]],
+    lengths: Iterator[int],
     bos_token: str | None,
     chats: Sequence[ChatFormat] = (),
 ) -> list[TextChunk]:
-    """Cut a text at its images, after a leading BOS, and between the pieces of a conversation.
+    """Cut a text after a leading BOS, at its images, and between the pieces of a conversation.
 
-    Args:
-        text (`str`): The text with one placeholder per image.
-        placeholder (`re.Pattern`): What marks an image.
-        runs (`Iterator`): Gives, image by image, the run of placeholders and its length in tokens.
-        bos_token (`str`, *optional*): The BOS token as text.
-        chats (`Sequence[ChatFormat]`): How texts without boundary characters come apart, see [`chat_formats`].
-
-    Returns:
-        `list[TextChunk]`: The chunks that are not empty, without private characters.
+    `lengths` yields the number of placeholders of image after image; `chats` are the formats by which a text without
+    boundary characters is cut. Empty chunks and private characters are left out.
     """
     pieces = _cut(text, bos_token, chats)
     if pieces.repeated:
@@ -507,147 +462,153 @@ def split_text(
         start = 0
         for cut in placeholder.finditer(piece):
             chunks.append(TextChunk(piece[start : cut.start()], is_answer=is_answer))
-            run, length = next(runs)
-            chunks.append(TextChunk(run, num_image_tokens=length))
+            length = next(lengths)
+            chunks.append(TextChunk(cut.group() * length, num_image_tokens=length))
             start = cut.end()
         chunks.append(TextChunk(piece[start:], is_answer=is_answer))
     return [chunk for chunk in chunks if chunk.text or chunk.is_bos]
 
 
+@dataclass
+class _Row:
+    """An encoded text.
+
+    Attributes:
+        ids: Its ids.
+        spans: Where each token starts and ends in the text with runs of placeholders; empty if nobody asked for it.
+        is_answer: 1 for each token that is learned.
+        length: Number of characters so far.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    is_answer: list[int] = field(default_factory=list)
+    length: int = 0
+
+    def add(self, chunk: TextChunk, ids: list[int], spans: Iterable[tuple[int, int]]) -> None:
+        """Append the tokens of a chunk."""
+        self.ids += ids
+        self.spans += [(self.length + start, self.length + end) for start, end in spans]
+        self.is_answer += [int(chunk.is_answer)] * len(ids)
+        self.length += len(chunk.text)
+
+    def truncate(self, max_length: int, side: str, image_token_id: int) -> None:
+        """Leave out tokens of one side, but none of an image."""
+        kept = slice(max(0, len(self.ids) - max_length), None) if side == "left" else slice(max_length)
+        before, after = self.ids.count(image_token_id), self.ids[kept].count(image_token_id)
+        if before != after:
+            raise ValueError(
+                f"`max_length` must leave room for the images: truncating {len(self.ids)} tokens to "
+                f"{len(self.ids[kept])} would keep {after} of {before} image tokens. Raise `max_length`, or "
+                "pass fewer images."
+            )
+        self.ids, self.spans, self.is_answer = self.ids[kept], self.spans[kept], self.is_answer[kept]
+
+
 def encode_chunks(
     tokenizer: Any,
     texts: Sequence[Sequence[TextChunk]],
-    *,
     image_token_id: int,
+    *,
     add_special_tokens: bool | None = True,
-    padding: Any = False,
-    padding_side: str | None = None,
-    pad_to_multiple_of: int | None = None,
     truncation: Any = False,
     max_length: int | None = None,
-    return_attention_mask: bool | None = None,
+    padding_side: str | None = None,
     return_offsets_mapping: bool | None = False,
     return_assistant_tokens_mask: bool = False,
     sanitize_control_tokens: bool | None = False,
-    return_tensors: Any = None,
-    verbose: bool | None = True,
-    **unsupported: Any,
+    **options: Any,
 ) -> dict[str, list[Any]]:
-    """Encode texts chunk by chunk and pad them; options as in a tokenizer's `__call__`.
+    """Encode texts chunk by chunk; options are those of a tokenizer's `__call__`, except that lists are returned.
 
-    Args:
-        tokenizer: A tokenizer of transformers, fast or slow.
-        texts (`Sequence`): The chunks of each text.
-        image_token_id (`int`): Id of the placeholder.
-        add_special_tokens (`bool`): Whether to start with BOS where the tokenizer has one and the text does not.
-            Conversations start with BOS in any case.
-        padding (`bool` or `str`): As in the tokenizer's `pad`, like the next two and `return_attention_mask`.
-        padding_side (`str`, *optional*): `"left"` or `"right"`; by default the tokenizer's.
-        pad_to_multiple_of (`int`, *optional*): Pad to a multiple of this length.
-        truncation: Whether to cut texts to `max_length` on the tokenizer's `truncation_side`; never within images.
-        max_length (`int`, *optional*): Limit for truncation (by default the tokenizer's), or target of padding.
-        return_attention_mask (`bool`, *optional*): Whether to return `attention_mask`; by default the tokenizer's.
-        return_offsets_mapping (`bool`): Whether to return the characters `(start, end)` of each token in the text
-            with expanded images; fast tokenizers only.
-        return_assistant_tokens_mask (`bool`): Whether to return `assistant_masks`, 1 for each token of an answer.
-        sanitize_control_tokens (`bool`): As in the tokenizer's `apply_chat_template` (newer transformers).
-        return_tensors: Ignored; the result is lists, which the caller converts.
-        verbose: Ignored.
-        **unsupported: Options that cannot hold for chunks.
-
-    Returns:
-        `dict[str, list]`: `input_ids`, and `attention_mask`, `offset_mapping`, `assistant_masks` where asked for, one
-        list per text.
-
-    Raises:
-        ValueError: If truncation would cut the tokens of an image, or an unsupported option is set.
+    BOS is put in front by hand, as in the original, since not every tokenizer adds it; with
+    `add_special_tokens=False` only in front of conversations. Spans are those in the text with runs of placeholders.
+    `assistant_masks` is 1 for each token of an answer.
     """
-    if wanted := sorted(name for name, value in unsupported.items() if value):
+    pad_options = {name: options.pop(name, None) for name in ("pad_to_multiple_of", "return_attention_mask")}
+    padding = options.pop("padding", False)
+    for name in ("return_tensors", "verbose"):
+        options.pop(name, None)
+    if wanted := sorted(name for name, value in options.items() if value):
         raise ValueError(f"{wanted} must not be set: text is encoded in chunks around the images. Leave them out.")
 
-    to_encode = [chunk.text for chunks in texts for chunk in chunks if not (chunk.num_image_tokens or chunk.is_bos)]
-    options = {"sanitize_control_tokens": True} if sanitize_control_tokens else {}
-    encoded = (
-        tokenizer(
-            to_encode,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_offsets_mapping=bool(return_offsets_mapping),
+    tokenizer_options: dict[str, Any] = {"return_offsets_mapping": bool(return_offsets_mapping)}
+    if sanitize_control_tokens:
+        tokenizer_options["sanitize_control_tokens"] = True
+    adds_bos = bool(add_special_tokens) and tokenizer.bos_token_id is not None
+    rows = _encode_rows(tokenizer, texts, image_token_id, adds_bos, tokenizer_options)
+    if truncation and truncation != "do_not_truncate":
+        for row in rows:
+            row.truncate(max_length or tokenizer.model_max_length, tokenizer.truncation_side, image_token_id)
+    output = dict(
+        tokenizer.pad(
+            {"input_ids": [row.ids for row in rows]},
+            padding=padding,
+            max_length=max_length,
+            padding_side=padding_side,
             verbose=False,
-            **options,
+            **pad_options,
         )
-        if to_encode
-        else {}
     )
-    ids_of_chunks = iter(encoded.get("input_ids", []))
-    offsets_of_chunks = iter(encoded.get("offset_mapping", []))
-    # By hand, as the original does: not every tokenizer adds BOS by itself.
-    starts_with_bos = add_special_tokens and tokenizer.bos_token_id is not None
-
-    input_ids: list[list[int]] = []
-    offsets: list[list[tuple[int, int]]] = []
-    masks: list[list[int]] = []
-    for chunks in texts:
-        has_bos = bool(chunks) and chunks[0].is_bos
-        front = [tokenizer.bos_token_id] if starts_with_bos and not has_bos else []
-        ids, spans, mask = list(front), [(0, 0)] * len(front), [0] * len(front)
-        position = 0
-        for chunk in chunks:
-            if chunk.num_image_tokens:
-                width = len(chunk.text) // chunk.num_image_tokens
-                chunk_ids = [image_token_id] * chunk.num_image_tokens
-                chunk_spans = [(i * width, (i + 1) * width) for i in range(chunk.num_image_tokens)]
-            elif chunk.is_bos:
-                chunk_ids, chunk_spans = [tokenizer.bos_token_id], [(0, len(chunk.text))]
-            else:
-                chunk_ids = next(ids_of_chunks)
-                chunk_spans = next(offsets_of_chunks, [])
-            ids += chunk_ids
-            spans += [(position + start, position + end) for start, end in chunk_spans]
-            mask += [int(chunk.is_answer)] * len(chunk_ids)
-            position += len(chunk.text)
-        keep = slice(None)
-        if truncation and truncation != "do_not_truncate":
-            keep = _kept_tokens(ids, max_length or tokenizer.model_max_length, tokenizer.truncation_side)
-            _check_images_whole(ids, ids[keep], image_token_id)
-        input_ids.append(ids[keep])
-        offsets.append(spans[keep])
-        masks.append(mask[keep])
-
-    padded = tokenizer.pad(
-        {"input_ids": input_ids},
-        padding=padding,
-        max_length=max_length,
-        pad_to_multiple_of=pad_to_multiple_of,
-        padding_side=padding_side,
-        return_attention_mask=return_attention_mask,
-        verbose=False,
-    )
-    output = dict(padded)
     side = padding_side or tokenizer.padding_side
     if return_offsets_mapping:
-        output["offset_mapping"] = _pad_like(offsets, output["input_ids"], (0, 0), side)
+        output["offset_mapping"] = _pad_like(output["input_ids"], [row.spans for row in rows], (0, 0), side)
     if return_assistant_tokens_mask:
-        output["assistant_masks"] = _pad_like(masks, output["input_ids"], 0, side)
+        output["assistant_masks"] = _pad_like(output["input_ids"], [row.is_answer for row in rows], 0, side)
     return output
 
 
-def _kept_tokens(ids: list[int], max_length: int, side: str) -> slice:
-    return slice(max(0, len(ids) - max_length), None) if side == "left" else slice(max_length)
+def _encode_rows(
+    tokenizer: Any,
+    texts: Sequence[Sequence[TextChunk]],
+    image_token_id: int,
+    adds_bos: bool,
+    options: Mapping[str, Any],
+) -> list[_Row]:
+    """Encode the chunks of all texts in one call, and put those of each text together."""
+    to_encode = [chunk.text for chunks in texts for chunk in chunks if chunk.is_text]
+    encoded: Mapping[str, Any] = {}
+    if to_encode:
+        encoded = tokenizer(to_encode, add_special_tokens=False, return_attention_mask=False, verbose=False, **options)
+    ids_of_chunks = iter(encoded.get("input_ids", []))
+    spans_of_chunks = iter(encoded.get("offset_mapping", []))
+    rows = []
+    for chunks in texts:
+        row = _Row()
+        if adds_bos and not (chunks and chunks[0].is_bos):
+            row.add(TextChunk("", is_bos=True), [tokenizer.bos_token_id], [(0, 0)])
+        for chunk in chunks:
+            if chunk.is_bos:
+                row.add(chunk, [tokenizer.bos_token_id], [(0, len(chunk.text))])
+            elif count := chunk.num_image_tokens:
+                width = len(chunk.text) // count
+                row.add(chunk, [image_token_id] * count, [(i * width, (i + 1) * width) for i in range(count)])
+            else:
+                row.add(chunk, next(ids_of_chunks), next(spans_of_chunks, []))
+        rows.append(row)
+    return rows
 
 
-def _check_images_whole(ids: list[int], kept: list[int], image_token_id: int) -> None:
-    before, after = ids.count(image_token_id), kept.count(image_token_id)
-    if before != after:
-        raise ValueError(
-            f"`max_length` must leave room for the images: truncating {len(ids)} tokens to {len(kept)} would keep "
-            f"{after} of {before} image tokens. Raise `max_length`, or give fewer images or boxes."
-        )
-
-
-def _pad_like(rows: list[list[Any]], padded: list[list[int]], value: Any, side: str) -> list[list[Any]]:
+def _pad_like(padded: list[list[int]], rows: list[list[Any]], value: Any, side: str) -> list[list[Any]]:
+    """Pad rows to the lengths of others."""
     output = []
-    for row, target in zip(rows, padded, strict=True):
+    for target, row in zip(padded, rows, strict=True):
         padding = [value] * (len(target) - len(row))
         output.append(padding + row if side == "left" else row + padding)
     return output
+
+
+__all__ = [
+    "BOUNDARY_NAMES",
+    "IMAGE_TOKEN",
+    "PRIVATE_CHARACTERS",
+    "ChatFormat",
+    "TextChunk",
+    "build_chat_template",
+    "chat_formats",
+    "encode_chunks",
+    "protect_text",
+    "read_format",
+    "split_text",
+    "writes_boundaries",
+]

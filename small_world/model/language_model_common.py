@@ -1,0 +1,795 @@
+"""Models of images and text around any causal language model of transformers, whose own class scores and generates."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.cache_utils import Cache
+from transformers.generation.utils import GenerateOutput
+from transformers.integrations import is_fsdp_managed_module
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
+from transformers.utils import logging, torch_compilable_check
+
+from .pretrained_common import CACHE_NAME, ImageTextPreTrainedModel
+
+logger = logging.get_logger(__name__)
+
+# What `generate` calls, overridden here: under another name it would be skipped without an error.
+_GENERATION_HOOKS = ("_expand_inputs_for_generation", "_supports_default_dynamic_cache")
+_LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
+# What `generate` calls on a model and a language model may do in a way of its own, without a loss here.
+_DELEGATED_HOOKS = {"prepare_inputs_for_generation", "_supports_default_dynamic_cache"}
+# What the class of a language model needs, to be given embeddings of images and to continue.
+_ARGUMENTS = ("attention_mask", "inputs_embeds", CACHE_NAME)
+
+_READS_IDS = "some of its layers read token ids, which images have not"
+# Types whose classes look like all others, by what makes them different.
+_REFUSED_TYPES = {
+    "blt": _READS_IDS,
+    "deepseek_v4": _READS_IDS,
+    "gemma3n_text": _READS_IDS,
+    "git": "it has a vision tower of its own",
+    "moshi": "it speaks and has an audio decoder",
+    "phi4_multimodal": "it has towers of its own for images and audio",
+}
+if CACHE_NAME == "past_key_values":  # before transformers 5.24
+    _REFUSED_TYPES |= {
+        "dbrx": "this release does not read back the configuration that it saves inside of another one",
+        "inkling_text": "this release does not normalize embeddings that are given as it does those of ids",
+    }
+# Values of a configuration with which layers read ids.
+_READS_IDS_IF = ("hidden_size_per_layer_input", "ple_layer_ids")
+
+
+class UnsupportedLanguageModelError(ValueError):
+    """A language model that cannot be part of a model for images without a change of what it computes."""
+
+    def __init__(self, model_type: str, reason: str):
+        super().__init__(
+            f"`text_config`: a language model of type {model_type!r} cannot be used, since {reason}. "
+            "docs/language_models.md lists the types that can."
+        )
+
+
+def language_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Find the class with a head for the configuration of a language model.
+
+    Args:
+        config (`PreTrainedConfig`): Its configuration.
+
+    Returns:
+        `type`: The class that `AutoModelForCausalLM` takes.
+
+    Raises:
+        UnsupportedLanguageModelError: If there is none, or it is known to compute something else here.
+    """
+    kind = config.model_type
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedLanguageModelError(
+            kind,
+            "this release of transformers has no causal language model for it (one from remote code is used after "
+            "`AutoConfig.register` and `AutoModelForCausalLM.register`)",
+        )
+    if config.is_encoder_decoder:
+        raise UnsupportedLanguageModelError(kind, "it is an encoder-decoder")
+    if config.get_text_config(decoder=True) is not config:
+        raise UnsupportedLanguageModelError(
+            kind, "it is the configuration of a multimodal model: pass that of its language model"
+        )
+    if kind in _REFUSED_TYPES:
+        raise UnsupportedLanguageModelError(kind, _REFUSED_TYPES[kind])
+    if read := [name for name in _READS_IDS_IF if getattr(config, name, None)]:
+        raise UnsupportedLanguageModelError(kind, f"{_READS_IDS} (`{read[0]}`)")
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if not issubclass(model_class, GenerationMixin):
+        raise UnsupportedLanguageModelError(kind, "it does not generate")
+    arguments = _forward_arguments(model_class)
+    if missing := [name for name in _ARGUMENTS if name not in arguments]:
+        raise UnsupportedLanguageModelError(kind, f"its `forward` takes no {' and no '.join(missing)}")
+    if own := [name for name in _own_hooks(model_class) if name not in _DELEGATED_HOOKS]:
+        raise UnsupportedLanguageModelError(kind, f"it generates in a way of its own ({', '.join(own)})")
+    return model_class
+
+
+def _own_hooks(model_class: type) -> list[str]:
+    """Methods of `GenerationMixin` that a class replaces."""
+    hooks = [name for name, value in vars(GenerationMixin).items() if callable(getattr(value, "__func__", value))]
+    return [
+        name
+        for name in hooks
+        if not name.startswith("__")
+        and inspect.getattr_static(model_class, name) is not inspect.getattr_static(GenerationMixin, name)
+    ]
+
+
+def _forward_arguments(model_class: type) -> list[str]:
+    """Names of the arguments of `forward`; of the class above, if it hands on whatever it is given."""
+    for kind in model_class.__mro__:
+        if "forward" in vars(kind):
+            arguments = inspect.signature(kind.forward).parameters
+            if not any(argument.kind is inspect.Parameter.VAR_POSITIONAL for argument in arguments.values()):
+                return list(arguments)
+    return []
+
+
+class LanguageModelHead:
+    """What the class of a language model computes around its body: scores, scales, caps, losses of experts.
+
+    The class's own `forward` runs, with the body of the whole model instead of its own. It owns no weights: those of
+    the head are `lm_head` of the whole model.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model. It is taken apart: what holds weights is gone from it.
+
+    Raises:
+        UnsupportedLanguageModelError: If it has weights besides a body and one output layer.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        kind = model.config.model_type
+        try:
+            body = _part_with(model, model.get_input_embeddings())
+        except NotImplementedError:
+            body = None
+        head = model.get_output_embeddings()
+        children = dict(model.named_children())
+        names = [name for name, child in children.items() if child is head]
+        if body is None or not isinstance(children[body], PreTrainedModel):
+            raise UnsupportedLanguageModelError(kind, "it has no body apart from its head")
+        if "inputs_embeds" not in _forward_arguments(type(children[body])):
+            raise UnsupportedLanguageModelError(kind, "its body takes no inputs_embeds")
+        with_weights = {name for name, child in children.items() if [*child.parameters(), *child.buffers()]}
+        if not names or with_weights - {body, names[0]} or model._parameters or model._buffers:
+            raise UnsupportedLanguageModelError(kind, "its head is not a single layer")
+        width, hidden_size = model.get_input_embeddings().embedding_dim, model.config.hidden_size
+        if width != hidden_size:
+            raise UnsupportedLanguageModelError(
+                kind, f"its token embeddings ({width}) are not as wide as its layers ({hidden_size})"
+            )
+        self.body_name, self.head_name = body, names[0]
+        self.tied_weights_keys = {
+            self._new_name(target): self._new_name(source)
+            for target, source in (model._tied_weights_keys or {}).items()
+        }
+        self.takes_positions = "position_ids" in _forward_arguments(type(model))
+        self.body, self.layer = children[body], head
+        del model._modules[body], model._modules[self.head_name]
+        self._rest = model
+
+    def take_parts(self) -> tuple[PreTrainedModel, nn.Module]:
+        """Hand over body and output layer, which is done once: a model registers them as modules of its own."""
+        parts = self.body, self.layer
+        del self.body, self.layer
+        return parts
+
+    def _new_name(self, name: str) -> str:
+        """Name of a weight of the language model in the whole model."""
+        for part, new in ((self.body_name, "model.language_model"), (self.head_name, "lm_head")):
+            if name.startswith(f"{part}."):
+                return new + name.removeprefix(part)
+        return name
+
+    @property
+    def rest(self) -> PreTrainedModel:
+        """The language model without what holds weights: its class, configuration and plain attributes."""
+        return self._rest
+
+    def score(self, owner: nn.Module, body: Callable[..., Any], loss_function: Callable[..., Any], **kwargs) -> Any:
+        """Run the class's `forward`.
+
+        Args:
+            owner (`nn.Module`): The model with `lm_head`.
+            body (`Callable`): Called in place of the body, with its arguments.
+            loss_function (`Callable`): Called in place of the class's own.
+            **kwargs: Arguments of `forward`.
+
+        Returns:
+            `ModelOutput`: Output of the class.
+        """
+        model = self.stand_in(owner)
+        vars(model)[self.body_name] = _Body(body, owner.model.language_model)
+        model.loss_function = loss_function
+        return model.forward(**kwargs)
+
+    def stand_in(self, owner: nn.Module) -> PreTrainedModel:
+        """Make an instance of the class without body, for one call: threads and replicas of `owner` share nothing."""
+        model = object.__new__(type(self._rest))
+        parts = {**self._rest._modules, self.head_name: owner.lm_head}
+        model.__dict__ = {**vars(self._rest), "_modules": parts, "training": owner.training}
+        return model
+
+
+def _part_with(model: nn.Module, wanted: nn.Module) -> str | None:
+    """Name of the child of `model` that contains a module."""
+    for name, child in model.named_children():
+        if any(module is wanted for module in child.modules()):
+            return name
+    return None
+
+
+class _Body:
+    """A function in place of a model, whose values can be read; a part of it (`decoder` of OPT) is the same."""
+
+    def __init__(self, function: Callable[..., Any], body: nn.Module):
+        self.function, self.body = function, body
+
+    def __call__(self, *args, **kwargs) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.__dict__["body"], name)
+        return self if isinstance(value, nn.Module) else value
+
+
+def load_language_model(config: PreTrainedConfig) -> LanguageModelHead:
+    """Build a language model with random weights, in parts.
+
+    Args:
+        config (`PreTrainedConfig`): Its configuration.
+
+    Returns:
+        `LanguageModelHead`: With `body` and `layer`.
+
+    Raises:
+        UnsupportedLanguageModelError: If it would compute something else here.
+    """
+    language_model_class(config)
+    return LanguageModelHead(AutoModelForCausalLM.from_config(config))
+
+
+@dataclass
+class ImageTextModelOutputWithPast(BaseModelOutputWithPast):
+    """Output of a body. A family's own class inherits it and says what `image_hidden_states` are."""
+
+    image_hidden_states: torch.FloatTensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
+    router_logits: tuple[torch.FloatTensor] | None = None
+
+    # Heads of language models read these of their own bodies.
+    cross_attentions = None
+    shared_kv_states = None
+
+
+@dataclass
+class ImageTextCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """Output of a model with its head. A family's own class inherits it and says what `image_hidden_states` are."""
+
+    image_hidden_states: torch.FloatTensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
+    aux_loss: torch.FloatTensor | None = None
+    router_logits: tuple[torch.FloatTensor] | None = None
+
+
+def _must_be_touched(modules: list[nn.Module]) -> bool:
+    """Whether all processes must run these modules, also those without an image.
+
+    So it is where their gradients are reduced together, and where each process holds a share of their weights, which
+    all gather together (ZeRO-3, FSDP).
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    if torch.distributed.get_world_size() == 1:
+        return False
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
+        return True
+    return any(hasattr(parameter, "ds_id") or isinstance(parameter, DTensor) for parameter in parameters) or any(
+        is_fsdp_managed_module(module) for module in modules
+    )
+
+
+class _UnusedTokens(LogitsProcessor):
+    """Rows of the embedding table that are no words are never generated, whatever generation config is passed."""
+
+    def __init__(self, ids: list[int]):
+        self.ids = torch.tensor(ids, dtype=torch.long)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        ids = self.ids[self.ids < scores.shape[-1]]  # some language models cut the padding off themselves
+        return scores.index_fill(-1, ids.to(scores.device), -torch.inf)
+
+
+def _keep(hidden_states: torch.FloatTensor, logits_to_keep: int | torch.Tensor) -> torch.FloatTensor:
+    """Cut hidden states to the positions whose logits are wanted; those of a mask are one row."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+    if logits_to_keep.ndim == 1:
+        return hidden_states[:, logits_to_keep]
+    if logits_to_keep.ndim == 2:
+        if logits_to_keep.dtype == torch.bool:
+            return hidden_states[logits_to_keep].unsqueeze(0)
+        return torch.take_along_dim(hidden_states, logits_to_keep.unsqueeze(-1), dim=1)
+    raise ValueError(
+        "`logits_to_keep` must be a number of positions or a tensor of one or two dimensions, got shape "
+        f"{tuple(logits_to_keep.shape)}."
+    )
+
+
+class ImageTextModel(ImageTextPreTrainedModel):
+    """Body of a family: what embeds images, and the language model without its head.
+
+    A family adds its modules, then calls `add_language_model`. It defines `get_image_features`, `dummy_images`, and a
+    `forward` that hands its arguments to `embed_and_run`.
+    """
+
+    output_class: type[ImageTextModelOutputWithPast] = ImageTextModelOutputWithPast
+    # A family whose language model does not see all placeholders defines this method, with the arguments of
+    # `_drop_placeholders`. It returns a mask of shape `(batch_size, sequence_length)`, true where one is dropped.
+    placeholders_to_drop: Callable[..., torch.BoolTensor] | None = None
+
+    def add_language_model(self, language_model: PreTrainedModel | None) -> None:
+        """Add the language model, as the last module, and initialize all weights."""
+        # The model with a head brings the body of the same instance that its head comes from.
+        self.language_model = language_model
+        if language_model is None:
+            self.language_model, _ = load_language_model(self.config.text_config).take_parts()
+        self.post_init()
+
+    def dummy_images(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Arguments of `get_image_features` for one empty image."""
+        raise NotImplementedError
+
+    def embed(
+        self,
+        images: dict[str, Any],
+        *,
+        input_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        labels: torch.LongTensor | None = None,
+    ) -> tuple[dict[str, Any], torch.FloatTensor | None, BaseModelOutputWithPooling | None]:
+        """Embed text and images, which `images` holds as arguments of `get_image_features`.
+
+        Returns:
+            Arguments of the language model, the embeddings of the images in turn, and what `get_image_features` gave.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+        image_outputs = None if mm_encoder_outputs is None else mm_encoder_outputs.get("image")
+        if images.get("pixel_values") is not None:
+            if image_outputs is not None:
+                raise ValueError("Pass either `pixel_values` or `mm_encoder_outputs` with an image, not both.")
+            image_outputs = self.get_image_features(**images, return_dict=True)
+        # Other processes may have images in their batches: then an empty image, for a zero, at the same point.
+        is_unseen = image_outputs is None and cache is None and _must_be_touched(self.vision_modules())
+        if is_unseen:
+            device = input_ids.device if inputs_embeds is None else inputs_embeds.device
+            image_outputs = self.get_image_features(**self.dummy_images(device), return_dict=True)
+
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        image_features = None
+        if is_unseen or image_outputs is None:
+            self._check_no_placeholders(input_ids, inputs_embeds)
+        if is_unseen:
+            # Zero also where the empty image overflows.
+            total = torch.nan_to_num(torch.cat(list(image_outputs.pooler_output)), posinf=0.0, neginf=0.0).sum()
+            inputs_embeds = inputs_embeds + (0 * total).to(inputs_embeds.device, inputs_embeds.dtype)
+        elif image_outputs is None:
+            inputs_embeds = self._with_gradient(inputs_embeds)
+        else:
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_outputs.pooler_output)
+            image_features = torch.cat(list(image_outputs.pooler_output))
+            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
+            if self.placeholders_to_drop is not None:
+                attention_mask, position_ids = self._drop_placeholders(
+                    inputs_embeds, mask.squeeze(-1), attention_mask, position_ids, labels
+                )
+        arguments = {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            CACHE_NAME: cache,
+        }
+        return arguments, image_features, None if is_unseen else image_outputs
+
+    def embed_and_run(
+        self, images: dict[str, Any], arguments: dict[str, Any], **kwargs
+    ) -> ImageTextModelOutputWithPast:
+        """Call `embed` with `images` and `arguments`, and the language model with what it gives and `kwargs`."""
+        inputs, image_features, image_outputs = self.embed(images, **arguments)
+        outputs = self.language_model(return_dict=True, **inputs, **kwargs)
+        return self.output_class(
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            image_hidden_states=image_features,
+            image_outputs=image_outputs,
+            router_logits=outputs.get("router_logits"),
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
+        )
+
+    def _drop_placeholders(
+        self,
+        inputs_embeds: torch.FloatTensor,
+        is_placeholder: torch.BoolTensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        labels: torch.LongTensor | None,
+    ) -> tuple[torch.Tensor, torch.LongTensor | None]:
+        """Mask placeholders, and close the gaps that they leave in the positions."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(is_placeholder, dtype=torch.long)
+        # `generate` drops them for all of its steps, before the first one.
+        if (is_placeholder & (attention_mask[:, -is_placeholder.shape[1] :] == 0)).any():
+            return attention_mask, position_ids
+        dropped = self.placeholders_to_drop(
+            inputs_embeds=inputs_embeds, is_placeholder=is_placeholder, attention_mask=attention_mask, labels=labels
+        )
+        attention_mask = attention_mask.masked_fill(dropped & is_placeholder, 0)
+        return attention_mask, (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+    def find_placeholders(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None
+    ) -> torch.BoolTensor:
+        """Tell which positions of prompts are placeholders.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Token ids. Without them, placeholders are recognized by their embedding.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                Token embeddings.
+
+        Returns:
+            `torch.BoolTensor` of shape `(batch_size, sequence_length)`.
+        """
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(image_token).to(inputs_embeds.device)).all(-1)
+
+    def vision_modules(self) -> list[nn.Module]:
+        """List what images pass: towers, fusion, projectors.
+
+        Returns:
+            `list[nn.Module]`.
+        """
+        return [module for name, module in self.named_children() if name != "language_model"]
+
+    def _with_gradient(self, inputs_embeds: torch.FloatTensor) -> torch.FloatTensor:
+        """Let a loss of text alone have a gradient, zero, where only vision parameters are trained (stage 1)."""
+        if not self.training or not torch.is_grad_enabled():
+            return inputs_embeds
+        if any(parameter.requires_grad for parameter in self.language_model.parameters()):
+            return inputs_embeds
+        parameters = (parameter for module in self.vision_modules() for parameter in module.parameters())
+        trained = next((parameter for parameter in parameters if parameter.requires_grad), None)
+        if trained is None:
+            return inputs_embeds
+        zero = torch.zeros((), dtype=inputs_embeds.dtype, device=inputs_embeds.device)
+        return inputs_embeds + zero * torch.nan_to_num(trained.flatten()[0]).to(inputs_embeds.device)
+
+    def _check_no_placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> None:
+        """Raise `ValueError` where placeholders would be read as text."""
+        if inputs_embeds.shape[1] == 1:
+            return  # a step of generation, which never gives a placeholder
+        mask = self.find_placeholders(input_ids, inputs_embeds)
+        torch_compilable_check(
+            ~mask.any(),
+            lambda: (
+                f"The prompt holds {int(mask.sum())} image placeholders, but no image: `pixel_values` and "
+                "`mm_encoder_outputs` are missing. Pass all that the processor returned, or, if images are "
+                "left out on purpose, write the prompt without `<image>`. With a cache that holds them already, pass "
+                "only the ids that follow (chunked prefill works from transformers 5.24 on)."
+            ),
+        )
+
+    def get_placeholder_mask(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.FloatTensor,
+        image_features: list[torch.FloatTensor],
+    ) -> torch.BoolTensor:
+        """Find the placeholders that `image_features` take the place of.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Token ids. Without them, placeholders are recognized by their embedding.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
+                Token embeddings.
+            image_features (`list` of `torch.FloatTensor` of shape `(num_tokens, hidden_size)`):
+                Embeddings of each image.
+
+        Returns:
+            `torch.BoolTensor` of shape `(batch_size, sequence_length, 1)`.
+
+        Raises:
+            ValueError: If there are more or fewer placeholders than image embeddings.
+        """
+        mask = self.find_placeholders(input_ids, inputs_embeds)
+        num_features = sum(len(features) for features in image_features)
+        torch_compilable_check(
+            mask.sum() == num_features,
+            lambda: (
+                f"The prompt holds {int(mask.sum())} image placeholders, but its {len(image_features)} image(s) give "
+                f"{num_features} embeddings ({[len(features) for features in image_features]}). Prepare text, images "
+                "and boxes in one call of the processor, and do not truncate inside an image."
+            ),
+        )
+        return mask.unsqueeze(-1).to(inputs_embeds.device)
+
+
+class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixin):
+    """Model of a family with its head: scores, loss and generation.
+
+    A family names `body_class`, and defines `get_image_features` and a `forward` that hands its arguments to `_score`.
+    """
+
+    body_class: type[ImageTextModel]
+    output_class: type[ImageTextCausalLMOutputWithPast] = ImageTextCausalLMOutputWithPast
+    # Arguments of `forward` with tensors of images, `pixel_values` first.
+    image_arguments: tuple[str, ...] = ("pixel_values",)
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self._head = load_language_model(config.text_config)
+        language_model, lm_head = self._head.take_parts()
+        self.model = self.body_class(config, language_model)
+        self.lm_head = lm_head
+        self._tied_weights_keys = self._head.tied_weights_keys
+        self._is_stateful = self._head.rest._is_stateful
+        self.post_init()
+        self.generation_config.suppress_tokens = config.unused_token_ids
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the language modeling head."""
+        return self.lm_head
+
+    def _score(
+        self,
+        images: dict[str, Any],
+        arguments: dict[str, Any],
+        logits_to_keep: int | torch.Tensor,
+        **kwargs,
+    ) -> ImageTextCausalLMOutputWithPast:
+        """Run the body, with `images`, and the head: both with `arguments`, those of any language model.
+
+        `images` may hold further arguments of the body's `forward`.
+        """
+        labels, input_ids = arguments["labels"], arguments["input_ids"]
+        if arguments["position_ids"] is not None and not self._head.takes_positions:
+            raise ValueError(
+                f"A language model of type {self.config.text_config.model_type!r} takes no `position_ids`: the "
+                "positions of its tokens follow from `attention_mask`."
+            )
+        loss_arguments = {name: kwargs.pop(name) for name in _LOSS_ARGUMENTS if name in kwargs}
+        seen = []
+
+        def body(input_ids: torch.LongTensor | None = None, **body_arguments) -> ImageTextModelOutputWithPast:
+            outputs = self.model(input_ids=input_ids, **images, **{**body_arguments, "return_dict": True})
+            seen.append(outputs)
+            kept = _keep(outputs.last_hidden_state, logits_to_keep)
+            return type(outputs)(**{**outputs, "last_hidden_state": kept})
+
+        def loss_function(logits: torch.FloatTensor, *_, **__) -> torch.FloatTensor:
+            return self._loss(logits, labels, input_ids, **loss_arguments)
+
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        scored = self._head.score(self, body, loss_function, **arguments, **kwargs, return_dict=True)
+        outputs, logits = seen[0], scored.logits
+        if (
+            isinstance(logits_to_keep, torch.Tensor)
+            and logits_to_keep.ndim == 2
+            and logits_to_keep.dtype == torch.bool
+        ):
+            logits = logits[0]
+        return self.output_class(
+            loss=scored.loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
+            aux_loss=scored.get("aux_loss"),
+            router_logits=outputs.router_logits,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
+        )
+
+    def _loss(
+        self, logits: torch.FloatTensor, labels: torch.LongTensor, input_ids: torch.LongTensor | None, **kwargs
+    ) -> torch.FloatTensor:
+        """Cross-entropy of the next token: over the original vocabulary, where it is not a placeholder."""
+        placeholder = self.config.image_token_id
+        if input_ids is not None:
+            labels = labels.masked_fill(input_ids == placeholder, -100)
+        labels = labels.masked_fill(labels == placeholder, -100)
+        # What a trainer that splits sequences has shifted already stands in for `labels`.
+        targets = labels
+        if (shifted := kwargs.get("shift_labels")) is not None:
+            targets = kwargs["shift_labels"] = shifted.masked_fill(shifted == placeholder, -100)
+        # Where nothing is to be learned, the sum is 0 and so is the loss, not 0 / 0.
+        if (count := kwargs.get("num_items_in_batch")) is not None:
+            kwargs["num_items_in_batch"] = torch.as_tensor(count).clamp(min=1)
+        # Padding rows of the table are no words: with them in the sum the loss would not be the reference's.
+        vocab_size = self.config.unpadded_vocab_size or self.config.text_config.vocab_size
+        torch_compilable_check(
+            ((targets < vocab_size) & (targets >= 0) | (targets == -100)).all(),
+            lambda: (
+                f"`labels` must be ids from 0 to {vocab_size - 1} or -100, got {int(targets.min())} to "
+                f"{int(targets.max())}. Of the {self.config.text_config.vocab_size} rows of the table only the first "
+                f"{vocab_size} are words: after adding tokens call `model.resize_token_embeddings(len(tokenizer))`, "
+                "also if the table is long enough."
+            ),
+        )
+        return self.loss_function(logits=logits[..., :vocab_size], labels=labels, vocab_size=vocab_size, **kwargs)
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        *args,
+        **kwargs,
+    ) -> GenerateOutput | torch.LongTensor:
+        """Generate; the placeholder and the padding of the embedding table never, whatever is passed."""
+        if gone := [name for name in _GENERATION_HOOKS if not hasattr(GenerationMixin, name)]:
+            raise RuntimeError(
+                f"The installed transformers has no `GenerationMixin.{gone[0]}`, on which answers to images rely. "
+                "Install an older release, or a newer one of mgllava."
+            )
+        if self.model.placeholders_to_drop is not None:
+            kwargs = self._with_dropped_placeholders(inputs, kwargs)
+        processors = LogitsProcessorList([*(logits_processor or ()), _UnusedTokens(self.config.unused_token_ids)])
+        return super().generate(inputs, generation_config, processors, *args, **kwargs)
+
+    @torch.no_grad()
+    def _with_dropped_placeholders(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Encode the images and drop placeholders: the steps after the first see no images, only the mask."""
+        images = {name: kwargs[name] for name in self.image_arguments if kwargs.get(name) is not None}
+        features = kwargs.get("mm_encoder_outputs")
+        if not images and not features:
+            return kwargs
+        embeds = kwargs.get("inputs_embeds")
+        arguments, _, image_outputs = self.model.embed(
+            images,
+            input_ids=kwargs.get("input_ids", inputs) if embeds is None else None,
+            inputs_embeds=embeds,
+            attention_mask=kwargs.get("attention_mask"),
+            mm_encoder_outputs=features,
+        )
+        kwargs = {name: value for name, value in kwargs.items() if name not in images}
+        mask = arguments["attention_mask"]
+        return {**kwargs, "attention_mask": mask, "mm_encoder_outputs": {"image": image_outputs}}
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.LongTensor, inputs_embeds: torch.FloatTensor | None = None, **kwargs
+    ) -> dict:
+        """Prepare the arguments of `forward` for a step of generation, as the language model's own class does.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Ids so far.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                Embeddings of the prompts, if they are given so.
+            **kwargs: See the base class.
+
+        Returns:
+            `dict`: Arguments of `forward`.
+        """
+        rest = self._head.rest
+        if type(rest).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation:
+            prepare = super().prepare_inputs_for_generation
+        else:
+            prepare = self._head.stand_in(self).prepare_inputs_for_generation
+        inputs = prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        # Images go with the first step alone. But Phi-3 starts again from the whole prompt where its position
+        # embeddings change, and an assistant has no first step.
+        names = (*self.image_arguments, "mm_encoder_outputs")
+        images = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        ids = inputs.get("input_ids")
+        is_left_out = ids is not None and ids.shape[1] > 1 and not images.keys() <= inputs.keys()
+        if is_left_out and (ids == self.config.image_token_id).any():
+            inputs |= self._own_images(images)
+        # Releases before 5.24 hand on features of images, unlike pixels, in every step.
+        if ids is not None and ids.shape[1] == 1 and not kwargs.get("is_first_iteration"):
+            inputs.pop("mm_encoder_outputs", None)
+        if not self._head.takes_positions:
+            inputs.pop("position_ids", None)
+        return inputs
+
+    def _own_images(self, images: dict) -> dict:
+        """Images as this model reads them: an assistant is given the features of the model that it assists."""
+        features = (images.get("mm_encoder_outputs") or {}).get("image")
+        width = self.config.text_config.hidden_size
+        if features is None or features.pooler_output[0].shape[-1] == width:
+            return images
+        logger.warning_once(
+            f"The images were encoded for a model whose layers are {features.pooler_output[0].shape[-1]} wide, not "
+            f"{width} as in this one, which drafts without seeing them. The answer is the same, but takes longer."
+        )
+        blank = [tokens.new_zeros(len(tokens), width) for tokens in features.pooler_output]
+        return {**images, "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=blank)}}
+
+    def create_masks_for_generate(self, *args, **kwargs) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Make attention masks for a cache of fixed size, as the language model's own class does.
+
+        Args:
+            *args: See `transformers.masking_utils.create_masks_for_generate`.
+            **kwargs: See there.
+
+        Returns:
+            `torch.Tensor` or `dict`: The masks.
+        """
+        make = getattr(self._head.rest, "create_masks_for_generate", create_masks_for_generate)
+        return make(*args, **kwargs)
+
+    def _supports_default_dynamic_cache(self) -> bool:
+        return type(self._head.rest)._supports_default_dynamic_cache()
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs,
+    ) -> tuple[torch.LongTensor, dict]:
+        # Releases that do not encode images before the prefill repeat every tensor row by row. Images must instead be
+        # repeated prompt by prompt, since a prompt may hold none or several.
+        images = {}
+        if expand_size > 1 and model_kwargs.get("pixel_values") is not None:
+            names = self.image_arguments
+            images = {name: model_kwargs.pop(name) for name in names if model_kwargs.get(name) is not None}
+            embeds = model_kwargs.get("inputs_embeds")  # `generate` then holds no ids
+            is_placeholder = self.model.find_placeholders(input_ids if embeds is None else None, embeds)
+            order = _repeated_groups(self._num_image_tokens(images), is_placeholder, expand_size)
+            images = self._take_images(images, order)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, **images}
+
+    def _num_image_tokens(self, images: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Number of placeholders of each image."""
+        raise NotImplementedError
+
+    def _take_images(self, images: dict[str, torch.Tensor], order: list[int]) -> dict[str, torch.Tensor]:
+        """Images in another order; a family whose images have several rows in a tensor does this in its own way."""
+        return {name: tensor[order] for name, tensor in images.items()}
+
+
+def _repeated_groups(num_tokens: torch.Tensor, is_placeholder: torch.BoolTensor, expand_size: int) -> list[int]:
+    """Indices of the images of all prompts, each prompt's repeated `expand_size` times as a group."""
+    ends = num_tokens.cumsum(0).tolist()
+    prompt_ends = is_placeholder.sum(-1).cumsum(0).tolist()
+    groups, first = [], 0
+    for prompt_end in prompt_ends:
+        last = sum(end <= prompt_end for end in ends)
+        groups += list(range(first, last)) * expand_size
+        first = last
+    return groups
+
+
+__all__ = [
+    "ImageTextCausalLMOutputWithPast",
+    "ImageTextForConditionalGeneration",
+    "ImageTextModel",
+    "ImageTextModelOutputWithPast",
+    "LanguageModelHead",
+    "UnsupportedLanguageModelError",
+    "language_model_class",
+    "load_language_model",
+]
