@@ -279,6 +279,8 @@ def test_a_card_says_what_is_known_and_what_is_not(tmp_path):
         "4 bits": pytest.approx((2 * total - (2 - 0.5159) * 32 * (4 * 4096**2 + 3 * 4096 * 11008)) / 1e9, abs=0.01),
     }
     assert "`boxes`" not in text and '"boxes":' not in text  # the processor finds them
+    assert "cannot be imported (transformers 5.0)" in text
+    assert "cannot be imported" not in model_card(published_contents(checked_with=None)).text
 
 
 @pytest.mark.parametrize(
