@@ -1,9 +1,10 @@
 """Memory that a conversion takes, on a checkpoint with a language model of more than 6 GB.
 
-    python benchmarks/convert_memory.py [--directory DIR]
+    python benchmarks/convert_memory.py [--directory DIR] [--layers N]
 
 Every case runs in a process of its own. What counts is anonymous memory (`RssAnon`) beyond that of the imports: pages
-of mapped files are the kernel's to take back. Takes about 20 GB of disk, which is cleaned up.
+of mapped files are the kernel's to take back. Takes about three times the size of the checkpoint on the disk, which is
+cleaned up; `--layers 1` tries the script out.
 """
 
 import argparse
@@ -20,20 +21,20 @@ from random_checkpoints import save_random
 from report import report
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
-HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 4096, 11008, 14, 32001
+HIDDEN, INTERMEDIATE, VOCABULARY = 4096, 11008, 32001
 
 CASES = {
     "convert, 5 GB shards": {"max_shard_size": "5GB"},
     "convert, 1 GB shards": {"max_shard_size": "1GB"},
-    "convert to fp16, 1 GB shards": {"max_shard_size": "1GB", "dtype": "float16"},
+    "convert to float16, 1 GB shards": {"max_shard_size": "1GB", "dtype": "float16"},
     "back to XTuner": {},
 }
 
 
-def language_model_shapes() -> dict[str, tuple[int, ...]]:
-    """Name the parameters of a Llama with 14 layers of the 7B model."""
+def language_model_shapes(layers: int) -> dict[str, tuple[int, ...]]:
+    """Name the parameters of a Llama with some layers of the 7B model."""
     shapes: dict[str, tuple[int, ...]] = {"llm.model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
-    for layer in range(LAYERS):
+    for layer in range(layers):
         prefix = f"llm.model.layers.{layer}"
         shapes |= {f"{prefix}.self_attn.{name}_proj.weight": (HIDDEN, HIDDEN) for name in "qkvo"}
         shapes |= {f"{prefix}.mlp.{name}_proj.weight": (INTERMEDIATE, HIDDEN) for name in ("gate", "up")}
@@ -42,8 +43,8 @@ def language_model_shapes() -> dict[str, tuple[int, ...]]:
     return {**shapes, "llm.model.norm.weight": (HIDDEN,), "llm.lm_head.weight": (VOCABULARY, HIDDEN)}
 
 
-def write_sources(directory: Path) -> None:
-    """Write the checkpoint in bf16, and a language model folder with a fitting config."""
+def write_sources(directory: Path, layers: int) -> None:
+    """Write the checkpoint in bfloat16, and a language model folder with a fitting config."""
     golden = torch.load(GOLDEN / "xtuner" / "iter_10.pth", weights_only=True)
     rest = {key: value.bfloat16() for key, value in golden["state_dict"].items() if not key.startswith("llm.")}
     for projector in ("projector", "bbox_projector"):
@@ -52,13 +53,13 @@ def write_sources(directory: Path) -> None:
         rest[f"{projector}.model.2.weight"] = torch.randn(HIDDEN, HIDDEN).bfloat16()
         for layer in (0, 2):
             rest[f"{projector}.model.{layer}.bias"] = torch.randn(HIDDEN).bfloat16()
-    save_random(directory / "iter.pth", language_model_shapes(), meta=golden["meta"], state_dict=rest)
+    save_random(directory / "iter.pth", language_model_shapes(layers), meta=golden["meta"], state_dict=rest)
     shutil.copytree(GOLDEN / "llm", directory / "llm", ignore=shutil.ignore_patterns("model.safetensors"))
     config = json.loads((directory / "llm" / "config.json").read_text())
     config |= {
         "hidden_size": HIDDEN,
         "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": layers,
         "num_attention_heads": 32,
         "num_key_value_heads": 32,
         "vocab_size": VOCABULARY,
@@ -90,7 +91,8 @@ def run_case(case: str, directory: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--directory", type=Path, help="where to put about 20 GB for a while; default: temporary")
+    parser.add_argument("--directory", type=Path, help="where to put the files; default: temporary")
+    parser.add_argument("--layers", type=int, default=14, help="layers of the language model; default: 14")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
@@ -99,7 +101,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="mgllava-memory-") as name:
         directory = Path(name)
-        write_sources(directory)
+        write_sources(directory, arguments.layers)
         size = (directory / "iter.pth").stat().st_size / 1e9
         for case, options in CASES.items():
             command = [sys.executable, __file__, "--case", case, "--directory", name]
@@ -116,7 +118,7 @@ def main() -> None:
                     "seconds": figures["seconds"],
                 }
             )
-        # There and back again.
+        # The round trip must keep every value.
         _compare(directory / "iter.pth", directory / "back.pth")
     report("convert_memory", "Memory beyond imports while converting", rows)
 
@@ -124,7 +126,7 @@ def main() -> None:
 def _compare(first: Path, second: Path) -> None:
     one, other = (torch.load(path, weights_only=True, mmap=True)["state_dict"] for path in (first, second))
     assert list(one) == list(other)
-    # The last conversion before the way back was to fp16.
+    # The exported model is that of the last conversion, in float16.
     assert all(torch.equal(value.half(), other[name]) for name, value in one.items())
 
 

@@ -141,7 +141,7 @@ class FolderLock:
         return True
 
     def _make_way(self) -> None:
-        """Remove the lock that is there if its owner is dead, or raise."""
+        """Remove the existing lock if its owner is dead, or raise."""
         deadline = time.monotonic() + _SETTLING_SECONDS
         while (owner := _read(self.file)) is None:
             if not os.path.lexists(self.file):
@@ -230,7 +230,7 @@ class FolderLock:
 
 
 def lock_owner(path: str | Path) -> str | None:
-    """Describe who holds the lock on an output; `None` if nobody does, or only a dead process."""
+    """Describe who holds the lock on an output; `None` if it is free or its owner is dead."""
     lock = FolderLock(path, "")
     owner, age = _read(lock.file), lock._age()
     if owner is None or age is None:

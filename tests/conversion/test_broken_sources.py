@@ -163,7 +163,7 @@ def test_checkpoints_of_another_form(tmp_path, golden, folders, golden_state, co
     assert said in _broken(tmp_path, golden, folders, tmp_path / "a.pth")
 
 
-def test_strange_text_beside_the_weights_is_kept_as_it_is(tmp_path, golden, folders, golden_state):
+def test_strange_text_next_to_the_weights_is_kept_unchanged(tmp_path, golden, folders, golden_state):
     meta = {"cfg": "image_size_aux = 768", "note": "\udcff\x00", "big": 10**400, "nan": float("nan")}
     torch.save({"state_dict": golden_state("iter_10.pth"), "meta": meta}, tmp_path / "a.pth")
     result = _run(tmp_path / "a.pth", folders, tmp_path / "out")

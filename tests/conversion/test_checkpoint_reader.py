@@ -87,7 +87,7 @@ def test_file_without_state_dict_is_refused(tmp_path, content):
 def test_missing_path_and_foreign_folder_are_refused(tmp_path):
     with pytest.raises(ConversionError, match="does not exist"):
         read_checkpoint(tmp_path / "nowhere.pth")
-    with pytest.raises(ConversionError, match="is no DeepSpeed checkpoint"):
+    with pytest.raises(ConversionError, match="is not a DeepSpeed checkpoint"):
         read_checkpoint(tmp_path)
 
 
@@ -184,6 +184,6 @@ def test_zero_partitions_are_joined_on_disk(tmp_path, golden_state, monkeypatch)
         read_checkpoint(folder, scratch=scratch)
     monkeypatch.undo()
     checkpoint = read_checkpoint(folder, scratch=scratch)
-    # Nothing is left behind, while the mapping still gives the values.
+    # No file is left, while the mapping still gives the values.
     assert not list(scratch.iterdir())
     _assert_same(checkpoint.tensors, state)

@@ -36,7 +36,7 @@ def thresholds_of(repository):
 
 
 def failure(tmp_path, **changes):
-    """Convert, expect one message, and check that nothing is left behind."""
+    """Convert, expect one message, and check that no file is left."""
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ConversionError) as raised:
         convert(tmp_path, **changes)

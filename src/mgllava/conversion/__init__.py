@@ -1,4 +1,4 @@
-"""Checkpoints in, model folders out, and the way back."""
+"""Convert original checkpoints to model folders, and export model folders to original checkpoints."""
 
 from mgllava.model_files.errors import ConversionError
 

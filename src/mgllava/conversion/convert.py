@@ -124,7 +124,8 @@ def convert_ram_plus(
             By default those of the released model, Swin-L at 384 pixels.
         decoder_config (`str` or `Path`, *optional*): JSON file with the sizes of the tag decoder, as the original has
             it. By default those of the released model.
-        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): Dtype of all weights. `"auto"`: as they are.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): Dtype of all weights; `"auto"` keeps the
+            checkpoint's.
         max_shard_size (`str` or `int`, *optional*, defaults to `"5GB"`): Size of the largest weight file.
         trust_pickle (`bool`, *optional*, defaults to `False`): Read a checkpoint that holds pickled objects next to
             the weights. The objects are skipped, and no code of theirs is run, even then.
@@ -169,7 +170,7 @@ def export_original(model: str | Path, output: str | Path, *, overwrite: bool = 
         `Path`: The output.
 
     Raises:
-        ConversionError: If `model` is not a model folder of a family that has a way back, or cannot be written.
+        ConversionError: If `model` is not a model folder of a family that can be exported, or cannot be written.
     """
     writers = {one.model_type: one.export for one in source_formats() if one.export is not None}
     model_type = read_model_type(Path(model))

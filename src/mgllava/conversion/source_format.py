@@ -100,7 +100,7 @@ class SourceFormat:
         convert: Name of the function that has the arguments of this format.
         hint: Words that are expected in the path of a checkpoint, joined by `-`, to choose among several.
         presets: Arguments of the conversion for each published model, by a name that no other format uses.
-        export: The way back, if there is one: `export(model_folder, output, overwrite=...)`.
+        export: Exports a model folder, if the format supports it: `export(model_folder, output, overwrite=...)`.
     """
 
     title: str

@@ -4,7 +4,7 @@ from mgllava.errors import MGLlavaError
 
 
 class ConversionError(MGLlavaError, ValueError):
-    """A checkpoint or a repository cannot be converted; the message says what to do about it."""
+    """A checkpoint or a model folder cannot be converted; the message says what to do about it."""
 
 
 class UnreadableSourceError(ConversionError, OSError):

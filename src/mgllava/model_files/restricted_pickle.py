@@ -16,9 +16,9 @@ import torch
 
 from mgllava.errors import MGLlavaError
 
-# Python's own reader allocates as many places as the largest number that a pickle gives to an object.
+# Python's own unpickler allocates a memo as long as the largest index in the pickle.
 _MEMO_OPCODES = {"PUT", "BINPUT", "LONG_BINPUT"}
-# A checkpoint with a thousand tensors has some ten thousand; to look through more takes long.
+# A checkpoint with a thousand tensors needs about ten thousand; scanning more than this takes long.
 _MAX_OPERATIONS = 5_000_000
 # Numbers from a registry of this process, text ids and out-of-band buffers: nothing that `torch.save` writes.
 _UNUSED_OPCODES = {"EXT1", "EXT2", "EXT4", "PERSID", "NEXT_BUFFER", "READONLY_BUFFER"}
@@ -34,11 +34,7 @@ class UnusableState:
 
 
 class Function(UnusableState):
-    """Stands for a function: calls one of ours.
-
-    Args:
-        function (`Callable`): What to call.
-    """
+    """Stands for a function: calls one of ours."""
 
     __slots__ = ("_function",)
 
@@ -109,7 +105,7 @@ def unpickle(
         "_codecs.encode": Function(_encode),
         "builtins.bytearray": Function(_bytearray),
         "builtins.complex": Function(complex),
-        # Immutable types of C.
+        # C types, whose attributes a pickle cannot set.
         "builtins.set": set,
         "builtins.frozenset": frozenset,
         "torch.Size": torch.Size,
@@ -142,11 +138,7 @@ def unpickle(
 
 
 class ForeignNamesError(MGLlavaError, pickle.UnpicklingError):
-    """The pickle names what is not part of weights, and cannot be read even with placeholders.
-
-    Args:
-        names (`list[str]`): What it names.
-    """
+    """The pickle names classes or functions that weights do not need, and cannot be read even with placeholders."""
 
     def __init__(self, names: list[str]):
         super().__init__(f"it names {', '.join(names)}")
@@ -176,7 +168,7 @@ def read_pickle(file: BinaryIO, limit: int) -> bytes:
 
 
 class _Limited:
-    """A file of which only so much can be read."""
+    """A file that refuses to be read beyond a limit."""
 
     def __init__(self, file: BinaryIO, limit: int):
         self._file = file

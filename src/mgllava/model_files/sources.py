@@ -48,7 +48,7 @@ def fetch_weights(name: str | Path, argument: str) -> Path:
 
 def _read_config(folder: Path, name: str | Path, argument: str) -> PreTrainedConfig:
     if not (folder / "config.json").is_file():
-        raise ConversionError(f"`{argument}`: {name} has no config.json, so it is not a transformers repository.")
+        raise ConversionError(f"`{argument}`: {name} has no config.json, so it is not a model folder of transformers.")
     read_json(folder / "config.json", argument)
     try:
         # Without a value for it, transformers asks on the terminal.
@@ -57,7 +57,7 @@ def _read_config(folder: Path, name: str | Path, argument: str) -> PreTrainedCon
         reason = one_line(error.__cause__ or error)
         raise ConversionError(f"`{argument}`: config.json of {name} cannot be read ({reason}).") from error
     if getattr(config, "quantization_config", None) is not None:
-        raise ConversionError(f"`{argument}`: {name} is quantized. Give the repository that it was quantized from.")
+        raise ConversionError(f"`{argument}`: {name} is quantized. Pass the model that it was quantized from.")
     return config
 
 

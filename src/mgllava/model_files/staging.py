@@ -44,23 +44,12 @@ _OWN_NAMES_IN_STAGING = re.compile(
 
 
 class StagingFolder:
-    """A folder `OUTPUT.incomplete` next to the output, for a `with` block.
+    """A folder `OUTPUT.incomplete` next to the output, for a `with` block; the output is locked meanwhile."""
 
-    An interrupted run leaves its shards there, and the next one finds them. The output is locked meanwhile. Where the
-    output is a link, the folder that it leads to is written.
-
-    Only what carries this package's mark is touched: a folder of that name that somebody else made is an error. An
-    output that is replaced keeps every file that no conversion writes, such as notes, or `box_detector/`.
-
-    Args:
-        output (`Path`): The folder that is to appear.
-        overwrite (`bool`): Whether a repository of the same kind at `output` may be replaced.
-        model_type (`str`): That kind, as its config.json names it.
-
-    Raises:
-        ConversionError: If the output exists and may not be replaced; on entry also if another run is writing it, or
-            a folder that is not ours is in the way.
-    """
+    # An interrupted run leaves its shards in the folder, and the next run finds them. If the output is a link, its
+    # target is written. Only folders with this package's mark are touched: any other folder of that name is an error.
+    # A replaced output (of one of `model_types`, with `overwrite`) keeps every file that no conversion writes, such as
+    # notes, or `box_detector/`.
 
     def __init__(self, output: Path, overwrite: bool, *model_types: str):
         self.output = Path(os.path.realpath(output))

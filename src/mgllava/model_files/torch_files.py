@@ -1,4 +1,4 @@
-"""Files of `torch.save`, read without running their code, with tensors left on disk and checked when they are read.
+"""Read files of `torch.save` without running their code; tensors stay on disk and are checked when they are read.
 
 `torch.load` has three properties that do not fit files from strangers: mapped into memory, compressed entries come out
 as garbage; checksums are never compared; and with pickled objects in a file it either reads nothing or runs their
@@ -148,12 +148,7 @@ def _view(storage: torch.UntypedStorage) -> Any:
 
 
 class RangeCheck:
-    """Compares the checksums of entries while the file is read from its start to its end.
-
-    Args:
-        archive (`_Archive`): The file.
-        entries (`Sequence[_Entry]`): Its entries, by their places.
-    """
+    """Compares the checksums of entries, sorted by offset, while the file is read from its start to its end."""
 
     def __init__(self, archive: _Archive, entries: Sequence[_Entry]):
         self._archive = archive
@@ -266,8 +261,16 @@ class StoredTensor(UnusableState):
         return LazyTensor(self.shape, self.dtype, origin, self.load)
 
 
-def _rebuild(
-    storage: Any, offset: Any, shape: Any, strides: Any, dtype: torch.dtype | None, metadata: Any = None
+def _rebuild_tensor(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    requires_grad: Any = False,
+    hooks: Any = None,
+    metadata: Any = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> StoredTensor:
     if not isinstance(storage, _Storage):
         raise UnpicklingError("a tensor is made of something that is not a storage")
@@ -275,16 +278,6 @@ def _rebuild(
         # Bits for "negated" and "conjugated", which change the values.
         raise UnpicklingError(f"a tensor is stored as a lazy view ({metadata}); save it with `.resolve_neg()`")
     return StoredTensor(storage, dtype or storage.dtype, offset, shape, strides)
-
-
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> StoredTensor:
-    return _rebuild(storage, offset, shape, strides, None)
-
-
-def _rebuild_tensor_v2(
-    storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any, metadata: Any = None
-) -> StoredTensor:
-    return _rebuild(storage, offset, shape, strides, None, metadata)
 
 
 def _rebuild_tensor_v3(
@@ -299,7 +292,7 @@ def _rebuild_tensor_v3(
 ) -> StoredTensor:
     if not isinstance(dtype, torch.dtype):
         raise UnpicklingError("a tensor has a dtype that is not one")
-    return _rebuild(storage, offset, shape, strides, dtype, metadata)
+    return _rebuild_tensor(storage, offset, shape, strides, metadata=metadata, dtype=dtype)
 
 
 def _rebuild_parameter(data: Any, requires_grad: Any, hooks: Any, state: Any = None) -> Any:
@@ -315,7 +308,7 @@ def _rebuild_from_type(function: Any, kind: Any, arguments: Any, state: Any) -> 
 def _stand_ins() -> dict[str, Any]:
     functions: dict[str, Callable[..., Any]] = {
         "torch._utils._rebuild_tensor": _rebuild_tensor,
-        "torch._utils._rebuild_tensor_v2": _rebuild_tensor_v2,
+        "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
         "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
         "torch._utils._rebuild_parameter": _rebuild_parameter,
         "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
@@ -407,7 +400,7 @@ def _zip_entries(path: Path, file: BinaryIO, infos: Sequence[zipfile.ZipInfo]) -
     """
     names = [info.filename for info in infos]
     if len(set(names)) != len(names):
-        raise UnpicklingError("it has two entries of one name")
+        raise UnpicklingError("it has two entries with the same name")
     # `torch.serialization.set_crc32_options(False)` writes zeros.
     has_checksums = any(info.CRC for info in infos if info.file_size)
     size = path.stat().st_size
@@ -513,7 +506,7 @@ def _read_legacy(path: Path, file: BinaryIO) -> tuple[Any, list[str]]:
 def materialize(content: Any, archives: list[Any], depth: int = 0) -> Any:
     """Copy an object with mapped, unverified tensors, and add the files that they lie in to `archives`."""
     if depth > _MAX_DEPTH:
-        raise ConversionError("Its objects lie too deep in each other to be a checkpoint.")
+        raise ConversionError("Its objects are nested too deeply for a checkpoint.")
     if isinstance(content, StoredTensor):
         if content.archive.entries[content.name].compressed is not None:
             raise ConversionError(

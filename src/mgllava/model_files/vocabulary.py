@@ -36,7 +36,7 @@ class Vocabulary:
     Attributes:
         image_token_id: Id of the placeholder.
         original_rows: Rows of the language model's own embedding table.
-        padded_rows: Rows of the table in the repository.
+        padded_rows: Rows of the table in the saved model.
     """
 
     image_token_id: int
@@ -117,7 +117,7 @@ def generation_config(
     folder: Path, config: PreTrainedConfig, tokenizer: Any, prompt_template: str, suppress_tokens: list[int]
 ) -> GenerationConfig:
     """Write down how to generate: greedily, as the reference evaluates, until the template's stop words."""
-    # Only the ids: sampling settings of the bare language model are no part of MG-LLaVA.
+    # Only the ids: sampling settings of the bare language model are not part of MG-LLaVA.
     has_own = (folder / "generation_config.json").is_file()
     try:
         own = GenerationConfig.from_pretrained(folder) if has_own else config

@@ -527,7 +527,7 @@ class MGLlavaProcessor(ImageTextProcessor):
 
         Raises:
             ValueError: If the numbers of placeholders, images and boxes differ, `text` is not text, truncation would
-                cut an image, or answers cannot be told from the rest.
+                cut an image, or the answers cannot be located.
             NotImplementedError: If this transformers cannot sanitize, where `sanitize_control_tokens` is set.
         """
         text = as_texts(images, text)

@@ -475,7 +475,7 @@ class _Row:
 
     Attributes:
         ids: Its ids.
-        spans: Where each token starts and ends in the text with runs of placeholders; empty if nobody asked for it.
+        spans: Where each token starts and ends in the text with runs of placeholders; empty unless requested.
         is_answer: 1 for each token that is learned.
         length: Number of characters so far.
     """

@@ -82,7 +82,7 @@ class _Checkpoint:
 
     path: Path
     tensors: dict[str, LazyTensor]
-    beside: dict[str, str] = field(default_factory=dict)
+    not_read: dict[str, str] = field(default_factory=dict)
 
 
 def recognizes(path: Path) -> str | None:
@@ -215,9 +215,9 @@ def _read_decoder_config(path: str | Path | None) -> dict[str, Any]:
 
 def _read_checkpoint(path: Path, trust_pickle: bool) -> _Checkpoint:
     content = open_torch_file(path, trust_pickle)
-    beside: dict[str, str] = {}
+    not_read: dict[str, str] = {}
     if isinstance(content, dict) and isinstance(content.get(_MODEL), dict):
-        beside = {str(key): _summary(value) for key, value in content.items() if key != _MODEL}
+        not_read = {str(key): _summary(value) for key, value in content.items() if key != _MODEL}
         content = content[_MODEL]
     tensors = tensors_of(content, path)
     if _LABEL_EMBED not in tensors or len(tensors[_LABEL_EMBED].shape) != 2:
@@ -225,7 +225,7 @@ def _read_checkpoint(path: Path, trust_pickle: bool) -> _Checkpoint:
             f"{path} is not a RAM++ checkpoint: it has no matrix {_LABEL_EMBED}. It has {len(tensors)} tensors, such "
             f"as {', '.join(list(tensors)[:5])}."
         )
-    return _Checkpoint(path, tensors, beside)
+    return _Checkpoint(path, tensors, not_read)
 
 
 def _summary(value: Any) -> str:
@@ -309,7 +309,7 @@ def _report(
     opened: _Checkpoint, config: RamPlusConfig, num_thresholds: int, dropped: Mapping[str, list[str]]
 ) -> dict[str, Any]:
     return {
-        "checkpoint": {"keys": list(opened.tensors), "not_read": opened.beside},
+        "checkpoint": {"keys": list(opened.tensors), "not_read": opened.not_read},
         "tags": {
             "count": len(config.id2label),
             "descriptions_per_tag": config.num_descriptions,

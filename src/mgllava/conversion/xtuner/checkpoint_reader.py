@@ -39,10 +39,10 @@ def read_checkpoint(path: str | Path, trust_pickle: bool = False, scratch: Path 
 
     Args:
         path (`str` or `Path`): A `.pth` file, or the folder that DeepSpeed writes (often named `….pth` as well).
-        trust_pickle (`bool`, *optional*, defaults to `False`): Read files that hold pickled objects beside the
+        trust_pickle (`bool`, *optional*, defaults to `False`): Read files that hold pickled objects next to the
             weights. The objects are skipped, and no code of theirs is run, even then.
         scratch (`Path`, *optional*): Folder for temporary files, which some DeepSpeed checkpoints need: as large as
-            the weights in fp32. The system's temporary folder by default.
+            the weights in float32. The system's temporary folder by default.
 
     Returns:
         `XTunerCheckpoint`: Its tensors, still on disk.

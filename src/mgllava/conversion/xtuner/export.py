@@ -1,4 +1,4 @@
-"""The way back: from an MG-LLaVA repository to a checkpoint as XTuner writes it."""
+"""Export an MG-LLaVA model folder to an XTuner checkpoint."""
 
 import os
 from collections.abc import Mapping
@@ -27,15 +27,15 @@ _TABLES = (_EMBEDDING, "lm_head.weight", "lm_head.bias")
 
 
 def export_xtuner(repository: str | Path, output: str | Path, *, overwrite: bool = False) -> Path:
-    """Write an XTuner checkpoint, `{"meta", "state_dict"}`, from a repository.
+    """Write an XTuner checkpoint, `{"meta", "state_dict"}`, from a model folder.
 
     The towers are left out, as XTuner leaves them out, and embedding tables lose the rows that the converter added.
-    Where the repository still has the report of its conversion, the checkpoint gets exactly the keys, and their
+    If the model folder still has the report of its conversion, the checkpoint gets exactly the keys, and their
     order, of the checkpoint that it was made from: without `llm.*` for a pretrain-stage checkpoint; with the merged
     `llm.*` for a LoRA checkpoint. Without a report all of `llm.*` is written.
 
     Args:
-        repository (`str` or `Path`): Folder of an MG-LLaVA repository.
+        repository (`str` or `Path`): An MG-LLaVA model folder.
         output (`str` or `Path`): The `.pth` file to write.
         overwrite (`bool`, *optional*, defaults to `False`): Replace a file at `output`.
 
@@ -43,20 +43,18 @@ def export_xtuner(repository: str | Path, output: str | Path, *, overwrite: bool
         `Path`: The output.
 
     Raises:
-        ConversionError: If the repository is not one, is quantized, is not whole, or has parts that XTuner's MG-LLaVA
-            does not know, or the output exists.
+        ConversionError: If it is not an MG-LLaVA model folder, is quantized, is incomplete, or has parts that XTuner's
+            MG-LLaVA does not know, or the output exists.
     """
     repository, output = Path(repository), Path(output).absolute()
     if not repository.is_dir():
-        raise ConversionError(
-            f"`checkpoint` must be the folder of an MG-LLaVA repository, but {repository} is not one."
-        )
+        raise ConversionError(f"`checkpoint` must be an MG-LLaVA model folder, but {repository} is not one.")
     if not (repository / "config.json").is_file():
-        raise ConversionError(f"{repository} is not an MG-LLaVA repository: it has no config.json.")
+        raise ConversionError(f"{repository} is not an MG-LLaVA model folder: it has no config.json.")
     content = read_json(repository / "config.json")
     if content.get("model_type") != MGLlavaConfig.model_type:
         raise ConversionError(
-            f"{repository} is not an MG-LLaVA repository: its config.json has model type "
+            f"{repository} is not an MG-LLaVA model folder: its config.json has model type "
             f"{content.get('model_type')!r}."
         )
     _refuse_quantized(content, repository)
@@ -106,7 +104,7 @@ def _refuse_quantized(content: Mapping[str, Any], repository: Path) -> None:
                 method = part[name].get("quant_method") if isinstance(part[name], dict) else None
                 raise ConversionError(
                     f"{repository} is quantized ({method or name}): its weights are packed numbers, which XTuner "
-                    "cannot read. Export the repository that it was quantized from."
+                    "cannot read. Export the model that it was quantized from."
                 )
 
 

@@ -35,7 +35,7 @@ def find_zero_folder(path: Path) -> Path:
             return path / tag
         raise ConversionError(f"{latest} names {path / tag}, which holds no *_model_states.pt.")
     raise ConversionError(
-        f"{path} is no DeepSpeed checkpoint: expected *_model_states.pt in it, or a file `latest` that names the "
+        f"{path} is not a DeepSpeed checkpoint: expected *_model_states.pt in it, or a file `latest` that names the "
         f"folder with them. It holds {sorted(entry.name for entry in path.iterdir())[:10]}."
     )
 
