@@ -29,7 +29,7 @@ $(VENV)/.installed: $(VENV)/.package
 
 # The package without development tools. On Linux x86-64, PyTorch with its CUDA libraries is most of the download.
 $(VENV)/.package: setup.cfg pyproject.toml
-	@test -e $(BIN)/python || echo "Installing mgllava and its 67 dependencies into $(VENV)." \
+	@test -e $(BIN)/python || echo "Installing mgllava and its 68 dependencies into $(VENV)." \
 		"On Linux x86-64 this downloads 3.1 GB and takes 3.5 GB of disk."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
