@@ -3,6 +3,10 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Several test processes share the cores: with more threads than cores, threads wait for each other.
+os.environ.setdefault(
+    "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+)
 
 import pytest
 import torch
