@@ -157,7 +157,7 @@ class MGLlavaModel(MGLlavaPreTrainedModel, ImageTextModel):
         self.add_language_model(language_model)
 
     def dummy_images(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """Arguments of `get_image_features` for one empty image."""
+        """Return the inputs of one empty image; see [`ImageTextModel`]."""
         size = self.config.high_res_vision_config.image_size
         no_box = torch.zeros(1, 1, 4, dtype=torch.int64)
         return {"pixel_values": torch.zeros(1, 3, size, size, device=device), "boxes": no_box}
