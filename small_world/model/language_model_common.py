@@ -298,7 +298,7 @@ def _must_be_touched(modules: list[nn.Module]) -> bool:
 
 
 class _UnusedTokens(LogitsProcessor):
-    """Rows of the embedding table that are no words are never generated, whatever generation config is passed."""
+    """Keeps the unused rows of the embedding table from being generated, whatever generation config is passed."""
 
     def __init__(self, ids: list[int]):
         self.ids = torch.tensor(ids, dtype=torch.long)
@@ -345,7 +345,7 @@ class ImageTextModel(ImageTextPreTrainedModel):
         self.post_init()
 
     def dummy_images(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """Arguments of `get_image_features` for one empty image."""
+        """Return the arguments of `get_image_features` for one empty image."""
         raise NotImplementedError
 
     def embed(
@@ -625,7 +625,7 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
         # Where nothing is to be learned, the sum is 0 and so is the loss, not 0 / 0.
         if (count := kwargs.get("num_items_in_batch")) is not None:
             kwargs["num_items_in_batch"] = torch.as_tensor(count).clamp(min=1)
-        # Padding rows of the table are no words: with them in the sum the loss would not be the reference's.
+        # Without the padding rows of the table: in the softmax, they would make the loss differ from the reference.
         vocab_size = self.config.unpadded_vocab_size or self.config.text_config.vocab_size
         torch_compilable_check(
             ((targets < vocab_size) & (targets >= 0) | (targets == -100)).all(),

@@ -1,7 +1,7 @@
 """What a model family is, by the names of its classes and functions."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -29,8 +29,8 @@ class Family:
             arguments of the configuration, all by name, and returns the model and its processor.
         trained_whole: Modules, as attributes of the base model, that LoRA trains as a whole.
         max_text_length: Longest training text in tokens, where an image counts as one.
-        images_depend_on_text: Whether the embeddings of an image depend on the text of the prompt. The KV cache behind
-            the first image can then not be used for another prompt.
+        images_depend_on_text: Whether the embeddings of an image depend on the text of the prompt. The KV cache
+            after the first image can then not be used for another prompt.
     """
 
     title: str
@@ -45,7 +45,7 @@ class Family:
     card: str | None = None
     parts: tuple[str, ...] = ()
     build: str | None = None
-    trained_whole: tuple[str, ...] = field(default=())
+    trained_whole: tuple[str, ...] = ()
     max_text_length: int | None = None
     images_depend_on_text: bool = False
 
