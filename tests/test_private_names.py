@@ -1,15 +1,18 @@
 """Private names of other packages that this one relies on: their disappearance fails here, not silently for a user."""
 
 import inspect
+from functools import partial
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+from safetensors.torch import load_file
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import PushToHubMixin
 
-from mgllava import BoxDetector
+from mgllava import BoxDetector, MGLlavaForConditionalGeneration
 from mgllava.processing import CHAT_TEMPLATES, image_text_processor_common
 from tests.processing.detectors import OWLV2
 from tests.processing.test_processing import small
@@ -105,3 +108,27 @@ def test_without_a_hook_of_generation_the_model_refuses(name, monkeypatch):
 @pytest.mark.parametrize("name", ["_tied_weights_keys", "initialize_weights", "_is_stateful", "loss_function"])
 def test_names_that_the_model_sets_are_those_that_transformers_reads(name):
     assert hasattr(PreTrainedModel, name)
+
+
+def test_weight_conversions_are_what_saving_reverts(tmp_path, monkeypatch):
+    """Under ZeRO-3, transformers keeps conversions that changed no name."""
+    tiny_model().save_pretrained(tmp_path / "saved")
+    load = PreTrainedModel.from_pretrained.__func__
+
+    def load_as_under_zero3(cls, *args, **options):
+        model = load(cls, *args, **options)
+        assert isinstance(model._weight_conversions, list)
+        model._weight_conversions = get_model_conversion_mapping(model)
+        return model
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(load_as_under_zero3))
+    for name, load_model in (
+        ("loaded by us", MGLlavaForConditionalGeneration.from_pretrained),
+        ("loaded as under ZeRO-3", partial(load_as_under_zero3, MGLlavaForConditionalGeneration)),
+    ):
+        load_model(tmp_path / "saved").save_pretrained(tmp_path / name)
+    expected, found, broken = (
+        load_file(tmp_path / name / "model.safetensors").keys()
+        for name in ("saved", "loaded by us", "loaded as under ZeRO-3")
+    )
+    assert found == expected != broken

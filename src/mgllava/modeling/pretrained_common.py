@@ -76,7 +76,9 @@ class ImageTextPreTrainedModel(PreTrainedModel):
             if getattr(config, "quantization_config", None) is None:
                 kwargs["quantization_config"] = cls._with_skipped_modules(quantization_config)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        _leave_unpackable_layers(loaded[0] if isinstance(loaded, tuple) else loaded)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        _leave_unpackable_layers(model)
+        _keep_applied_conversions(model)
         return loaded
 
     @classmethod
@@ -184,6 +186,15 @@ def _leave_unpackable_layers(model: nn.Module) -> None:
             state = module.weight.quant_state
             is_whole = state is None or module.in_features % state.blocksize == 0
             module.support_avx512bf16_for_cpu = is_whole and module.out_features % _PACKED_OUTPUTS == 0
+
+
+def _keep_applied_conversions(model: PreTrainedModel) -> None:
+    """Keep, of the renamings that `save_pretrained` reverts, those that changed a name while the model was loaded.
+
+    transformers (5.24) keeps all of them under ZeRO-3: the model would be saved with names of older releases.
+    """
+    if (conversions := getattr(model, "_weight_conversions", None)) is not None:
+        model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
 
 
 def either_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
