@@ -1,13 +1,31 @@
 """A family that inherits the common base classes and hides every second placeholder from the language model."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
+from transformers import LogitsProcessor, StoppingCriteria
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
-from mgllava.modeling.language_model_common import ImageTextForConditionalGeneration, ImageTextModel
+from mgllava.modeling.language_model_common import (
+    ImageTextCausalLMOutputWithPast,
+    ImageTextForConditionalGeneration,
+    ImageTextModel,
+    ImageTextModelOutputWithPast,
+)
 from mgllava.modeling.pretrained_common import CACHE_NAME, ImageTextConfig, either_cache
 from tests.tiny import IMAGE_TOKEN_ID, tiny_config
+
+
+@dataclass
+class DroppingOutput(ImageTextModelOutputWithPast):
+    kept_tokens: torch.BoolTensor | None = None
+
+
+@dataclass
+class DroppingCausalLMOutput(ImageTextCausalLMOutputWithPast):
+    kept_tokens: torch.BoolTensor | None = None
 
 
 class DroppingConfig(ImageTextConfig):
@@ -16,6 +34,7 @@ class DroppingConfig(ImageTextConfig):
 
 class DroppingModel(ImageTextModel):
     config_class = DroppingConfig
+    output_class = DroppingOutput
 
     def __init__(self, config, language_model=None):
         super().__init__(config)
@@ -29,7 +48,7 @@ class DroppingModel(ImageTextModel):
     def get_image_features(self, pixel_values, return_dict=True):
         return BaseModelOutputWithPooling(pooler_output=list(self.projector(pixel_values)))
 
-    def placeholders_to_drop(self, inputs_embeds, is_placeholder, attention_mask, labels):
+    def placeholders_to_drop(self, image_outputs, inputs_embeds, is_placeholder, attention_mask, labels):
         self.seen_labels.append(labels)
         return is_placeholder & (is_placeholder.cumsum(-1) % 2 == 0)
 
@@ -44,6 +63,7 @@ class DroppingModel(ImageTextModel):
 class DroppingForConditionalGeneration(ImageTextForConditionalGeneration):
     config_class = DroppingConfig
     body_class = DroppingModel
+    output_class = DroppingCausalLMOutput
 
     @can_return_tuple
     def forward(
@@ -122,3 +142,62 @@ def test_every_step_of_generation_goes_without_dropped_placeholders(model, input
             scores[model.config.unused_token_ids] = -torch.inf
             assert token == scores.argmax()
             embeds = torch.cat([embeds, model.get_input_embeddings()(token)[None, None]], 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 5},
+        {"max_length": 13},
+        {"max_new_tokens": 5, "num_beams": 2, "num_return_sequences": 2},
+        {"max_new_tokens": 5, "cache_implementation": "static"},
+        {"max_new_tokens": 5, "prefill_chunk_size": 3},
+    ],
+)
+def test_whole_prompts_come_back_whatever_the_options(model, inputs, options):
+    if "prefill_chunk_size" in options and CACHE_NAME != "cache":
+        pytest.skip("chunked prefill of images works from transformers 5.24 on")
+    options = {"do_sample": False, "eos_token_id": None, **options}
+    output = model.generate(**inputs, **options, return_dict_in_generate=True).sequences
+    expected = inputs["input_ids"].repeat_interleave(len(output) // 2, dim=0)
+    assert torch.equal(output[:, :8], expected) and output.shape[1] == 13
+    for row in range(2):
+        alone = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+        rows = slice(row * len(output) // 2, (row + 1) * len(output) // 2)
+        assert torch.equal(model.generate(**alone, **options), output[rows])
+
+
+@torch.no_grad()
+def test_rules_of_the_caller_see_whole_prompts(model, inputs):
+    seen = []
+
+    class Rule(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            seen.append(input_ids[:, :8])
+            return scores
+
+    class Stop(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((len(input_ids),), input_ids.shape[1] >= 10)
+
+    output = model.generate(**inputs, logits_processor=[Rule()], stopping_criteria=[Stop()], max_new_tokens=5)
+    assert output.shape[1] == 10
+    assert all(torch.equal(ids, inputs["input_ids"]) for ids in seen)
+
+
+@torch.no_grad()
+def test_packed_prompts_and_a_cache_of_the_beginning_are_refused(model, inputs):
+    one = {"input_ids": inputs["input_ids"][:1], "pixel_values": inputs["pixel_values"][:1]}
+    with pytest.raises(ValueError, match="packed prompts"):
+        model(**one, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]))
+    with pytest.raises(ValueError, match="without a cache"):
+        model(**one, attention_mask=torch.ones(1, 12, dtype=torch.long))
+
+
+@torch.no_grad()
+def test_images_of_which_nothing_was_dropped_yet_are_kept_as_they_were(model, inputs):
+    features = model.model.get_image_features(inputs.pop("pixel_values"))
+    before = [tokens.clone() for tokens in features.pooler_output]
+    model.generate(**inputs, mm_encoder_outputs={"image": features}, num_beams=2, max_new_tokens=2)
+    assert all(map(torch.equal, features.pooler_output, before))

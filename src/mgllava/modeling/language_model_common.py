@@ -17,6 +17,7 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
+    StoppingCriteriaList,
 )
 from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerateOutput
@@ -279,6 +280,11 @@ class ImageTextCausalLMOutputWithPast(CausalLMOutputWithPast):
     router_logits: tuple[torch.FloatTensor] | None = None
 
 
+@dataclass
+class SeenImageFeatures(BaseModelOutputWithPooling):
+    """Features of images of which `generate` has dropped what the language model does not see."""
+
+
 def _must_be_touched(modules: list[nn.Module]) -> bool:
     """Whether all processes must run these modules, also those without an image.
 
@@ -332,8 +338,9 @@ class ImageTextModel(ImageTextPreTrainedModel):
     """
 
     output_class: type[ImageTextModelOutputWithPast] = ImageTextModelOutputWithPast
-    # A family whose language model does not see all placeholders defines this method, with the arguments of
-    # `_drop_placeholders`. It returns a mask of shape `(batch_size, sequence_length)`, true where one is dropped.
+    # A family whose language model does not see all placeholders defines this method. It is called with the arguments
+    # of `_drop_placeholders`, by name, and returns a mask of shape `(batch_size, sequence_length)`, true where one is
+    # dropped.
     placeholders_to_drop: Callable[..., torch.BoolTensor] | None = None
 
     def add_language_model(self, language_model: PreTrainedModel | None) -> None:
@@ -394,9 +401,14 @@ class ImageTextModel(ImageTextPreTrainedModel):
             image_features = torch.cat(list(image_outputs.pooler_output))
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
-            if self.placeholders_to_drop is not None:
+            if self.placeholders_to_drop is not None and not isinstance(image_outputs, SeenImageFeatures):
                 attention_mask, position_ids = self._drop_placeholders(
-                    inputs_embeds, mask.squeeze(-1), attention_mask, position_ids, labels
+                    position_ids,
+                    image_outputs=image_outputs,
+                    inputs_embeds=inputs_embeds,
+                    is_placeholder=mask.squeeze(-1),
+                    attention_mask=attention_mask,
+                    labels=labels,
                 )
         arguments = {
             "inputs_embeds": inputs_embeds,
@@ -412,7 +424,13 @@ class ImageTextModel(ImageTextPreTrainedModel):
         """Call `embed` with `images` and `arguments`, and the language model with what it gives and `kwargs`."""
         inputs, image_features, image_outputs = self.embed(images, **arguments)
         outputs = self.language_model(return_dict=True, **inputs, **kwargs)
+        seen = {}
+        if self.placeholders_to_drop is not None and image_features is not None:
+            is_placeholder = self.find_placeholders(arguments["input_ids"], arguments["inputs_embeds"])
+            if isinstance(mask := inputs["attention_mask"], torch.Tensor) and mask.shape == is_placeholder.shape:
+                seen["kept_tokens"] = mask[is_placeholder].bool()
         return self.output_class(
+            **seen,
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
@@ -424,21 +442,34 @@ class ImageTextModel(ImageTextPreTrainedModel):
 
     def _drop_placeholders(
         self,
-        inputs_embeds: torch.FloatTensor,
+        position_ids: torch.LongTensor | None,
+        *,
         is_placeholder: torch.BoolTensor,
         attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor | None,
-        labels: torch.LongTensor | None,
-    ) -> tuple[torch.Tensor, torch.LongTensor | None]:
+        **arguments: Any,
+    ) -> tuple[torch.Tensor, torch.LongTensor]:
         """Mask placeholders, and close the gaps that they leave in the positions."""
         if attention_mask is None:
             attention_mask = torch.ones_like(is_placeholder, dtype=torch.long)
-        # `generate` drops them for all of its steps, before the first one.
-        if (is_placeholder & (attention_mask[:, -is_placeholder.shape[1] :] == 0)).any():
-            return attention_mask, position_ids
-        dropped = self.placeholders_to_drop(
-            inputs_embeds=inputs_embeds, is_placeholder=is_placeholder, attention_mask=attention_mask, labels=labels
-        )
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != is_placeholder.shape:
+            given = tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask)
+            raise ValueError(
+                f"`attention_mask` must have the shape of the prompts with their images, "
+                f"{tuple(is_placeholder.shape)}, got {given}: what the model sees of an image depends on the whole "
+                "prompt. Pass the whole prompt, without a cache of its beginning."
+            )
+        if position_ids is not None:
+            count = attention_mask.long().cumsum(-1) - 1
+            expected = (position_ids == count) | (attention_mask == 0)
+            plain = position_ids == torch.arange(is_placeholder.shape[1], device=position_ids.device)
+            torch_compilable_check(
+                expected.all() | plain.all(),
+                lambda: (
+                    "`position_ids` must count the tokens of one prompt per row, got others. This model drops tokens "
+                    "of images and counts again, which packed prompts do not allow. Leave them out, and pad instead."
+                ),
+            )
+        dropped = self.placeholders_to_drop(is_placeholder=is_placeholder, attention_mask=attention_mask, **arguments)
         attention_mask = attention_mask.masked_fill(dropped & is_placeholder, 0)
         return attention_mask, (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
@@ -598,7 +629,9 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
             and logits_to_keep.dtype == torch.bool
         ):
             logits = logits[0]
+        seen = {"kept_tokens": outputs["kept_tokens"]} if "kept_tokens" in outputs else {}
         return self.output_class(
+            **seen,
             loss=scored.loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
@@ -652,29 +685,55 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
                 f"The installed transformers has no `GenerationMixin.{gone[0]}`, on which answers to images rely. "
                 "Install an older release, or a newer one of mgllava."
             )
+        prompts, rules = None, list(logits_processor or ())
         if self.model.placeholders_to_drop is not None:
-            kwargs = self._with_dropped_placeholders(inputs, kwargs)
-        processors = LogitsProcessorList([*(logits_processor or ()), _UnusedTokens(self.config.unused_token_ids)])
-        return super().generate(inputs, generation_config, processors, *args, **kwargs)
+            inputs, kwargs, prompts = self._without_dropped_placeholders(inputs, generation_config, kwargs)
+        if prompts is not None:
+            rules = [prompts.give_to(rule) for rule in rules]
+            if kwargs.get("stopping_criteria"):
+                kwargs["stopping_criteria"] = StoppingCriteriaList(map(prompts.give_to, kwargs["stopping_criteria"]))
+        processors = LogitsProcessorList([*rules, _UnusedTokens(self.config.unused_token_ids)])
+        output = super().generate(inputs, generation_config, processors, *args, **kwargs)
+        return output if prompts is None else prompts.restore(output)
 
     @torch.no_grad()
-    def _with_dropped_placeholders(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Encode the images and drop placeholders: the steps after the first see no images, only the mask."""
+    def _without_dropped_placeholders(
+        self, inputs: torch.Tensor | None, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor | None, dict[str, Any], "_WholePrompts | None"]:
+        """Encode the images and drop placeholders: for `generate` they were never there.
+
+        Where its result would not be the same, they stay, and are only masked.
+        """
         images = {name: kwargs[name] for name in self.image_arguments if kwargs.get(name) is not None}
         features = kwargs.get("mm_encoder_outputs")
         if not images and not features:
-            return kwargs
+            return inputs, kwargs, None
         embeds = kwargs.get("inputs_embeds")
-        arguments, _, image_outputs = self.model.embed(
+        ids = kwargs.get("input_ids", inputs) if embeds is None else None
+        given, _, image_outputs = self.model.embed(
             images,
-            input_ids=kwargs.get("input_ids", inputs) if embeds is None else None,
+            input_ids=ids,
             inputs_embeds=embeds,
             attention_mask=kwargs.get("attention_mask"),
             mm_encoder_outputs=features,
         )
+        mask, tokens = given["attention_mask"], list(image_outputs.pooler_output)
         kwargs = {name: value for name, value in kwargs.items() if name not in images}
-        mask = arguments["attention_mask"]
-        return {**kwargs, "attention_mask": mask, "mm_encoder_outputs": {"image": image_outputs}}
+        has_cache = kwargs.get("past_key_values") is not None or kwargs.get("cache") is not None
+        configs = (generation_config, self.generation_config)
+        if ids is None or has_cache or kwargs.get("prefix_allowed_tokens_fn") or _counts_prompt(kwargs, configs):
+            seen = {"image": SeenImageFeatures(pooler_output=tokens)}
+            return inputs, {**kwargs, "attention_mask": mask, "mm_encoder_outputs": seen}, None
+
+        is_placeholder = ids == self.config.image_token_id
+        kept = mask[is_placeholder].bool().split([len(rows) for rows in tokens])
+        seen = SeenImageFeatures(pooler_output=[rows[keep] for rows, keep in zip(tokens, kept, strict=True)])
+        prompts = _WholePrompts(ids, mask.bool(), kept)
+        kwargs.pop("input_ids", None)
+        for name in ("position_ids", "token_type_ids", "mm_token_type_ids"):
+            kwargs.pop(name, None)
+        inputs, mask = prompts.without_dropped(ids), prompts.without_dropped(mask)
+        return inputs, {**kwargs, "attention_mask": mask, "mm_encoder_outputs": {"image": seen}}, prompts
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.LongTensor, inputs_embeds: torch.FloatTensor | None = None, **kwargs
@@ -747,16 +806,23 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
         input_ids: torch.LongTensor | None = None,
         **model_kwargs,
     ) -> tuple[torch.LongTensor, dict]:
-        # Releases that do not encode images before the prefill repeat every tensor row by row. Images must instead be
-        # repeated prompt by prompt, since a prompt may hold none or several.
-        images = {}
-        if expand_size > 1 and model_kwargs.get("pixel_values") is not None:
-            names = self.image_arguments
+        # Releases that do not encode images before the prefill repeat every tensor row by row, and features not at
+        # all. Images must instead be repeated prompt by prompt, since a prompt may hold none or several.
+        images: dict[str, Any] = {}
+        features = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if expand_size > 1 and (features is not None or model_kwargs.get("pixel_values") is not None):
+            names = (*self.image_arguments, "mm_encoder_outputs")
             images = {name: model_kwargs.pop(name) for name in names if model_kwargs.get(name) is not None}
             embeds = model_kwargs.get("inputs_embeds")  # `generate` then holds no ids
             is_placeholder = self.model.find_placeholders(input_ids if embeds is None else None, embeds)
-            order = _repeated_groups(self._num_image_tokens(images), is_placeholder, expand_size)
-            images = self._take_images(images, order)
+            if features is None:
+                order = _repeated_groups(self._num_image_tokens(images), is_placeholder, expand_size)
+                images = self._take_images(images, order)
+            else:
+                tokens = list(features.pooler_output)
+                order = _repeated_groups(torch.tensor(list(map(len, tokens))), is_placeholder, expand_size)
+                repeated = type(features)(pooler_output=[tokens[index] for index in order])
+                images["mm_encoder_outputs"] = {**images["mm_encoder_outputs"], "image": repeated}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
@@ -769,6 +835,49 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
     def _take_images(self, images: dict[str, torch.Tensor], order: list[int]) -> dict[str, torch.Tensor]:
         """Images in another order; a family whose images have several rows in a tensor does this in its own way."""
         return {name: tensor[order] for name, tensor in images.items()}
+
+
+def _counts_prompt(kwargs: dict[str, Any], configs: tuple[GenerationConfig | None, ...]) -> bool:
+    """Whether a limit on the length of an answer counts the tokens of the prompt."""
+
+    def value(name: str) -> Any:
+        values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in values if value), None)
+
+    return any(value(f"{end}_length") and not value(f"{end}_new_tokens") for end in ("max", "min"))
+
+
+class _WholePrompts:
+    """Prompts of which `generate` is given a part, aligned to the right."""
+
+    def __init__(self, ids: torch.LongTensor, mask: torch.BoolTensor, kept: tuple[torch.BoolTensor, ...]):
+        self.ids, self.mask, self.kept_tokens = ids, mask, kept
+        self.width = int(mask.sum(-1).max())
+
+    def without_dropped(self, values: torch.Tensor) -> torch.Tensor:
+        """Take the part out of ids, or out of their attention mask."""
+        padding = values[:, :1].new_zeros(len(values), self.width)
+        for row, (source, mask) in enumerate(zip(values, self.mask, strict=True)):
+            seen = source[mask]
+            padding[row, self.width - len(seen) :] = seen
+        return padding
+
+    def _whole(self, sequences: torch.LongTensor) -> torch.LongTensor:
+        """Put the whole prompts in front of the answers of all their sequences."""
+        prompts = self.ids.repeat_interleave(len(sequences) // len(self.ids), dim=0)
+        return torch.cat([prompts.to(sequences.device), sequences[:, self.width :]], dim=1)
+
+    def give_to(self, rule: Callable[..., Any]) -> Callable[..., Any]:
+        """Let a rule on sequences, a processor of scores or a criterion to stop, see the whole prompts."""
+        return lambda ids, *args, **kwargs: rule(self._whole(ids), *args, **kwargs)
+
+    def restore(self, output: GenerateOutput | torch.LongTensor) -> GenerateOutput | torch.LongTensor:
+        """Put the whole prompts into what `generate` returns."""
+        if isinstance(output, torch.Tensor):
+            return self._whole(output)
+        output.sequences = self._whole(output.sequences)
+        output["kept_tokens"] = torch.cat(self.kept_tokens)
+        return output
 
 
 def _repeated_groups(num_tokens: torch.Tensor, is_placeholder: torch.BoolTensor, expand_size: int) -> list[int]:
@@ -789,6 +898,7 @@ __all__ = [
     "ImageTextModel",
     "ImageTextModelOutputWithPast",
     "LanguageModelHead",
+    "SeenImageFeatures",
     "UnsupportedLanguageModelError",
     "language_model_class",
     "load_language_model",
