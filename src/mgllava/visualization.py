@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
@@ -64,7 +63,11 @@ def draw_boxes(
             or scores are not as many.
     """
     picture = to_pil_image(as_rgb(load_upright(image)))
-    boxes, labels, values = _unpack(detections, (picture.height, picture.width))
+    if isinstance(detections, list | tuple) and any(isinstance(entry, Mapping) for entry in detections):
+        if len(detections) != 1:
+            raise ValueError(f"`detections` must be those of one image, got {len(detections)}. Draw them one by one.")
+        detections = detections[0]
+    boxes, labels, values = read_boxes_of_image(detections, (picture.height, picture.width), "detections")
     enlarged = math.ceil(_LEAST_SIDE / math.sqrt(picture.width * picture.height))
     if enlarged > 1:
         picture = picture.resize((picture.width * enlarged, picture.height * enlarged), Image.Resampling.BICUBIC)
@@ -76,13 +79,13 @@ def draw_boxes(
     # The edges of a box that is larger than the image are drawn along the border of the image.
     boxes = boxes.minimum(limits - 1).clamp(min=0)
     if values is not None:
-        order.sort(key=lambda row: -values[row])
+        order.sort(key=lambda row: float(-values[row]))
 
     side = math.sqrt(picture.width * picture.height)
     width = line_width or max(2, round(side / 250))
     size = font_size or max(12, round(side / 32))
     letters = ImageFont.load_default(size) if font is None else ImageFont.truetype(font, size)
-    names = labels or [str(number) for number in range(len(boxes))]
+    names = [str(label) for label in labels or range(len(boxes))]
     colors = dict(zip(dict.fromkeys(names), _colors(len(set(names))), strict=True))
 
     # The best box is drawn last, on top. Dark lines around the colored ones show them on a background of their color.
@@ -97,7 +100,7 @@ def draw_boxes(
     draw = ImageDraw.Draw(picture)
     plates: dict[int, _Plate] = {}
     for row in order:
-        parts = [] if labels is None else [labels[row]]
+        parts = [] if labels is None else [names[row]]
         if scores and values is not None:
             parts.append(f"{values[row]:.2f}")
         text = " ".join(parts).strip()
@@ -110,19 +113,6 @@ def draw_boxes(
     for row, plate in reversed(plates.items()):
         _write(draw, plate, colors[names[row]], letters)
     return picture
-
-
-def _unpack(detections: Any, image_size: tuple[int, int]) -> tuple[torch.Tensor, list[str] | None, list[float] | None]:
-    if isinstance(detections, list | tuple) and any(isinstance(entry, Mapping) for entry in detections):
-        if len(detections) != 1:
-            raise ValueError(f"`detections` must be those of one image, got {len(detections)}. Draw them one by one.")
-        detections = detections[0]
-    boxes, labels, scores = read_boxes_of_image(detections, image_size, "detections")
-    return (
-        boxes,
-        None if labels is None else [str(label) for label in labels],
-        None if scores is None else [float(score) for score in scores],
-    )
 
 
 def _colors(number: int) -> list[Color]:

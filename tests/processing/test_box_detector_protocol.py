@@ -126,7 +126,7 @@ RESULT = {"boxes": [[0, 0, 9, 9]], "labels": ["a"], "scores": [0.5]}
         ([RESULT, {"boxes": [[0, 0, 9, 9]], "scores": [0.5]}], ValueError, r"got none of \['labels'\] for image 1"),
         ([RESULT, {**RESULT, "scores": [0.5, 0.4]}], ValueError, "for image 1.* 2 scores for 1 boxes"),
         ([RESULT, {**RESULT, "labels": []}], ValueError, "for image 1.* 0 labels for 1 boxes"),
-        ([RESULT, {**RESULT, "labels": "a"}], TypeError, "list of labels, got 'a' for image 1"),
+        ([RESULT, {**RESULT, "labels": "a"}], TypeError, "for image 1.* list of labels, .* got the string 'a'"),
         ([RESULT, {**RESULT, "boxes": [[0, 0, 9]]}], ValueError, r"for image 1.*shape \(num_boxes, 4\)"),
         ([RESULT, {**RESULT, "boxes": [[9, 9, 0, 0]]}], ValueError, "for image 1.*x1 <= x2"),
     ],

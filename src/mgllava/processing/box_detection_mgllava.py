@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import PIL.Image
 import torch
@@ -20,9 +20,9 @@ from .box_detector_files_mgllava import (
     PROMPT_EMBEDS_FILE,
     ProcessorRepository,
     bundled_name,
+    check_revision,
     known_commit,
     locate,
-    locate_revision,
     store_parts,
 )
 from .boxes_mgllava import read_boxes
@@ -36,7 +36,6 @@ logger = logging.get_logger(__name__)
 DEFAULT_DETECTOR = "google/owlv2-large-patch14-ensemble"
 
 DetectionMode = Literal["faithful", "clean"]
-_MODES = ("faithful", "clean")
 CONFIG_KEYS = ("tagger", "tagger_revision", "detector", "detector_revision", "mode", "prompt_embeds")
 # The 80 object categories of COCO, the fixed label list of the paper's ablation (section 4.3).
 COCO_80: list[str] = [
@@ -143,8 +142,8 @@ class BoxDetector:
         trust_remote_code: bool = False,
         **hub_options: Any,
     ):
-        if mode not in _MODES:
-            raise ValueError(f"`mode` must be one of {', '.join(map(repr, _MODES))}, got {mode!r}.")
+        if mode not in get_args(DetectionMode):
+            raise ValueError(f"`mode` must be one of 'faithful', 'clean', got {mode!r}.")
         if unknown := sorted(set(hub_options) - set(_HUB_OPTIONS)):
             raise TypeError(f"`BoxDetector` takes {', '.join(_HUB_OPTIONS)} as further options, got {unknown}.")
         self.mode = mode
@@ -152,7 +151,7 @@ class BoxDetector:
         self._loading_options = {"device": device, "dtype": dtype, **options}
         self._revisions = {"tagger": tagger_revision, "detector": detector_revision}
         for part, revision in self._revisions.items():
-            locate_revision(f"{part}_revision", revision)
+            check_revision(f"{part}_revision", revision)
         self.device = _resolve_device(device, detector)
         # Where CUDA was initialized; forked processes cannot use it.
         self._process = os.getpid()
@@ -201,9 +200,6 @@ class BoxDetector:
             dtype (`torch.dtype`, *optional*): See the constructor.
             trust_remote_code (`bool`, *optional*): By default as the processor was loaded.
             **hub_options: See the constructor; by default as the processor was loaded.
-
-        Returns:
-            [`BoxDetector`]: The detector.
 
         Raises:
             ValueError: If the configuration has unknown keys, or what comes from the repository's file names something
@@ -395,9 +391,8 @@ class BoxDetector:
         results: list[dict[str, Any]] = []
         while len(results) < len(images):
             batch = slice(len(results), len(results) + batch_size)
-            loaded = [
-                _load(image, batch.start + index, input_data_format) for index, image in enumerate(images[batch])
-            ]
+            named = [(image, f"images[{batch.start + index}]") for index, image in enumerate(images[batch])]
+            loaded = [as_rgb(load_upright(image, name), input_data_format, name) for image, name in named]
             # Models move, tokenizers and embeddings change: one thread at a time.
             with self._lock:
                 found = self._detect_if_it_fits(loaded, None if given is None else given[batch], threshold)
@@ -499,8 +494,6 @@ def find_boxes(
                 f"{name} must return 'boxes', 'labels' and 'scores', got none of {absent} for image {index}, but "
                 f"{sorted(map(str, result))}."
             )
-        if isinstance(result["labels"], str):
-            raise TypeError(f"{name} must return a list of labels, got {result['labels']!r} for image {index}.")
         try:
             read_boxes(result)
         except (TypeError, ValueError) as error:
@@ -520,11 +513,7 @@ def _as_picture(image: Any, input_data_format: str | None) -> PIL.Image.Image:
 def check_labels(labels: Any, name: str, may_be_empty: bool = False) -> list[str]:
     """Check that labels are a list of strings, and return them."""
     if not isinstance(labels, list | tuple) or not all(isinstance(label, str) for label in labels):
-        got = (
-            repr(labels)
-            if not isinstance(labels, list | tuple)
-            else sorted({type(label).__name__ for label in labels})
-        )
+        got = sorted({type(label).__name__ for label in labels}) if isinstance(labels, list | tuple) else repr(labels)
         raise TypeError(f"`{name}` must be a list of strings, got {got}.")
     if not labels and not may_be_empty:
         raise ValueError(f"`{name}` must have at least one label, got an empty list.")
@@ -550,35 +539,22 @@ def _resolve_device(device: str | torch.device | None, detector: Any) -> torch.d
     if device is None:
         # Workers that share an accelerator with the training would each load a copy, and forked ones cannot use it.
         device = None if in_worker() else torch.accelerator.current_accelerator(check_available=True)
-        if device is not None and not _can_allocate(device):
+        try:
+            torch.empty(1, device=device or "cpu")
+        except torch.OutOfMemoryError:
+            pass  # loading will raise the error
+        except RuntimeError:
             logger.warning_once(
                 f"The box detector is loaded on the CPU, since this process cannot use {device}: processes that are "
                 "forked from one that uses it cannot. Start processes with 'spawn' to use it there."
             )
             device = None
-    return torch.device("cpu" if device is None else device)
+    return torch.device(device or "cpu")
 
 
 def in_worker() -> bool:
     """Tell whether this process is a worker of a DataLoader."""
     return torch.utils.data.get_worker_info() is not None
-
-
-def _can_allocate(device: torch.device) -> bool:
-    """Try to use a device."""
-    try:
-        torch.empty(1, device=device)
-    except torch.OutOfMemoryError:
-        return True  # loading will raise the error
-    except RuntimeError:
-        return False
-    return True
-
-
-def _load(image: Any, index: int, input_data_format: str | None) -> torch.Tensor:
-    """Read an image as upright 8-bit RGB."""
-    name = f"images[{index}]"
-    return as_rgb(load_upright(image, name), input_data_format, name)
 
 
 class ImageTagger:

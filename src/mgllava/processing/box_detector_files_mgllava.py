@@ -9,7 +9,8 @@ repository.
 import copy
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -122,13 +123,11 @@ def _download(repository: ProcessorRepository, patterns: list[str]) -> Path:
             raise error from None
 
 
-def locate_revision(key: str, revision: Any) -> str | None:
-    """Check a revision, which becomes a part of paths in the cache."""
-    if revision is None:
-        return None
-    if not isinstance(revision, str) or not revision or ".." in revision or revision[0] in "/~" or "\\" in revision:
+def check_revision(key: str, revision: Any) -> None:
+    """Refuse what is not a revision, since it becomes a part of paths in the cache."""
+    is_name = isinstance(revision, str) and bool(revision) and revision[0] not in "/~"
+    if revision is not None and (not is_name or ".." in revision or "\\" in revision):
         raise ValueError(f"`{key}` must be a branch, a tag or a commit of a repository on the Hub, got {revision!r}.")
-    return revision
 
 
 def _check_repository_id(key: str, source: str, repository: ProcessorRepository) -> None:
@@ -206,7 +205,7 @@ def store_parts(
     for part in PARTS:
         source = config.get(part)
         if part in objects:
-            with _Replacement(bundle / part) as folder:
+            with _replacing(bundle / part) as folder:
                 for saved in objects[part]:
                     saved.save_pretrained(folder)
         elif not isinstance(source, str):
@@ -229,9 +228,9 @@ def store_parts(
 def _pin(config: dict[str, Any], part: str, cache_dir: str | os.PathLike | None) -> None:
     """Note the commit of a repository on the Hub, if the cache knows it."""
     key = f"{part}_revision"
-    revision = locate_revision(key, config.get(key))
+    check_revision(key, config.get(key))
     try:
-        commit = known_commit(config[part], revision, cache_dir)
+        commit = known_commit(config[part], config.get(key), cache_dir)
     except HFValidationError:  # a folder that does not exist: loading will raise the error
         commit = None
     if commit is not None:
@@ -243,30 +242,25 @@ def _copy(source: Path, target: Path) -> None:
     if source.resolve() == target.resolve():
         return
     check_links(source, source if source.is_dir() else source.parent)
-    with _Replacement(target) as temporary:
+    with _replacing(target) as temporary:
         if source.is_dir():
             shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(".git", ".cache"))
         else:
             shutil.copyfile(source, temporary)
 
 
-class _Replacement:
-    """A path to write to that takes its final name when everything is written."""
-
-    def __init__(self, target: Path):
-        self.target, self.temporary = target, target.with_name(f".{target.name}.incomplete")
-
-    def __enter__(self) -> Path:
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        _remove(self.temporary)
-        return self.temporary
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if error is None:
-            _remove(self.target)
-            os.replace(self.temporary, self.target)
-        else:
-            _remove(self.temporary)
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """Yield a path to write to, and rename it to `target` when everything is written."""
+    temporary = target.with_name(f".{target.name}.incomplete")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove(temporary)
+    try:
+        yield temporary
+        _remove(target)
+        os.replace(temporary, target)
+    finally:
+        _remove(temporary)
 
 
 def _remove(path: Path) -> None:
@@ -284,10 +278,10 @@ __all__ = [
     "ProcessorRepository",
     "bundled_name",
     "check_links",
+    "check_revision",
     "is_bundled",
     "known_commit",
     "links_out_of",
     "locate",
-    "locate_revision",
     "store_parts",
 ]

@@ -393,11 +393,13 @@ def read_boxes(entry: Any, name: str = "boxes") -> tuple[torch.Tensor, list[Labe
             )
         )
     _check_corners(boxes, name)
-    shapes = {"scores": None if scores is None else scores.ndim, "labels": None if labels is None else _depth(labels)}
-    for key, depth in shapes.items():
-        if depth not in (None, 1):
-            raise ValueError(f"`{name}['{key}']` must be a flat list, one for each box, got {entry[key]!r}.")
+    are_flat = {
+        "scores": scores is None or scores.ndim == 1,
+        "labels": labels is None or (isinstance(labels, list) and not any(isinstance(item, list) for item in labels)),
+    }
     for key, values in (("scores", scores), ("labels", labels)):
+        if not are_flat[key]:
+            raise ValueError(f"`{name}['{key}']` must be a flat list, one for each box, got {entry[key]!r}.")
         if values is not None and len(values) != len(boxes):
             raise ValueError(
                 f"`{name}` must have as many {key} as boxes, got {len(values)} {key} for {len(boxes)} boxes."
@@ -405,13 +407,6 @@ def read_boxes(entry: Any, name: str = "boxes") -> tuple[torch.Tensor, list[Labe
     if scores is not None and (index := _first(~torch.isfinite(scores))) is not None:
         raise ValueError(f"`{name}` must have finite scores, got {scores[index].item()} at index {index}.")
     return boxes, labels, scores
-
-
-def _depth(labels: Any) -> int:
-    """Count the lists that labels lie in; more than two count as two."""
-    if not isinstance(labels, list):
-        return 0
-    return 2 if any(isinstance(label, list) for label in labels) else 1
 
 
 def _as_corners(values: Any, name: str) -> torch.Tensor:

@@ -6,6 +6,7 @@ center-cropped, rescaled and normalized. Boxes follow the same way, see `boxes_m
 """
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -114,44 +115,24 @@ class MGLlavaImageProcessorMixin(BaseImageProcessor):
         return values
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Open images from any source, and turn them upright.
+        """Open an image or a (nested) list of images, and turn them upright.
 
-        Args:
-            image_url_or_urls: An image or a (nested) list of images, see the class.
-
-        Returns:
-            The same structure, holding PIL images (RGB), arrays of 3 or 4 dimensions, and tensors.
-
-        Raises:
-            TypeError: If something is not an image.
-            UnreadableImageError: If an image cannot be opened; a `ValueError` and an `OSError`.
+        They become PIL images in RGB, or stay arrays and tensors of 3 or 4 dimensions.
         """
         return fetch_upright(image_url_or_urls)
 
     def objects(self, detections: Any, image_size: tuple[int, int]) -> dict[str, Any]:
         """Choose the objects of an image that the model gets a token for, see [`MGLlavaProcessor.objects`]."""
-        return select_objects(
-            detections,
-            image_size,
-            **_frame(self.size, self.crop_size, self.do_resize, self.do_center_crop),
-            pad_to_square=self.do_pad,
-            iou_threshold=self.iou_threshold,
-            limit_mode=self.box_limit_mode,
-            limit=self.box_limit,
-        )[1]
+        return select_objects(detections, image_size, **_box_options(self))[1]
 
     def _preprocess_image_like_inputs(  # type: ignore[override]  # the options by name
         self,
         images: Any,
         *args: Any,
         boxes: Any,
-        iou_threshold: float,
-        box_limit_mode: BoxLimitMode,
-        box_limit: int | None,
         close_to_max_length: bool | None,
         return_box_labels: bool | None,
         pad_boxes_to_multiple_of: int | None,
-        do_pad: bool,
         return_tensors: Any,
         input_data_format: str | ChannelDimension | None,
         device: Any,
@@ -163,7 +144,7 @@ class MGLlavaImageProcessorMixin(BaseImageProcessor):
                 f"`pad_boxes_to_multiple_of` must be a positive number, got {pad_boxes_to_multiple_of}. Pass None for "
                 "no padding beyond the image with the most boxes."
             )
-        frame = _frame(kwargs["size"], kwargs["crop_size"], kwargs["do_resize"], kwargs["do_center_crop"])
+        box_options = _box_options(SimpleNamespace(**kwargs))
         if kwargs["do_normalize"] and not kwargs["do_rescale"]:
             raise ValueError(
                 "`do_rescale` must be True when `do_normalize` is, got False. Images are kept in 8 bits until then; "
@@ -180,21 +161,17 @@ class MGLlavaImageProcessorMixin(BaseImageProcessor):
             prepare_boxes(
                 entry,
                 image_size,
-                **frame,
-                pad_to_square=do_pad,
-                iou_threshold=iou_threshold,
-                limit_mode=box_limit_mode,
-                limit=box_limit,
+                **box_options,
                 close_to_max_length=bool(close_to_max_length),
                 name=f"boxes[{index}]",
             )
             for index, (entry, image_size) in enumerate(zip(entries, image_sizes, strict=True))
         ]
 
-        if do_pad:
+        if kwargs.pop("do_pad"):
             fill = [int(channel * 255) for channel in kwargs["image_mean"]]
             is_bicubic = kwargs["resample"] == PILImageResampling.BICUBIC
-            rgb = [self._as_square(image, fill, frame["resize_to"] if is_bicubic else None) for image in rgb]
+            rgb = [self._as_square(image, fill, box_options["resize_to"] if is_bicubic else None) for image in rgb]
         pixels = [
             self.process_image(image, do_convert_rgb=False, input_data_format=ChannelDimension.FIRST, device=device)
             for image in rgb
@@ -266,14 +243,18 @@ def pad_to_square(image: torch.Tensor, fill: Sequence[int]) -> torch.Tensor:
     return square
 
 
-def _frame(size: Any, crop_size: Any, do_resize: bool, do_center_crop: bool) -> dict[str, Any]:
-    """Say how long the short side gets, and what is cropped to, in the words of [`prepare_boxes`]."""
-    size, crop_size = dict(size), dict(crop_size)
-    if do_resize and (not size.get("shortest_edge") or size.get("longest_edge")):
+def _box_options(options: Any) -> dict[str, Any]:
+    """Give the options of an image processor the names that they have in [`prepare_boxes`]."""
+    size, crop_size = dict(options.size), dict(options.crop_size)
+    if options.do_resize and (not size.get("shortest_edge") or size.get("longest_edge")):
         raise ValueError(f"`size` must be given as {{'shortest_edge': pixels}}, got {size}.")
     return {
-        "resize_to": int(size["shortest_edge"]) if do_resize else None,
-        "crop_to": (crop_size["height"], crop_size["width"]) if do_center_crop else None,
+        "resize_to": int(size["shortest_edge"]) if options.do_resize else None,
+        "crop_to": (crop_size["height"], crop_size["width"]) if options.do_center_crop else None,
+        "pad_to_square": options.do_pad,
+        "iou_threshold": options.iou_threshold,
+        "limit_mode": options.box_limit_mode,
+        "limit": options.box_limit,
     }
 
 

@@ -79,16 +79,16 @@ class ImageTextProcessor(ProcessorMixin):
 
     def count_images(self, inputs: Mapping[str, Any]) -> int:
         """Count the images of a batch."""
-        return len(_given(inputs, self.image_inputs[0]))
+        return len(_given(self._unpack(inputs), self.image_inputs[0]))
 
     def take_images(self, inputs: Mapping[str, Any], first: int, last: int | None = None) -> dict[str, torch.Tensor]:
         """Take the inputs of the images `first` to `last` (by default all after it) out of a batch, as tensors.
 
         Empty if there are none: the model takes text alone without any of these names.
         """
-        rows = slice(first, last)
-        taken = {name: _given(inputs, name)[rows] for name in self.image_inputs if len(_given(inputs, name)[rows])}
-        return {name: _as_tensor(values) for name, values in taken.items()}
+        inputs = self._unpack(inputs)
+        taken = {name: _given(inputs, name)[first:last] for name in self.image_inputs}
+        return {name: _as_tensor(values) for name, values in taken.items() if len(values)}
 
     def join_images(self, rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Put what [`~ImageTextProcessor.take_images`] took out of several batches one after the other."""
@@ -106,7 +106,7 @@ class ImageTextProcessor(ProcessorMixin):
         text = self.apply_chat_template(conversation, **boundaries)
         chunks = split_text(text, self._placeholder, repeat(1), self.tokenizer.bos_token)
         with self._tokenizer_lock:
-            encoded = encode_chunks(self.tokenizer, [chunks], self.image_token_id, return_assistant_tokens_mask=True)
+            encoded = encode_chunks(self.tokenizer, [chunks], self.image_token_id)
         return encoded["input_ids"][0], encoded["assistant_masks"][0] if knows_answers else None
 
     def __call__(
@@ -167,6 +167,10 @@ class ImageTextProcessor(ProcessorMixin):
         """Give the inputs of images the form in which they leave the processor."""
         return features
 
+    def _unpack(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Undo `_pack`; inputs that are not packed stay."""
+        return inputs
+
     def _encode(
         self, text: list[str], lengths: list[int], targets: "TrainingTargets", return_mask: bool, **kwargs: Any
     ) -> dict[str, Any]:
@@ -181,13 +185,7 @@ class ImageTextProcessor(ProcessorMixin):
         runs = iter(lengths)
         chunks = [split_text(sample, self._placeholder, runs, self.tokenizer.bos_token, chats) for sample in text]
         with self._tokenizer_lock:  # fast tokenizers keep options of a call in an object that all threads share
-            encoded = encode_chunks(
-                self.tokenizer,
-                chunks,
-                self.image_token_id,
-                return_assistant_tokens_mask=True,
-                **kwargs,
-            )
+            encoded = encode_chunks(self.tokenizer, chunks, self.image_token_id, **kwargs)
         targets.read(encoded, knows_answers)
         if not return_mask:
             del encoded["assistant_masks"]

@@ -158,9 +158,6 @@ class PromptEmbeds:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __contains__(self, prompt: str) -> bool:
-        return prompt in self._rows
-
     def add(self, prompts: Sequence[str]) -> None:
         """Embed the prompts that are not in the table."""
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]

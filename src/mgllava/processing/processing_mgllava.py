@@ -20,10 +20,10 @@ from .box_detector_files_mgllava import (
     BUNDLE_FOLDER,
     PARTS,
     ProcessorRepository,
+    check_revision,
     known_commit,
     links_out_of,
     locate,
-    locate_revision,
     store_parts,
 )
 from .boxes_mgllava import (
@@ -310,23 +310,16 @@ class MGLlavaProcessor(ImageTextProcessor):
                     "`box_detector_config` must say what to load, got None. Set `processor.box_detector` to a "
                     "BoxDetector."
                 )
-            options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-            given = {name: value for name, value in options.items() if value is not None}
-            return self._load_box_detector(**{**self._loading_options, "device": None, "dtype": None, **given})
+            options = {**self._loading_options, "device": device, "dtype": dtype}
+            if trust_remote_code is not None:
+                options["trust_remote_code"] = trust_remote_code
+            return self._load_box_detector(**options)
 
-    def _load_box_detector(
-        self,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        trust_remote_code: bool | None = None,
-        **hub_options: Any,
-    ) -> BoxDetector:
+    def _load_box_detector(self, **options: Any) -> BoxDetector:
         """Load it; the options hold for copies of this processor too, but for the device in a DataLoader's worker."""
         assert self.box_detector_config is not None  # both callers asked
-        options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code, **hub_options}
-        detector = BoxDetector.from_config(
-            self.box_detector_config, self._repository, **{**options, "device": None if in_worker() else device}
-        )
+        here = {**options, "device": None} if in_worker() else options
+        detector = BoxDetector.from_config(self.box_detector_config, self._repository, **here)
         self._loading_options = options
         self._box_detector, self._is_box_detector_off = detector, False
         return detector
@@ -344,7 +337,7 @@ class MGLlavaProcessor(ImageTextProcessor):
         if self.box_detector_config is None:
             return None
         for part in PARTS:
-            locate_revision(f"{part}_revision", self.box_detector_config.get(f"{part}_revision"))
+            check_revision(f"{part}_revision", self.box_detector_config.get(f"{part}_revision"))
         return {
             name: locate(name, value, self._repository)
             if isinstance(value, str) and name in (*PARTS, "prompt_embeds")
@@ -421,14 +414,7 @@ class MGLlavaProcessor(ImageTextProcessor):
         return files
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Upload the processor, box detector included, see [`ProcessorMixin.push_to_hub`].
-
-        Args:
-            *args: See the base class.
-            **kwargs: See the base class.
-
-        Returns:
-            As the base class.
+        """Upload the processor with its box detector, see [`ProcessorMixin.push_to_hub`].
 
         Raises:
             RuntimeError: If this release of transformers uploads in another way than this class knows.
@@ -605,42 +591,22 @@ class MGLlavaProcessor(ImageTextProcessor):
         ]
         return packed
 
+    def _unpack(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Give boxes and counts that are in one input, see `packs_boxes`, their usual form."""
+        if inputs.get("image_position_ids") is None:
+            return inputs
+        rows = [torch.as_tensor(row) for row in inputs["image_position_ids"]]
+        counts = [int((row[:, 0] >= 0).sum()) for row in rows]
+        return {**inputs, "boxes": [row.clamp(min=0) for row in rows], "num_boxes": counts}
+
     def num_image_tokens(self, inputs: Mapping[str, Any]) -> list[int]:
-        """Count the placeholders of each image.
-
-        Args:
-            inputs (`Mapping`): What the processor returned.
-
-        Returns:
-            `list[int]`: One number per image, in order.
-        """
-        counts = _unpack(inputs).get("num_boxes")
+        """Count the placeholders of each image, see [`ImageTextProcessor.num_image_tokens`]."""
+        counts = self._unpack(inputs).get("num_boxes")
         counts = [] if counts is None else torch.as_tensor(counts).tolist()
         return [self.image_seq_length + self.num_tokens_per_box * count for count in counts]
 
-    def take_images(self, inputs: Mapping[str, Any], first: int, last: int | None = None) -> dict[str, torch.Tensor]:
-        """Take some images out of a batch.
-
-        Args:
-            inputs (`Mapping`): What the processor returned.
-            first (`int`): Which image is the first.
-            last (`int`, *optional*): Which one is the first that is not taken; by default all are.
-
-        Returns:
-            `dict[str, torch.Tensor]`: `pixel_values`, `boxes` and `num_boxes`; empty if there is no such image.
-        """
-        return super().take_images(_unpack(inputs), first, last)
-
     def join_images(self, rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Join the images of several samples.
-
-        Args:
-            rows (`Sequence[Mapping]`): What [`~MGLlavaProcessor.take_images`] gave of each.
-
-        Returns:
-            `dict[str, torch.Tensor]`: `pixel_values`, `boxes` (padded with zeros to the greatest number) and
-            `num_boxes` of all images; empty if there are none.
-        """
+        """Join images with `boxes` padded to the greatest number, see [`ImageTextProcessor.join_images`]."""
         rows = [row for row in rows if row]
         most = max((row["boxes"].shape[1] for row in rows), default=0)
         pad = torch.nn.functional.pad
@@ -750,15 +716,6 @@ class MGLlavaProcessor(ImageTextProcessor):
             _take_boxes(messages, of_text)
             texts.append(write_boxes_into_text(text, self._placeholder, of_text))
         return texts[0] if is_single else texts
-
-
-def _unpack(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Give boxes and counts that are in one input, see `packs_boxes`, their usual form."""
-    if inputs.get("image_position_ids") is None:
-        return inputs
-    rows = [torch.as_tensor(row) for row in inputs["image_position_ids"]]
-    counts = [int((row[:, 0] >= 0).sum()) for row in rows]
-    return {**inputs, "boxes": [row.clamp(min=0) for row in rows], "num_boxes": counts}
 
 
 def _check_upload_hook() -> None:

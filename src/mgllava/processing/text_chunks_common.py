@@ -219,16 +219,11 @@ def _read_format(template: str, special_tokens: tuple[tuple[str, str], ...]) -> 
     starts = [_BOUNDARIES.split(head)[-1]]
     with suppress(Exception):  # some templates have no system message
         starts.append(_BOUNDARIES.split(render(("system", _SYSTEM), turns[0]).split(_SYSTEM)[0])[-1])
-    chat = ChatFormat(tuple(filter(None, starts)), *map(_delimiter, (opening, between, closing)))
+    delimiters = (Delimiter(*_take_boundaries(marked)) for marked in (opening, between, closing))
+    chat = ChatFormat(tuple(filter(None, starts)), *delimiters)
     is_cut_at_answer = chat.opening.cuts == ((len(chat.opening.text), True),)
     is_usable = second == opening and is_cut_at_answer and chat.between.cuts and not chat.between.cuts[-1][1]
     return chat if chat.starts and chat.opening.text and chat.between.text and is_usable else None
-
-
-def _delimiter(marked: str) -> Delimiter:
-    """Make a delimiter of a string with boundary characters."""
-    text, cuts = _take_boundaries(marked)
-    return Delimiter(text, tuple(cuts))
 
 
 def chat_formats(
@@ -251,12 +246,10 @@ def writes_boundaries(template: str) -> bool:
     return "chunk_boundary" in template
 
 
-def _take_boundaries(text: str) -> tuple[str, list[Cut]]:
+def _take_boundaries(text: str) -> tuple[str, tuple[Cut, ...]]:
     """Take the boundary characters out of a text, and note where they were."""
-    cuts = [
-        (match.start() - number, match.group() == ANSWER_BOUNDARY)
-        for number, match in enumerate(_BOUNDARIES.finditer(text))
-    ]
+    found = enumerate(_BOUNDARIES.finditer(text))
+    cuts = tuple((match.start() - number, match.group() == ANSWER_BOUNDARY) for number, match in found)
     return _BOUNDARIES.sub("", text), cuts
 
 
@@ -272,7 +265,7 @@ class _Pieces:
     """
 
     text: str
-    cuts: list[Cut]
+    cuts: Sequence[Cut]
     bos: int | None
     repeated: str | None = None
 
@@ -515,7 +508,6 @@ def encode_chunks(
     max_length: int | None = None,
     padding_side: str | None = None,
     return_offsets_mapping: bool | None = False,
-    return_assistant_tokens_mask: bool = False,
     sanitize_control_tokens: bool | None = False,
     **options: Any,
 ) -> dict[str, list[Any]]:
@@ -553,8 +545,7 @@ def encode_chunks(
     side = padding_side or tokenizer.padding_side
     if return_offsets_mapping:
         output["offset_mapping"] = _pad_like(output["input_ids"], [row.spans for row in rows], (0, 0), side)
-    if return_assistant_tokens_mask:
-        output["assistant_masks"] = _pad_like(output["input_ids"], [row.is_answer for row in rows], 0, side)
+    output["assistant_masks"] = _pad_like(output["input_ids"], [row.is_answer for row in rows], 0, side)
     return output
 
 
