@@ -1,7 +1,4 @@
-"""Configuration and modules of MG-LLaVA.
-
-A folder that the Hub gets as it is: its files import each other as siblings only.
-"""
+"""Configuration and modules of MG-LLaVA; a Hub folder, whose files are copied into saved models."""
 
 from .configuration_mgllava import MGLlavaConfig, MGLlavaHighResVisionConfig
 from .modeling_mgllava import (

@@ -1,4 +1,4 @@
-"""Models of images and text around any causal language model of transformers, whose own class scores and generates."""
+"""Base classes of models for images and text, around any causal language model of transformers."""
 
 import inspect
 from collections.abc import Callable
@@ -34,16 +34,17 @@ from .pretrained_common import CACHE_NAME, ImageTextPreTrainedModel
 
 logger = logging.get_logger(__name__)
 
-# What `generate` calls, overridden here: under another name it would be skipped without an error.
+# Private methods that `generate` calls and that are overridden here. If transformers renamed one, the override would
+# be ignored without an error.
 _GENERATION_HOOKS = ("_expand_inputs_for_generation", "_supports_default_dynamic_cache")
 _LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
-# What `generate` calls on a model and a language model may do in a way of its own, without a loss here.
+# Methods of `GenerationMixin` that the class of a language model may override, since calls are passed on to it.
 _DELEGATED_HOOKS = {"prepare_inputs_for_generation", "_supports_default_dynamic_cache"}
-# What the class of a language model needs, to be given embeddings of images and to continue.
+# Arguments that the `forward` of a language model must take: embeddings of images, and a KV cache.
 _ARGUMENTS = ("attention_mask", "inputs_embeds", CACHE_NAME)
 
-_READS_IDS = "some of its layers read token ids, which images have not"
-# Types whose classes look like all others, by what makes them different.
+_READS_IDS = "some of its layers read token ids, which images do not have"
+# Types that the checks below accept although they do not work, with the reason.
 _REFUSED_TYPES = {
     "blt": _READS_IDS,
     "deepseek_v4": _READS_IDS,
@@ -54,15 +55,15 @@ _REFUSED_TYPES = {
 }
 if CACHE_NAME == "past_key_values":  # before transformers 5.24
     _REFUSED_TYPES |= {
-        "dbrx": "this release does not read back the configuration that it saves inside of another one",
-        "inkling_text": "this release does not normalize embeddings that are given as it does those of ids",
+        "dbrx": "this release does not read the configuration that it saves inside another one",
+        "inkling_text": "this release normalizes the embeddings of ids, but not `inputs_embeds`",
     }
-# Values of a configuration with which layers read ids.
+# Configuration values that make layers read token ids.
 _READS_IDS_IF = ("hidden_size_per_layer_input", "ple_layer_ids")
 
 
 class UnsupportedLanguageModelError(ValueError):
-    """A language model that cannot be part of a model for images without a change of what it computes."""
+    """A language model that would not compute the same inside a model for images."""
 
     def __init__(self, model_type: str, reason: str):
         super().__init__(
@@ -72,22 +73,12 @@ class UnsupportedLanguageModelError(ValueError):
 
 
 def language_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Find the class with a head for the configuration of a language model.
-
-    Args:
-        config (`PreTrainedConfig`): Its configuration.
-
-    Returns:
-        `type`: The class that `AutoModelForCausalLM` takes.
-
-    Raises:
-        UnsupportedLanguageModelError: If there is none, or it is known to compute something else here.
-    """
+    """Return the class that `AutoModelForCausalLM` builds, or raise `UnsupportedLanguageModelError`."""
     kind = config.model_type
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedLanguageModelError(
             kind,
-            "this release of transformers has no causal language model for it (one from remote code is used after "
+            "this release of transformers has no causal language model for it (register third-party classes with "
             "`AutoConfig.register` and `AutoModelForCausalLM.register`)",
         )
     if config.is_encoder_decoder:
@@ -107,12 +98,12 @@ def language_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     if missing := [name for name in _ARGUMENTS if name not in arguments]:
         raise UnsupportedLanguageModelError(kind, f"its `forward` takes no {' and no '.join(missing)}")
     if own := [name for name in _own_hooks(model_class) if name not in _DELEGATED_HOOKS]:
-        raise UnsupportedLanguageModelError(kind, f"it generates in a way of its own ({', '.join(own)})")
+        raise UnsupportedLanguageModelError(kind, f"it overrides how transformers generates ({', '.join(own)})")
     return model_class
 
 
 def _own_hooks(model_class: type) -> list[str]:
-    """Methods of `GenerationMixin` that a class replaces."""
+    """Names of the methods of `GenerationMixin` that a class overrides."""
     hooks = [name for name, value in vars(GenerationMixin).items() if callable(getattr(value, "__func__", value))]
     return [
         name
@@ -123,7 +114,7 @@ def _own_hooks(model_class: type) -> list[str]:
 
 
 def _forward_arguments(model_class: type) -> list[str]:
-    """Names of the arguments of `forward`; of the class above, if it hands on whatever it is given."""
+    """Names of the arguments of `forward`: of the first class in the MRO whose signature names them."""
     for kind in model_class.__mro__:
         if "forward" in vars(kind):
             arguments = inspect.signature(kind.forward).parameters
@@ -133,16 +124,11 @@ def _forward_arguments(model_class: type) -> list[str]:
 
 
 class LanguageModelHead:
-    """What the class of a language model computes around its body: scores, scales, caps, losses of experts.
+    """A causal language model without its weights, which computes logits and loss (scales, caps, losses of experts).
 
-    The class's own `forward` runs, with the body of the whole model instead of its own. It owns no weights: those of
-    the head are `lm_head` of the whole model.
-
-    Args:
-        model (`PreTrainedModel`): A causal language model. It is taken apart: what holds weights is gone from it.
-
-    Raises:
-        UnsupportedLanguageModelError: If it has weights besides a body and one output layer.
+    The `forward` of its class runs with a function in place of the body, and with `lm_head` of the whole model. The
+    modules with weights are removed from the given model, and `take_parts` returns them. A model with weights outside
+    of its body and one output layer raises `UnsupportedLanguageModelError`.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -164,7 +150,7 @@ class LanguageModelHead:
         width, hidden_size = model.get_input_embeddings().embedding_dim, model.config.hidden_size
         if width != hidden_size:
             raise UnsupportedLanguageModelError(
-                kind, f"its token embeddings ({width}) are not as wide as its layers ({hidden_size})"
+                kind, f"its token embeddings ({width}) and its layers ({hidden_size}) differ in width"
             )
         self.body_name, self.head_name = body, names[0]
         self.tied_weights_keys = {
@@ -174,53 +160,39 @@ class LanguageModelHead:
         self.takes_positions = "position_ids" in _forward_arguments(type(model))
         self.body, self.layer = children[body], head
         del model._modules[body], model._modules[self.head_name]
-        self._rest = model
+        # The language model without the modules that hold weights: its class, configuration and plain attributes.
+        self.rest = model
 
     def take_parts(self) -> tuple[PreTrainedModel, nn.Module]:
-        """Hand over body and output layer, which is done once: a model registers them as modules of its own."""
+        """Return body and output layer and forget them, since a model registers them as its own. Call this once."""
         parts = self.body, self.layer
         del self.body, self.layer
         return parts
 
     def _new_name(self, name: str) -> str:
-        """Name of a weight of the language model in the whole model."""
+        """Translate the name of a weight in the language model to its name in the whole model."""
         for part, new in ((self.body_name, "model.language_model"), (self.head_name, "lm_head")):
             if name.startswith(f"{part}."):
                 return new + name.removeprefix(part)
         return name
 
-    @property
-    def rest(self) -> PreTrainedModel:
-        """The language model without what holds weights: its class, configuration and plain attributes."""
-        return self._rest
-
     def score(self, owner: nn.Module, body: Callable[..., Any], loss_function: Callable[..., Any], **kwargs) -> Any:
-        """Run the class's `forward`.
-
-        Args:
-            owner (`nn.Module`): The model with `lm_head`.
-            body (`Callable`): Called in place of the body, with its arguments.
-            loss_function (`Callable`): Called in place of the class's own.
-            **kwargs: Arguments of `forward`.
-
-        Returns:
-            `ModelOutput`: Output of the class.
-        """
+        """Run the class's `forward` with `lm_head` of `owner`, and with functions for its body and its loss."""
         model = self.stand_in(owner)
         vars(model)[self.body_name] = _Body(body, owner.model.language_model)
         model.loss_function = loss_function
         return model.forward(**kwargs)
 
     def stand_in(self, owner: nn.Module) -> PreTrainedModel:
-        """Make an instance of the class without body, for one call: threads and replicas of `owner` share nothing."""
-        model = object.__new__(type(self._rest))
-        parts = {**self._rest._modules, self.head_name: owner.lm_head}
-        model.__dict__ = {**vars(self._rest), "_modules": parts, "training": owner.training}
+        """Make an instance without a body for one call, so that threads and replicas of `owner` do not share it."""
+        model = object.__new__(type(self.rest))
+        parts = {**self.rest._modules, self.head_name: owner.lm_head}
+        model.__dict__ = {**vars(self.rest), "_modules": parts, "training": owner.training}
         return model
 
 
 def _part_with(model: nn.Module, wanted: nn.Module) -> str | None:
-    """Name of the child of `model` that contains a module."""
+    """Return the name of the child of `model` that contains a module."""
     for name, child in model.named_children():
         if any(module is wanted for module in child.modules()):
             return name
@@ -228,7 +200,10 @@ def _part_with(model: nn.Module, wanted: nn.Module) -> str | None:
 
 
 class _Body:
-    """A function in place of a model, whose values can be read; a part of it (`decoder` of OPT) is the same."""
+    """A function in place of a module, with the module's attributes.
+
+    A submodule is the function again: OPT calls `decoder` of its body, not the body.
+    """
 
     def __init__(self, function: Callable[..., Any], body: nn.Module):
         self.function, self.body = function, body
@@ -242,37 +217,27 @@ class _Body:
 
 
 def load_language_model(config: PreTrainedConfig) -> LanguageModelHead:
-    """Build a language model with random weights, in parts.
-
-    Args:
-        config (`PreTrainedConfig`): Its configuration.
-
-    Returns:
-        `LanguageModelHead`: With `body` and `layer`.
-
-    Raises:
-        UnsupportedLanguageModelError: If it would compute something else here.
-    """
+    """Build a language model with random weights; raise `UnsupportedLanguageModelError` if it cannot be used."""
     language_model_class(config)
     return LanguageModelHead(AutoModelForCausalLM.from_config(config))
 
 
 @dataclass
 class ImageTextModelOutputWithPast(BaseModelOutputWithPast):
-    """Output of a body. A family's own class inherits it and says what `image_hidden_states` are."""
+    """Output of a body. The output class of a family derives from it and documents `image_hidden_states`."""
 
     image_hidden_states: torch.FloatTensor | None = None
     image_outputs: BaseModelOutputWithPooling | None = None
     router_logits: tuple[torch.FloatTensor] | None = None
 
-    # Heads of language models read these of their own bodies.
+    # Some language models read these from the output of their body.
     cross_attentions = None
     shared_kv_states = None
 
 
 @dataclass
 class ImageTextCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """Output of a model with its head. A family's own class inherits it and says what `image_hidden_states` are."""
+    """Output of a model with its head. The output class of a family derives from it as well."""
 
     image_hidden_states: torch.FloatTensor | None = None
     image_outputs: BaseModelOutputWithPooling | None = None
@@ -286,10 +251,10 @@ class SeenImageFeatures(BaseModelOutputWithPooling):
 
 
 def _must_be_touched(modules: list[nn.Module]) -> bool:
-    """Whether all processes must run these modules, also those without an image.
+    """Tell whether every process must run these modules, even if its batch has no image.
 
-    So it is where their gradients are reduced together, and where each process holds a share of their weights, which
-    all gather together (ZeRO-3, FSDP).
+    This is needed if their gradients are reduced across processes, or if each process holds a shard of their weights
+    (ZeRO-3, FSDP): both are collective operations.
     """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return False
@@ -304,18 +269,18 @@ def _must_be_touched(modules: list[nn.Module]) -> bool:
 
 
 class _UnusedTokens(LogitsProcessor):
-    """Keeps the unused rows of the embedding table from being generated, whatever generation config is passed."""
+    """Never generates unused rows of the embedding table, whatever generation configuration is passed."""
 
     def __init__(self, ids: list[int]):
         self.ids = torch.tensor(ids, dtype=torch.long)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        ids = self.ids[self.ids < scores.shape[-1]]  # some language models cut the padding off themselves
+        ids = self.ids[self.ids < scores.shape[-1]]  # some language models remove the padding themselves
         return scores.index_fill(-1, ids.to(scores.device), -torch.inf)
 
 
 def _keep(hidden_states: torch.FloatTensor, logits_to_keep: int | torch.Tensor) -> torch.FloatTensor:
-    """Cut hidden states to the positions whose logits are wanted; those of a mask are one row."""
+    """Select the hidden states whose logits are wanted; a mask selects them into a single row."""
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
     if logits_to_keep.ndim == 1:
@@ -331,10 +296,10 @@ def _keep(hidden_states: torch.FloatTensor, logits_to_keep: int | torch.Tensor) 
 
 
 class ImageTextModel(ImageTextPreTrainedModel):
-    """Body of a family: what embeds images, and the language model without its head.
+    """Body of a family's model: the modules that embed images, and the language model without its head.
 
-    A family adds its modules, then calls `add_language_model`. It defines `get_image_features`, `dummy_images`, and a
-    `forward` that hands its arguments to `embed_and_run`.
+    The class of a family adds its modules, then calls `add_language_model`. It defines `get_image_features`,
+    `dummy_images`, and a `forward` that passes its arguments to `embed_and_run`.
     """
 
     output_class: type[ImageTextModelOutputWithPast] = ImageTextModelOutputWithPast
@@ -345,7 +310,7 @@ class ImageTextModel(ImageTextPreTrainedModel):
 
     def add_language_model(self, language_model: PreTrainedModel | None) -> None:
         """Add the language model, as the last module, and initialize all weights."""
-        # The model with a head brings the body of the same instance that its head comes from.
+        # The model with a head passes the body of the language model that its head comes from.
         self.language_model = language_model
         if language_model is None:
             self.language_model, _ = load_language_model(self.config.text_config).take_parts()
@@ -367,10 +332,10 @@ class ImageTextModel(ImageTextPreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         labels: torch.LongTensor | None = None,
     ) -> tuple[dict[str, Any], torch.FloatTensor | None, BaseModelOutputWithPooling | None]:
-        """Embed text and images, which `images` holds as arguments of `get_image_features`.
+        """Embed text and images; `images` holds the arguments of `get_image_features`.
 
-        Returns:
-            Arguments of the language model, the embeddings of the images in turn, and what `get_image_features` gave.
+        Returns the arguments of the language model, the embeddings of all images `(num_placeholders, hidden_size)`,
+        and the output of `get_image_features`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
@@ -379,7 +344,8 @@ class ImageTextModel(ImageTextPreTrainedModel):
             if image_outputs is not None:
                 raise ValueError("Pass either `pixel_values` or `mm_encoder_outputs` with an image, not both.")
             image_outputs = self.get_image_features(**images, return_dict=True)
-        # Other processes may have images in their batches: then an empty image, for a zero, at the same point.
+        # Other processes may have images in their batches, and run these modules now. This one runs them on a dummy
+        # image, whose embeddings are multiplied by zero below.
         is_unseen = image_outputs is None and cache is None and _must_be_touched(self.vision_modules())
         if is_unseen:
             device = input_ids.device if inputs_embeds is None else inputs_embeds.device
@@ -391,7 +357,7 @@ class ImageTextModel(ImageTextPreTrainedModel):
         if is_unseen or image_outputs is None:
             self._check_no_placeholders(input_ids, inputs_embeds)
         if is_unseen:
-            # Zero also where the empty image overflows.
+            # The product must be zero even if the dummy image overflows.
             total = torch.nan_to_num(torch.cat(list(image_outputs.pooler_output)), posinf=0.0, neginf=0.0).sum()
             inputs_embeds = inputs_embeds + (0 * total).to(inputs_embeds.device, inputs_embeds.dtype)
         elif image_outputs is None:
@@ -421,7 +387,7 @@ class ImageTextModel(ImageTextPreTrainedModel):
     def embed_and_run(
         self, images: dict[str, Any], arguments: dict[str, Any], **kwargs
     ) -> ImageTextModelOutputWithPast:
-        """Call `embed` with `images` and `arguments`, and the language model with what it gives and `kwargs`."""
+        """Call `embed` with `images` and `arguments`, and the language model with its result and `kwargs`."""
         inputs, image_features, image_outputs = self.embed(images, **arguments)
         outputs = self.language_model(return_dict=True, **inputs, **kwargs)
         seen = {}
@@ -448,7 +414,7 @@ class ImageTextModel(ImageTextPreTrainedModel):
         attention_mask: torch.Tensor | None,
         **arguments: Any,
     ) -> tuple[torch.Tensor, torch.LongTensor]:
-        """Mask placeholders, and close the gaps that they leave in the positions."""
+        """Mask the dropped placeholders, and number the other positions without gaps."""
         if attention_mask is None:
             attention_mask = torch.ones_like(is_placeholder, dtype=torch.long)
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != is_placeholder.shape:
@@ -476,32 +442,18 @@ class ImageTextModel(ImageTextPreTrainedModel):
     def find_placeholders(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None
     ) -> torch.BoolTensor:
-        """Tell which positions of prompts are placeholders.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Token ids. Without them, placeholders are recognized by their embedding.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
-                Token embeddings.
-
-        Returns:
-            `torch.BoolTensor` of shape `(batch_size, sequence_length)`.
-        """
+        """Tell which positions are placeholders, `(batch_size, sequence_length)`; without ids, by their embeddings."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
         image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(image_token).to(inputs_embeds.device)).all(-1)
 
     def vision_modules(self) -> list[nn.Module]:
-        """List what images pass: towers, fusion, projectors.
-
-        Returns:
-            `list[nn.Module]`.
-        """
+        """List the modules that images pass through, such as towers, fusion and projectors."""
         return [module for name, module in self.named_children() if name != "language_model"]
 
     def _with_gradient(self, inputs_embeds: torch.FloatTensor) -> torch.FloatTensor:
-        """Let a loss of text alone have a gradient, zero, where only vision parameters are trained (stage 1)."""
+        """Give the loss of text alone a gradient of zero if only vision parameters are trained, as in stage 1."""
         if not self.training or not torch.is_grad_enabled():
             return inputs_embeds
         if any(parameter.requires_grad for parameter in self.language_model.parameters()):
@@ -514,9 +466,9 @@ class ImageTextModel(ImageTextPreTrainedModel):
         return inputs_embeds + zero * torch.nan_to_num(trained.flatten()[0]).to(inputs_embeds.device)
 
     def _check_no_placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> None:
-        """Raise `ValueError` where placeholders would be read as text."""
+        """Raise `ValueError` for placeholders that have no image."""
         if inputs_embeds.shape[1] == 1:
-            return  # a step of generation, which never gives a placeholder
+            return  # a step of generation, which never generates a placeholder
         mask = self.find_placeholders(input_ids, inputs_embeds)
         torch_compilable_check(
             ~mask.any(),
@@ -534,21 +486,9 @@ class ImageTextModel(ImageTextPreTrainedModel):
         inputs_embeds: torch.FloatTensor,
         image_features: list[torch.FloatTensor],
     ) -> torch.BoolTensor:
-        """Find the placeholders that `image_features` take the place of.
+        """Find the placeholders, `(batch_size, sequence_length, 1)`; raise `ValueError` if their number is wrong.
 
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Token ids. Without them, placeholders are recognized by their embedding.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
-                Token embeddings.
-            image_features (`list` of `torch.FloatTensor` of shape `(num_tokens, hidden_size)`):
-                Embeddings of each image.
-
-        Returns:
-            `torch.BoolTensor` of shape `(batch_size, sequence_length, 1)`.
-
-        Raises:
-            ValueError: If there are more or fewer placeholders than image embeddings.
+        `image_features` holds the embeddings of each image, `(num_tokens, hidden_size)`.
         """
         mask = self.find_placeholders(input_ids, inputs_embeds)
         num_features = sum(len(features) for features in image_features)
@@ -564,14 +504,15 @@ class ImageTextModel(ImageTextPreTrainedModel):
 
 
 class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixin):
-    """Model of a family with its head: scores, loss and generation.
+    """Model of a family with its head: logits, loss and generation.
 
-    A family names `body_class`, and defines `get_image_features` and a `forward` that hands its arguments to `_score`.
+    The class of a family sets `body_class`, and defines `get_image_features` and a `forward` that passes its arguments
+    to `_score`.
     """
 
     body_class: type[ImageTextModel]
     output_class: type[ImageTextCausalLMOutputWithPast] = ImageTextCausalLMOutputWithPast
-    # Arguments of `forward` with tensors of images, `pixel_values` first.
+    # Arguments of `forward` that hold tensors of images, `pixel_values` first.
     image_arguments: tuple[str, ...] = ("pixel_values",)
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -598,15 +539,15 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
         logits_to_keep: int | torch.Tensor,
         **kwargs,
     ) -> ImageTextCausalLMOutputWithPast:
-        """Run the body, with `images`, and the head: both with `arguments`, those of any language model.
+        """Run the body and the head with `arguments`, which every language model has; the body also with `images`.
 
-        `images` may hold further arguments of the body's `forward`.
+        `images` may hold any other arguments of the body's `forward`.
         """
         labels, input_ids = arguments["labels"], arguments["input_ids"]
         if arguments["position_ids"] is not None and not self._head.takes_positions:
             raise ValueError(
-                f"A language model of type {self.config.text_config.model_type!r} takes no `position_ids`: the "
-                "positions of its tokens follow from `attention_mask`."
+                f"A language model of type {self.config.text_config.model_type!r} takes no `position_ids`: it "
+                "computes positions from `attention_mask`. Leave the argument out."
             )
         loss_arguments = {name: kwargs.pop(name) for name in _LOSS_ARGUMENTS if name in kwargs}
         seen = []
@@ -646,27 +587,27 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
     def _loss(
         self, logits: torch.FloatTensor, labels: torch.LongTensor, input_ids: torch.LongTensor | None, **kwargs
     ) -> torch.FloatTensor:
-        """Cross-entropy of the next token: over the original vocabulary, where it is not a placeholder."""
+        """Compute the cross-entropy over the original vocabulary, without the positions of placeholders."""
         placeholder = self.config.image_token_id
         if input_ids is not None:
             labels = labels.masked_fill(input_ids == placeholder, -100)
         labels = labels.masked_fill(labels == placeholder, -100)
-        # What a trainer that splits sequences has shifted already stands in for `labels`.
+        # A trainer that splits sequences passes labels that it has shifted already; they replace `labels`.
         targets = labels
         if (shifted := kwargs.get("shift_labels")) is not None:
             targets = kwargs["shift_labels"] = shifted.masked_fill(shifted == placeholder, -100)
-        # Where nothing is to be learned, the sum is 0 and so is the loss, not 0 / 0.
+        # Without any label the sum is 0, and the loss must be 0 too instead of 0 / 0.
         if (count := kwargs.get("num_items_in_batch")) is not None:
             kwargs["num_items_in_batch"] = torch.as_tensor(count).clamp(min=1)
-        # Without the padding rows of the table: in the softmax, they would make the loss differ from the reference.
+        # The softmax leaves out the padding rows of the table, as the reference does.
         vocab_size = self.config.unpadded_vocab_size or self.config.text_config.vocab_size
         torch_compilable_check(
             ((targets < vocab_size) & (targets >= 0) | (targets == -100)).all(),
             lambda: (
                 f"`labels` must be ids from 0 to {vocab_size - 1} or -100, got {int(targets.min())} to "
-                f"{int(targets.max())}. Of the {self.config.text_config.vocab_size} rows of the table only the first "
-                f"{vocab_size} are words: after adding tokens call `model.resize_token_embeddings(len(tokenizer))`, "
-                "also if the table is long enough."
+                f"{int(targets.max())}. Only the first {vocab_size} of the {self.config.text_config.vocab_size} rows "
+                "of the embedding table are vocabulary. After adding tokens, call "
+                "`model.resize_token_embeddings(len(tokenizer))`, even if the table has enough rows."
             ),
         )
         return self.loss_function(logits=logits[..., :vocab_size], labels=labels, vocab_size=vocab_size, **kwargs)
@@ -679,11 +620,11 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
         *args,
         **kwargs,
     ) -> GenerateOutput | torch.LongTensor:
-        """Generate; the placeholder and the padding of the embedding table never, whatever is passed."""
+        """Generate, but never the placeholder or the padding of the embedding table, whatever options are passed."""
         if gone := [name for name in _GENERATION_HOOKS if not hasattr(GenerationMixin, name)]:
             raise RuntimeError(
-                f"The installed transformers has no `GenerationMixin.{gone[0]}`, on which answers to images rely. "
-                "Install an older release, or a newer one of mgllava."
+                f"The installed transformers has no `GenerationMixin.{gone[0]}`, which generation from images needs. "
+                "Install an older transformers, or a newer mgllava."
             )
         prompts, rules = None, list(logits_processor or ())
         if self.model.placeholders_to_drop is not None:
@@ -738,32 +679,22 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
     def prepare_inputs_for_generation(
         self, input_ids: torch.LongTensor, inputs_embeds: torch.FloatTensor | None = None, **kwargs
     ) -> dict:
-        """Prepare the arguments of `forward` for a step of generation, as the language model's own class does.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Ids so far.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
-                Embeddings of the prompts, if they are given so.
-            **kwargs: See the base class.
-
-        Returns:
-            `dict`: Arguments of `forward`.
-        """
+        """Prepare the arguments of `forward` for a step of generation, as the language model's own class does."""
         rest = self._head.rest
         if type(rest).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation:
             prepare = super().prepare_inputs_for_generation
         else:
             prepare = self._head.stand_in(self).prepare_inputs_for_generation
         inputs = prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        # Images go with the first step alone. But Phi-3 starts again from the whole prompt where its position
-        # embeddings change, and an assistant has no first step.
+        # transformers passes images to the first step only. But Phi-3 computes the whole prompt again when its
+        # position embeddings change, and an assistant model has no first step.
         names = (*self.image_arguments, "mm_encoder_outputs")
         images = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         ids = inputs.get("input_ids")
         is_left_out = ids is not None and ids.shape[1] > 1 and not images.keys() <= inputs.keys()
         if is_left_out and (ids == self.config.image_token_id).any():
             inputs |= self._own_images(images)
-        # Releases before 5.24 hand on features of images, unlike pixels, in every step.
+        # Releases before 5.24 pass `mm_encoder_outputs` to every step.
         if ids is not None and ids.shape[1] == 1 and not kwargs.get("is_first_iteration"):
             inputs.pop("mm_encoder_outputs", None)
         if not self._head.takes_positions:
@@ -771,28 +702,20 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
         return inputs
 
     def _own_images(self, images: dict) -> dict:
-        """Images as this model reads them: an assistant is given the features of the model that it assists."""
+        """Replace image features of another width by zeros: an assistant gets those of the model that it assists."""
         features = (images.get("mm_encoder_outputs") or {}).get("image")
         width = self.config.text_config.hidden_size
         if features is None or features.pooler_output[0].shape[-1] == width:
             return images
         logger.warning_once(
-            f"The images were encoded for a model whose layers are {features.pooler_output[0].shape[-1]} wide, not "
-            f"{width} as in this one, which drafts without seeing them. The answer is the same, but takes longer."
+            f"The image features are {features.pooler_output[0].shape[-1]} wide, but the layers of the assistant "
+            f"model are {width} wide. It drafts without the images: the answer is the same, but takes longer."
         )
         blank = [tokens.new_zeros(len(tokens), width) for tokens in features.pooler_output]
         return {**images, "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=blank)}}
 
     def create_masks_for_generate(self, *args, **kwargs) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Make attention masks for a cache of fixed size, as the language model's own class does.
-
-        Args:
-            *args: See `transformers.masking_utils.create_masks_for_generate`.
-            **kwargs: See there.
-
-        Returns:
-            `torch.Tensor` or `dict`: The masks.
-        """
+        """Make attention masks for a static cache, as the language model's own class does."""
         make = getattr(self._head.rest, "create_masks_for_generate", create_masks_for_generate)
         return make(*args, **kwargs)
 
@@ -807,13 +730,13 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
         **model_kwargs,
     ) -> tuple[torch.LongTensor, dict]:
         # Releases that do not encode images before the prefill repeat every tensor row by row, and features not at
-        # all. Images must instead be repeated prompt by prompt, since a prompt may hold none or several.
+        # all. Images must be repeated prompt by prompt instead, since a prompt may have no image or several.
         images: dict[str, Any] = {}
         features = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
         if expand_size > 1 and (features is not None or model_kwargs.get("pixel_values") is not None):
             names = (*self.image_arguments, "mm_encoder_outputs")
             images = {name: model_kwargs.pop(name) for name in names if model_kwargs.get(name) is not None}
-            embeds = model_kwargs.get("inputs_embeds")  # `generate` then holds no ids
+            embeds = model_kwargs.get("inputs_embeds")  # with these, `input_ids` is empty
             is_placeholder = self.model.find_placeholders(input_ids if embeds is None else None, embeds)
             if features is None:
                 order = _repeated_groups(self._num_image_tokens(images), is_placeholder, expand_size)
@@ -829,11 +752,11 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
         return input_ids, {**model_kwargs, **images}
 
     def _num_image_tokens(self, images: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Number of placeholders of each image."""
+        """Return the number of placeholders of each image, `(num_images,)`."""
         raise NotImplementedError
 
     def _take_images(self, images: dict[str, torch.Tensor], order: list[int]) -> dict[str, torch.Tensor]:
-        """Images in another order; a family whose images have several rows in a tensor does this in its own way."""
+        """Put images in another order. A family overrides this if an image has several rows in a tensor."""
         return {name: tensor[order] for name, tensor in images.items()}
 
 
@@ -881,7 +804,7 @@ class _WholePrompts:
 
 
 def _repeated_groups(num_tokens: torch.Tensor, is_placeholder: torch.BoolTensor, expand_size: int) -> list[int]:
-    """Indices of the images of all prompts, each prompt's repeated `expand_size` times as a group."""
+    """Return the indices of the images of all prompts, with those of each prompt repeated `expand_size` times."""
     ends = num_tokens.cumsum(0).tolist()
     prompt_ends = is_placeholder.sum(-1).cumsum(0).tolist()
     groups, first = [], 0
