@@ -1,8 +1,8 @@
 """MG-LLaVA (arXiv 2406.17770) for transformers.
 
 Importing this package registers its model families, MG-LLaVA and the image tagger RAM++, with the Auto classes of
-transformers. `AutoModel` loads the model that can generate, as `AutoModelForImageTextToText` does. A model saved with
-these classes carries their code, so it loads with `trust_remote_code=True` where this package is not installed.
+transformers. `AutoModel` loads the model that can generate, as `AutoModelForImageTextToText` does. Saving a model also
+saves the code of its classes, so it loads with `trust_remote_code=True` where this package is not installed.
 """
 
 from importlib import import_module
@@ -26,7 +26,7 @@ for _family in FAMILIES.values():
     register(_family)
 
 
-# Loaded at the first use: `mgllava.chat.ChatSession` works after `import mgllava`, which stays light.
+# Modules that are imported on first use, so that `import mgllava` stays fast.
 _LAZY_MODULES = (
     "box_files",
     "chat",
@@ -37,12 +37,12 @@ _LAZY_MODULES = (
     "training",
     "visualization",
 )
-# Functions of such modules, by the module.
+# Functions of these modules that are names of the package, each with its module.
 _LAZY_NAMES = {"build_from_parts": "conversion"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a module of the package, or a function of one, at its first use."""
+    """Import a module of the package, or a function of one, on first use."""
     if name in _LAZY_MODULES:
         return import_module(f"{__name__}.{name}")
     if name in _LAZY_NAMES:
@@ -51,7 +51,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """List all names, those included that are imported at their first use."""
+    """List all names, including those that are imported on first use."""
     return sorted({*globals(), *_LAZY_MODULES, *_LAZY_NAMES})
 
 

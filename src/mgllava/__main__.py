@@ -1,4 +1,4 @@
-"""`python -m mgllava`: the command line."""
+"""Run the program `mgllava` by `python -m mgllava`."""
 
 from mgllava.cli import main
 

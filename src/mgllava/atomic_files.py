@@ -1,4 +1,4 @@
-"""Files that are there completely or not at all."""
+"""Atomic file writes."""
 
 import os
 import re
@@ -8,16 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _PARTIAL = re.compile(r"\.(?P<name>.*)\.[0-9a-f]{8}\.partial", re.DOTALL)
-# File systems allow 255 bytes for a name.
+# File systems allow 255 bytes for a name; the rest is for the ending.
 _MAX_NAME_BYTES = 200
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write a file under another name, and rename it when it is complete and on the disk.
+    """Yield a temporary path to write to, and rename it to `path` once its content is on the disk.
 
-    The other name is hidden and random, so that neither a file of the user nor another run is in the way. A link is
-    followed: the file that it leads to is replaced.
+    The temporary name is hidden and random, so that it is neither that of a user's file nor that of another run. If
+    `path` is a symbolic link, its target is replaced.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,17 +32,17 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def partial_name(path: Path) -> Path:
-    """Return a new, hidden name in the folder of a file, for its content until it is complete."""
+    """Return a new hidden path in the folder of a file, for incomplete content."""
     return path.with_name(f".{_start(path.name)}.{uuid.uuid4().hex[:8]}.partial")
 
 
 def is_partial(name: str) -> bool:
-    """Tell whether a name is one that [`replacing`] writes to."""
+    """Tell whether a name is that of an incomplete file of `partial_name`."""
     return _PARTIAL.fullmatch(name) is not None
 
 
 def remove_partial(path: Path) -> None:
-    """Remove what runs that were killed left of a file. Only the holder of a lock on the file may call this."""
+    """Remove the incomplete files that killed runs left for a path. Only the holder of its lock may call this."""
     path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
         return
@@ -53,7 +53,7 @@ def remove_partial(path: Path) -> None:
 
 
 def _start(name: str) -> str:
-    """Shorten a name so that an ending fits."""
+    """Shorten a name, so that the name with the ending of `partial_name` is not too long."""
     return os.fsencode(name)[:_MAX_NAME_BYTES].decode(errors="ignore")
 
 

@@ -1,4 +1,4 @@
-"""The command line: `mgllava …`."""
+"""The program `mgllava` with its commands."""
 
 from typing import Annotated
 

@@ -1,12 +1,12 @@
-"""The base of all errors that this package raises on purpose.
+"""The base class of this package's errors.
 
-The files that are copied into saved models cannot import it: `UnreadableImageError` and
-`UnsupportedLanguageModelError` derive from built-in errors only.
+Hub folders cannot import it, so `UnreadableImageError` and `UnsupportedLanguageModelError` derive from built-in errors
+only.
 """
 
 
 class MGLlavaError(Exception):
-    """Base of this package's errors; each also derives from the built-in error that it is a case of."""
+    """Base class of this package's errors, each of which also derives from a built-in error."""
 
 
 __all__ = ["MGLlavaError"]

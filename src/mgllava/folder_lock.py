@@ -1,4 +1,4 @@
-"""Lock files for outputs that only one run may write, also across the hosts of a cluster."""
+"""Lock files that keep two runs, also on different hosts, from writing the same output."""
 
 import errno
 import json
@@ -20,35 +20,35 @@ from .errors import MGLlavaError
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 10.0
-# Network file systems may show a time of modification that is a minute old.
+# Network file systems may report a modification time that is a minute old.
 STALE_SECONDS = 120.0
 
 _MARK = "mgllava lock"
-# Without hard links, a lock is created and filled right after; whoever reads it in between tries again for this long.
+# Without hard links, a lock file is created empty and written afterwards; a reader in between retries for this long.
 _SETTLING_SECONDS = 1.0
 _MAX_BYTES = 1 << 16
 
 
 class FolderLockedError(MGLlavaError, OSError):
-    """Another run holds the lock, or the lock was lost to one; the message says what to do."""
+    """Another run holds the lock or has taken it over; the message says what to do."""
 
 
 class FolderLock:
-    """A lock on an output, for a `with` block.
+    """A context manager that holds a lock on an output.
 
-    The lock is a file `PATH.lock` next to the output. It is created exclusively, which file systems shared by many
-    hosts do atomically, names its owner, and is touched every few seconds while it is held. A second run gets an
-    error. The lock of a process that ended without removing it (killed, a host that crashed) is taken over: at once
-    if the process ran on this machine, otherwise after two minutes without a heartbeat. Not reentrant; a file of
-    that name that is not a lock of this package is never touched.
+    The lock is a file `PATH.lock` next to the output. Creating it is atomic, also on file systems that many hosts
+    share. It names its owner, which touches it every few seconds. A second run gets an error. If the owner has died
+    without removing the lock, the lock is taken over: at once if the owner ran on this machine, otherwise after two
+    minutes without a heartbeat. The lock is not reentrant. A file of that name that is not a lock of this package is
+    never changed.
 
     Args:
-        path (`str` or `Path`): The file or folder that is to be written. It need not exist; missing parent folders
-            are created, and removed again if nothing was written to them.
-        purpose (`str`): What the run does, for the error message of the second run: "converting", for example.
+        path (`str` or `Path`): The file or folder to write, which need not exist. Missing parent folders are created,
+            and removed again if they are empty at the end.
+        purpose (`str`): What the run does, such as `"converting"`, for the error message of a second run.
 
     Raises:
-        FolderLockedError: On entry, if another run holds the lock or a file of another kind has its name.
+        FolderLockedError: On entry, if another run holds the lock, or the file is not a lock of this package.
         OSError: On entry, if the lock file cannot be written.
     """
 
@@ -89,19 +89,14 @@ class FolderLock:
         self._remove_created_parents()
 
     def check(self) -> None:
-        """Check that the lock is still held. Call it before a step that cannot be undone.
-
-        Raises:
-            FolderLockedError: If the lock file was removed or taken over, which happens to a run that was stopped for
-                minutes.
-        """
+        """Raise `FolderLockedError` if the lock is no longer held. Call this before a step that cannot be undone."""
         owner = None if self._lost else _read(self.file)
         if not self._lost and (owner is None or owner.get("token") != self._token):
             self._lost = "it was removed" if owner is None else f"now {_describe(owner)} holds it"
         if self._lost:
             raise FolderLockedError(
-                f"This run has lost its lock on {self.path}: {self._lost}. Was this run stopped for minutes, or the "
-                f"file {self.file} deleted? Nothing more is written. Start it again when no other run writes there."
+                f"This run has lost its lock on {self.path}: {self._lost}. Was this run suspended for minutes, or "
+                f"{self.file} deleted? Nothing more is written. Start it again when no other run writes there."
             )
 
     def _try_to_create(self) -> bool:
@@ -122,7 +117,7 @@ class FolderLock:
         try:
             _write(partial, owner)
             try:
-                # A lock that appears with its content is whole even if the process is killed at any moment.
+                # A hard link appears with its content, so a killed process leaves no incomplete lock.
                 os.link(partial, self.file)
             except FileExistsError:
                 return False
@@ -148,8 +143,8 @@ class FolderLock:
                 return
             if time.monotonic() > deadline:
                 raise FolderLockedError(
-                    f"{self.file} is in the way: it is not a lock file that this package wrote, or not whole. If no "
-                    "other run is writing there, move or delete it."
+                    f"{self.file} is in the way: it is not a lock file of this package, or incomplete. If no other "
+                    "run is writing there, move or delete it."
                 )
             time.sleep(0.05)
         age = self._age()
@@ -166,7 +161,7 @@ class FolderLock:
         self._take_away(owner)
 
     def _take_away(self, stale: dict[str, Any]) -> None:
-        """Move a stale lock aside, so that exactly one of several runs that see it succeeds."""
+        """Rename a stale lock, then remove it: of several runs that try this, one succeeds."""
         aside = self.file.with_name(f".{uuid.uuid4().hex}.lock")
         try:
             self.file.rename(aside)
@@ -174,7 +169,7 @@ class FolderLock:
             return
         moved = _read(aside)
         if moved is None or moved.get("token") != stale.get("token"):
-            # Another run was faster, and this is the lock that it has just made: put it back.
+            # Another run has taken over, and this is its new lock: put it back.
             with suppress(OSError):
                 os.link(aside, self.file)
         else:
@@ -182,7 +177,7 @@ class FolderLock:
         aside.unlink(missing_ok=True)
 
     def _age(self) -> float | None:
-        """Seconds since the last heartbeat by the clock of the file system; `None` if the lock is gone."""
+        """Return the seconds since the last heartbeat by the clock of the file system; `None` without a lock."""
         try:
             modified = self.file.stat().st_mtime
         except FileNotFoundError:
@@ -200,11 +195,11 @@ class FolderLock:
             owner = _read(self.file)
             if owner is not None and owner.get("token") == self._token:
                 misses = 0
-                # Trouble with the file system for a moment is not a reason to stop; a lost lock is.
+                # A temporary file system error is not a reason to stop.
                 with suppress(OSError):
                     os.utime(self.file)
                 continue
-            # One miss may be another run that looked at the lock and put it back.
+            # Another run may have renamed the lock by mistake, and be putting it back (see `_take_away`).
             misses += 1
             if misses > 1 and (owner is not None or not os.path.lexists(self.file)):
                 self._lost = "it was removed" if owner is None else f"now {_describe(owner)} holds it"
@@ -251,8 +246,8 @@ def _write(path: Path, owner: dict[str, Any]) -> None:
 def _read(path: Path) -> dict[str, Any] | None:
     """Read a lock file; `None` if there is none, or if it is something else."""
     try:
-        # Opened and not only looked at, since that is when network file systems refresh what they know of a file. A
-        # link is not followed, and a pipe does not block.
+        # Network file systems refresh their cache when a file is opened. The flags refuse a symbolic link, and keep a
+        # pipe from blocking.
         flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
         descriptor = os.open(path, flags)
         with os.fdopen(descriptor, "rb") as file:
@@ -271,7 +266,7 @@ def _describe(owner: dict[str, Any]) -> str:
 
 
 def _is_dead(owner: dict[str, Any]) -> bool | None:
-    """Tell whether the owner's process has ended; `None` if it runs where this process cannot see it."""
+    """Tell whether the owner's process has ended; `None` if this process cannot know."""
     pid = owner.get("pid")
     if os.name != "posix" or not isinstance(pid, int) or pid <= 0 or owner.get("machine") != _machine():
         return None
@@ -281,12 +276,12 @@ def _is_dead(owner: dict[str, Any]) -> bool | None:
         return True
     except (PermissionError, OverflowError):
         pass
-    # Process numbers are used again.
+    # Another process may have got the same number since.
     return bool(owner.get("process_started") != _process_start(pid))
 
 
 def _machine() -> str:
-    """Identify what process numbers refer to: the machine since it started, and the container."""
+    """Identify the boot and the PID namespace that process numbers belong to."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -295,13 +290,13 @@ def _machine() -> str:
 
 
 def _process_start(pid: int) -> str | None:
-    """Give the time at which a process started, in the units of the system; `None` where it is not known."""
+    """Return the start time of a process, in the units of the system; `None` if it is not known."""
     try:
-        # The second field, the name of the program, may hold anything, also parentheses.
+        # The second field, the name of the program in parentheses, may itself contain parentheses.
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
-    # A killed process whose parent has not noticed yet is dead as well.
+    # A zombie is dead, although its parent has not read its exit status yet.
     return None if text[0] in "ZX" else text[19]
 
 

@@ -1,4 +1,4 @@
-"""Configurations for loading models in fewer bits."""
+"""Quantization configurations for 4 and 8 bits."""
 
 import torch
 from transformers import BitsAndBytesConfig
@@ -11,8 +11,8 @@ def quantization_config(bits: int) -> BitsAndBytesConfig:
 
     Args:
         bits (`int`):
-            4: NF4 with double quantization, which computes in bfloat16 (float16 on a GPU without bfloat16). Weights
-            are stored in the same type, so that FSDP can shard them together with adapters (QLoRA).
+            4: NF4 with double quantization, computed in bfloat16 (float16 on a GPU without bfloat16). Weights are
+            stored in the same dtype, so that FSDP can shard them together with adapters (QLoRA).
             8: LLM.int8.
 
     Returns:
@@ -27,7 +27,7 @@ def quantization_config(bits: int) -> BitsAndBytesConfig:
 
 
 def quantization_of(bits: int) -> BitsAndBytesConfig:
-    """Make the same for any family: `from_pretrained` of a model's class fills in `llm_int8_skip_modules`."""
+    """Make the same for any family; `from_pretrained` of its model class fills in `llm_int8_skip_modules`."""
     if bits not in (4, 8):
         raise ValueError(f"`bits` must be 4 or 8, got {bits!r}. Load without `quantization_config` for 16 bits.")
     if bits == 8:

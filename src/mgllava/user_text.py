@@ -1,4 +1,4 @@
-"""Text of users is never read as control tokens: what looks like `</s>` or `<image>` in it is text like any other."""
+"""Encode text of users, in which `</s>`, `<image>` and other control tokens are ordinary text."""
 
 import inspect
 import re
@@ -10,22 +10,22 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Releases after 5.16 can; the release decides, not the tokenizer.
+# Whether transformers itself can encode control tokens as text (not in 5.16).
 _CAN_SANITIZE = "sanitize_control_tokens" in inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
 
 
 def encode_conversation(processor: Any, messages: list[dict[str, Any]], **kwargs: Any) -> Any:
-    """Make the model's inputs, tensors of one prompt, from a conversation whose texts come from users.
+    """Turn a conversation into the model's inputs, reading control tokens in its texts as text.
 
-    If transformers cannot encode control tokens as text (5.16), a space breaks them: `</s>` becomes `< /s>`. `kwargs`
-    go to `apply_chat_template`.
+    If transformers cannot do this (5.16), a space is inserted into each: `</s>` becomes `< /s>`. `kwargs` are passed
+    to `apply_chat_template`.
     """
     if _CAN_SANITIZE:
         kwargs["sanitize_control_tokens"] = True
     else:
         logger.warning_once(
-            "This release of transformers reads control tokens in the text of users. They get a space: `</s>` becomes "
-            "`< /s>`. Upgrade transformers to leave the text unchanged."
+            "This release of transformers cannot encode control tokens in the text of users as text. A space is "
+            "inserted into each: `</s>` becomes `< /s>`. Upgrade transformers to leave the text unchanged."
         )
         messages = _break_tokens(messages, control_tokens(processor))
     return processor.apply_chat_template(
@@ -34,10 +34,7 @@ def encode_conversation(processor: Any, messages: list[dict[str, Any]], **kwargs
 
 
 def control_tokens(processor: Any) -> re.Pattern[str]:
-    """Make a pattern of everything that a tokenizer reads as control tokens.
-
-    These are special tokens, the placeholder of images, and other added tokens that the chat template writes.
-    """
+    """Compile a pattern of control tokens: special tokens, the placeholder, and added tokens of the chat template."""
     template = str(processor.chat_template)
     added = processor.tokenizer.added_tokens_decoder.values()
     tokens = {token.content for token in added if token.special or token.content in template}
@@ -46,7 +43,7 @@ def control_tokens(processor: Any) -> re.Pattern[str]:
 
 
 def _break_tokens(value: Any, tokens: re.Pattern[str]) -> Any:
-    """Copy a conversation with a space in each control token."""
+    """Copy a conversation, with a space inserted into each control token."""
     if isinstance(value, str):
         while tokens.search(value):
             value = tokens.sub(lambda match: f"{match.group()[0]} {match.group()[1:]}", value)

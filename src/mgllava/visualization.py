@@ -1,4 +1,4 @@
-"""Images with boxes and labels drawn on them."""
+"""Draw boxes and labels on images."""
 
 import colorsys
 import math
@@ -17,12 +17,12 @@ _Rectangle = tuple[float, float, float, float]
 
 # Steps of the golden angle keep any number of hues apart. The first is cyan, which is rare in photographs.
 _FIRST_HUE, _GOLDEN_ANGLE = 0.5, 0.381966
-# Below this many pixels (geometric mean of the sides) letters would cover the objects, so the image is enlarged.
+# An image with a smaller geometric mean of its sides, in pixels, is enlarged, since labels would cover its objects.
 _LEAST_SIDE = 360
 
 
 class _Plate(NamedTuple):
-    """A label, and the rectangle that it is written on."""
+    """A label and its background rectangle."""
 
     text: str
     place: _Rectangle
@@ -39,28 +39,29 @@ def draw_boxes(
 ) -> Image.Image:
     """Draw boxes with their labels.
 
-    Sizes fit the image, each label has its own color, and everything stays inside the image. Where labels
-    would cover each other, the box with the highest score is labeled first.
+    Line width and font size depend on the image size, each label has its own color, and everything stays inside the
+    image. If two labels would overlap, the one with the lower score is moved.
 
     Args:
-        image: The original image, in any form that the processor takes.
-        detections (`Mapping` or array of shape `(num_boxes, 4)`): `{"boxes", "labels", "scores"}`, what a detector
-            returns and box files hold (labels and scores may be absent), also in a list of one, or boxes alone: xyxy
-            in pixels of the original image (upright: its EXIF orientation is applied). Parts outside the image are
-            not drawn; without scores, a box that lies outside is an error, as in the processor.
-        scores (`bool`): Whether to write the scores after the labels.
-        line_width (`int`, *optional*): In pixels; fits the image by default.
-        font_size (`int`, *optional*): In pixels; fits the image by default.
-        font (`str`, *optional*): A TrueType file. The built-in font has Latin letters only.
+        image: The original image, in any form that the processor accepts.
+        detections (`Mapping` or array of shape `(num_boxes, 4)`): `{"boxes", "labels", "scores"}`, as a box
+            detector returns them and box files store them (labels and scores are optional), also in a list of length
+            1, or only the boxes: xyxy in pixels of the upright original image (after EXIF rotation). Parts outside
+            the image are not drawn. A box outside the image raises an error if there are no scores, as in the
+            processor.
+        scores (`bool`): Whether to draw the scores after the labels.
+        line_width (`int`, *optional*): In pixels; by default it depends on the image size.
+        font_size (`int`, *optional*): In pixels; by default it depends on the image size.
+        font (`str`, *optional*): Path of a TrueType file. The built-in font has only Latin letters.
 
     Returns:
-        `PIL.Image.Image`: A new image, RGB and upright, of the size of the input; or a whole multiple of it where
-        the input is too small for letters.
+        `PIL.Image.Image`: A new image, RGB and upright. It has the size of the input, or a multiple of it if the input
+        is too small for labels.
 
     Raises:
-        TypeError: If the image is not an image, or the boxes are not boxes.
-        ValueError: If the boxes are not of shape `(num_boxes, 4)`, not xyxy or not in pixels of the image, or labels
-            or scores are not as many.
+        TypeError: If `image` is not an image, or `detections` are not boxes.
+        ValueError: If the boxes do not have shape `(num_boxes, 4)`, are not xyxy or not in pixels of the image, or
+            the numbers of labels or scores differ from that of boxes.
     """
     picture = to_pil_image(as_rgb(load_upright(image)))
     if isinstance(detections, list | tuple) and any(isinstance(entry, Mapping) for entry in detections):
@@ -76,7 +77,7 @@ def draw_boxes(
     order = ((boxes[:, 2:] >= 0) & (boxes[:, :2] < limits[:2])).all(dim=1).nonzero().flatten().tolist()
     if not order:
         return picture
-    # The edges of a box that is larger than the image are drawn along the border of the image.
+    # Edges outside the image are drawn along its border.
     boxes = boxes.minimum(limits - 1).clamp(min=0)
     if values is not None:
         order.sort(key=lambda row: float(-values[row]))
@@ -88,7 +89,8 @@ def draw_boxes(
     names = [str(label) for label in labels or range(len(boxes))]
     colors = dict(zip(dict.fromkeys(names), _colors(len(set(names))), strict=True))
 
-    # The best box is drawn last, on top. Dark lines around the colored ones show them on a background of their color.
+    # The box with the highest score is drawn last, on top. Black lines around the colored lines keep these visible on
+    # a background of the same color.
     rim = max(1, width // 3)
     around = boxes + boxes.new_tensor([-rim, -rim, rim, rim])
     worst_first = order[::-1]
@@ -116,7 +118,7 @@ def draw_boxes(
 
 
 def _colors(number: int) -> list[Color]:
-    """Choose colors that differ in hue, all bright enough to be seen on a dark photograph."""
+    """Choose bright colors of different hues."""
     chosen = []
     for index in range(number):
         red, green, blue = colorsys.hsv_to_rgb((_FIRST_HUE + index * _GOLDEN_ANGLE) % 1, 0.8, 1.0)
@@ -131,14 +133,14 @@ def _place(
     margin: int,
     taken: Sequence[_Rectangle],
 ) -> _Rectangle:
-    """Find a place for a label of some extent at its box, where it fits and covers no other."""
+    """Find a place for a label at its box, inside the image and without covering another label."""
     width, height = extent[2] - extent[0] + 2 * margin, extent[3] - extent[1] + 2 * margin
     x1, y1, x2, y2 = box
     # Above the box, inside at the top, inside at the bottom, below; on the left, then on the right.
     places = [(x, y) for x in (x1, x2 - width + 1) for y in (y1 - height, y1, y2 - height + 1, y2 + 1)]
     highest_x, highest_y = image_size[0] - width, image_size[1] - height
     for x, y in places:
-        # Sideways a label may move along its box; upwards it would leave it.
+        # A label may move sideways along its box, but not up or down, away from it.
         x = max(0, min(x, highest_x))
         if 0 <= y <= highest_y and not any(
             x < other[2] and other[0] < x + width and y < other[3] and other[1] < y + height for other in taken
@@ -155,7 +157,7 @@ def _write(
     """Write a label on its plate."""
     x1, y1, x2, y2 = plate.place
     draw.rectangle((x1, y1, x2 - 1, y2 - 1), fill=color)
-    # Weights of Rec. 601: how bright the plate looks.
+    # The perceived brightness of the plate, with the weights of Rec. 601.
     brightness = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
     left, top, right, bottom = draw.textbbox((0, 0), plate.text, font=font)
     start = (x1 + x2 - left - right) / 2, (y1 + y2 - top - bottom) / 2

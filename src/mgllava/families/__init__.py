@@ -1,4 +1,4 @@
-"""The model families of this package. A new one is a file next to this one and a line in `FAMILIES`."""
+"""The registry of model families. A new family adds a file to this folder and a line to `FAMILIES`."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from .mgllava import MGLLAVA
 from .ram_plus import RAM_PLUS
 from .registration import register
 
-# By `config.model_type`. Never by class: remote code has classes of its own.
+# By `config.model_type` instead of by class, since remote code has classes of its own.
 FAMILIES: dict[str, Family] = {
     "mgllava": MGLLAVA,
     "ram_plus": RAM_PLUS,
@@ -19,13 +19,13 @@ def family_of(config: Any, has_text: bool = True) -> Family:
 
     Args:
         config (`PreTrainedConfig`): Configuration of a model.
-        has_text (`bool`, *optional*, defaults to `True`): Whether only families that read and write text will do.
+        has_text (`bool`, *optional*, defaults to `True`): Whether to accept only families that read and write text.
 
     Returns:
         [`Family`]: The family.
 
     Raises:
-        ValueError: If the configuration belongs to no such family.
+        ValueError: If the configuration does not belong to such a family.
     """
     accepted = {name: family for name, family in FAMILIES.items() if family.processor or not has_text}
     if config.model_type not in accepted:

@@ -1,4 +1,4 @@
-"""What a model family is, by the names of its classes and functions."""
+"""Description of a model family by the names of its classes and functions."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from typing import Any
 class Family:
     """A model architecture, described by import strings such as `"mgllava.modeling:MGLlavaConfig"`.
 
-    Describing a family imports nothing, so that a low floor can name what lies on a higher one; whoever uses a
-    field resolves it with [`resolve`].
+    A description imports nothing, so that it can name modules on higher floors. [`resolve`] imports the object that a
+    field names.
 
     Attributes:
-        title: Name for people.
+        title: Name in messages and model cards.
         config: Configuration class; its `model_type` is the key of `FAMILIES`.
         model: Model class with all heads, which the Auto classes load.
         auto_classes: Names of the Auto classes of transformers that load `model`, `AutoModel` among them.
@@ -23,12 +23,12 @@ class Family:
         processor: Processor class; `None` for models that read no text, which have an image processor only.
         chat_templates: Mapping from the names of prompt templates to chat templates.
         source_formats: Source formats, the checkpoint layouts that `mgllava convert` reads for this family.
-        card: Function that writes the model card.
-        parts: Names of the trained parts that a new model is put together from.
-        build: Function that builds a new model from `parts`. It is called with these, `prompt_template`, `dtype` and
-            arguments of the configuration, all by name, and returns the model and its processor.
-        trained_whole: Modules, as attributes of the base model, that LoRA trains as a whole.
-        max_text_length: Longest training text in tokens, where an image counts as one.
+        card: Function that writes the parts of the model card that depend on the family.
+        parts: Names of the pretrained parts that a new model is built from.
+        build: Function that builds a new model. Its keyword arguments are the names in `parts`, `prompt_template`,
+            `dtype` and arguments of the configuration; it returns the model and its processor.
+        trained_whole: Children of the base model that are trained completely when LoRA trains the language model.
+        max_text_length: Longest training text in tokens, where an image counts as one token.
         images_depend_on_text: Whether the embeddings of an image depend on the text of the prompt. The KV cache
             after the first image can then not be used for another prompt.
     """
@@ -51,28 +51,28 @@ class Family:
 
 
 def resolve(name: str) -> Any:
-    """Import what an import string names.
+    """Import the object that an import string names.
 
     Args:
         name (`str`): Module and attribute, such as `"mgllava.modeling:MGLlavaConfig"`.
 
     Returns:
-        The class, function or value.
+        The object.
     """
     module, _, attribute = name.partition(":")
     return getattr(import_module(module), attribute)
 
 
 def takes_boxes(processor: Any) -> bool:
-    """Tell whether the images of a model come with boxes, which is a capability of its processor.
+    """Tell whether images of a processor come with boxes.
 
     Args:
         processor ([`ImageTextProcessor`]): The processor.
 
     Returns:
-        `bool`: Whether it has a box detector, or takes one.
+        `bool`: Whether it has the property `box_detector`.
     """
-    # Asked of the class, because the property of an object loads the box detector.
+    # The class is asked, since reading the property of an object loads the box detector.
     return hasattr(type(processor), "box_detector")
 
 

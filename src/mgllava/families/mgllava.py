@@ -19,7 +19,7 @@ MGLLAVA = Family(
     parts=("llm", "vision_tower", "high_res_tower"),
     build="mgllava.conversion.build:build_mgllava",
     trained_whole=("fusion", "multi_modal_projector", "box_projector", "object_attention"),
-    # 2,048 tokens less those of an image.
+    # 2,048 tokens minus the 576 of an image.
     max_text_length=1472,
 )
 

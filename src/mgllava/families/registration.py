@@ -1,4 +1,4 @@
-"""Registration of a family's classes with transformers."""
+"""Registration of a family with transformers."""
 
 import transformers
 
@@ -6,7 +6,7 @@ from .family import Family, resolve
 
 
 def register(family: Family) -> None:
-    """Let the Auto classes of transformers load a family, and `save_pretrained` copy the code of its classes.
+    """Register a family with the Auto classes, and make `save_pretrained` copy the code of its classes.
 
     Args:
         family ([`Family`]): The family.

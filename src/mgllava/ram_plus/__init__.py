@@ -1,4 +1,4 @@
-"""RAM++ (arXiv 2310.15200), the image tagger; a Hub folder: it imports nothing of the rest of the package."""
+"""The image tagger RAM++ (arXiv 2310.15200); a Hub folder, whose files are copied into saved models."""
 
 from .configuration_ram_plus import RamPlusConfig
 from .image_processing_ram_plus import RamPlusImageProcessor, RamPlusImageProcessorPil
