@@ -7,7 +7,7 @@ from typing import Any
 
 from .errors import RequestError
 from .limits import MAX_MESSAGES, MAX_PARTS, MAX_TEXT_CHARACTERS, ServingLimits
-from .values import is_number, shown
+from .values import is_number, shown, wrong_value
 
 # "developer" is OpenAI's newer name for "system".
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -73,7 +73,7 @@ class MessageReader:
         `boxes` of the request, one entry per image, for clients that cannot write boxes into image parts.
         """
         if not isinstance(messages, list) or not messages:
-            raise RequestError(f"`{root}` must be a list with at least one message, got {shown(messages)}.", root)
+            raise wrong_value(root, "a list with at least one message", messages)
         if len(messages) > MAX_MESSAGES:
             raise RequestError(f"`{root}` must have at most {MAX_MESSAGES} messages, got {len(messages)}.", root)
         conversation = Conversation(root)
@@ -102,17 +102,17 @@ class MessageReader:
     def _read_part(self, part: Any, param: str, role: str, images: list[ImageSource]) -> dict[str, Any]:
         """Return a part as a block of the conversation; append an image to `images`."""
         if not isinstance(part, Mapping):
-            raise RequestError(f"`{param}` must be an object with a type, got {shown(part)}.", param)
+            raise wrong_value(param, "an object with a type", part)
         kind = part.get("type")
         if isinstance(kind, str) and kind in _TEXT_PARTS:
             key = "refusal" if kind == "refusal" else "text"
             if not isinstance(text := part.get(key), str):
-                raise RequestError(f"`{param}.{key}` must be a string, got {shown(text)}.", f"{param}.{key}")
+                raise wrong_value(f"{param}.{key}", "a string", text)
             _check_keys(part, {"type", key}, param)
             return _text(text)
         if not isinstance(kind, str) or kind not in _IMAGE_PARTS:
             kinds = ", ".join(map(repr, (*_TEXT_PARTS, *_IMAGE_PARTS)))
-            raise RequestError(f"`{param}.type` must be one of {kinds}, got {shown(kind)}.", f"{param}.type")
+            raise wrong_value(f"{param}.type", f"one of {kinds}", kind)
         if role != "user":
             raise RequestError(f"`{param}` must be text: only messages of the user may have images.", param)
         if len(images) == self._limits.images:
@@ -121,11 +121,7 @@ class MessageReader:
             )
         source = _read_image_block(part, param) if kind == "image" else _read_image_url(part, param)
         if not source.url.lower().startswith(("http://", "https://", "data:")):
-            raise RequestError(
-                f"`{source.param}` must be an http(s) URL or a data URL, got {shown(source.url)}.",
-                source.param,
-                "invalid_image_url",
-            )
+            raise wrong_value(source.param, "an http(s) URL or a data URL", source.url, code="invalid_image_url")
         if source.boxes is not None:
             self._check_boxes(source.boxes, source.boxes_param)
         images.append(source)
@@ -159,20 +155,16 @@ class MessageReader:
                 raise RequestError(f"`{param}` may have {known}, got also {str(unknown)[:80]}.", param)
             rows, labels, scores = boxes.get("boxes"), boxes.get("labels"), boxes.get("scores")
             if not _is_list(labels, lambda label: isinstance(label, str | int)):
-                raise RequestError(
-                    f"`{param}.labels` must be a list of strings, got {shown(labels)}.", f"{param}.labels"
-                )
+                raise wrong_value(f"{param}.labels", "a list of strings", labels)
             if not _is_list(scores, is_number):
-                raise RequestError(
-                    f"`{param}.scores` must be a list of numbers, got {shown(scores)}.", f"{param}.scores"
-                )
+                raise wrong_value(f"{param}.scores", "a list of numbers", scores)
         if not isinstance(rows, list):
-            raise RequestError(f"`{param}` must be a list of x1, y1, x2, y2, got {shown(rows)}.", param)
+            raise wrong_value(param, "a list of x1, y1, x2, y2", rows)
         if len(rows) > self._limits.boxes:
             raise RequestError(f"`{param}` must have at most {self._limits.boxes} boxes, got {len(rows)}.", param)
         for index, row in enumerate(rows):
             if not isinstance(row, list) or not all(map(is_number, row)):
-                raise RequestError(f"`{param}[{index}]` must be four numbers, got {shown(row)}.", param)
+                raise wrong_value(f"{param}[{index}]", "four numbers", row, param=param)
 
 
 def _is_list(value: Any, is_valid: Callable[[Any], bool]) -> bool:
@@ -183,29 +175,27 @@ def _is_list(value: Any, is_valid: Callable[[Any], bool]) -> bool:
 def _read_message(message: Any, param: str) -> tuple[str, list[Any]]:
     """Check a message apart from its parts; return its role and its parts."""
     if not isinstance(message, Mapping):
-        raise RequestError(f"`{param}` must be an object with role and content, got {shown(message)}.", param)
+        raise wrong_value(param, "an object with role and content", message)
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         roles = ", ".join(map(repr, _ROLES))
-        raise RequestError(f"`{param}.role` must be one of {roles}, got {shown(role)}.", f"{param}.role")
+        raise wrong_value(f"{param}.role", f"one of {roles}", role)
     for key, value in message.items():
         if key not in _MESSAGE_KEYS and value not in (None, "", [], {}):
             reason = "this model does not call tools" if key == "tool_calls" else "this server does not know it"
             raise RequestError(f"`{param}.{key[:50]}` must be absent: {reason}.", f"{param}.{key[:50]}")
     for key in ("name", "id", "status"):
         if not isinstance(message.get(key), str | None):
-            raise RequestError(f"`{param}.{key}` must be a string, got {shown(message[key])}.", f"{param}.{key}")
+            raise wrong_value(f"{param}.{key}", "a string", message[key])
     if message.get("type") not in (None, "message"):
-        raise RequestError(f"`{param}.type` must be 'message', got {shown(message['type'])}.", f"{param}.type")
+        raise wrong_value(f"{param}.type", "'message'", message["type"])
     content = message.get("content")
     if role == "assistant" and content is None:
         content = ""
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list) or not (content or role == "assistant"):
-        raise RequestError(
-            f"`{param}.content` must be text or a list of parts, got {shown(content)}.", f"{param}.content"
-        )
+        raise wrong_value(f"{param}.content", "text or a list of parts", content)
     return _ROLES[role], content
 
 
@@ -285,7 +275,7 @@ def _read_image_block(part: Mapping[str, Any], param: str) -> ImageSource:
     found = [(f"{param}.boxes", part.get("boxes"))]
     if (extras := part.get("extras")) is not None:  # LangChain puts keys there that it does not know
         if not isinstance(extras, Mapping):
-            raise RequestError(f"`{param}.extras` must be an object, got {shown(extras)}.", f"{param}.extras")
+            raise wrong_value(f"{param}.extras", "an object", extras)
         _check_keys(extras, {"boxes", "detail"}, f"{param}.extras")
         _check_detail(extras, f"{param}.extras")
         found.append((f"{param}.extras.boxes", extras.get("boxes")))
@@ -298,19 +288,14 @@ def _read_image_block(part: Mapping[str, Any], param: str) -> ImageSource:
     if given[0] != "url":
         mime_type = part.get("mime_type")
         if not isinstance(mime_type, str):
-            raise RequestError(
-                f"`{param}.mime_type` must be a string such as 'image/png', got {shown(mime_type)}.",
-                f"{param}.mime_type",
-            )
+            raise wrong_value(f"{param}.mime_type", "a string such as 'image/png'", mime_type)
         url = f"data:{mime_type};base64,{url}"
     return _image_source(url, f"{param}.{given[0]}", found)
 
 
 def _image_source(url: Any, url_param: str, found: list[tuple[str, Any]]) -> ImageSource:
     if not isinstance(url, str):
-        raise RequestError(
-            f"`{url_param}` must be an http(s) URL or a data URL, got {shown(url)}.", url_param, "invalid_image_url"
-        )
+        raise wrong_value(url_param, "an http(s) URL or a data URL", url, code="invalid_image_url")
     given = [(param, boxes) for param, boxes in found if boxes is not None]
     if len(given) > 1:
         raise RequestError(f"`{given[1][0]}` must be absent: there is `{given[0][0]}` already.", given[1][0])
@@ -332,7 +317,7 @@ def _check_detail(part: Mapping[str, Any], param: str) -> None:
     """Check OpenAI's `detail`, which has no effect: the processor alone decides about the resolution."""
     if (detail := part.get("detail")) is not None and detail not in _DETAILS:
         kinds = ", ".join(map(repr, _DETAILS))
-        raise RequestError(f"`{param}.detail` must be one of {kinds}, got {shown(detail)}.", f"{param}.detail")
+        raise wrong_value(f"{param}.detail", f"one of {kinds}", detail)
 
 
 __all__ = ["Conversation", "ImageSource", "MessageReader", "check_text_length"]

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from .errors import RequestError
 from .limits import MAX_BEAMS, MAX_STOP_CHARACTERS, MAX_STOP_STRINGS
-from .values import is_number, shown
+from .values import is_number, shown, wrong_value
 
 # Longest answer if neither the request nor the model sets it.
 _MAX_TOKENS = 1024
@@ -202,7 +202,7 @@ def read_options(body: Mapping[str, Any], model_config: GenerationConfig, vocab_
     for name in reversed(_MAX_TOKEN_FIELDS):
         if body.get(name) is not None:
             if not _is_whole(body[name], 1, _INT64[1]):
-                raise RequestError(f"`{name}` must be a whole number, at least 1, got {shown(body[name])}.", name)
+                raise wrong_value(name, "a whole number, at least 1", body[name])
             max_tokens = body[name]
     # `max_tokens` limits the answer; `max_length` would limit the whole conversation.
     config.max_length, config.stop_strings = None, None
@@ -292,7 +292,7 @@ def _check(values: Mapping[str, Any], name: str, prefix: str, vocab_size: int) -
     expected, is_valid = _CHECKS[name]
     value = values.get(name)
     if value is not None and not is_valid(value, vocab_size):
-        raise RequestError(f"`{prefix}{name}` must be {expected}, got {shown(value)}.", prefix.rstrip(".") or name)
+        raise wrong_value(f"{prefix}{name}", expected, value, param=prefix.rstrip(".") or name)
 
 
 def _read_generation_config(text: Any, vocab_size: int) -> dict[str, Any]:
@@ -304,7 +304,7 @@ def _read_generation_config(text: Any, vocab_size: int) -> dict[str, Any]:
     except (TypeError, ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
-        raise RequestError(f"`{param}` must be a string with a JSON object, got {shown(text)}.", param)
+        raise wrong_value(param, "a string with a JSON object", text)
     known = set(_CHECKS) - set(_NOT_IN_CONFIG)
     if unknown := sorted(set(config) - known):
         raise RequestError(f"`{param}` may have {', '.join(sorted(known))}, got also {str(unknown)[:200]}.", param)
@@ -321,11 +321,8 @@ def _read_stop(stop: Any, param: str) -> tuple[str, ...]:
         or len(strings) > MAX_STOP_STRINGS
         or not all(isinstance(text, str) and 0 < len(text) <= MAX_STOP_CHARACTERS for text in strings)
     ):
-        raise RequestError(
-            f"`{param}` must be at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARACTERS} characters, "
-            f"got {shown(stop)}.",
-            param.partition(".")[0],
-        )
+        expected = f"at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARACTERS} characters"
+        raise wrong_value(param, expected, stop, param=param.partition(".")[0])
     return tuple(strings)
 
 
@@ -355,17 +352,16 @@ def _read_bias(bias: Any, vocab_size: int) -> dict[int, float]:
 def _read_stream(body: Mapping[str, Any]) -> dict[str, Any]:
     is_stream, options = body.get("stream"), body.get("stream_options")
     if not isinstance(is_stream, bool | None):
-        raise RequestError(f"`stream` must be true or false, got {shown(is_stream)}.", "stream")
+        raise wrong_value("stream", "true or false", is_stream)
     if options is None:
         return {"is_stream": bool(is_stream)}
     known = {"include_usage", "include_obfuscation"}
-    if not isinstance(options, Mapping) or set(options) - known:
-        raise RequestError(
-            f"`stream_options` must be an object with {' and '.join(sorted(known))}, got {shown(options)}.",
-            "stream_options",
-        )
-    if not all(isinstance(value, bool | None) for value in options.values()):
-        raise RequestError(f"`stream_options` must hold true or false, got {shown(options)}.", "stream_options")
+    if (
+        not isinstance(options, Mapping)
+        or set(options) - known
+        or not all(isinstance(value, bool | None) for value in options.values())
+    ):
+        raise wrong_value("stream_options", f"an object with true or false for {' and '.join(sorted(known))}", options)
     if not is_stream:
         raise RequestError("`stream_options` must be absent unless `stream` is true.", "stream_options")
     return {"is_stream": True, "usage_in_stream": options.get("include_usage")}

@@ -1,7 +1,9 @@
-"""Values of requests: what they are, and how errors show them."""
+"""Check the values of requests, and show them in errors."""
 
 import reprlib
 from typing import Any
+
+from .errors import RequestError
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
@@ -17,4 +19,11 @@ def shown(value: Any) -> str:
     return f"{type(value).__name__} {_SHORT.repr(value)[:80]}" if value is not None else "nothing"
 
 
-__all__ = ["is_number", "shown"]
+def wrong_value(
+    field: str, expected: str, value: Any, param: str | None = None, code: str | None = None
+) -> RequestError:
+    """Return the error about a field that has another value than expected; `param` is by default the field."""
+    return RequestError(f"`{field}` must be {expected}, got {shown(value)}.", param or field, code)
+
+
+__all__ = ["is_number", "shown", "wrong_value"]
