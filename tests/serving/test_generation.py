@@ -42,8 +42,8 @@ def inputs():
     return BatchFeature({"input_ids": torch.tensor([[1, 2]])})
 
 
-def generator(model, processor, **kwargs):
-    return Generator(model, processor.tokenizer, DeviceHealth(model.device), **kwargs)
+def generator(model, processor, health=None):
+    return Generator(model, processor.tokenizer, 64, health or DeviceHealth(model.device))
 
 
 def options(**kwargs):
@@ -79,7 +79,7 @@ def test_device_error_is_final(processor):
 
     async def run():
         health = DeviceHealth(model.device)
-        served = Generator(model, processor.tokenizer, health)
+        served = generator(model, processor, health)
         with pytest.raises(RuntimeError):
             await served.answer(inputs(), options())
         assert "must be restarted" in health.failure

@@ -117,10 +117,17 @@ class Generator:
     `default_seed` is the seed of requests that have none; by default each gets a random one.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, health: DeviceHealth, default_seed: int | None = None):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        context_length: int,
+        health: DeviceHealth,
+        default_seed: int | None = None,
+    ):
         # A copy, as a tokenizer cannot encode and decode at the same time.
         self._model, self._tokenizer = model, copy.deepcopy(tokenizer)
-        self._default_seed = default_seed
+        self._context_length, self._default_seed = context_length, default_seed
         self._worker = Worker("generation", health)
 
     async def answer(
@@ -169,7 +176,7 @@ class Generator:
     ) -> Answer:
         prompt = inputs["input_ids"][0].tolist()
         config = copy.copy(options.config)
-        config.max_new_tokens = options.max_tokens
+        config.max_new_tokens = min(options.max_tokens, self._context_length - len(prompt))
         seed = self._default_seed if options.seed is None else options.seed
         seed = secrets.randbits(63) if seed is None else seed
         writer = AnswerWriter(

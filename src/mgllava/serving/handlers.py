@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -17,7 +17,7 @@ from .limits import MAX_PROMPTS
 from .messages import Conversation, MessageReader, check_text_length
 from .options import CHAT_FIELDS, COMPLETION_FIELDS, RESPONSE_FIELDS, Fields, Options, check_fields, read_options
 from .prompts import PromptMaker
-from .values import shown
+from .values import shown, wrong_value
 
 logger = logging.get_logger(__name__)
 
@@ -48,6 +48,22 @@ class ServedModel:
     compile: bool = False
 
 
+@dataclass
+class _Job:
+    """A request that has been checked.
+
+    Attributes:
+        frame: `id`, `created` and `model` of the answer.
+        body: The request itself.
+        prompts: The model's inputs for one prompt each.
+    """
+
+    frame: dict[str, Any]
+    body: dict[str, Any]
+    prompts: list[Any]
+    options: Options
+
+
 class _Handler:
     """What the endpoints share."""
 
@@ -64,13 +80,12 @@ class _Handler:
         options, content = await asyncio.to_thread(self._read, body)
         frame = {"id": f"{self.id_prefix}{request_id}", "created": int(time.time()), "model": self._served.name}
         async with AsyncExitStack() as stack:
-            prompts = await self._make_prompts(content, stack)
+            job = _Job(frame, body, await self._make_prompts(content, stack), options)
             if options.is_stream:
-                events = self._events(frame, body, prompts, options)
-                async with aclosing(_as_text(events)) as texts:
+                async with aclosing(_as_text(self._events(job))) as texts:
                     await respond(StreamingResponse(texts, media_type="text/event-stream"))
             else:
-                await respond(JSONResponse(await self._whole(frame, body, prompts, options)))
+                await respond(JSONResponse(await self._whole(job)))
 
     def _read(self, body: dict[str, Any]) -> tuple[Options, Any]:
         """Check a request as a whole."""
@@ -91,73 +106,89 @@ class _Handler:
 
     async def _make_prompts(self, content: Any, stack: AsyncExitStack) -> list[Any]:
         """Make the model's inputs; what has to be released after the answer goes on the stack."""
+        return [await self._served.prompts.from_conversation(content, stack)]
+
+    async def _whole(self, job: _Job) -> dict[str, Any]:
         raise NotImplementedError
 
-    async def _whole(self, frame: dict[str, Any], body: dict[str, Any], prompts: list[Any], options: Options) -> Any:
+    def _events(self, job: _Job) -> AsyncGenerator[Any, None]:
         raise NotImplementedError
 
-    def _events(
-        self, frame: dict[str, Any], body: dict[str, Any], prompts: list[Any], options: Options
-    ) -> AsyncGenerator[Any, None]:
+
+class _ChoiceHandler(_Handler):
+    """What chat completions and completions share: answers are choices, and streams are chunks of choices."""
+
+    kind: str
+    chunk_kind: str
+    is_continuation = False
+    # Content of choices in a stream before and after the text.
+    first: dict[str, Any] | None = None
+    last: dict[str, Any]
+
+    def _content(self, text: str) -> dict[str, Any]:
+        """Return the content of a whole choice."""
         raise NotImplementedError
 
-    def _cut(self, options: Options, inputs: Any) -> Options:
-        """Limit the length of the answer to what the prompt leaves of the context."""
-        room = self._served.context_length - inputs["input_ids"].shape[-1]
-        return replace(options, max_tokens=min(options.max_tokens, room))
+    def _piece(self, text: str) -> dict[str, Any]:
+        """Return the content of a choice in a stream."""
+        raise NotImplementedError
+
+    async def _whole(self, job: _Job) -> dict[str, Any]:
+        generator = self._served.generator
+        answers = [await generator.answer(inputs, job.options, self.is_continuation) for inputs in job.prompts]
+        choices = [
+            _choice(index, self._content(answer.text), answer.finish_reason) for index, answer in enumerate(answers)
+        ]
+        return {**job.frame, "object": self.kind, "choices": choices, "usage": _usage(answers)}
+
+    async def _events(self, job: _Job) -> AsyncGenerator[Any, None]:
+        frame = {**job.frame, "object": self.chunk_kind}
+        answers: list[Answer] = []
+        for index, inputs in enumerate(job.prompts):
+            if self.first is not None:
+                yield {**frame, "choices": [_choice(index, self.first)]}
+            async with aclosing(self._served.generator.stream(inputs, job.options, self.is_continuation)) as pieces:
+                async for piece in pieces:
+                    if isinstance(piece, str):
+                        yield {**frame, "choices": [_choice(index, self._piece(piece))]}
+                    else:
+                        answers.append(piece)
+            end = {**frame, "choices": [_choice(index, self.last, answers[-1].finish_reason)]}
+            # By default the numbers of tokens are in the last chunk, as in `transformers serve`.
+            if index == len(job.prompts) - 1 and job.options.usage_in_stream is None:
+                end["usage"] = _usage(answers)
+            yield end
+        if job.options.usage_in_stream:
+            yield {**frame, "choices": [], "usage": _usage(answers)}
+        yield "[DONE]"
 
 
-class _ConversationHandler(_Handler):
-    """What the endpoints that take messages share."""
-
-    async def _make_prompts(self, content: Conversation, stack: AsyncExitStack) -> list[Any]:
-        await self._served.prompts.download(content)
-        if content.images:
-            await stack.enter_async_context(self._served.prompts.room_for_pixels)
-        return [await self._served.prompts.from_conversation(content)]
-
-
-class ChatCompletionHandler(_ConversationHandler):
+class ChatCompletionHandler(_ChoiceHandler):
     """`/v1/chat/completions`."""
 
     fields = CHAT_FIELDS
     id_prefix = "chatcmpl-"
+    kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+    first, last = {"delta": {"role": "assistant", "content": ""}}, {"delta": {}}
 
     def _read_content(self, body: dict[str, Any]) -> Conversation:
         return self._served.messages.read(body.get("messages"), boxes=body.get("boxes"))
 
-    async def _whole(self, frame: dict[str, Any], body: dict[str, Any], prompts: list[Any], options: Options) -> Any:
-        answer = await self._served.generator.answer(prompts[0], self._cut(options, prompts[0]))
-        message = {"role": "assistant", "content": answer.text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}
-        return {**frame, "object": "chat.completion", "choices": [choice], "usage": _usage([answer])}
+    def _content(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    async def _events(
-        self, frame: dict[str, Any], body: dict[str, Any], prompts: list[Any], options: Options
-    ) -> AsyncGenerator[Any, None]:
-        frame = {**frame, "object": "chat.completion.chunk"}
-
-        def chunk(delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
-            choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-            return {**frame, "choices": [choice]}
-
-        yield chunk({"role": "assistant", "content": ""})
-        pieces = self._served.generator.stream(prompts[0], self._cut(options, prompts[0]))
-        async with aclosing(pieces):
-            async for piece in pieces:
-                if isinstance(piece, str):
-                    yield chunk({"content": piece})
-                else:
-                    for last in _last_chunks(chunk({}, piece.finish_reason), frame, [piece], options):
-                        yield last
-        yield "[DONE]"
+    def _piece(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text}}
 
 
-class CompletionHandler(_Handler):
+class CompletionHandler(_ChoiceHandler):
     """`/v1/completions`: raw text without images; several prompts get one choice each."""
 
     fields = COMPLETION_FIELDS
     id_prefix = "cmpl-"
+    kind = chunk_kind = "text_completion"
+    is_continuation = True
+    last = {"text": ""}
 
     def _read_content(self, body: dict[str, Any]) -> list[str | list[int]]:
         prompt = body.get("prompt")
@@ -171,7 +202,7 @@ class CompletionHandler(_Handler):
         for index, one in enumerate(prompts):
             param = "prompt" if one is prompt else f"prompt[{index}]"
             if not (isinstance(one, str) or _is_token_list(one)) or not one:
-                raise RequestError(f"`{param}` must be text or a list of token ids, got {shown(one)}.", "prompt")
+                raise wrong_value(param, "text or a list of token ids", one, param="prompt")
             if isinstance(one, list) and not all(0 <= token < self._served.vocab_size for token in one):
                 raise RequestError(
                     f"`{param}` must have token ids below {self._served.vocab_size}, got {shown(one)}.", "prompt"
@@ -186,45 +217,13 @@ class CompletionHandler(_Handler):
             for prompt in content
         ]
 
-    async def _whole(self, frame: dict[str, Any], body: dict[str, Any], prompts: list[Any], options: Options) -> Any:
-        answers = [
-            await self._served.generator.answer(inputs, self._cut(options, inputs), is_continuation=True)
-            for inputs in prompts
-        ]
-        choices = [
-            {"index": index, "text": answer.text, "logprobs": None, "finish_reason": answer.finish_reason}
-            for index, answer in enumerate(answers)
-        ]
-        return {**frame, "object": "text_completion", "choices": choices, "usage": _usage(answers)}
+    def _content(self, text: str) -> dict[str, Any]:
+        return {"text": text}
 
-    async def _events(
-        self, frame: dict[str, Any], body: dict[str, Any], prompts: list[Any], options: Options
-    ) -> AsyncGenerator[Any, None]:
-        frame = {**frame, "object": "text_completion"}
-
-        def chunk(index: int, text: str, finish_reason: str | None = None) -> dict[str, Any]:
-            choice = {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
-            return {**frame, "choices": [choice]}
-
-        answers: list[Answer] = []
-        for index, inputs in enumerate(prompts):
-            pieces = self._served.generator.stream(inputs, self._cut(options, inputs), is_continuation=True)
-            async with aclosing(pieces):
-                async for piece in pieces:
-                    if isinstance(piece, str):
-                        yield chunk(index, piece)
-                        continue
-                    answers.append(piece)
-                    last = chunk(index, "", piece.finish_reason)
-                    if index < len(prompts) - 1:
-                        yield last
-                    else:
-                        for end in _last_chunks(last, frame, answers, options):
-                            yield end
-        yield "[DONE]"
+    _piece = _content
 
 
-class ResponseHandler(_ConversationHandler):
+class ResponseHandler(_Handler):
     """`/v1/responses`."""
 
     fields = RESPONSE_FIELDS
@@ -234,7 +233,7 @@ class ResponseHandler(_ConversationHandler):
         given, instructions = body.get("input"), body.get("instructions")
         if instructions is not None:
             if not isinstance(instructions, str):
-                raise RequestError(f"`instructions` must be a string, got {shown(instructions)}.", "instructions")
+                raise wrong_value("instructions", "a string", instructions)
             check_text_length(len(instructions), "instructions")
         if isinstance(given, str):
             given = [{"role": "user", "content": given}]
@@ -243,36 +242,36 @@ class ResponseHandler(_ConversationHandler):
             if not any("role" in item or item.get("type") == "message" for item in given):
                 given = [{"role": "user", "content": given}]
         else:
-            raise RequestError(f"`input` must be a string or a list of objects, got {shown(given)}.", "input")
+            raise wrong_value("input", "a string or a list of objects", given)
         return self._served.messages.read(given, "input", instructions, body.get("boxes"))
 
-    def _response(self, frame: dict[str, Any], body: dict[str, Any], status: str, **fields: Any) -> dict[str, Any]:
+    def _response(self, job: _Job, status: str, **fields: Any) -> dict[str, Any]:
         return {
-            "id": frame["id"],
+            "id": job.frame["id"],
             "object": "response",
-            "created_at": frame["created"],
-            "model": frame["model"],
+            "created_at": job.frame["created"],
+            "model": job.frame["model"],
             "status": status,
             "error": None,
             "incomplete_details": None,
-            "instructions": body.get("instructions"),
-            "max_output_tokens": body.get("max_output_tokens"),
-            "metadata": body["metadata"] if isinstance(body.get("metadata"), dict) else {},
+            "instructions": job.body.get("instructions"),
+            "max_output_tokens": job.body.get("max_output_tokens"),
+            "metadata": job.body["metadata"] if isinstance(job.body.get("metadata"), dict) else {},
             "output": [],
             "parallel_tool_calls": False,
             "previous_response_id": None,
             "store": False,
-            "temperature": body.get("temperature"),
+            "temperature": job.body.get("temperature"),
             "text": {"format": {"type": "text"}},
             "tool_choice": "none",
             "tools": [],
-            "top_p": body.get("top_p"),
+            "top_p": job.body.get("top_p"),
             "truncation": "disabled",
             "usage": None,
             **fields,
         }
 
-    def _finished(self, frame: dict[str, Any], body: dict[str, Any], answer: Answer) -> dict[str, Any]:
+    def _finished(self, job: _Job, answer: Answer) -> dict[str, Any]:
         is_whole = answer.finish_reason == "stop"
         status = "completed" if is_whole else "incomplete"
         usage = {
@@ -283,21 +282,18 @@ class ResponseHandler(_ConversationHandler):
             "total_tokens": answer.prompt_tokens + answer.completion_tokens,
         }
         details = None if is_whole else {"reason": "max_output_tokens"}
-        output = [self._message(frame, status, answer.text)]
-        return self._response(frame, body, status, output=output, incomplete_details=details, usage=usage)
+        output = [self._message(job, status, answer.text)]
+        return self._response(job, status, output=output, incomplete_details=details, usage=usage)
 
-    def _message(self, frame: dict[str, Any], status: str, text: str | None = None) -> dict[str, Any]:
+    def _message(self, job: _Job, status: str, text: str | None = None) -> dict[str, Any]:
         content = [] if text is None else [_text_part(text)]
-        name = frame["id"].removeprefix(self.id_prefix)
+        name = job.frame["id"].removeprefix(self.id_prefix)
         return {"id": f"msg_{name}", "type": "message", "status": status, "role": "assistant", "content": content}
 
-    async def _whole(self, frame: dict[str, Any], body: dict[str, Any], prompts: list[Any], options: Options) -> Any:
-        answer = await self._served.generator.answer(prompts[0], self._cut(options, prompts[0]))
-        return self._finished(frame, body, answer)
+    async def _whole(self, job: _Job) -> dict[str, Any]:
+        return self._finished(job, await self._served.generator.answer(job.prompts[0], job.options))
 
-    async def _events(
-        self, frame: dict[str, Any], body: dict[str, Any], prompts: list[Any], options: Options
-    ) -> AsyncGenerator[Any, None]:
+    async def _events(self, job: _Job) -> AsyncGenerator[Any, None]:
         number = -1
 
         def event(kind: str, **fields: Any) -> dict[str, Any]:
@@ -305,20 +301,19 @@ class ResponseHandler(_ConversationHandler):
             number += 1
             return {"type": kind, "sequence_number": number, **fields}
 
-        message = self._message(frame, "in_progress")
+        message = self._message(job, "in_progress")
         place: dict[str, Any] = {"item_id": message["id"], "output_index": 0, "content_index": 0}
         for state in ("created", "in_progress"):
-            yield event(f"response.{state}", response=self._response(frame, body, "in_progress"))
+            yield event(f"response.{state}", response=self._response(job, "in_progress"))
         yield event("response.output_item.added", output_index=0, item=message)
         yield event("response.content_part.added", **place, part=_text_part(""))
-        pieces = self._served.generator.stream(prompts[0], self._cut(options, prompts[0]))
         try:
-            async with aclosing(pieces):
+            async with aclosing(self._served.generator.stream(job.prompts[0], job.options)) as pieces:
                 async for piece in pieces:
                     if isinstance(piece, str):
                         yield event("response.output_text.delta", **place, delta=piece, logprobs=[])
                         continue
-                    finished = self._finished(frame, body, piece)
+                    finished = self._finished(job, piece)
                     yield event("response.output_text.done", **place, text=piece.text, logprobs=[])
                     yield event("response.content_part.done", **place, part=_text_part(piece.text))
                     yield event("response.output_item.done", output_index=0, item=finished["output"][0])
@@ -329,7 +324,7 @@ class ResponseHandler(_ConversationHandler):
                 "error", message=details["message"], code=details["code"] or details["type"], param=details["param"]
             )
             failure = {"code": "server_error", "message": details["message"]}
-            yield event("response.failed", response=self._response(frame, body, "failed", error=failure))
+            yield event("response.failed", response=self._response(job, "failed", error=failure))
 
 
 def _is_token_list(value: Any) -> bool:
@@ -340,19 +335,14 @@ def _text_part(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
+def _choice(index: int, content: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+    return {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
+
+
 def _usage(answers: list[Answer]) -> dict[str, int]:
     prompt = sum(answer.prompt_tokens for answer in answers)
     completion = sum(answer.completion_tokens for answer in answers)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-
-def _last_chunks(
-    last: dict[str, Any], frame: dict[str, Any], answers: list[Answer], options: Options
-) -> list[dict[str, Any]]:
-    """Add the numbers of tokens as the client asks for them, by default to the last chunk as `transformers serve`."""
-    if options.usage_in_stream:
-        return [last, {**frame, "choices": [], "usage": _usage(answers)}]
-    return [last] if options.usage_in_stream is False else [{**last, "usage": _usage(answers)}]
 
 
 def _error_details(error: Exception) -> dict[str, Any]:

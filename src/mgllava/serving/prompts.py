@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from contextlib import AsyncExitStack
 from typing import Any
 
 from jinja2 import TemplateError
@@ -40,9 +41,9 @@ class PromptMaker:
         self._control_tokens = control_tokens(processor)
         self.takes_boxes = takes_boxes(processor)
         # Held by a request with images from its first image until it is answered.
-        self.room_for_pixels = asyncio.Semaphore(MAX_REQUESTS_WITH_PIXELS)
+        self._room_for_pixels = asyncio.Semaphore(MAX_REQUESTS_WITH_PIXELS)
 
-    async def download(self, conversation: Conversation) -> None:
+    async def _download(self, conversation: Conversation) -> None:
         """Download the images of a conversation into it."""
         images = [image for image in conversation.images if image.url[:5].lower() != "data:"]
         room = DownloadRoom(self._limits.request_bytes)
@@ -57,8 +58,11 @@ class PromptMaker:
             for download in downloads:
                 download.cancel()
 
-    async def from_conversation(self, conversation: Conversation) -> Any:
-        """Make the inputs of a conversation whose images are downloaded."""
+    async def from_conversation(self, conversation: Conversation, stack: AsyncExitStack) -> Any:
+        """Make the inputs of a conversation; a place for its pixels is held until the stack is closed."""
+        await self._download(conversation)
+        if conversation.images:
+            await stack.enter_async_context(self._room_for_pixels)
         self._check_control_tokens(conversation)
         features: list[Any] = []
         pixels_left = self._limits.pixels

@@ -121,7 +121,7 @@ def run_server(
         loaded,
         MessageReader(limits, prompts.takes_boxes),
         prompts,
-        Generator(loaded, processor.tokenizer, health, default_seed),
+        Generator(loaded, processor.tokenizer, context_length, health, default_seed),
         health,
         vocab_size=len(processor.tokenizer),
         context_length=context_length,
