@@ -48,7 +48,7 @@ REPLACED = {
 }
 # Compiling takes a minute; docs/finetune.md has a test of its own; docs/serving.md is asked with the server's tests.
 SLOW = ("torch.compile",)
-ELSEWHERE = {"docs/finetune.md": "tests/test_finetune_page.py", "docs/serving.md": "tests/serving/test_page.py"}
+ELSEWHERE = {"docs/finetune.md": "tests/test_finetune_page.py", "docs/serving.md": "tests/serving/test_clients.py"}
 
 
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)

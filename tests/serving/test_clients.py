@@ -1,7 +1,14 @@
 """The clients that people use: text, an image, boxes and a stream of each, equal to what OpenAI's client gets."""
 
+import base64
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 
+ROOT = Path(__file__).parents[2]
 BOXES = [[10, 20, 110, 70], [5, 5, 60, 90]]
 QUESTION = "What is it?"
 TOKENS = 8
@@ -47,6 +54,23 @@ def test_openai(client, expected, data_url):
     assert answer.choices[0].message.content == expected["boxes"]
     turns = [*messages, answer.choices[0].message.model_dump(), {"role": "user", "content": "And?"}]
     assert client.chat.completions.create(messages=turns, **chat).choices[0].finish_reason
+
+
+def test_requests_of_the_page(server, tmp_path, capsys):
+    """What docs/serving.md prints for openai and curl."""
+    coffee = ROOT / "examples" / "coffee.jpg"
+    page = (ROOT / "docs" / "serving.md").read_text()
+    page = page.replace("http://localhost:8000", server.url).replace('"mg-llava-vicuna7b"', '"small"')
+    data_url = "data:image/jpeg;base64," + base64.b64encode(coffee.read_bytes()).decode()
+    page = page.replace("https://example.com/table.jpg", data_url)
+    (python,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (curl,) = re.findall(r"^```\n(curl .*?)^```", page, re.MULTILINE | re.DOTALL)
+    exec(python, {})
+    assert capsys.readouterr().out.strip()
+    if shutil.which("curl"):
+        shutil.copy(coffee, tmp_path / "table.jpg")
+        done = subprocess.run(["bash", "-c", curl], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert done.stdout.endswith("data: [DONE]\n\n"), done.stdout
 
 
 def test_litellm(server, expected, data_url):
