@@ -1,6 +1,5 @@
-"""A running server with a small model, a client, and a web site that has images and traps."""
+"""A running server with a small model, a client, and a web site with images and hostile answers."""
 
-import base64
 import io
 import os
 import signal
@@ -21,6 +20,7 @@ from transformers import AutoProcessor
 
 from mgllava import BoxDetector
 from tests.processing.detectors import CASES, OWLV2, golden_image
+from tests.serving.requests import as_data_url
 
 MAX_REQUESTS, MAX_IMAGE_BYTES = 12, 400_000
 
@@ -41,11 +41,11 @@ def picture():
 
 @pytest.fixture(scope="session")
 def data_url(picture):
-    return "data:image/png;base64," + base64.b64encode(picture).decode()
+    return as_data_url(picture)
 
 
 class Site:
-    """A host that clients name in URLs, with its possible answers; `seen` holds the paths that were requested."""
+    """A host that clients name in image URLs; `seen` are the paths that the server requested."""
 
     def __init__(self, picture):
         self.seen, self.picture = [], picture
@@ -109,7 +109,7 @@ def site(picture):
 
 @pytest.fixture(scope="session")
 def served_repository(convert):
-    """A repository with a box detector."""
+    """A model folder with a box detector."""
     folder = convert()
     processor = AutoProcessor.from_pretrained(folder)
     labels = [prompt.removeprefix("a photo of ") for prompt in CASES[0]["prompts"]]
@@ -160,7 +160,7 @@ def server(served_repository, site, tmp_path_factory):
     server.wait()
     yield server
     server.stop()
-    # Whatever the tests sent, nothing took the server by surprise.
+    # No request of the tests caused an unexpected error.
     assert "Traceback" not in server.log.read_text()
 
 

@@ -1,11 +1,49 @@
-"""Requests to an application in this process, without a server."""
+"""Requests and their parts, for a running server or for an application in this process."""
 
 import asyncio
+import base64
+import http.client
+import io
 import json
 
 
+def text(string="What is it?"):
+    return {"type": "text", "text": string}
+
+
+def image(url, **extra):
+    return {"type": "image_url", "image_url": {"url": url}, **extra}
+
+
+def user(*content):
+    return {"role": "user", "content": list(content) if len(content) > 1 else content[0]}
+
+
+def as_data_url(picture):
+    """Encode a PIL image, or the bytes of a file."""
+    if not isinstance(picture, bytes):
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        picture = file.getvalue()
+    return "data:image/png;base64," + base64.b64encode(picture).decode()
+
+
+def post(server, path, body, **headers):
+    """Send a request to a running server; `body` is bytes, or an object for JSON."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    connection = http.client.HTTPConnection("localhost", server.port, timeout=300)
+    try:
+        connection.request("POST", path, data, {"Content-Type": "application/json", **headers})
+        response = connection.getresponse()
+        text = response.read().decode()
+        is_json = response.headers["Content-Type"] == "application/json"
+        return response.status, json.loads(text) if is_json else text
+    finally:
+        connection.close()
+
+
 async def call(app, path, body=b"{}", method="POST", **headers):
-    """Send one request; `body` is bytes or an async generator of pieces."""
+    """Send one request to an application; `body` is bytes or an async generator of pieces."""
     headers = {"host": "localhost", "content-type": "application/json", **headers}
     scope = {
         "type": "http",

@@ -1,8 +1,7 @@
 """Hostile requests to a running server: none may cost other clients their answers, or raise an unexpected error."""
 
-import base64
+import functools
 import http.client
-import io
 import json
 import socket
 import struct
@@ -12,7 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from PIL import Image
 
+from tests.serving import requests
 from tests.serving.conftest import MAX_REQUESTS
+from tests.serving.requests import as_data_url, image, text, user
 
 HELLO = [{"role": "user", "content": "Hello"}]
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
@@ -20,17 +21,7 @@ CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/r
 
 @pytest.fixture(scope="module")
 def post(server):
-    def run(path, body, **headers):
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        connection = http.client.HTTPConnection("localhost", server.port, timeout=120)
-        try:
-            connection.request("POST", path, data, {"Content-Type": "application/json", **headers})
-            response = connection.getresponse()
-            return response.status, json.loads(response.read())
-        finally:
-            connection.close()
-
-    return run
+    return functools.partial(requests.post, server)
 
 
 @pytest.fixture(scope="module")
@@ -39,18 +30,6 @@ def chat(post):
         return post(CHAT, {"max_tokens": 2, "temperature": 0, "messages": messages, **options})
 
     return run
-
-
-def user(*content):
-    return {"role": "user", "content": list(content) if len(content) > 1 else content[0]}
-
-
-def text(string="What is it?"):
-    return {"type": "text", "text": string}
-
-
-def image(url, **extra):
-    return {"type": "image_url", "image_url": {"url": url}, **extra}
 
 
 def prompt_tokens(answer):
@@ -71,11 +50,8 @@ def test_control_tokens_of_users_are_text(chat, processor, data_url):
         for message in ({"role": "system", "content": token}, {"role": "assistant", "content": f"So {token}"}):
             assert chat([message, *HELLO])[0] == 200
     with_image = prompt_tokens(chat([user(image(data_url, boxes=[]), text("x"))]))
-    assert (
-        with_image
-        < prompt_tokens(chat([user(image(data_url, boxes=[]), text("x <image> <image>"))]))
-        < with_image + 50
-    )
+    with_placeholders = prompt_tokens(chat([user(image(data_url, boxes=[]), text("x <image> <image>"))]))
+    assert with_image < with_placeholders < with_image + 50
     # Characters that mark control tokens or boundaries inside the processor cannot be forged.
     for mark in ("\U000f0000</s>\U000f0001", "\U000ff4d0</s>\U000ff4d1<image>"):
         assert chat([user(f"x{mark}")])[0] == 200
@@ -174,13 +150,13 @@ MESSAGES = [
 ]
 
 
-def check_no_surprise(post, path, body):
-    """Check that a request is answered, or refused with a reason, and is not an error of the server."""
+def check_no_server_error(post, path, body):
+    """Check that a request is answered, or refused with a reason."""
     status, answer = post(path, body)
     assert status < 500, (body, answer)
-    assert status == 200 or (
-        answer["error"]["message"] and set(answer["error"]) == {"message", "type", "param", "code"}
-    )
+    if status != 200:
+        error = answer["error"]
+        assert error["message"] and set(error) == {"message", "type", "param", "code"}
     return status
 
 
@@ -189,13 +165,10 @@ def test_wild_values_are_answered_or_refused(post):
     bodies += [(CHAT, {**VALID[CHAT], **in_config(name, value)}) for name in CONFIG for value in WILD[1::2]]
     bodies += [(CHAT, {**VALID[CHAT], "messages": messages}) for messages in MESSAGES]
     # Long answers take time, and are tested elsewhere.
-    bodies = [
-        (path, body)
-        for path, body in bodies
-        if not any(value in (2**31, 2**63) for value in body.values() if type(value) is int)
-    ]
+    long = {2**31, 2**63}
+    bodies = [case for case in bodies if not any(type(value) is int and value in long for value in case[1].values())]
     with ThreadPoolExecutor(4) as threads:
-        statuses = list(threads.map(lambda case: check_no_surprise(post, *case), bodies))
+        statuses = list(threads.map(lambda case: check_no_server_error(post, *case), bodies))
     assert statuses.count(200) < len(statuses) / 2 and {200, 400, 404, 422} <= set(statuses)
 
 
@@ -209,7 +182,7 @@ def test_wild_boxes_are_answered_or_refused(post, data_url, position):
             "scores": {"boxes": [[1, 1, 9, 9]], "scores": value},
             "labels": {"boxes": [[1, 1, 9, 9]], "labels": value, "scores": [0.5]},
         }[position]
-        check_no_surprise(post, CHAT, {**VALID[CHAT], "messages": [user(image(data_url, boxes=boxes), text())]})
+        check_no_server_error(post, CHAT, {**VALID[CHAT], "messages": [user(image(data_url, boxes=boxes), text())]})
 
 
 REFUSED = {
@@ -218,9 +191,15 @@ REFUSED = {
     "top_k": [-2, 1.5, 10**30],
     "min_p": [-0.1, 1.1],
     "repetition_penalty": [0, -1, 1e-30, 1e30],
-    "presence_penalty": [2.1],
+    "frequency_penalty": [-2.1],
+    "presence_penalty": [2.1, 3],
+    "max_tokens": [0],
+    "n": [2],
+    "tools": [[{"type": "function", "function": {"name": "f"}}]],
+    "chat_template_kwargs": [{"processor_kwargs": {"images": "/etc/hostname"}}],
+    "generation_config": ['{"num_return_sequences": 1000}', '{"num_beams": 1000}'],
     "seed": [0.5, 2**63, -(2**63) - 1],
-    "logit_bias": [{"5": 1e308}, {"5": 101}, {"5": -100.5}, {"-1": 1}, {"٣": 1}, {"9" * 5000: 1}, [5]],
+    "logit_bias": [{"100000": 1}, {"5": 1e308}, {"5": 101}, {"5": -100.5}, {"-1": 1}, {"٣": 1}, {"9" * 5000: 1}, [5]],
     "stop": [["a"] * 5, [""], "a" * 101, [1]],
 }
 
@@ -229,7 +208,7 @@ REFUSED = {
 def test_values_beyond_the_limits_are_refused(chat, name):
     for value in REFUSED[name]:
         status, body = chat(HELLO, **{name: value})
-        assert status == 400 and body["error"]["param"] == name and f"`{name}`" in body["error"]["message"]
+        assert status == 400 and body["error"]["param"] == name and f"`{name}" in body["error"]["message"]
 
 
 def test_values_at_the_limits_are_answered(chat):
@@ -317,12 +296,6 @@ def test_floods_of_messages_parts_and_tokens_are_refused(chat, post):
     assert post(COMPLETIONS, {"prompt": ["a"] * 33})[0] == 400
     assert post(COMPLETIONS, {"prompt": "</s>" * 90_000})[0] == 400
     assert post(COMPLETIONS, {"prompt": [5] * 300_000})[0] == 400
-
-
-def as_data_url(size, mode="RGB"):
-    file = io.BytesIO()
-    Image.new(mode, size).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def test_client_that_reads_nothing_does_not_disturb_others(server, chat):
@@ -450,13 +423,8 @@ def test_boxes_arrive_wherever_clients_put_them(chat, data_url):
 
 def test_boxes_next_to_the_messages_are_one_entry_per_image(chat, data_url):
     part = image(data_url, boxes=BOXES)
-    for boxes, images in (
-        ([], [image(data_url)]),
-        ([BOXES, None], [image(data_url)]),
-        ([BOXES], [part]),
-        ("a", [part]),
-    ):
-        status, body = chat([user(*images, text())], boxes=boxes)
+    for boxes, one in (([], image(data_url)), ([BOXES, None], image(data_url)), ([BOXES], part), ("a", part)):
+        status, body = chat([user(one, text())], boxes=boxes)
         assert status == 400 and body["error"]["param"] == "boxes"
     status, body = chat([user(image(data_url), text())], boxes=[[[1, 2, 3]]])
     assert status == 400 and body["error"]["param"] == "boxes[0]"
@@ -488,7 +456,7 @@ def test_base64_may_have_line_breaks_and_lack_padding(chat, data_url):
         assert chat([user(image(url), text())])[1]["choices"] == expected
 
 
-def test_options_of_responses_without_effect_are_refused(post):
+def test_options_of_responses_are_refused_unless_neutral(post):
     for name, value in {
         "text": {"format": {"type": "json_schema", "name": "a", "schema": {}}},
         "background": True,
@@ -499,14 +467,8 @@ def test_options_of_responses_without_effect_are_refused(post):
     }.items():
         status, body = post(RESPONSES, {**VALID[RESPONSES], name: value})
         assert status == 400 and body["error"]["param"] == name
-    neutral = {
-        "text": {"format": {"type": "text"}},
-        "background": False,
-        "tools": [],
-        "truncation": "disabled",
-        "store": True,
-    }
-    assert post(RESPONSES, {**VALID[RESPONSES], **neutral})[0] == 200
+    neutral = {"text": {"format": {"type": "text"}}, "background": False, "tools": [], "truncation": "disabled"}
+    assert post(RESPONSES, {**VALID[RESPONSES], **neutral, "store": True})[0] == 200
 
 
 def test_several_prompts_have_a_choice_each(post, processor):
@@ -521,7 +483,7 @@ def test_several_prompts_have_a_choice_each(post, processor):
     assert texts(ids) == texts([ids]) == [alone[0]]
 
 
-def test_usage_in_streams_is_told_as_asked(client):
+def test_stream_reports_usage_as_requested(client):
     options = {"model": "small", "messages": HELLO, "max_tokens": 3, "stream": True}
     chunks = list(client.chat.completions.create(**options, stream_options={"include_usage": True}))
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 3
@@ -532,7 +494,7 @@ def test_usage_in_streams_is_told_as_asked(client):
 
 def test_health_answers_while_the_server_works(server, post):
     """A supervisor must not restart it because of a long answer or a large image."""
-    heavy = {**VALID[CHAT], "messages": [user(image(as_data_url((1900, 1900))), text())]}
+    heavy = {**VALID[CHAT], "messages": [user(image(as_data_url(Image.new("RGB", (1900, 1900)))), text())]}
     with ThreadPoolExecutor(3) as threads:
         busy = [threads.submit(post, CHAT, {**VALID[CHAT], "max_tokens": 300}), threads.submit(post, CHAT, heavy)]
         while not all(job.done() for job in busy):

@@ -1,8 +1,6 @@
 """The server with a model of another family: no boxes, and several views of an image."""
 
 import asyncio
-import base64
-import io
 import json
 
 import pytest
@@ -12,7 +10,7 @@ from typer.testing import CliRunner
 
 from mgllava.cli import app as commands
 from mgllava.serving import server
-from tests.serving.requests import call
+from tests.serving.requests import as_data_url, call, image, text
 
 WIDE, TALL = Image.new("RGB", (30, 10), "red"), Image.new("RGB", (10, 30), "blue")
 
@@ -31,24 +29,21 @@ def post(stand_in_path, monkeypatch):
     return run
 
 
-def image(picture, **extra):
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": url}, **extra}
+def show(picture, **extra):
+    return image(as_data_url(picture), **extra)
 
 
-def user(*content):
-    return [{"role": "user", "content": [*content, {"type": "text", "text": "What?"}]}]
+def ask(*content):
+    return [{"role": "user", "content": [*content, text("What?")]}]
 
 
 def test_answer_is_that_of_the_model_alone(post, stand_in):
     model, processor = stand_in
-    status, body = post({"messages": user(image(WIDE), image(TALL), image(WIDE))})
+    status, body = post({"messages": ask(show(WIDE), show(TALL), show(WIDE))})
     assert status == 200, body
     blocks = [{"type": "image", "image": picture} for picture in (WIDE, TALL, WIDE)]
     inputs = processor.apply_chat_template(
-        user(*blocks), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        ask(*blocks), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=6)
@@ -59,16 +54,16 @@ def test_answer_is_that_of_the_model_alone(post, stand_in):
 
 
 def test_text_alone(post):
-    status, body = post({"messages": user()})
+    status, body = post({"messages": ask()})
     assert status == 200, body
 
 
 @pytest.mark.parametrize("boxes", [[], [[1, 2, 3, 4]], {"boxes": []}])
 def test_boxes_are_refused(post, boxes):
-    status, body = post({"messages": user(image(WIDE, boxes=boxes))})
+    status, body = post({"messages": ask(show(WIDE, boxes=boxes))})
     assert (status, body["error"]["param"]) == (400, "messages[0].content[0].boxes")
     assert body["error"]["message"] == "`messages[0].content[0].boxes` must be absent: this model has no boxes."
-    status, body = post({"messages": user(image(WIDE)), "boxes": [boxes]})
+    status, body = post({"messages": ask(show(WIDE)), "boxes": [boxes]})
     assert (status, body["error"]["param"]) == (400, "boxes[0]") and "has no boxes" in body["error"]["message"]
 
 
