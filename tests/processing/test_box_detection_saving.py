@@ -15,7 +15,16 @@ from mgllava import BoxDetector, MGLlavaImageProcessor, MGLlavaProcessor
 from mgllava.processing import box_detector_files_mgllava, processing_mgllava
 from mgllava.processing.owlv2_detection_mgllava import PromptEmbeds
 
-from .detectors import CASES, OWLV2, assert_same_boxes, golden_image, grounding_dino, labels_of
+from .detectors import (
+    CASES,
+    OWLV2,
+    assert_same_boxes,
+    boxes_from_worker,
+    boxes_of,
+    golden_image,
+    grounding_dino,
+    labels_of,
+)
 from .test_processing import small
 
 CASE = CASES[0]
@@ -23,11 +32,8 @@ IMAGE, LABELS = golden_image(CASE), labels_of(CASE)
 EXPECTED = CASE["result"]
 
 
-def owlv2_objects():
-    return {
-        "detector": AutoModelForZeroShotObjectDetection.from_pretrained(OWLV2),
-        "detector_processor": AutoProcessor.from_pretrained(OWLV2),
-    }
+def owlv2():
+    return AutoModelForZeroShotObjectDetection.from_pretrained(OWLV2), AutoProcessor.from_pretrained(OWLV2)
 
 
 @pytest.fixture
@@ -123,9 +129,12 @@ def test_saving_what_was_never_loaded_copies_the_folders(saved, tmp_path):
     assert_same_boxes(MGLlavaProcessor.from_pretrained(saved).detect(IMAGE)[0], EXPECTED)
 
 
-def test_objects_are_saved_and_load_back(tmp_path):
-    processor = small()
-    processor.box_detector = BoxDetector(None, mode="clean", **owlv2_objects())
+@pytest.mark.parametrize(
+    ("make", "options"), [(owlv2, {"labels": LABELS}), (grounding_dino, {"labels": ["cat", "dog"], "threshold": 0.3})]
+)
+def test_objects_are_saved_and_load_back(make, options, tmp_path):
+    processor, (model, own_processor) = small(), make()
+    processor.box_detector = BoxDetector(None, model, mode="clean", detector_processor=own_processor)
     assert processor.box_detector_config == {
         "tagger": None,
         "detector": "./box_detector/detector",
@@ -133,20 +142,10 @@ def test_objects_are_saved_and_load_back(tmp_path):
     }
     processor.save_pretrained(tmp_path)
     loaded = MGLlavaProcessor.from_pretrained(tmp_path)
-    (found,) = loaded.detect(IMAGE, labels=LABELS)
-    assert_same_boxes(found, processor.detect(IMAGE, labels=LABELS)[0])
-    assert loaded.box_detector.mode == "clean" and found["boxes"].dtype == torch.float32
-
-
-def test_another_kind_of_detector_is_saved_and_loads_back(tmp_path):
-    model, image_and_text = grounding_dino()
-    processor = small()
-    processor.box_detector = BoxDetector(["cat", "dog"], model, detector_processor=image_and_text)
-    processor.save_pretrained(tmp_path)
-    assert not (tmp_path / "box_detector" / "prompt_embeds.safetensors").exists()
-    (found,) = MGLlavaProcessor.from_pretrained(tmp_path).detect(IMAGE, threshold=0.3)
+    (found,) = loaded.detect(IMAGE, **options)
     assert found["labels"]
-    assert_same_boxes(found, processor.detect(IMAGE, threshold=0.3)[0])
+    assert_same_boxes(found, processor.detect(IMAGE, **options)[0])
+    assert loaded.box_detector.mode == "clean" and found["boxes"].dtype == torch.float32
 
 
 def test_repository_ids_stay_ids(processor, tmp_path, monkeypatch):
@@ -192,24 +191,11 @@ def test_given_boxes_load_nothing(saved):
     assert loaded._box_detector is None
 
 
-class Prompts(torch.utils.data.Dataset):
-    def __init__(self, processor):
-        self.processor = processor
-
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, index):
-        return self.processor(IMAGE, "<image>", return_tensors="pt")["boxes"][0]
-
-
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_find_the_same_boxes(saved, start):
     loaded = MGLlavaProcessor.from_pretrained(saved)
-    here = loaded(IMAGE, "<image>", return_tensors="pt")["boxes"][0]
-    loader = torch.utils.data.DataLoader(Prompts(loaded), batch_size=2, num_workers=1, multiprocessing_context=start)
-    (there,) = list(loader)
-    torch.testing.assert_close(there, torch.stack([here, here]))
+    here = boxes_of([IMAGE, IMAGE], loaded)
+    torch.testing.assert_close(boxes_from_worker([IMAGE, IMAGE], loaded, start), here)
 
 
 def test_pickling_keeps_the_configuration_and_leaves_the_models_out(saved):
@@ -222,8 +208,8 @@ def test_pickling_keeps_the_configuration_and_leaves_the_models_out(saved):
 
 
 def test_a_detector_of_objects_is_pickled_along(tmp_path):
-    processor = small()
-    processor.box_detector = BoxDetector(LABELS, **owlv2_objects())
+    processor, (model, own_processor) = small(), owlv2()
+    processor.box_detector = BoxDetector(LABELS, model, detector_processor=own_processor)
     for copied in (pickle.loads(pickle.dumps(processor)), copy.deepcopy(processor)):
         assert_same_boxes(copied.detect(IMAGE)[0], EXPECTED)
         assert copied.box_detector is not processor.box_detector

@@ -16,22 +16,10 @@ from mgllava.box_files import open_detector
 from mgllava.processing.image_text_processor_common import ProcessLock
 from tests.tiny import IMAGE_SIZE, NUM_FUSED_TOKENS, tiny_model
 
-from .detectors import OWLV2
+from .detectors import OWLV2, WholePicture, boxes_from_worker, boxes_of
 from .test_processing import golden_tokenizer, small
 
 LABELS = ["cat", "dog"]
-
-
-class WholePicture:
-    """Finds each picture itself, and remembers what it was given."""
-
-    def __init__(self):
-        self.seen = []
-
-    def detect(self, images):
-        assert isinstance(images, list) and all(isinstance(image, PIL.Image.Image) for image in images)
-        self.seen += images
-        return [{"boxes": [[0, 0, *image.size]], "labels": ["all"], "scores": [0.9]} for image in images]
 
 
 class Unpicklable(WholePicture):
@@ -163,24 +151,10 @@ def test_a_detector_in_place_of_the_configured_one_survives_copies_and_pickles(d
         assert other.detect(picture()) == wanted
 
 
-class Boxes(torch.utils.data.Dataset):
-    def __init__(self, processor):
-        self.processor = processor
-
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, index):
-        return self.processor(picture(seed=index), "<image>", return_tensors="pt")["boxes"][0]
-
-
 def test_a_detector_reaches_spawned_workers(processor):
-    loader = torch.utils.data.DataLoader(
-        Boxes(processor), batch_size=2, num_workers=1, multiprocessing_context="spawn"
-    )
-    (there,) = list(loader)
-    here = torch.stack([Boxes(processor)[index] for index in range(2)])
-    assert torch.equal(there, here) and here.any()
+    images = [picture(seed=0), picture(seed=1)]
+    here = boxes_of(images, processor)
+    assert torch.equal(boxes_from_worker(images, processor, "spawn"), here) and here.any()
 
 
 def test_a_detector_that_cannot_be_copied_is_named():
@@ -338,31 +312,26 @@ def test_a_lock_that_another_thread_holds_is_free_after_a_fork():
             pass
 
 
-class Elsewhere(torch.utils.data.Dataset):
-    """Detects in a forked worker with a detector that claims to be on an accelerator."""
-
-    def __init__(self, detect):
-        self.detect = detect
-
-    def __len__(self):
-        return 1
-
-    def __getitem__(self, index):
-        try:
-            return str(self.detect(picture())[0]["labels"])
-        except RuntimeError as error:
-            return str(error)
-
-
 def test_a_forked_worker_loads_on_the_cpu_or_says_that_it_cannot():
+    def in_fork(detect):
+        def labels_or_error(images):
+            try:
+                return detect(images)[0]["labels"]
+            except RuntimeError as error:
+                return str(error)
+
+        (found,) = torch.utils.data.DataLoader(
+            [picture()], num_workers=1, multiprocessing_context="fork", collate_fn=labels_or_error
+        )
+        return found
+
     processor = small(box_detector_config={"tagger": LABELS, "detector": str(OWLV2)})
-    labels = str(processor.detect(picture())[0]["labels"])
+    labels = processor.detect(picture())[0]["labels"]
     processor.box_detector.device = torch.device("cuda")
+    assert in_fork(processor.detect) == labels
     alone = BoxDetector(LABELS, OWLV2)
     alone.device = torch.device("cuda")
-    options = {"num_workers": 1, "multiprocessing_context": "fork"}
-    assert list(torch.utils.data.DataLoader(Elsewhere(processor.detect), **options)) == [[labels]]
-    ((said,),) = torch.utils.data.DataLoader(Elsewhere(alone.detect), **options)
+    said = in_fork(alone.detect)
     assert "put on cuda before this process was forked" in said and "spawn" in said
 
 

@@ -189,6 +189,12 @@ def test_sides_whose_resized_length_is_one_short_shift_the_boxes():
         ({"boxes": [[0, 0, 1, 1]], "scores": [1], "labels": []}, "got 0 labels for 1 boxes"),
         ({"boxes": [[0, 0, 1, 1]], "scores": [float("nan")]}, "finite scores, got nan at index 0"),
         ({"bboxes": [[0, 0, 1, 1]]}, r"key 'boxes'.*got the keys \['bboxes'\]"),
+        ({"boxes": [[1, 2, 20, 30]], "score": [0.9], "labels": ["a"]}, "key 'score'. Did you mean 'scores'"),
+        ({"boxes": [[1, 2, 20, 30]], "scores": [0.9], "label": ["a"]}, "key 'label'. Did you mean 'labels'"),
+        ({"boxes": [[1, 2, 20, 30]], "scores": [[0.9]], "labels": ["a"]}, "must be a flat list"),
+        ({"boxes": [[1, 2, 20, 30]], "scores": 0.9}, "must be a flat list"),
+        ({"boxes": [[1, 2, 20, 30]], "scores": [0.9], "labels": [["a"]]}, "must be a flat list"),
+        ({"boxes": [[1, 2, 20, 30]], "scores": [0.9], "labels": 3}, "must be a flat list"),
     ],
 )
 def test_wrong_boxes_are_named(entry, message):
@@ -196,10 +202,20 @@ def test_wrong_boxes_are_named(entry, message):
         read_boxes(entry, "boxes[7]")
 
 
+def test_keys_that_detectors_and_box_files_add_are_ignored():
+    entry = {"boxes": [[1, 2, 20, 30]], "scores": [0.9], "labels": ["a"], "text_labels": ["a"], "id": 1, "width": 9}
+    assert len(read_boxes(entry)[0]) == 1
+
+
 @pytest.mark.parametrize("entry", ["cat", [["a", "b", "c", "d"]], object()])
-def test_entries_that_are_no_numbers_are_refused(entry):
+def test_entries_that_are_not_numbers_are_refused(entry):
     with pytest.raises(TypeError, match="`boxes` must be an array of numbers"):
         read_boxes(entry)
+
+
+def test_labels_that_are_one_string_are_refused():
+    with pytest.raises(TypeError, match=r"`boxes` must have a list of labels, .* got the string 'cat'"):
+        read_boxes({"boxes": [BOX] * 3, "labels": "cat"})
 
 
 BOX = [1, 2, 3, 4]
@@ -346,7 +362,7 @@ def test_flatten_boxes_takes_arrays(boxes, count):
 
 
 @pytest.mark.parametrize(
-    ("boxes", "count", "error", "message"),
+    ("boxes", "images", "error", "message"),
     [
         (BOX, 1, ValueError, r"got the numbers \[1, 2, 3, 4\]. Wrap them"),
         (np.array(BOX), 1, ValueError, "Wrap them"),
@@ -360,23 +376,19 @@ def test_flatten_boxes_takes_arrays(boxes, count):
         ([[["1", "2", "3", "4"]]], 1, TypeError, "must hold numbers, got str '1'"),
         (object(), 1, TypeError, "must hold numbers, got object"),
         ([[BOX], [object()]], 2, TypeError, "got object"),
+        (
+            [[[BOX]], [[BOX], [BOX]]],
+            [2, 1],
+            ValueError,
+            r"`boxes\[0\]` must have one entry per image of `images\[0\]`, got 1 entries for 2",
+        ),
     ],
 )
-def test_wrong_nesting_is_named(boxes, count, error, message):
+def test_wrong_nesting_is_named(boxes, images, error, message):
+    """`images` is their number, or a list of the numbers of each prompt."""
+    groups = images if isinstance(images, list) else None
     with pytest.raises(error, match=message):
-        flatten_boxes(boxes, count)
-
-
-def test_a_group_with_a_wrong_number_of_entries_is_named():
-    with pytest.raises(
-        ValueError, match=r"`boxes\[0\]` must have one entry per image of `images\[0\]`, got 1 entries for 2"
-    ):
-        flatten_boxes([[[BOX]], [[BOX], [BOX]]], 3, [2, 1])
-
-
-def test_labels_that_are_one_string_are_refused():
-    with pytest.raises(TypeError, match=r"`boxes` must have a list of labels, .* got the string 'cat'"):
-        read_boxes({"boxes": [BOX] * 3, "labels": "cat"})
+        flatten_boxes(boxes, sum(groups) if groups else images, groups)
 
 
 def test_nms_runs_at_most_once_for_each_label(monkeypatch):
@@ -392,22 +404,3 @@ def test_nms_runs_at_most_once_for_each_label(monkeypatch):
     }
     boxes, _ = prepare_boxes(entry, (1000, 1000), **TO_768, limit=None)
     assert len(boxes) > 1000 >= len(calls)
-
-
-@pytest.mark.parametrize(
-    "entry, message",
-    [
-        ({"boxes": [[1, 2, 20, 30]], "score": [0.9], "labels": ["a"]}, "key 'score'. Did you mean 'scores'"),
-        ({"boxes": [[1, 2, 20, 30]], "scores": [0.9], "label": ["a"]}, "key 'label'. Did you mean 'labels'"),
-        ({"boxes": [[1, 2, 20, 30]], "scores": [[0.9]], "labels": ["a"]}, "must be a flat list"),
-        ({"boxes": [[1, 2, 20, 30]], "scores": 0.9}, "must be a flat list"),
-        ({"boxes": [[1, 2, 20, 30]], "scores": [0.9], "labels": [["a"]]}, "must be a flat list"),
-        ({"boxes": [[1, 2, 20, 30]], "scores": [0.9], "labels": 3}, "must be a flat list"),
-    ],
-)
-def test_slips_in_a_mapping_are_named(entry, message):
-    with pytest.raises(ValueError, match=message):
-        read_boxes(entry, "boxes[0]")
-    # What detectors and box files have in addition is left alone.
-    more = {"boxes": [[1, 2, 20, 30]], "scores": [0.9], "labels": ["a"], "text_labels": ["a"], "id": 1, "width": 9}
-    assert len(read_boxes(more, "boxes[0]")[0]) == 1

@@ -1,6 +1,5 @@
 """Both image processor backends against the original's pixels and against PIL by hand."""
 
-import base64
 import json
 from pathlib import Path
 
@@ -66,18 +65,6 @@ def test_pil_backend_equals_the_original_in_8_bits():
     np.testing.assert_array_equal(np.moveaxis(pixels, 0, -1), expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("height", "width"), [(1, 1000), (1000, 1), (8, 8), (31, 47)])
-def test_small_model_sizes_and_odd_images_equal_pil_by_hand(backend, height, width):
-    image = PIL.Image.fromarray(noise(height, width))
-    side = max(height, width)
-    square = PIL.Image.new("RGB", (side, side), (122, 116, 104))
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    expected = np.moveaxis(np.array(square.resize((48, 48), PIL.Image.Resampling.BICUBIC)), -1, 0)
-    pixels = backend(**SMALL)(image, **RAW)["pixel_values"][0]
-    assert np.abs(np.asarray(pixels).astype(int) - expected).max() <= (0 if backend is MGLlavaImageProcessorPil else 2)
-
-
 def padded_then_resized(image, side, backend):
     """The long way: a square of the mean color, and the whole of it resized."""
     height, width = image.shape[:2]
@@ -94,9 +81,9 @@ def padded_then_resized(image, side, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_long_images_are_resized_as_in_their_square(backend):
+def test_images_of_any_shape_are_resized_as_in_their_square(backend):
     rng = np.random.default_rng(0)
-    sizes = [(1, 3), (1, 2000), (47, 95), (211, 773), (300, 768), (3, 1500)]
+    sizes = [(8, 8), (31, 47), (1, 3), (1, 2000), (47, 95), (211, 773), (300, 768), (3, 1500)]
     sizes += [(int(rng.integers(1, 60)), int(rng.integers(130, 900))) for _ in range(24)]
     for number, (short, long) in enumerate(sizes):
         side = (16, 48, 336, 201)[number % 4]
@@ -118,67 +105,6 @@ def test_the_square_of_a_long_image_is_never_made(backend, monkeypatch):
         pixels = backend(**SMALL)(PIL.Image.fromarray(noise(*shape)), **RAW)["pixel_values"][0]
         assert np.asarray(pixels).shape == (3, 48, 48)
         assert np.asarray(pixels)[:, 0, 0].tolist() == [122, 116, 104]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_every_kind_of_input_gives_the_same_pixels(backend, tmp_path):
-    array = noise(20, 30)
-    image = PIL.Image.fromarray(array)
-    path = tmp_path / "image.png"
-    image.save(path)
-    encoded = base64.b64encode(path.read_bytes()).decode()
-    processor = backend(**SMALL)
-    expected = np.asarray(processor(image)["pixel_values"][0])
-    read_only = np.asarray(image)
-    for given in (
-        array,
-        read_only,
-        array[::-1].copy()[::-1],  # negative strides
-        np.moveaxis(array, -1, 0),
-        torch.from_numpy(array),
-        torch.from_numpy(array).permute(2, 0, 1),
-        (array / 255).astype(np.float32),
-        array.astype(np.float64),
-        torch.from_numpy(array).to(torch.int64),
-        path,
-        str(path),
-        encoded,
-        [image],
-        [[image]],
-        np.stack([array]),
-    ):
-        np.testing.assert_array_equal(np.asarray(processor(given)["pixel_values"][0]), expected)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_modes_become_rgb_and_alpha_is_dropped(backend):
-    processor = backend(**SMALL)
-    rgba = PIL.Image.fromarray(noise(16, 16, 4), "RGBA")
-    palette = PIL.Image.fromarray(noise(16, 16)).quantize(8)
-    palette.info["transparency"] = 0
-    gray = PIL.Image.fromarray(noise(16, 16)[..., 0])
-    for image in (rgba, palette, gray, gray.convert("1"), gray.convert("LA"), rgba.convert("RGB").convert("CMYK")):
-        expected = processor(image.convert("RGB"))["pixel_values"][0]
-        np.testing.assert_array_equal(np.asarray(processor(image)["pixel_values"][0]), np.asarray(expected))
-    for array in (np.array(gray), np.array(gray)[..., None], np.array(gray)[None], np.array(rgba.convert("RGB"))):
-        image = PIL.Image.fromarray(array.squeeze())
-        np.testing.assert_array_equal(
-            np.asarray(processor(array)["pixel_values"][0]), np.asarray(processor(image)["pixel_values"][0])
-        )
-    np.testing.assert_array_equal(
-        np.asarray(processor(np.array(rgba))["pixel_values"][0]), np.asarray(processor(rgba)["pixel_values"][0])
-    )
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_16_bit_grayscale_is_scaled_not_clipped(backend, tmp_path):
-    gray = noise(16, 16)[..., 0]
-    deep = gray.astype(np.uint16) * 257
-    PIL.Image.fromarray(deep).save(tmp_path / "deep.png")
-    processor = backend(**SMALL)
-    expected = np.asarray(processor(PIL.Image.fromarray(gray))["pixel_values"][0])
-    for given in (tmp_path / "deep.png", PIL.Image.fromarray(deep), deep):
-        np.testing.assert_array_equal(np.asarray(processor(given)["pixel_values"][0]), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

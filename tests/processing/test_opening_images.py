@@ -193,6 +193,9 @@ def test_arrays_are_read_alike(processor):
     first = np.moveaxis(RGB, -1, 0)
     for given in (
         RGB,
+        COLORS,  # alpha is dropped
+        np.asarray(PIL.Image.fromarray(RGB)),  # read-only
+        RGB[::-1].copy()[::-1],  # negative strides
         np.array(first),
         torch.from_numpy(RGB),
         RGB.astype(np.int64),
@@ -209,7 +212,7 @@ def test_arrays_are_read_alike(processor):
     ):
         (pixels,) = levels(processor, given)
         np.testing.assert_array_equal(pixels, RGB, err_msg=str(given)[:200])
-    for given in (GRAY, GRAY / 255, torch.from_numpy(GRAY), GRAY[..., None], GRAY[None]):
+    for given in (GRAY, GRAY / 255, GRAY * np.uint16(257), torch.from_numpy(GRAY), GRAY[..., None], GRAY[None]):
         np.testing.assert_array_equal(levels(processor, given)[0], gray(GRAY))
     np.testing.assert_array_equal(levels(processor, GRAY > 100)[0], gray((GRAY > 100) * np.uint8(255)))
 

@@ -1,7 +1,6 @@
 """The processor: placeholders, chunks, batches, errors, saving."""
 
 import json
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,8 @@ from mgllava.processing import (
     MGLlavaProcessor,
     processing_mgllava,
 )
+
+from .detectors import WholePicture
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = [case for case in json.loads((GOLDEN / "cases.json").read_text())["cases"] if case["kind"] == "image"]
@@ -277,25 +278,16 @@ def test_image_blocks_of_datasets_have_keys_without_values(processor, tmp_path):
         )
 
 
-class Detector:
-    """Finds one box per image: its whole area."""
-
-    def __init__(self):
-        self.seen = []
-
-    def detect(self, images, **kwargs):
-        self.seen += [image.size for image in images]
-        return [{"boxes": [[0, 0, *image.size]], "labels": ["all"], "scores": [0.9]} for image in images]
-
+class NotCopied(WholePicture):
     def __deepcopy__(self, memo):
         raise AssertionError("weights must not be copied")
 
 
 def test_a_detector_finds_the_boxes_that_are_not_given():
     processor = small(box_detector_config={"threshold": 0.2})
-    processor.box_detector = Detector()
+    processor.box_detector = NotCopied()
     features = processor([[RED], [BLUE]], ["<image>", "<image>"], return_box_labels=True, return_tensors="pt")
-    assert features["box_labels"] == [["all"], ["all"]] and processor.box_detector.seen == [(30, 20)] * 2
+    assert features["box_labels"] == [["all"], ["all"]] and processor.box_detector.seen == [RED, BLUE]
     features = processor([RED, BLUE], ["<image>", "<image>"], boxes=[None, []], return_box_labels=True)
     assert features["box_labels"] == [["all"], []] and len(processor.box_detector.seen) == 3
     saved = processor.to_dict()
@@ -363,19 +355,6 @@ def test_options_of_a_call_may_be_grouped(processor):
     )
     torch.testing.assert_close(dict(grouped), dict(flat))
     assert flat["input_ids"].shape == (1, 40) and flat["num_boxes"].tolist() == [2]
-
-
-def test_pickling_gives_the_same_inputs(processor):
-    copy = pickle.loads(pickle.dumps(processor))
-    arguments = {"images": RED, "text": "a <image>", "boxes": [TWO], "return_tensors": "pt"}
-    torch.testing.assert_close(dict(copy(**arguments)), dict(processor(**arguments)))
-
-
-def test_decoding_skips_special_tokens(processor):
-    ids = processor(RED, "say <image>", boxes=[ONE], return_tensors="pt")["input_ids"]
-    assert processor.batch_decode(ids, skip_special_tokens=True) == ["say "]
-    assert processor.decode(ids[0], skip_special_tokens=True) == "say "
-    assert processor.post_process_image_text_to_text(ids) == ["say "]
 
 
 def test_planned_placeholders_are_the_most_that_the_limit_allows(processor):

@@ -1,12 +1,12 @@
-"""What chat, serving and training ask of a processor, with MG-LLaVA's and with that of a family made up here."""
+"""What chat, serving and training ask of a processor, with MG-LLaVA's and with that of another family."""
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 
-from mgllava.processing.image_text_processor_common import ImageTextProcessor
 from mgllava.processing.text_chunks_common import build_chat_template
+from tests.stand_in_family import StandInImageProcessor, StandInProcessor
 
 PICTURES = [PIL.Image.new("RGB", (30, 20), color) for color in ("red", "green", "blue")]
 # Boxes of two images that overlap, lie outside or repeat, and those of a user.
@@ -133,38 +133,8 @@ def test_objects_of_a_user_stay_in_their_order(sentencepiece_like):
     assert len(sentencepiece_like.objects([], (20, 30))["boxes"]) == 0
 
 
-class Views:
-    """An image processor with one view for the whole image and one for each 10 pixels of its width."""
-
-    model_input_names = ("pixel_values", "image_grids")
-
-    def fetch_images(self, images):
-        return images
-
-    def __call__(self, images, **kwargs):
-        grids = [(1, image.width // 10) for image in images]
-        views = [np.full((3, 2, 2), index) for index, grid in enumerate(grids) for _ in range(1 + grid[0] * grid[1])]
-        return {"pixel_values": views, "image_grids": np.array(grids)}
-
-
-class ViewsProcessor(ImageTextProcessor):
-    image_inputs = ("pixel_values", "image_grids")
-
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
-        super().__init__(image_processor, tokenizer, chat_template)
-
-    def check_argument_for_proper_class(self, argument_name, argument):
-        """Anything goes."""
-
-    def num_image_tokens(self, inputs):
-        return [2 + rows * columns for rows, columns in np.asarray(inputs.get("image_grids", ())).reshape(-1, 2)]
-
-    def count_images(self, inputs):
-        return len(inputs.get("image_grids", ()))
-
-
 @pytest.fixture
-def views(sentencepiece_like):
+def stand_in(sentencepiece_like):
     template = build_chat_template(
         system=("", " "),
         user=("USER: ", ""),
@@ -173,28 +143,30 @@ def views(sentencepiece_like):
         default_system="Be brief. ",
         image_end="",
     )
-    return ViewsProcessor(Views(), sentencepiece_like.tokenizer, template)
+    return StandInProcessor(StandInImageProcessor(), sentencepiece_like.tokenizer, chat_template=template)
 
 
-def test_another_family_needs_no_more(views):
+def test_a_family_without_boxes_has_the_same_interface(stand_in):
+    """A wide image has two views of three placeholders each."""
     blocks = [{"type": "image", "image": PICTURES[0]}, {"type": "text", "text": " What?"}]
     conversation = [{"role": "user", "content": blocks}, {"role": "assistant", "content": "A cup."}]
-    assert views.apply_chat_template(conversation) == "<s>Be brief. USER: <image>What? ASSISTANT:A cup.</s>"
+    assert stand_in.apply_chat_template(conversation) == "<s>Be brief. USER: <image>What? ASSISTANT:A cup.</s>"
     with_system = [{"role": "system", "content": "Hm."}, *conversation[:1]]
-    assert views.apply_chat_template(with_system, add_generation_prompt=True) == "<s>Hm. USER: <image>What? ASSISTANT:"
-    inputs = views.apply_chat_template(
+    prompt = stand_in.apply_chat_template(with_system, add_generation_prompt=True)
+    assert prompt == "<s>Hm. USER: <image>What? ASSISTANT:"
+    inputs = stand_in.apply_chat_template(
         conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
     )
-    assert inputs["image_grids"].tolist() == [[1, 3]] and inputs["pixel_values"].shape == (4, 3, 2, 2)
+    assert inputs["image_grids"].tolist() == [[1, 2]] and inputs["pixel_values"].shape == (2, 3, 4, 4)
     ids, mask = inputs["input_ids"][0], inputs["assistant_masks"][0]
-    assert (ids == views.image_token_id).sum() == 5
-    assert views.decode(ids[mask.bool()]) == "A cup.</s>"
-    measured, learned = views.encode_text(conversation)
-    assert len(measured) == len(ids) - 4 and sum(learned) == mask.sum()
-    assert not hasattr(views, "box_detector")
+    assert (ids == stand_in.image_token_id).sum() == 2 * 3
+    assert stand_in.decode(ids[mask.bool()]) == "A cup.</s>"
+    measured, learned = stand_in.encode_text(conversation)
+    assert len(measured) == len(ids) - 5 and sum(learned) == mask.sum()
+    assert not hasattr(stand_in, "box_detector")
 
 
-def test_labels_of_another_family_leave_out_its_placeholders(views):
-    inputs = views([PICTURES[0]], ["<s>Be brief. USER: <image>What? ASSISTANT:A cup.</s>"], return_tensors="pt")
+def test_labels_of_another_family_leave_out_its_placeholders(stand_in):
+    inputs = stand_in([PICTURES[0]], ["<s>Be brief. USER: <image>What? ASSISTANT:A cup.</s>"], return_tensors="pt")
     inputs["labels"] = inputs["input_ids"].clone()
-    assert views.decode(inputs["labels"][inputs["labels"] >= 0]) == "A cup.</s>"
+    assert stand_in.decode(inputs["labels"][inputs["labels"] >= 0]) == "A cup.</s>"
