@@ -23,8 +23,7 @@ ENTRY = re.compile(r"^ {4}`?\**(?P<name>\w+)(?:, \**\w+)*`? ?(?:\((?P<type>.*?)\
 DEFAULT = re.compile(r"defaults to\s+`(.+?)`", re.DOTALL)
 # Options that are documented in one class and have their defaults in another one.
 DEFAULTS_ELSEWHERE = {
-    "MGLlavaImageProcessorKwargs": "MGLlavaImageProcessorMixin",
-    "RamPlusImageProcessorKwargs": "RamPlusImageProcessorMixin",
+    f"{family}ImageProcessorKwargs": f"{family}ImageProcessorMixin" for family in ("MGLlava", "RamPlus", "Slime")
 }
 
 

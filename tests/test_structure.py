@@ -10,10 +10,13 @@ import pytest
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import mgllava
+from mgllava.families import FAMILIES
 
 PACKAGE = Path(mgllava.__file__).parent
 HUB_FOLDERS = ("modeling", "processing", "ram_plus")
 HUB_FILES = sorted(path for folder in HUB_FOLDERS for path in (PACKAGE / folder).glob("*.py"))
+# A file belongs to one family, or to all.
+SUFFIXES = (*(f"_{family}.py" for family in FAMILIES), "_common.py")
 HUB_PACKAGES = {
     "torch",
     "torchvision",
@@ -39,6 +42,9 @@ FLOORS = (
     ("cli",),
     ("__main__",),
 )
+
+
+SAVED_CLASSES = {"MGLlavaConfig", "RamPlusConfig", "SlimeConfig", "MGLlavaProcessor", "SlimeProcessor", "BoxDetector"}
 
 
 def imports(path):
@@ -111,7 +117,7 @@ def test_hub_file_imports_siblings_and_core_packages_only(path):
 def test_hub_file_names_are_unique_and_ours():
     names = [path.name for path in HUB_FILES if path.name != "__init__.py"]
     assert len(names) == len(set(names))
-    assert all(name.endswith(("_mgllava.py", "_ram_plus.py", "_common.py")) for name in names)
+    assert all(name.endswith(SUFFIXES) for name in names)
 
 
 def test_common_files_do_not_depend_on_a_family():
@@ -146,7 +152,16 @@ def test_no_hub_file_asks_for_the_class_of_a_configuration(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
             names = {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)}
-            assert not names & {"MGLlavaConfig", "RamPlusConfig", "MGLlavaProcessor", "BoxDetector"}, names
+            assert not names & SAVED_CLASSES, names
+
+
+def test_no_hub_file_imports_what_is_of_another_family():
+    """A saved model would carry that family's files."""
+    for path in HUB_FILES:
+        own = [suffix for suffix in SUFFIXES if path.name.endswith(suffix)]
+        for level, module in imports(path):
+            allowed = level != 1 or not own or f"{module}.py".endswith((own[0], "_common.py"))
+            assert allowed, f"{path.name} imports {module}"
 
 
 def test_what_is_saved_holds_its_code():
@@ -157,7 +172,7 @@ def test_what_is_saved_holds_its_code():
         if hasattr(value := getattr(mgllava, name), "save_pretrained") and name != "BoxDetector"
     ]
     unregistered = [value.__name__ for value in saved if value._auto_class is None]
-    assert len(saved) == 11 and unregistered == ["MGLlavaPreTrainedModel"]
+    assert len(saved) == 18 and unregistered == ["MGLlavaPreTrainedModel", "SlimePreTrainedModel"]
 
 
 def test_public_names():
@@ -176,6 +191,13 @@ def test_public_names():
         "RamPlusForImageTagging",
         "RamPlusImageProcessor",
         "RamPlusImageProcessorPil",
+        "SlimeConfig",
+        "SlimeForConditionalGeneration",
+        "SlimeImageProcessor",
+        "SlimeImageProcessorPil",
+        "SlimeModel",
+        "SlimePreTrainedModel",
+        "SlimeProcessor",
         "build_from_parts",
         "quantization_config",
     ]

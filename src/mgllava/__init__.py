@@ -1,6 +1,6 @@
-"""MG-LLaVA (arXiv 2406.17770) for transformers.
+"""MG-LLaVA (arXiv 2406.17770) and SliME (arXiv 2406.08487) for transformers.
 
-Importing this package registers its model families, MG-LLaVA and the image tagger RAM++, with the Auto classes of
+Importing this package registers its model families, these two and the image tagger RAM++, with the Auto classes of
 transformers. `AutoModel` loads the model that can generate, as `AutoModelForImageTextToText` does. Saving a model also
 saves the code of its classes, so it loads with `trust_remote_code=True` where this package is not installed.
 """
@@ -15,8 +15,21 @@ from mgllava.modeling import (
     MGLlavaForConditionalGeneration,
     MGLlavaModel,
     MGLlavaPreTrainedModel,
+    SlimeConfig,
+    SlimeForConditionalGeneration,
+    SlimeModel,
+    SlimePreTrainedModel,
 )
-from mgllava.processing import COCO_80, BoxDetector, MGLlavaImageProcessor, MGLlavaImageProcessorPil, MGLlavaProcessor
+from mgllava.processing import (
+    COCO_80,
+    BoxDetector,
+    MGLlavaImageProcessor,
+    MGLlavaImageProcessorPil,
+    MGLlavaProcessor,
+    SlimeImageProcessor,
+    SlimeImageProcessorPil,
+    SlimeProcessor,
+)
 from mgllava.quantization import quantization_config
 from mgllava.ram_plus import RamPlusConfig, RamPlusForImageTagging, RamPlusImageProcessor, RamPlusImageProcessorPil
 
@@ -70,6 +83,13 @@ __all__ = [
     "RamPlusForImageTagging",
     "RamPlusImageProcessor",
     "RamPlusImageProcessorPil",
+    "SlimeConfig",
+    "SlimeForConditionalGeneration",
+    "SlimeImageProcessor",
+    "SlimeImageProcessorPil",
+    "SlimeModel",
+    "SlimePreTrainedModel",
+    "SlimeProcessor",
     "build_from_parts",
     "quantization_config",
 ]

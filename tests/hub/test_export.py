@@ -101,7 +101,7 @@ def test_broken_repositories_are_refused_before_anything_is_written(change, copi
         "shape": f"wrong shape: 1\n  {name}: expected",
         "index": "names shards that are not there",
         "pickle": "must hold safetensors, got pytorch_model.bin",
-        "config": "must be a model of MG-LLaVA or RAM\\+\\+, got .* of type 'llava'",
+        "config": "must be a model of MG-LLaVA, RAM\\+\\+ or SliME, got .* of type 'llava'",
         "processor": "must hold what the model's processor is made of",
     }[change]
     with pytest.raises(ConversionError, match=message):

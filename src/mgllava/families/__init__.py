@@ -6,11 +6,13 @@ from .family import Family, resolve, takes_boxes
 from .mgllava import MGLLAVA
 from .ram_plus import RAM_PLUS
 from .registration import register
+from .slime import SLIME
 
 # By `config.model_type` instead of by class, since remote code has classes of its own.
 FAMILIES: dict[str, Family] = {
     "mgllava": MGLLAVA,
     "ram_plus": RAM_PLUS,
+    "slime": SLIME,
 }
 
 

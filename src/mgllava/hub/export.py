@@ -141,7 +141,8 @@ def _read_family(folder: Path, name: str | Path) -> Family:
         raise ConversionError(f"`model`: {name} has no config.json, so it is not a transformers repository.{hint}")
     model_type = read_json(path, "model").get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        titles = " or ".join(family.title for family in FAMILIES.values())
+        *others, last = (family.title for family in FAMILIES.values())
+        titles = f"{', '.join(others)} or {last}"
         raise ConversionError(f"`model` must be a model of {titles}, got {name} of type {model_type!r}.")
     return FAMILIES[model_type]
 

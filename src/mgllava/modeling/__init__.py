@@ -1,12 +1,21 @@
-"""Configuration and modules of MG-LLaVA; a Hub folder, whose files are copied into saved models."""
+"""Configurations and modules of MG-LLaVA and SliME; a Hub folder, whose files are copied into saved models."""
 
 from .configuration_mgllava import MGLlavaConfig, MGLlavaHighResVisionConfig
+from .configuration_slime import SlimeConfig
 from .modeling_mgllava import (
     MGLlavaCausalLMOutputWithPast,
     MGLlavaForConditionalGeneration,
     MGLlavaModel,
     MGLlavaModelOutputWithPast,
     MGLlavaPreTrainedModel,
+)
+from .modeling_slime import (
+    SlimeCausalLMOutputWithPast,
+    SlimeForConditionalGeneration,
+    SlimeImageFeatures,
+    SlimeModel,
+    SlimeModelOutputWithPast,
+    SlimePreTrainedModel,
 )
 from .pretrained_common import CACHE_NAME
 from .vision_mgllava import MGLlavaHighResVisionModel
@@ -21,4 +30,11 @@ __all__ = [
     "MGLlavaModel",
     "MGLlavaModelOutputWithPast",
     "MGLlavaPreTrainedModel",
+    "SlimeCausalLMOutputWithPast",
+    "SlimeConfig",
+    "SlimeForConditionalGeneration",
+    "SlimeImageFeatures",
+    "SlimeModel",
+    "SlimeModelOutputWithPast",
+    "SlimePreTrainedModel",
 ]

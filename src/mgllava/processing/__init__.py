@@ -7,16 +7,23 @@ from .image_processing_mgllava import (
     MGLlavaImageProcessorKwargs,
     MGLlavaImageProcessorPil,
 )
+from .image_processing_slime import SlimeImageProcessor, SlimeImageProcessorKwargs, SlimeImageProcessorPil
 from .processing_mgllava import CHAT_TEMPLATES, MGLlavaProcessor
+from .processing_slime import SLIME_CHAT_TEMPLATES, SlimeProcessor
 
 __all__ = [
     "CHAT_TEMPLATES",
     "COCO_80",
+    "SLIME_CHAT_TEMPLATES",
     "BoxDetector",
     "BoxDetectorProtocol",
     "MGLlavaImageProcessor",
     "MGLlavaImageProcessorKwargs",
     "MGLlavaImageProcessorPil",
     "MGLlavaProcessor",
+    "SlimeImageProcessor",
+    "SlimeImageProcessorKwargs",
+    "SlimeImageProcessorPil",
+    "SlimeProcessor",
     "prepare_boxes",
 ]

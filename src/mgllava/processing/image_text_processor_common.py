@@ -7,7 +7,7 @@ inputs belong to images. Chat, serving and training use nothing else of a proces
 import os
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from inspect import signature
 from itertools import repeat
 from typing import Any, ClassVar
@@ -23,8 +23,10 @@ from .text_chunks_common import (
     IMAGE_TOKEN,
     PRIVATE_CHARACTERS,
     ChatFormat,
+    TextChunk,
     chat_formats,
     encode_chunks,
+    join_text,
     protect_text,
     read_format,
     split_text,
@@ -48,11 +50,13 @@ class ImageTextProcessor(ProcessorMixin):
     Attributes:
         image_inputs: Names of the model inputs that belong to images.
         chat_templates: Chat templates by which strings are taken apart in addition to the processor's own.
+        cuts_at_answers: Whether the answers of a conversation are encoded apart from the text around them.
         private_characters: What a processor writes into rendered strings, and takes out of the text of users.
     """
 
     image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
     chat_templates: ClassVar[Mapping[str, str]] = {}
+    cuts_at_answers: ClassVar[bool] = True
     private_characters: ClassVar[re.Pattern[str]] = PRIVATE_CHARACTERS
 
     def __init__(
@@ -104,7 +108,7 @@ class ImageTextProcessor(ProcessorMixin):
         knows_answers = writes_boundaries(template)
         boundaries: dict[str, Any] = BOUNDARY_NAMES if knows_answers else {}
         text = self.apply_chat_template(conversation, **boundaries)
-        chunks = split_text(text, self._placeholder, repeat(1), self.tokenizer.bos_token)
+        chunks = self._split(text, repeat(1))
         with self._tokenizer_lock:
             encoded = encode_chunks(self.tokenizer, [chunks], self.image_token_id)
         return encoded["input_ids"][0], encoded["assistant_masks"][0] if knows_answers else None
@@ -183,13 +187,18 @@ class ImageTextProcessor(ProcessorMixin):
                 "Use one of mgllava.processing.CHAT_TEMPLATES, or leave it out."
             )
         runs = iter(lengths)
-        chunks = [split_text(sample, self._placeholder, runs, self.tokenizer.bos_token, chats) for sample in text]
+        chunks = [self._split(sample, runs, chats) for sample in text]
         with self._tokenizer_lock:  # fast tokenizers keep options of a call in an object that all threads share
             encoded = encode_chunks(self.tokenizer, chunks, self.image_token_id, **kwargs)
         targets.read(encoded, knows_answers)
         if not return_mask:
             del encoded["assistant_masks"]
         return encoded
+
+    def _split(self, text: str, runs: Iterator[int], chats: Sequence[ChatFormat] = ()) -> list[TextChunk]:
+        """Cut a text into what is encoded apart; `runs` are the numbers of placeholders of images."""
+        chunks = split_text(text, self._placeholder, runs, self.tokenizer.bos_token, chats)
+        return chunks if self.cuts_at_answers else join_text(chunks)
 
     def _chat_formats(self) -> tuple[ChatFormat, ...]:
         special_tokens = self.tokenizer.special_tokens_map

@@ -6,7 +6,8 @@ its front, one `<image>` line each, and the rest of that turn is stripped; they 
 `<image>` in the text. With `literal_image_token=False` an `<image>` in the text stays where it is.
 
 **Chunks.** As in training, every piece of a text is encoded alone, without special tokens: the text before and after
-an image, the answer with its suffix, EOS, the separator; the BOS id is put in front by hand. Tokenizers of the
+an image, the answer with its suffix, EOS, the separator (a family may cut at images only, see `join_text`); the BOS id
+is put in front by hand. Tokenizers of the
 SentencePiece kind start every chunk with a space piece, and merges never cross chunks, so the ids differ from those of
 the whole string. The cuts are found in two ways, which agree:
 
@@ -50,6 +51,7 @@ _TEMPLATE = """
 {%- set user_start, user_end = USER_START, USER_END -%}
 {%- set generation_prompt, suffix, separator = GENERATION_PROMPT, SUFFIX, SEPARATOR -%}
 {%- set closed_by_eos, image_end = CLOSED_BY_EOS, IMAGE_END -%}
+{%- set answer_start, closes_empty_answers, has_questions = ANSWER_START, CLOSES_EMPTY_ANSWERS, HAS_QUESTIONS -%}
 {%- set given = chunk_boundary | default('') -%}
 {%- set learned = answer_boundary | default('') -%}
 {%- set state = namespace(system=DEFAULT_SYSTEM, text='', images=0, expected='user') -%}
@@ -95,7 +97,9 @@ _TEMPLATE = """
       {%- set state.images = state.images + state.text.count('<image>') -%}
       {%- set state.text = state.text.replace('<image>', '') -%}
     {%- endif -%}
-    {%- if state.images -%}
+    {%- if not has_questions -%}
+      {%- set state.text = '<image>' * state.images -%}
+    {%- elif state.images -%}
       {%- set state.text = (('<image>' + image_end) * state.images + state.text.strip()).strip() -%}
     {%- endif -%}
     {%- set is_first_turn = loop.index0 == (1 if messages[0]['role'] == 'system' else 0) -%}
@@ -109,7 +113,9 @@ _TEMPLATE = """
     {%- set state.expected = 'assistant' -%}
   {%- else -%}
     {%- generation -%}
-      {{- learned + state.text + suffix -}}
+      {%- if state.text or closes_empty_answers -%}
+        {{- learned + answer_start + state.text + suffix -}}
+      {%- endif -%}
       {%- if closed_by_eos -%}
         {{- learned ~ eos_token -}}
       {%- endif -%}
@@ -131,10 +137,14 @@ def build_chat_template(
     closed_by_eos: bool = False,
     default_system: str = "",
     image_end: str = "\n",
+    answer_start: str = "",
+    closes_empty_answers: bool = True,
+    has_questions: bool = True,
 ) -> str:
     """Make the chat template of a language model; a pair holds the strings before and after a text.
 
-    `default_system` is written in front of a conversation without a system message, and `image_end` after each image.
+    `default_system` is written in front of a conversation without a system message, `image_end` after each image, and
+    `answer_start` before each answer, as a part of it. Without `has_questions`, the text of questions is dropped.
     """
     fields = {
         "SYSTEM_START": system[0],
@@ -147,6 +157,9 @@ def build_chat_template(
         "CLOSED_BY_EOS": closed_by_eos,
         "DEFAULT_SYSTEM": default_system,
         "IMAGE_END": image_end,
+        "ANSWER_START": answer_start,
+        "CLOSES_EMPTY_ANSWERS": closes_empty_answers,
+        "HAS_QUESTIONS": has_questions,
     }
     template = _TEMPLATE
     for name, value in fields.items():
@@ -221,7 +234,7 @@ def _read_format(template: str, special_tokens: tuple[tuple[str, str], ...]) -> 
         starts.append(_BOUNDARIES.split(render(("system", _SYSTEM), turns[0]).split(_SYSTEM)[0])[-1])
     delimiters = (Delimiter(*_take_boundaries(marked)) for marked in (opening, between, closing))
     chat = ChatFormat(tuple(filter(None, starts)), *delimiters)
-    is_cut_at_answer = chat.opening.cuts == ((len(chat.opening.text), True),)
+    is_cut_at_answer = [is_learned for _, is_learned in chat.opening.cuts] == [True]
     is_usable = second == opening and is_cut_at_answer and chat.between.cuts and not chat.between.cuts[-1][1]
     return chat if chat.starts and chat.opening.text and chat.between.text and is_usable else None
 
@@ -383,7 +396,8 @@ def _false_delimiters(
     for place in _occurrences(text, chat.opening.text):
         end = place + len(chat.opening.text)
         is_prompt = end == len(text) and not is_open
-        if not (is_prompt or any(start == end for start, _ in answers)):
+        is_opening = any(start == cut for start, _ in answers for cut, _ in chat.opening.cuts_at(place))
+        if not (is_prompt or is_opening):
             ends.add(end)
     for start, stop in answers:
         for place in _occurrences(text, chat.between.text, start, stop):
@@ -416,12 +430,14 @@ class TextChunk:
         num_image_tokens: Length of that run, 0 for text.
         is_answer: Whether the chunk is learned in training.
         is_bos: Whether this is the leading BOS; its text is empty if the text does not have it.
+        answers: Where answers start and end in a text with more than an answer.
     """
 
     text: str
     num_image_tokens: int = 0
     is_answer: bool = False
     is_bos: bool = False
+    answers: tuple[tuple[int, int], ...] = ()
 
     @property
     def is_text(self) -> bool:
@@ -462,6 +478,23 @@ def split_text(
     return [chunk for chunk in chunks if chunk.text or chunk.is_bos]
 
 
+def join_text(chunks: Sequence[TextChunk]) -> list[TextChunk]:
+    """Join the chunks of text between two images, and note where answers are."""
+    joined: list[TextChunk] = []
+    for chunk in chunks:
+        if not chunk.is_text:
+            joined.append(chunk)
+            continue
+        if not (joined and joined[-1].is_text):
+            joined.append(TextChunk(""))
+        whole = joined[-1]
+        start = len(whole.text)
+        whole.text += chunk.text
+        if chunk.is_answer:
+            whole.answers += ((start, len(whole.text)),)
+    return joined
+
+
 @dataclass
 class _Row:
     """An encoded text.
@@ -481,8 +514,12 @@ class _Row:
     def add(self, chunk: TextChunk, ids: list[int], spans: Iterable[tuple[int, int]]) -> None:
         """Append the tokens of a chunk."""
         self.ids += ids
+        spans = list(spans)
         self.spans += [(self.length + start, self.length + end) for start, end in spans]
-        self.is_answer += [int(chunk.is_answer)] * len(ids)
+        if chunk.answers:
+            self.is_answer += [int(any(first <= start < end for first, end in chunk.answers)) for start, _ in spans]
+        else:
+            self.is_answer += [int(chunk.is_answer)] * len(ids)
         self.length += len(chunk.text)
 
     def truncate(self, max_length: int, side: str, image_token_id: int) -> None:
@@ -524,7 +561,8 @@ def encode_chunks(
     if wanted := sorted(name for name, value in options.items() if value):
         raise ValueError(f"{wanted} must not be set: text is encoded in chunks around the images. Leave them out.")
 
-    tokenizer_options: dict[str, Any] = {"return_offsets_mapping": bool(return_offsets_mapping)}
+    needs_spans = any(chunk.answers for chunks in texts for chunk in chunks)
+    tokenizer_options: dict[str, Any] = {"return_offsets_mapping": needs_spans or bool(return_offsets_mapping)}
     if sanitize_control_tokens:
         tokenizer_options["sanitize_control_tokens"] = True
     adds_bos = bool(add_special_tokens) and tokenizer.bos_token_id is not None
@@ -598,6 +636,7 @@ __all__ = [
     "build_chat_template",
     "chat_formats",
     "encode_chunks",
+    "join_text",
     "protect_text",
     "read_format",
     "split_text",

@@ -1,0 +1,23 @@
+"""The family SliME (arXiv 2406.08487)."""
+
+from .family import Family
+
+SLIME = Family(
+    title="SliME",
+    config="mgllava.modeling:SlimeConfig",
+    model="mgllava.modeling:SlimeForConditionalGeneration",
+    auto_classes=("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"),
+    image_processors={
+        "torchvision": "mgllava.processing:SlimeImageProcessor",
+        "pil": "mgllava.processing:SlimeImageProcessorPil",
+    },
+    base_model="mgllava.modeling:SlimeModel",
+    processor="mgllava.processing:SlimeProcessor",
+    chat_templates="mgllava.processing:SLIME_CHAT_TEMPLATES",
+    trained_whole=("multi_modal_projector", "local_compressor"),
+    # 2,048 tokens less those of a global view.
+    max_text_length=1472,
+    images_depend_on_text=True,
+)
+
+__all__ = ["SLIME"]
