@@ -92,13 +92,16 @@ def test_presets_and_templates_of_a_new_family_are_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(xtuner, "NEW_TEMPLATES", {"new": ""}, raising=False)
     names = {"source_formats": (f"{xtuner.__name__}:NEW",), "chat_templates": f"{xtuner.__name__}:NEW_TEMPLATES"}
     monkeypatch.setitem(FAMILIES, "new", dataclasses.replace(FAMILIES["mgllava"], **names))
-    monkeypatch.setattr("mgllava.conversion.convert.run_conversion", lambda *args, **_: taken.append(args) or tmp_path)
+    monkeypatch.setattr(
+        "mgllava.conversion.convert.run_conversion", lambda _, **given: taken.append(given) or tmp_path
+    )
     (tmp_path / "config.json").write_text('{"model_type": "new"}')
     options = ["--checkpoint", "x.pth", "--output", tmp_path / "out"]
     result = _run("convert", *options, "--preset", "new-7b", "--vision-tower", "a/clip")
     assert result.exit_code == 0, result.output
     expected = {"llm": "a/llm", "prompt_template": "new", "vision_tower": "a/clip"}
-    assert {name: value for name, value in taken[0][1].items() if value is not None} == expected
+    options_of_the_format = [*expected, "high_res_tower", "lora_alpha"]
+    assert {name: value for name in options_of_the_format if (value := taken[0][name]) is not None} == expected
     result = _run("convert", *options, "--preset", "no-such")
     assert result.exit_code == 2 and "'no-such' is not one of" in result.output and "'new-7b'" in result.output
 

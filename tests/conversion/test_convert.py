@@ -457,7 +457,7 @@ def test_output_is_not_overwritten_unasked(tmp_path, golden, sources):
 def test_sources_inside_the_output_are_not_replaced(tmp_path, golden, sources):
     output = convert_checkpoint(golden / "xtuner" / "iter_10.pth", **sources, output=tmp_path / "out")
     shutil.copy(golden / "xtuner" / "iter_10.pth", output)
-    with pytest.raises(ConversionError, match="lies in"):
+    with pytest.raises(ConversionError, match="is inside"):
         convert_checkpoint(output / "iter_10.pth", **sources, output=output, overwrite=True)
     assert (output / "iter_10.pth").exists()
 

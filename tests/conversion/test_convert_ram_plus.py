@@ -259,5 +259,5 @@ def test_command(tmp_path):
 def test_command_reports_an_error_in_one_message(tmp_path):
     result = run(*options(swin_config=None), "--output", tmp_path / "out")
     assert result.exit_code == 1
-    assert "error: The checkpoint does not make up the model" in result.output and "Traceback" not in result.output
+    assert "error: The checkpoint does not match the model" in result.output and "Traceback" not in result.output
     assert list(tmp_path.iterdir()) == []

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 from mgllava.families import family_of, takes_boxes
+from mgllava.model_files.sources import refuse_revision_of_folder
 from mgllava.quantization import quantization_of
 
 
@@ -25,8 +26,7 @@ def load(
 ) -> tuple[Any, Any]:
     """Load a model and its processor; refuse the options of boxes that are not `None` if the model has no boxes."""
     # Loading takes minutes, so everything else is checked first.
-    if revision is not None and os.path.isdir(model):
-        raise ValueError(f"`revision` is for models on the Hub, but {model} is a folder.")
+    refuse_revision_of_folder(model, revision)
     if "@" in model and not os.path.exists(model):
         raise ValueError(f"`model` must be a folder or a Hub id, got {model}. Name a revision with `revision`.")
     quantization = None if bits is None else quantization_of(bits)

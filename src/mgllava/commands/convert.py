@@ -21,7 +21,7 @@ from .options import Dtype, MaxShardSize, Output, Overwrite, TrustPickle
 
 
 def _one_of(names: Callable[[], Iterable[str]]) -> Callable[[str | None], str | None]:
-    """Refuse values that are not in a list, which is asked for late: families may be registered after the import."""
+    """Refuse values that are not in a list; it is evaluated late, because families may be added after the import."""
 
     def check(value: str | None) -> str | None:
         if value is not None and value not in names():
@@ -46,7 +46,7 @@ def convert(
         typer.Option(
             metavar="|".join(presets()),
             callback=_one_of(presets),
-            help="Published model: fills the options of its parts and its prompt template where they are not given.",
+            help="Size of the paper's models: sets the options of its parts and its prompt template, unless given.",
         ),
     ] = None,
     llm: Annotated[str | None, typer.Option(help="Language model: folder or Hub id.")] = None,
@@ -74,10 +74,10 @@ def convert(
     ] = None,
     overwrite: Overwrite = False,
     to_original: Annotated[
-        bool, typer.Option("--to-original", help="The way back: from a model folder to an original checkpoint (.pth).")
+        bool, typer.Option("--to-original", help="Convert a model folder to the original layout (.pth).")
     ] = False,
 ) -> None:
-    """Convert an original checkpoint into a model folder for `from_pretrained`, or back."""
+    """Convert an original checkpoint into a model folder for `from_pretrained`, or a model folder to a checkpoint."""
     options = locals()
     if to_original:
         defaults = {name: parameter.default for name, parameter in signature(convert).parameters.items()}

@@ -1,4 +1,4 @@
-"""A new model from trained parts: language model, CLIP and ConvNeXt."""
+"""Build a new model from trained parts: language model, CLIP and ConvNeXt."""
 
 import copy
 import os
@@ -28,9 +28,9 @@ from .xtuner.processor import make_processor
 
 logger = logging.get_logger(__name__)
 
-# Arguments for all parts.
+# Arguments of the downloads of all parts.
 _LOCATION_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
-# Arguments of `from_pretrained` for the language model, and those among them that its tokenizer needs too.
+# Arguments of `from_pretrained` for the language model; the first ones also for its tokenizer.
 _TOKENIZER_ARGUMENTS = ("revision", "subfolder", "gguf_file", "trust_remote_code", "code_revision")
 _LLM_ARGUMENTS = (*_TOKENIZER_ARGUMENTS, "variant", "use_safetensors", "weights_only")
 _CONFIG_ARGUMENTS = (
@@ -74,9 +74,9 @@ def build_from_parts(
     dtype: torch.dtype | str = "auto",
     **kwargs: Any,
 ) -> MGLlavaForConditionalGeneration:
-    r"""Build a model from trained parts; fusion and projectors are random, as stage 1 starts.
+    r"""Build a model from trained parts, with random fusion and projectors, to start stage 1 from.
 
-    The embedding table gets rows for the placeholder, up to a multiple of 64.
+    The embedding table gets a row for the placeholder, and is padded to a multiple of 64 rows.
 
     Example:
     ```python
@@ -95,7 +95,7 @@ def build_from_parts(
         high_res_tower (`str` or `os.PathLike`): Folder, Hub id or open_clip name of a model with a ConvNeXt.
         image_token_id (`int`, *optional*):
             Id of the placeholder. By default that of `<image>` in the language model's tokenizer or, if it has none,
-            the next free one, which `tokenizer.add_tokens` gives it.
+            the one that `tokenizer.add_tokens` would assign.
         dtype (`torch.dtype` or `str`, *optional*, defaults to `"auto"`):
             Dtype of all weights; `"auto"` is that of the language model. `torch_dtype` is an older name.
         **kwargs:
@@ -104,16 +104,16 @@ def build_from_parts(
               deviation of the random weights; by default that of the language model's configuration);
             - for the whole model `attn_implementation`, and `device_map` with a single device;
             - for the downloads of all parts `cache_dir`, `force_download`, `local_files_only` and `token`;
-            - of `from_pretrained` for `llm` alone `revision`, `subfolder`, `gguf_file`, `trust_remote_code`,
-              `code_revision`, `variant`, `use_safetensors` and `weights_only`.
+            - for `llm` alone `revision`, `subfolder`, `gguf_file`, `trust_remote_code`, `code_revision`, `variant`,
+              `use_safetensors` and `weights_only` of `from_pretrained`.
 
     Returns:
         `MGLlavaForConditionalGeneration`: The model, in evaluation mode.
 
     Raises:
         TypeError: If an argument is unknown.
-        ValueError: If a part is not of its kind, lacks weights or is quantized, if the parts do not fit together, or
-            if an argument of `from_pretrained` needs a complete model folder.
+        ValueError: If a part is a model of another kind, lacks weights or is quantized, if the parts do not fit
+            together, or if an argument of `from_pretrained` needs a complete model folder.
         ImportError: If `gguf_file` is given and the package `gguf` is missing.
         OSError: If a part cannot be read.
     """
@@ -127,15 +127,15 @@ def build_from_parts(
     _refuse_arguments(kwargs)
 
     language_model = _load(AutoModelForCausalLM, "llm", llm, dtype=dtype, **location, **llm_options)
-    # A model from GGUF still has its quantization config, but its weights are not quantized.
+    # The weights of a GGUF file are dequantized, although the model keeps its quantization config.
     if getattr(language_model, "is_quantized", False):
         raise ValueError(
-            f"`llm`: {llm} is quantized. Pass the weights in 16 or 32 bits; the model that is built can be saved and "
-            "loaded with a `quantization_config`."
+            f"`llm`: {llm} is quantized. Pass its weights in 16 or 32 bits; save the model that is built, and load "
+            "that with a `quantization_config`."
         )
     weights_dtype: torch.dtype = language_model.dtype
     tower = _load(CLIPVisionModel, "vision_tower", vision_tower, dtype=weights_dtype, **location)
-    # Layer -2 is what the model reads.
+    # The model reads the hidden state before the last layer.
     del tower.encoder.layers[-1]
     tower.config.num_hidden_layers -= 1
     tower.post_layernorm = nn.Identity()
@@ -157,7 +157,7 @@ def build_from_parts(
         dtype=weights_dtype,
         **kwargs,
     )
-    # On the meta device, which takes no memory: nearly all weights are loaded already.
+    # On the meta device, to save memory: almost all weights are loaded already.
     with torch.device("meta"):
         model: Any = MGLlavaForConditionalGeneration(config)
     model.generation_config = copy.deepcopy(language_model.generation_config)
@@ -216,7 +216,7 @@ def _single_device(device_map: Any) -> torch.device | None:
 
 
 def _load(model_class: Any, argument: str, name: str | os.PathLike[str], **options: Any) -> Any:
-    """Load a part with `from_pretrained`, and refuse it if weights are missing, which would stay random."""
+    """Load a part with `from_pretrained`; raise if weights are missing, which would be random."""
     model, loaded = model_class.from_pretrained(name, output_loading_info=True, **options)
     if missing := sorted(loaded["missing_keys"]):
         raise ValueError(f"`{argument}`: {name} lacks the weights {missing[:5]}.")
@@ -239,7 +239,7 @@ def _load_high_res_tower(
         tower.source.unexpected,
         f"`high_res_tower`: the weights of {name} are not those of its {tower.architecture}.",
     )
-    # Copies, since values may lie in files that are mapped read-only.
+    # Copied, because values may be mapped from files.
     weights = {key.removeprefix(HIGH_RES_TOWER): value.load().to(dtype, copy=True) for key, value in tensors.items()}
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(True).eval()
@@ -254,7 +254,7 @@ def build_mgllava(
     dtype: Any,
     **config: Any,
 ) -> tuple[MGLlavaForConditionalGeneration, MGLlavaProcessor]:
-    """Build a model and its processor, as a training starts from them."""
+    """Build the model and the processor that a training starts from."""
     text_config, llm_folder = language_model_config(llm)
     _, image_settings = clip_config(vision_tower)
     tokenizer = load_tokenizer(llm_folder)

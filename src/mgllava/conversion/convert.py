@@ -1,4 +1,4 @@
-"""Conversions in both directions: checkpoints to model folders, and back."""
+"""Convert checkpoints to model folders, and model folders to checkpoints of the original layout."""
 
 from pathlib import Path
 
@@ -32,19 +32,18 @@ def convert_checkpoint(
 ) -> Path:
     """Convert a checkpoint into a model folder that `from_pretrained` loads.
 
-    The source format is detected; so far, XTuner checkpoints of MG-LLaVA are known. An argument that the format needs
-    or does not take is named in the error.
+    The source format is detected. The error names arguments that the format needs or does not take.
 
-    Weights are streamed: one tensor is in memory at a time. The output appears under its name only when it is
-    complete; an interrupted run leaves `OUTPUT.incomplete`, which the same command continues.
+    Weights are streamed: one tensor is in memory at a time. The output gets its name when it is complete; an
+    interrupted run leaves `OUTPUT.incomplete`, which the same call resumes.
 
     Args:
-        checkpoint (`str` or `Path`): An mmengine `.pth` file or a DeepSpeed ZeRO folder; fine-tuned, pretrain-stage
-            or LoRA. Towers in it (saved with frozen parameters) are used instead of the repositories'. A Hub id will
-            do as well: `owner/name`, or `owner/name/path` if the repository has several.
-        llm (`str` or `Path`, *optional*): Folder or Hub id of the language model. [`PRESETS`] has this and the
-            next three for the published models. It gives tokenizer, config, and for pretrain-stage and LoRA
-            checkpoints the weights.
+        checkpoint (`str` or `Path`): An mmengine `.pth` file or a DeepSpeed ZeRO folder, fine-tuned, from the
+            pretrain stage, or LoRA; or a Hub id: `owner/name`, or `owner/name/path` if the repository has several.
+            A tower that the checkpoint holds is used instead of `vision_tower` or `high_res_tower`.
+        llm (`str` or `Path`, *optional*): Folder or Hub id of the language model: tokenizer, config and, for
+            pretrain-stage and LoRA checkpoints, the weights. [`PRESETS`] has this and the next three arguments for
+            each size of the paper.
         vision_tower (`str` or `Path`, *optional*): Folder or Hub id of the CLIP model.
         high_res_tower (`str` or `Path`, *optional*): Folder, Hub id or open_clip name of the ConvNeXt CLIP.
         prompt_template (`str`, *optional*): `"vicuna"`, `"llama3"`, `"phi3"` or `"yi"`.
@@ -53,7 +52,7 @@ def convert_checkpoint(
             the checkpoint keep theirs, all others get the language model's.
         max_shard_size (`str` or `int`, *optional*, defaults to `"5GB"`): Size of the largest weight file.
         trust_pickle (`bool`, *optional*, defaults to `False`): Read checkpoints that hold pickled objects next to
-            the weights. The objects are skipped, and no code of theirs is run, even then.
+            the weights. The objects are skipped; their code is not run.
         lora_alpha (`float`, *optional*): `lora_alpha` of a LoRA checkpoint whose config text does not say it.
         overwrite (`bool`, *optional*, defaults to `False`): Replace a model folder of the same family at `output`.
             Files there that no conversion writes stay, and so does the processor's box detector.
@@ -67,29 +66,14 @@ def convert_checkpoint(
         ConversionError: If anything is missing, damaged, left over, of the wrong shape, or in the way.
         ValueError: If the language model's tokenizer cannot hold the placeholder.
     """
+    arguments = locals()
     if output is None:
         raise ConversionError("`output` must be the folder to write, got None.")
     known = prompt_templates()
     if prompt_template is not None and prompt_template not in known:
         raise ConversionError(f"`prompt_template` must be one of {known}, got {prompt_template!r}.")
     check_lora_alpha(lora_alpha)
-    return run_conversion(
-        checkpoint,
-        {
-            "llm": llm,
-            "vision_tower": vision_tower,
-            "high_res_tower": high_res_tower,
-            "prompt_template": prompt_template,
-            "lora_alpha": lora_alpha,
-        },
-        output,
-        source_formats(),
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        trust_pickle=trust_pickle,
-        overwrite=overwrite,
-        progress=progress,
-    )
+    return run_conversion(source_formats(), **arguments)
 
 
 def convert_ram_plus(
@@ -109,26 +93,26 @@ def convert_ram_plus(
     """Convert an original checkpoint of RAM++ into a model folder that `from_pretrained` loads.
 
     Weights are streamed: one tensor is in memory at a time, and an optimizer's state in the file is not read. The
-    output appears under its name only when it is complete; an interrupted run leaves `OUTPUT.incomplete`, which the
-    same command continues.
+    output gets its name when it is complete; an interrupted run leaves `OUTPUT.incomplete`, which the same call
+    resumes.
 
     Args:
-        checkpoint (`str` or `Path`): The `.pth` file: the state dict, under `model` or bare. A Hub id will do as well:
-            `owner/name`, or `owner/name/path` if the repository has several.
+        checkpoint (`str` or `Path`): The `.pth` file with the state dict, which may be under the key `model`; or a
+            Hub id: `owner/name`, or `owner/name/path` if the repository has several.
         tag_list (`str` or `Path`): UTF-8 text with one tag per line, in the order of their indices, or its URL. That
             of the released model is `ram/data/ram_tag_list.txt` of github.com/xinyu1205/recognize-anything.
-        thresholds (`str` or `Path`): Text with one number per line, which belongs to the tag in the same line of
-            `tag_list`, or its URL (`ram/data/ram_tag_list_threshold.txt`). Tags after the last line have 0.68.
+        thresholds (`str` or `Path`): Text whose lines have the thresholds of the tags in the same lines of `tag_list`,
+            or its URL (`ram/data/ram_tag_list_threshold.txt`). Tags after its last line get 0.68.
         output (`str` or `Path`): Folder to write.
-        swin_config (`str` or `Path`, *optional*): JSON file with the sizes of the backbone, as the original has it.
-            By default those of the released model, Swin-L at 384 pixels.
-        decoder_config (`str` or `Path`, *optional*): JSON file with the sizes of the tag decoder, as the original has
-            it. By default those of the released model.
+        swin_config (`str` or `Path`, *optional*): The original's JSON file with the sizes of the backbone. By default
+            those of the released model, Swin-L at 384 pixels.
+        decoder_config (`str` or `Path`, *optional*): The original's JSON file with the sizes of the tag decoder. By
+            default those of the released model.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): Dtype of all weights; `"auto"` keeps the
             checkpoint's.
         max_shard_size (`str` or `int`, *optional*, defaults to `"5GB"`): Size of the largest weight file.
         trust_pickle (`bool`, *optional*, defaults to `False`): Read a checkpoint that holds pickled objects next to
-            the weights. The objects are skipped, and no code of theirs is run, even then.
+            the weights. The objects are skipped; their code is not run.
         overwrite (`bool`, *optional*, defaults to `False`): Replace a RAM++ model folder at `output`. Files there
             that no conversion writes stay.
         progress (`Callable[[str, int, int], None]`, *optional*): Called with the stage, bytes just done and bytes
@@ -140,26 +124,11 @@ def convert_ram_plus(
     Raises:
         ConversionError: If anything is missing, damaged, left over, of the wrong shape, or in the way.
     """
-    return run_conversion(
-        checkpoint,
-        {
-            "tag_list": tag_list,
-            "thresholds": thresholds,
-            "swin_config": swin_config,
-            "decoder_config": decoder_config,
-        },
-        output,
-        [RAM_PLUS],
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        trust_pickle=trust_pickle,
-        overwrite=overwrite,
-        progress=progress,
-    )
+    return run_conversion([RAM_PLUS], **locals())
 
 
 def export_original(model: str | Path, output: str | Path, *, overwrite: bool = False) -> Path:
-    """Write a model folder back as a checkpoint of the original code.
+    """Convert a model folder to a checkpoint that the original code loads.
 
     Args:
         model (`str` or `Path`): A model folder.
@@ -170,7 +139,8 @@ def export_original(model: str | Path, output: str | Path, *, overwrite: bool = 
         `Path`: The output.
 
     Raises:
-        ConversionError: If `model` is not a model folder of a family that can be exported, or cannot be written.
+        ConversionError: If `model` is not a model folder of a family that has such a checkpoint, or the file cannot be
+            written.
     """
     writers = {one.model_type: one.export for one in source_formats() if one.export is not None}
     model_type = read_model_type(Path(model))

@@ -1,4 +1,4 @@
-"""Which source format a checkpoint has."""
+"""Find a checkpoint and its source format."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,16 +34,15 @@ def presets() -> dict[str, Mapping[str, str]]:
 def find_source(
     checkpoint: str | Path, formats: Sequence[SourceFormat], options: Mapping[str, Any], trust_pickle: bool
 ) -> tuple[Path, SourceFormat]:
-    """Find a checkpoint, download it if necessary, and tell its format."""
+    """Find or download a checkpoint, and return its path and its format."""
     convertible = [one for one in formats if options.keys() >= set(one.needs)]
     if len(convertible) == 1 and not Path(checkpoint).exists():
-        _check_options(
-            convertible[0], f"{checkpoint} can only be {convertible[0].title}", options
-        )  # before a download
+        # Before a download.
+        _check_options(convertible[0], f"{checkpoint} can only be {convertible[0].title}", options)
     path = fetch_checkpoint(checkpoint, formats, options)
     if not path.is_file() and not path.is_dir():
-        raise ConversionError(f"`checkpoint` must be a file or a folder, but {path} is something else.")
-    if len(formats) == 1:  # which says itself what is wrong with a checkpoint that is not of its kind
+        raise ConversionError(f"`checkpoint` must be a file or a folder, but {path} is neither.")
+    if len(formats) == 1:  # its reader reports what is wrong with other checkpoints
         _check_options(formats[0], f"{path} is read as {formats[0].title}", options)
         return path, formats[0]
     for source_format in formats:
@@ -82,7 +81,7 @@ def tensor_names(path: Path) -> list[str] | None:
 
 
 def _unknown(path: Path, formats: Sequence[SourceFormat], trust_pickle: bool) -> str:
-    """Say what a path is that no format recognizes, what was looked for, and what it holds."""
+    """Describe a path that no format recognizes: what was looked for, and what it holds."""
     model_type = read_model_type(path) if path.is_dir() else None
     if model_type in FAMILIES:
         return f"`checkpoint`: {path} is a model folder of this package already. Load it with `from_pretrained`."
@@ -103,7 +102,7 @@ def _unknown(path: Path, formats: Sequence[SourceFormat], trust_pickle: bool) ->
         if found is None:
             holds = "it is not a file of `torch.save`"
         else:
-            content = open_torch_file(path, trust_pickle)  # refuses pickled objects, which may hide the weights
+            content = open_torch_file(path, trust_pickle)  # raises for pickled objects, which may hide the weights
             listed = ", ".join(found[:5]) or f"a {type(content).__name__}"
             holds = f"it holds {listed}" + (f" and {len(found) - 5} more" if len(found) > 5 else "")
     return f"`checkpoint`: {path} is not a checkpoint that can be converted: {holds}. Looked for:{looked_for}"

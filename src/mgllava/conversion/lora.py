@@ -1,4 +1,4 @@
-"""LoRA: low-rank updates merged into the base weights."""
+"""Merge LoRA's low-rank updates into the base weights."""
 
 import math
 
@@ -9,7 +9,7 @@ from mgllava.model_files.lazy_tensor import LazyTensor
 
 
 def is_positive_number(value: object) -> bool:
-    """Whether a value can be a `lora_alpha`."""
+    """Tell whether a value can be a `lora_alpha`."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
@@ -27,7 +27,7 @@ def scaling_of(alpha: float, rank: int, use_rslora: bool) -> float:
 
 
 def merge_lora(base: LazyTensor, low_a: LazyTensor, low_b: LazyTensor, scaling: float) -> LazyTensor:
-    """Add a low-rank update to a weight: `W + scaling * B @ A`, computed in float32, in the dtype of `W`.
+    """Return `W + scaling * B @ A`, computed in float32 and cast to the dtype of `W`.
 
     `W` has shape `(out, in)`, `A` has shape `(rank, in)`, `B` has shape `(out, rank)`.
     """

@@ -9,7 +9,7 @@ from mgllava.model_files.lazy_tensor import LazyTensor
 from mgllava.model_files.sources import fetch_weights
 from mgllava.model_files.tensor_files import open_weights
 
-# Prefixes and what replaces them. Each ends at a dot, so that no name matches two of them.
+# Prefixes and their replacements. Each ends at a dot, so that a name matches at most one.
 Rules = tuple[tuple[str, str], ...]
 
 LANGUAGE_MODEL_TO_MODEL: Rules = (("model.", "model.language_model."), ("lm_head.", "lm_head."))
@@ -20,7 +20,7 @@ CLIP_TO_MODEL: Rules = tuple(
     for prefix in ("vision_model.", "")
     for part in ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")
 )
-# Parts of a repository that the model has no use for: pattern of the name, and why.
+# Tensors of a CLIP repository that the model does not use: pattern of the name, and the reason.
 CLIP_DROPS: Rules = (
     (r"text_model\.", "text tower of CLIP"),
     (r"(text|visual)_projection\.|logit_scale$", "contrastive head of CLIP"),
@@ -39,8 +39,8 @@ class Source:
 
     Attributes:
         tensors: Tensors by the model's names.
-        names: The names that the source gives them.
-        dropped: Names in the source that have no use, and why.
+        names: The source's names, by the model's.
+        dropped: For each unused tensor, by the source's name, the reason.
         unexpected: Names in the source that no rule covers, with their shapes.
         files: The files read.
     """
@@ -53,7 +53,7 @@ class Source:
 
 
 def language_model_weights(name: str | Path) -> Source:
-    """Open the weights of a language model: a folder or Hub id."""
+    """Open the weights of a language model, a folder or Hub id."""
     tensors, files = open_weights(fetch_weights(name, "llm"))
     return sort_tensors(tensors, LANGUAGE_MODEL_TO_MODEL, (), files)
 
@@ -65,14 +65,14 @@ def clip_weights(name: str | Path) -> Source:
 
 
 def sort_tensors(tensors: dict[str, LazyTensor], rules: Rules, drops: Rules, files: list[Path]) -> Source:
-    """Rename the tensors of a source, and tell which are dropped or covered by no rule."""
+    """Rename the tensors of a source, except for those that are dropped or that no rule covers."""
     source = Source(files=files)
     for name, tensor in tensors.items():
         if (new_name := rename(name, rules)) is not None:
             if new_name in source.names:
                 raise ConversionError(
                     f"{files[0].parent} has two tensors for one parameter: {source.names[new_name]} and {name}. "
-                    "Remove the one that is not meant."
+                    "Remove one of them."
                 )
             source.names[new_name] = name
             source.tensors[new_name] = tensor
@@ -97,8 +97,8 @@ def drop_reason(name: str, drops: Rules) -> str | None:
 
 
 def model_drop_reason(name: str, stored_clip_layers: int) -> str | None:
-    """Return why a renamed tensor has no place in a model that stores this many layers of CLIP."""
-    # The model stores one layer less than the published tower, whose last layer it does not use.
+    """Return why a model with this many layers of CLIP does not use a renamed tensor; `None` if it does."""
+    # The model does not use the last layer of the published tower, and does not store it.
     last_layer = rf"model\.vision_tower\.encoder\.layers\.{stored_clip_layers}\."
     reason = "not used: features are taken before the last layer of CLIP"
     return drop_reason(name, (*_BUFFERS, _POST_LAYER_NORM, (last_layer, reason)))

@@ -1,4 +1,4 @@
-"""What every conversion does, whatever its source format: gather, check, write, report."""
+"""The steps of a conversion from any source format: gather, check, write, report."""
 
 import datetime
 import json
@@ -12,11 +12,10 @@ import torch
 from transformers.dynamic_module_utils import custom_object_save
 
 from mgllava.families import FAMILIES, resolve
-from mgllava.model_files.errors import ConversionError
+from mgllava.model_files.errors import ConversionError, one_line
 from mgllava.model_files.json_files import write_json
 from mgllava.model_files.lazy_tensor import LazyTensor
 from mgllava.model_files.shard_writer import Progress, ShardPlan, plan_shards, write_shard
-from mgllava.model_files.sources import one_line
 from mgllava.model_files.staging import REPORT_NAME, StagingFolder
 from mgllava.model_files.tensor_files import sha256
 from mgllava.model_files.tensor_matching import build_on_meta, match_tensors, stored_shapes
@@ -27,47 +26,47 @@ from .source_format import Gathered, SourceFormat
 
 # Small enough to convert, resume and load on modest machines; the 50 GB of transformers suit only large ones.
 DEFAULT_SHARD_SIZE = "5GB"
-# Packages whose versions stand in the report.
+# Packages whose versions are in the report.
 _PACKAGES = ("mgllava", "torch", "transformers", "timm")
 _TABLES = ("model.language_model.embed_tokens.weight", "lm_head.weight", "lm_head.bias")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def run_conversion(
-    checkpoint: str | Path,
-    options: Mapping[str, Any],
-    output: str | Path,
     formats: Sequence[SourceFormat],
+    checkpoint: str | Path,
+    output: str | Path,
     *,
     dtype: str | torch.dtype,
     max_shard_size: str | int,
     trust_pickle: bool,
     overwrite: bool,
     progress: Progress | None,
+    **options: Any,
 ) -> Path:
-    """Convert a checkpoint of one of some formats into a model folder; `options` are the arguments of the formats."""
+    """Convert a checkpoint that has one of the formats into a model folder; the formats take `options`."""
     chosen_dtype = check_dtype(dtype)
     output = Path(output).absolute()
     progress = progress or (lambda stage, done, total: None)
     with StagingFolder(output, overwrite, *{one.model_type for one in formats}) as staging:
         path, source_format = find_source(checkpoint, formats, options, trust_pickle)
         staging.narrow(source_format.model_type)
-        # Next to the output there has to be room anyway, while the system's temporary folder may lie in memory.
+        # Scratch files go to the output's disk, which needs room anyway; the system's folder may be a RAM disk.
         gathered = source_format.gather(path, options, trust_pickle, staging.output.parent)
         with gathered.resources:
             model_class = resolve(FAMILIES[source_format.model_type].model)
             main_dtype = chosen_dtype or gathered.dtype
             _set_dtype(gathered.config, main_dtype)
-            tensors = _account(gathered, model_class, source_format.problem)
+            tensors = _match(gathered, model_class, source_format.problem)
             keep = gathered.tensors.kept if chosen_dtype is None else set()
             tensors = {name: tensor if name in keep else tensor.to(main_dtype) for name, tensor in tensors.items()}
             plan = plan_shards(tensors, max_shard_size)
 
-            # All that may be wrong with the small files was found before the large ones are read and written.
+            # From here on, large files are read and written: mistakes in small ones were reported before.
             digests = _digest_sources(gathered.tensors.files, staging, progress)
             _write_weights(staging, plan, digests, progress)
             gathered.config.save_pretrained(staging.path)
-            # Saving a model would copy its code; here is only its class.
+            # `save_pretrained` of a model copies its code; here is only the class.
             custom_object_save(model_class, staging.path)
             if gathered.generation_config is not None:
                 gathered.generation_config.save_pretrained(staging.path)
@@ -103,7 +102,7 @@ def _set_dtype(config: Any, dtype: torch.dtype) -> None:
         getattr(config, name).dtype = dtype
 
 
-def _account(gathered: Gathered, model_class: Any, problem: str) -> dict[str, LazyTensor]:
+def _match(gathered: Gathered, model_class: Any, problem: str) -> dict[str, LazyTensor]:
     """Check that sources and model match name by name, and return the tensors in the model's order."""
     try:
         model = build_on_meta(model_class, gathered.config)
@@ -129,12 +128,12 @@ def _account(gathered: Gathered, model_class: Any, problem: str) -> dict[str, La
 def _digest_sources(
     sources: Mapping[str, Sequence[Path]], staging: StagingFolder, progress: Progress
 ) -> dict[str, str]:
-    """Compute the SHA-256 of every source file by its path; checksums in the file are compared on the way."""
+    """Return the SHA-256 of every source file by its path; checksums in the files are verified along the way."""
     files = list(dict.fromkeys(path for paths in sources.values() for path in paths))
     for path in files:
         for folder in (staging.output, staging.path):
             if path.resolve().is_relative_to(folder):
-                raise ConversionError(f"{path} lies in {folder}, which would be replaced. Choose another `output`.")
+                raise ConversionError(f"{path} is inside {folder}, which would be replaced. Choose another `output`.")
     total = sum(path.stat().st_size for path in files)
     return {str(path): sha256(path, lambda done: progress("reading sources", done, total)) for path in files}
 
@@ -143,7 +142,7 @@ def _write_weights(
     staging: StagingFolder, plan: ShardPlan, source_digests: Mapping[str, str], progress: Progress
 ) -> None:
     """Write the index and all weight shards, except for those that an interrupted run finished."""
-    # Digests by content, so that sources may have moved between two runs.
+    # The digests have no paths, because the sources may be moved between two runs.
     contents = {f"{number}": digest for number, digest in enumerate(sorted(source_digests.values()))}
     done = staging.keep_finished({shard.filename: shard.digest(contents) for shard in plan.shards}, plan.shards)
     total = sum(shard.size for shard in plan.shards)
@@ -158,7 +157,7 @@ def _write_weights(
 
 
 def _keep_box_detector(staging: StagingFolder) -> None:
-    """Let the new processor have the box detector of the one that it replaces, as the files of its parts stay."""
+    """Copy the box detector's settings from the processor that is replaced; the files of its parts stay."""
     name, key = "processor_config.json", "box_detector_config"
     try:
         old = json.loads((staging.output / name).read_bytes())
@@ -184,7 +183,7 @@ def _describe_run(
     tensors: Mapping[str, LazyTensor],
     plan: ShardPlan,
 ) -> dict[str, Any]:
-    """Describe what came from where."""
+    """Return the part of the report that is the same for all source formats."""
     return {
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "arguments": {name: value if value is None else str(value) for name, value in given.items()},

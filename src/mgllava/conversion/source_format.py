@@ -21,8 +21,8 @@ class GatheredTensors:
 
     Attributes:
         used: Tensors by the model's names.
-        kept: Names of those that keep their dtype unless the user asks for one.
-        dropped: For each source the names of unused tensors, and why they are not used.
+        kept: Names of tensors that keep their dtype, unless the user asks for one.
+        dropped: For each source the names of unused tensors, with reasons.
         unexpected: Descriptions of tensors that no rule covers.
         files: Files by source, for digests and the report.
     """
@@ -34,7 +34,7 @@ class GatheredTensors:
     files: dict[str, list[Path]] = field(default_factory=dict)
 
     def drop(self, source: str, name: str, reason: str) -> None:
-        """Note that a tensor is not used."""
+        """Record that a tensor is not used."""
         self.dropped.setdefault(source, {})[name] = reason
 
     def use(self, source: Source, title: str, replaced: Iterable[str] = (), reason: str = "") -> None:
@@ -53,17 +53,17 @@ class GatheredTensors:
 
 @dataclass
 class Gathered:
-    """All that a model folder is written from.
+    """Contents of a model folder that is to be written.
 
     Attributes:
         tensors: The tensors, still in their files.
-        config: The model's configuration, whose dtype is set later.
-        dtype: What tensors are cast to that do not keep their dtype.
+        config: The model's configuration; its dtype is set later.
+        dtype: Dtype of all tensors that are not in `tensors.kept`.
         processor: Processor or image processor.
-        report: What the format adds to the report; without `"dropped"`, all dropped tensors are listed by source.
-        generation_config: For models that generate.
-        vocabulary: Sizes of the embedding table and the output head, which are grown accordingly.
-        resources: Closed when the model folder is written; temporary files, for example.
+        report: Entries for the report; without `"dropped"`, all dropped tensors are listed by source.
+        generation_config: Generation config of a model that generates.
+        vocabulary: Sizes that the embedding table and the output head are grown to.
+        resources: Temporary files and the like, closed after the model folder is written.
     """
 
     tensors: GatheredTensors
@@ -85,22 +85,22 @@ class SourceFormat:
     """A checkpoint layout. `Family.source_formats` names the formats of a family.
 
     Attributes:
-        title: Name for people, with an article.
+        title: Name in messages, with an article.
         model_type: Key of the family in `FAMILIES`.
         looked_for: What `recognizes` looks for, for the error about a checkpoint that no format recognizes.
-        recognizes: Tells what a file or folder is, if it has this format; `None` otherwise.
-        find: Picks the paths that may be checkpoints of this format from those of all files in a repository.
-        patterns: Files to download from a Hub that cannot list its files.
+        recognizes: Returns a description of a file or folder that has this format; `None` for others.
+        find: Picks the paths that may be checkpoints of this format from all file paths of a repository.
+        patterns: Files to download if the Hub cannot list the repository's files.
+        gather: Reads a checkpoint and the other sources: `gather(path, options, trust_pickle, scratch)`, where
+            `scratch` is a folder with room for temporary files.
+        problem: Start of the error about tensors that do not match the model.
         needs: Arguments that a conversion of this format needs.
         takes: Further arguments that it accepts.
-        gather: Collects all that is written: `gather(path, options, trust_pickle, scratch)`, where `scratch` is a
-            folder with room for temporary files.
-        problem: Start of the error about tensors that do not make up the model.
-        advice: What to do about missing arguments, for the error that names them.
+        advice: Where to get missing arguments, for the error that names them.
         convert: Name of the function that has the arguments of this format.
-        hint: Words that are expected in the path of a checkpoint, joined by `-`, to choose among several.
-        presets: Arguments of the conversion for each published model, by a name that no other format uses.
-        export: Exports a model folder, if the format supports it: `export(model_folder, output, overwrite=...)`.
+        hint: Returns words that the path of a checkpoint has, joined by `-`, to choose among several.
+        presets: Arguments of the conversion for each model size, by a name that no other format uses.
+        export: Converts a model folder to this format, if supported: `export(model_folder, output, overwrite=...)`.
     """
 
     title: str

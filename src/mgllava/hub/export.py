@@ -14,10 +14,10 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
 from mgllava.families import FAMILIES, Family, resolve, takes_boxes
-from mgllava.model_files.errors import ConversionError
+from mgllava.model_files.errors import ConversionError, one_line
 from mgllava.model_files.json_files import read_json, write_json
 from mgllava.model_files.shard_writer import Progress
-from mgllava.model_files.sources import fetch, one_line
+from mgllava.model_files.sources import fetch, refuse_revision_of_folder
 from mgllava.model_files.staging import REPORT_NAME, StagingFolder
 from mgllava.model_files.tensor_files import open_weights
 from mgllava.model_files.tensor_matching import build_on_meta, match_tensors, stored_shapes
@@ -80,8 +80,7 @@ def export_repository(
             outside it, the result does not load, or `output` exists.
     """
     output = Path(output).absolute()
-    if revision is not None and Path(model).is_dir():
-        raise ConversionError(f"`revision` is for models on the Hub, but {model} is a folder.")
+    refuse_revision_of_folder(model, revision)
     source = fetch(model, "model", [*_TEXT_FILES, "*.safetensors"], revision)
     _refuse_links(source)
     family = _read_family(source, model)

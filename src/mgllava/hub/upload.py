@@ -8,8 +8,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from transformers.utils import logging
 
-from mgllava.model_files.errors import ConversionError
-from mgllava.model_files.sources import one_line
+from mgllava.model_files.errors import ConversionError, one_line
 from mgllava.model_files.staging import CODE_NAMES
 from mgllava.processing.box_detector_files_mgllava import BUNDLE_FOLDER, PARTS
 

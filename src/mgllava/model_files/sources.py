@@ -1,4 +1,4 @@
-"""Model folders and Hub repositories that a model is made from: downloads, and the configurations in them."""
+"""Find or download model folders, and read their configurations."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, PreTrainedConfig
 
-from .errors import ConversionError, UnreadableSourceError
+from .errors import ConversionError, UnreadableSourceError, one_line
 from .json_files import read_json
 
 _CONFIG_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
@@ -27,19 +27,20 @@ def fetch(name: str | Path, argument: str, patterns: list[str], revision: str | 
         raise UnreadableSourceError(f"`{argument}` must be a folder or a Hub id (owner/name), but {name} is neither.")
     try:
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns, **location))
-    except Exception as error:  # those of the HTTP library have other names in each version of huggingface_hub
+    except Exception as error:  # the errors of the HTTP library differ between versions of huggingface_hub
         raise UnreadableSourceError(
             f"`{argument}`: {name} is not a folder here, and it cannot be fetched from the Hub ({one_line(error)})."
         ) from error
 
 
-def one_line(error: BaseException) -> str:
-    """Return the message of an error in one line; its type if it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+def refuse_revision_of_folder(model: str | Path, revision: str | None) -> None:
+    """Raise if a revision is given for a model that is a folder."""
+    if revision is not None and Path(model).is_dir():
+        raise ConversionError(f"`revision` is for models on the Hub, but {model} is a folder.")
 
 
 def fetch_weights(name: str | Path, argument: str) -> Path:
-    """Find a model folder with its weights, or download it; pickled weights only where there are no safetensors."""
+    """Find or download a model folder with its weights; pickled weights only if it has no safetensors."""
     folder = fetch(name, argument, _CONFIG_FILES + _SAFETENSORS_FILES)
     if Path(name).is_dir() or any(folder.glob("*.safetensors")):
         return folder
@@ -51,7 +52,7 @@ def _read_config(folder: Path, name: str | Path, argument: str) -> PreTrainedCon
         raise ConversionError(f"`{argument}`: {name} has no config.json, so it is not a model folder of transformers.")
     read_json(folder / "config.json", argument)
     try:
-        # Without a value for it, transformers asks on the terminal.
+        # By default, transformers would ask on the terminal.
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a config may be wrong in many ways
         reason = one_line(error.__cause__ or error)
@@ -62,7 +63,7 @@ def _read_config(folder: Path, name: str | Path, argument: str) -> PreTrainedCon
 
 
 def _check_sizes(config: PreTrainedConfig, names: tuple[str, ...], name: str | Path, argument: str) -> None:
-    """Check the sizes that a model is built from: with others, building it may take forever."""
+    """Check the sizes that a model is built from: building one with absurd sizes would take forever."""
     for size in names:
         value = getattr(config, size, None)
         most = _MAX_LAYERS if size == "num_hidden_layers" else _MAX_SIZE
@@ -105,4 +106,4 @@ def clip_config(name: str | Path) -> tuple[PreTrainedConfig, dict[str, Any]]:
     return config, settings
 
 
-__all__ = ["clip_config", "fetch", "fetch_weights", "language_model_config", "one_line"]
+__all__ = ["clip_config", "fetch", "fetch_weights", "language_model_config", "refuse_revision_of_folder"]

@@ -53,7 +53,7 @@ SOURCE_FORMAT = SourceFormat(
     find=find,
     patterns=("*.pth",),
     gather=gather,
-    problem="The toy checkpoint does not make up the model.",
+    problem="The toy checkpoint does not match the model.",
     needs=("llm", "prompt_template"),
 )
 

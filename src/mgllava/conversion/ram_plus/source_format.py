@@ -17,10 +17,9 @@ import torch
 from mgllava.conversion.detect import tensor_names
 from mgllava.conversion.parts import drop_reason, rename
 from mgllava.conversion.source_format import Gathered, GatheredTensors, SourceFormat
-from mgllava.model_files.errors import ConversionError
+from mgllava.model_files.errors import ConversionError, one_line
 from mgllava.model_files.json_files import read_json
 from mgllava.model_files.lazy_tensor import LazyTensor
-from mgllava.model_files.sources import one_line
 from mgllava.model_files.tensor_files import tensors_of
 from mgllava.model_files.torch_files import StoredTensor, open_torch_file
 from mgllava.ram_plus import RamPlusConfig, RamPlusImageProcessor
@@ -78,7 +77,7 @@ _OPTIONAL_DECODER_KEYS = (
 
 @dataclass
 class _Checkpoint:
-    """Tensors of an original checkpoint, by their own names, and what lies next to them in the file."""
+    """Tensors of an original checkpoint by their names in it, and descriptions of the other entries of the file."""
 
     path: Path
     tensors: dict[str, LazyTensor]
@@ -129,7 +128,7 @@ def gather(path: Path, options: Mapping[str, Any], trust_pickle: bool, scratch: 
 
 
 def _text_file(source: str | Path, argument: str, folder: Path) -> Path:
-    """Give a text file, downloaded into a folder if it is named by a URL."""
+    """Return the path of a text file; a URL is downloaded into the folder."""
     if not str(source).startswith(("https://", "http://")):
         return _existing(source, argument)
     path = folder / argument / (PurePosixPath(urlsplit(str(source)).path).name or "file")
@@ -209,7 +208,7 @@ def _read_decoder_config(path: str | Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     content = _read_json(path, "decoder_config", _DECODER_KEYS)
-    # `encoder_width` is not read: the original puts the width of `label_embed` in its place.
+    # The original overwrites `encoder_width` with the width of `label_embed`.
     return {key: content[key] for key in (*_DECODER_KEYS, *_OPTIONAL_DECODER_KEYS) if key in content}
 
 
@@ -229,7 +228,7 @@ def _read_checkpoint(path: Path, trust_pickle: bool) -> _Checkpoint:
 
 
 def _summary(value: Any) -> str:
-    """Say what an entry of the file is, for the report."""
+    """Describe an entry of the file for the report."""
     tensors, pending, seen = [], [value], set()
     while pending:
         entry = pending.pop()
@@ -265,12 +264,12 @@ def _build_config(sizes: dict[str, Any], tags: list[str], limits: list[float], o
             architectures=["RamPlusForImageTagging"],
         )
     except Exception as error:  # a config may be wrong in many ways
-        # huggingface_hub wraps what a config's own validation says.
+        # huggingface_hub wraps the errors of a config's validation.
         raise ConversionError(f"No model has these sizes: {one_line(error.__cause__ or error)}") from error
 
 
 def _rename(opened: _Checkpoint, config: RamPlusConfig) -> tuple[GatheredTensors, dict[str, list[str]]]:
-    """Rename all tensors, and list those that are dropped by reason."""
+    """Rename all tensors, except for those that are dropped, which are listed by reason."""
     tensors = GatheredTensors()
     dropped: dict[str, list[str]] = {}
     for own_name, tensor in opened.tensors.items():
@@ -281,7 +280,7 @@ def _rename(opened: _Checkpoint, config: RamPlusConfig) -> tuple[GatheredTensors
             continue
         new_name = _to_model(name)
         if new_name is None or new_name in tensors.used:
-            twice = " (there twice)" if new_name in tensors.used else ""
+            twice = " (a second one)" if new_name in tensors.used else ""
             tensors.unexpected.append(f"{own_name} {tensor.shape}{twice}")
         else:
             tensors.used[new_name] = tensor
@@ -292,7 +291,7 @@ def _rename(opened: _Checkpoint, config: RamPlusConfig) -> tuple[GatheredTensors
 
 
 def _to_model(name: str) -> str | None:
-    """Rename a parameter as the model has it; `None` if no rule fits."""
+    """Return the model's name of a parameter; `None` if no rule fits."""
     new_name = rename(name, _TO_MODEL)
     layer = re.match(r"(decoder\.layers\.\d+\.)(.*)", new_name or "")
     if layer is None:
@@ -328,7 +327,7 @@ RAM_PLUS = SourceFormat(
     find=find,
     patterns=tuple(f"*{ending}" for ending in _ENDINGS),
     gather=gather,
-    problem="The checkpoint does not make up the model. Is it whole, and are `swin_config` and `decoder_config` (or "
+    problem="The checkpoint does not match the model. Is it complete, and are `swin_config` and `decoder_config` (or "
     "the released sizes, without them) those that it was trained with?",
     needs=("tag_list", "thresholds"),
     takes=("swin_config", "decoder_config"),

@@ -16,10 +16,10 @@ class XTunerCheckpoint:
     """An opened checkpoint.
 
     Attributes:
-        tensors: Its state dict.
-        meta: What the runner says about itself: config text, iteration, versions.
-        files: The files it lies in.
-        path: What was opened.
+        tensors: The state dict, still in its files.
+        meta: What XTuner's runner stored: config text, iteration, versions.
+        files: The files that were opened.
+        path: The file or folder that was given.
     """
 
     tensors: dict[str, LazyTensor]
@@ -29,7 +29,7 @@ class XTunerCheckpoint:
 
     @property
     def config_text(self) -> str:
-        """Text of the training config, Python source. It is searched, never executed."""
+        """Text of the training config: Python source, which is parsed and never executed."""
         text = self.meta.get("cfg", "")
         return text if isinstance(text, str) else ""
 
@@ -40,15 +40,16 @@ def read_checkpoint(path: str | Path, trust_pickle: bool = False, scratch: Path 
     Args:
         path (`str` or `Path`): A `.pth` file, or the folder that DeepSpeed writes (often named `….pth` as well).
         trust_pickle (`bool`, *optional*, defaults to `False`): Read files that hold pickled objects next to the
-            weights. The objects are skipped, and no code of theirs is run, even then.
-        scratch (`Path`, *optional*): Folder for temporary files, which some DeepSpeed checkpoints need: as large as
+            weights. The objects are skipped; their code is not run.
+        scratch (`Path`, *optional*): Folder for the temporary files that some DeepSpeed checkpoints need, as large as
             the weights in float32. The system's temporary folder by default.
 
     Returns:
-        `XTunerCheckpoint`: Its tensors, still on disk.
+        `XTunerCheckpoint`: The checkpoint; its tensors are still on disk.
 
     Raises:
-        ConversionError: If the checkpoint does not exist, is damaged, or holds pickled objects and is not trusted.
+        ConversionError: If the checkpoint does not exist, is damaged, or holds pickled objects without
+            `trust_pickle`.
     """
     path = Path(path)
     if path.is_dir():

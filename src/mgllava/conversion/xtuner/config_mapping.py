@@ -1,4 +1,4 @@
-"""From the tensors of a checkpoint, and the configs of its towers, to an `MGLlavaConfig`."""
+"""Derive an `MGLlavaConfig` from the tensors of a checkpoint and the configs of its towers."""
 
 import copy
 import re
@@ -13,7 +13,7 @@ from mgllava.modeling import MGLlavaConfig
 
 from .open_clip import HighResTower
 
-# Side of the high-resolution input of every published checkpoint, for files whose config text does not say it.
+# Side of the high-resolution input of every published checkpoint, used if the config text does not say it.
 _PUBLISHED_IMAGE_SIZE = 768
 
 _MAX_DIGITS = 5
@@ -28,13 +28,13 @@ _LOW_RES_CONV = "fuse_module.fast_conv.weight"
 
 
 def detect_fusion_type(tensors: dict[str, LazyTensor], vision_size: int, high_res_size: int) -> str:
-    """Tell from names and shapes how a checkpoint fuses the two resolutions."""
+    """Detect from names and shapes how a checkpoint fuses the two resolutions."""
     convolved = any(name.startswith(_FUSION) for name in tensors)
     if convolved:
         _check_width(tensors, _LOW_RES_CONV, 0, vision_size, "vision_tower")
         _check_width(tensors, _HIGH_RES_CONV, 0, high_res_size, "high_res_tower")
     width = _input_width(tensors, _PROJECTOR)
-    # fuse_model 0, 1, 2 and 3 of the original, and none
+    # In the original, the first four are `fuse_model` 0 to 3.
     variants = {
         (True, True, vision_size): "conv_gate",
         (True, True, 2 * vision_size): "conv_gate_concat",
@@ -45,7 +45,7 @@ def detect_fusion_type(tensors: dict[str, LazyTensor], vision_size: int, high_re
     fusion_type = variants.get((convolved, _GATE in tensors, width))
     if fusion_type is None:
         raise ConversionError(
-            f"The checkpoint's fusion is of no known kind: {_PROJECTOR} reads {width} channels, expected "
+            f"The checkpoint's fusion is unknown: {_PROJECTOR} reads {width} channels, expected "
             f"{vision_size} (width of `vision_tower`), {2 * vision_size}, or {vision_size + high_res_size} "
             f"(with {high_res_size} of `high_res_tower`) and matching fuse_module.* tensors. "
             f"Are the towers those that it was trained with? It has: {_shapes(tensors)}."
@@ -54,7 +54,7 @@ def detect_fusion_type(tensors: dict[str, LazyTensor], vision_size: int, high_re
 
 
 def detect_box_feature_type(tensors: dict[str, LazyTensor], hidden_sizes: list[int]) -> str:
-    """Tell from names and shapes what a checkpoint's box features are made from."""
+    """Detect from names and shapes which feature maps a checkpoint's boxes are pooled from."""
     width = _input_width(tensors, _BOX_PROJECTOR)
     if _FIRST_LEVEL in tensors:
         if tensors[_FIRST_LEVEL].shape[:1] == (width,):
@@ -64,7 +64,7 @@ def detect_box_feature_type(tensors: dict[str, LazyTensor], hidden_sizes: list[i
     elif width == sum(hidden_sizes):
         return "pyramid"
     raise ConversionError(
-        f"The checkpoint's box features are of no known kind: {_BOX_PROJECTOR} reads {width} channels, expected "
+        f"The checkpoint's box features are unknown: {_BOX_PROJECTOR} reads {width} channels, expected "
         f"{sum(hidden_sizes)} (all stages of `high_res_tower`, {hidden_sizes}), {hidden_sizes[-1]} (the last), or the "
         f"width of multi_level_linear.*. Is `high_res_tower` the one that it was trained with? "
         f"The checkpoint has: {_shapes(tensors)}."
@@ -82,9 +82,9 @@ def read_image_size(config_text: str) -> int:
 
 
 def stored_vision_config(published: PreTrainedConfig) -> PreTrainedConfig:
-    """Take the last layer off a CLIP config: the model reads the features before it."""
+    """Return a CLIP config without the last layer, which the model does not use."""
     stored = copy.deepcopy(published)
-    stored.num_hidden_layers = published.num_hidden_layers - 1
+    stored.num_hidden_layers -= 1
     return stored
 
 
@@ -98,7 +98,7 @@ def build_config(
 ) -> MGLlavaConfig:
     """Build the config that a checkpoint's tensors imply."""
     text_config = copy.deepcopy(text_config)
-    # Where the language model lay on the converter's machine says nothing to others.
+    # A path of the machine that converts.
     text_config.name_or_path = ""
     text_config.vocab_size = vocabulary.padded_rows
     hidden_sizes = high_res_tower.hidden_sizes
@@ -125,7 +125,7 @@ def build_config(
             **variant,
         )
     except Exception as error:  # a config may be wrong in many ways
-        # huggingface_hub wraps what a config's own validation says.
+        # huggingface_hub wraps the errors of a config's validation.
         reason = error.__cause__ or error
         raise ConversionError(f"Checkpoint and towers do not fit together: {reason}") from error
 
@@ -134,8 +134,8 @@ def _check_width(tensors: dict[str, LazyTensor], name: str, axis: int, width: in
     found = _shape(tensors, name)[axis]
     if found != width:
         raise ConversionError(
-            f"`{argument}` is not the one of the training: it is {width} channels wide, while {name} of the "
-            f"checkpoint has shape {_shape(tensors, name)} and so belongs to one of {found}."
+            f"`{argument}` is not the one of the training: it is {width} channels wide, but {name} of the "
+            f"checkpoint, with shape {_shape(tensors, name)}, needs {found}."
         )
 
 
@@ -144,10 +144,10 @@ def _input_width(tensors: dict[str, LazyTensor], name: str) -> int:
 
 
 def _shape(tensors: dict[str, LazyTensor], name: str) -> tuple[int, ...]:
-    # Two axes at least, so that a damaged vector gets a message and no IndexError.
+    # A damaged tensor may have fewer axes; callers index the first two.
     if name not in tensors or len(tensors[name].shape) < 2:
         raise ConversionError(
-            f"The checkpoint has no matrix {name}: it is not an MG-LLaVA checkpoint, or not whole. "
+            f"The checkpoint has no matrix {name}: it is not an MG-LLaVA checkpoint, or it is incomplete. "
             f"It has {len(tensors)} tensors: {_shapes(tensors)}."
         )
     return tensors[name].shape

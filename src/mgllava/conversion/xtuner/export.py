@@ -11,7 +11,7 @@ import mgllava
 from mgllava.atomic_files import remove_partial, replacing
 from mgllava.conversion.parts import rename
 from mgllava.folder_lock import FolderLock, FolderLockedError
-from mgllava.model_files.errors import ConversionError
+from mgllava.model_files.errors import ConversionError, one_line
 from mgllava.model_files.json_files import read_json
 from mgllava.model_files.shard_writer import check_disk_space
 from mgllava.model_files.staging import REPORT_NAME
@@ -29,10 +29,10 @@ _TABLES = (_EMBEDDING, "lm_head.weight", "lm_head.bias")
 def export_xtuner(repository: str | Path, output: str | Path, *, overwrite: bool = False) -> Path:
     """Write an XTuner checkpoint, `{"meta", "state_dict"}`, from a model folder.
 
-    The towers are left out, as XTuner leaves them out, and embedding tables lose the rows that the converter added.
-    If the model folder still has the report of its conversion, the checkpoint gets exactly the keys, and their
-    order, of the checkpoint that it was made from: without `llm.*` for a pretrain-stage checkpoint; with the merged
-    `llm.*` for a LoRA checkpoint. Without a report all of `llm.*` is written.
+    As in XTuner's checkpoints, the towers are left out. Embedding tables lose the rows that the converter added. If
+    the model folder has the report of its conversion, the checkpoint gets the keys, in order, of the checkpoint that
+    was converted: no `llm.*` for a pretrain-stage checkpoint, the merged `llm.*` for a LoRA checkpoint. Without a
+    report, all of `llm.*` is written.
 
     Args:
         repository (`str` or `Path`): An MG-LLaVA model folder.
@@ -43,8 +43,8 @@ def export_xtuner(repository: str | Path, output: str | Path, *, overwrite: bool
         `Path`: The output.
 
     Raises:
-        ConversionError: If it is not an MG-LLaVA model folder, is quantized, is incomplete, or has parts that XTuner's
-            MG-LLaVA does not know, or the output exists.
+        ConversionError: If `repository` is not an MG-LLaVA model folder, is quantized or incomplete, or has parts
+            that XTuner's MG-LLaVA does not know; or if the output exists.
     """
     repository, output = Path(repository), Path(output).absolute()
     if not repository.is_dir():
@@ -58,7 +58,7 @@ def export_xtuner(repository: str | Path, output: str | Path, *, overwrite: bool
             f"{content.get('model_type')!r}."
         )
     _refuse_quantized(content, repository)
-    # Of a link, the file that it leads to is written.
+    # The target of a link is written.
     target = Path(os.path.realpath(output))
     if target.is_dir():
         raise ConversionError(f"{output} is a folder. Choose a file as `output`.")
@@ -78,12 +78,12 @@ def _export(repository: Path, output: Path, overwrite: bool, lock: FolderLock) -
     try:
         config = MGLlavaConfig.from_pretrained(repository)
     except Exception as error:  # a config may be wrong in many ways
-        reason = " ".join(str(error.__cause__ or error).split())
+        reason = one_line(error.__cause__ or error)
         raise ConversionError(f"config.json of {repository} cannot be read ({reason}).") from error
     report = _read_report(repository)
     tensors, files = open_weights(repository)
     if any(path.resolve() == output.resolve() for path in files):
-        raise ConversionError(f"{output} holds weights of the repository. Choose another `output`.")
+        raise ConversionError(f"{output} holds weights of the model folder. Choose another `output`.")
     renamed = _rename(tensors, config)
     _check(tensors, config, repository)
     keys = _keys(renamed, report)
@@ -109,7 +109,7 @@ def _refuse_quantized(content: Mapping[str, Any], repository: Path) -> None:
 
 
 def _check(tensors: Mapping[str, LazyTensor], config: MGLlavaConfig, repository: Path) -> None:
-    """Check that the weights are those of the model, and numbers by themselves."""
+    """Check that names, shapes and dtypes of the weights are those of the model."""
     try:
         model = build_on_meta(MGLlavaForConditionalGeneration, config)
     except Exception as error:  # a config may be wrong in many ways
@@ -123,31 +123,28 @@ def _read_report(repository: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     checkpoint = read_json(path).get("checkpoint")
-    is_whole = (
-        isinstance(checkpoint, dict)
-        and isinstance(checkpoint.get("keys"), list)
-        and all(isinstance(key, str) for key in checkpoint["keys"])
-        and isinstance(checkpoint.get("kind"), str)
-        and isinstance(checkpoint.get("meta"), dict)
-    )
-    if not is_whole:
+    if (
+        not isinstance(checkpoint, dict)
+        or not isinstance(checkpoint.get("keys"), list)
+        or not all(isinstance(key, str) for key in checkpoint["keys"])
+        or not isinstance(checkpoint.get("kind"), str)
+        or not isinstance(checkpoint.get("meta"), dict)
+    ):
         raise ConversionError(
             f"{path} is not the report of a conversion, or is damaged. Remove it to export all tensors of the "
             "language model."
         )
-    assert isinstance(checkpoint, dict)
     return checkpoint
 
 
 def _rename(tensors: dict[str, LazyTensor], config: MGLlavaConfig) -> dict[str, tuple[str, LazyTensor]]:
-    """Give every tensor but the towers' its name in XTuner, with the name that it has in the model."""
+    """Map the names in XTuner of all tensors, except for the towers', to names in the model and tensors."""
     renamed: dict[str, tuple[str, LazyTensor]] = {}
     unknown = []
     for name, tensor in tensors.items():
         if name.startswith(_TOWERS):
             continue
-        key = to_xtuner(name)
-        if key is None:
+        if (key := to_xtuner(name)) is None:
             unknown.append(name)
         else:
             renamed[key] = (name, tensor)
@@ -157,9 +154,7 @@ def _rename(tensors: dict[str, LazyTensor], config: MGLlavaConfig) -> dict[str, 
             f"object_merging={config.object_merging!r}): {', '.join(unknown[:10])}."
         )
     if config.tie_word_embeddings and _EMBEDDING in tensors:
-        head = to_xtuner("lm_head.weight")
-        assert head is not None  # one of the rules
-        renamed.setdefault(head, ("lm_head.weight", tensors[_EMBEDDING]))
+        renamed.setdefault("llm.lm_head.weight", ("lm_head.weight", tensors[_EMBEDDING]))
     return renamed
 
 
@@ -172,26 +167,26 @@ def _keys(renamed: dict[str, tuple[str, LazyTensor]], report: dict[str, Any]) ->
     lost = [key for key in report["keys"] if rename(key, XTUNER_TO_MODEL) is not None and key not in renamed]
     lost = [key for key in lost if not key.endswith("rotary_emb.inv_freq")]
     if lost:
-        raise ConversionError(f"The repository lacks tensors that {REPORT_NAME} lists: {', '.join(lost[:10])}.")
+        raise ConversionError(f"The model folder lacks tensors that {REPORT_NAME} lists: {', '.join(lost[:10])}.")
     return original
 
 
 def _rows(named: tuple[str, LazyTensor], config: MGLlavaConfig) -> torch.Tensor:
-    """Load a tensor, still mapped from its file, without the rows that the converter added to tables."""
+    """Return a tensor, mapped from its file, without the rows that the converter added to tables."""
     name, lazy = named
     tensor = lazy.load()
     rows = config.unpadded_vocab_size
     if name not in _TABLES or rows is None or tensor.shape[0] <= rows:
         return tensor
     kept = tensor[:rows]
-    # `torch.save` writes whole storages, so the storage is cut as well; it still points into the mapped file.
+    # The storage is cut as well, because `torch.save` writes whole storages. It still points into the mapped file.
     start = tensor.storage_offset() * tensor.element_size()
     storage = tensor.untyped_storage()[start : start + kept.numel() * tensor.element_size()]
     return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, kept.shape, kept.stride())
 
 
 def _meta(config: Any, report: dict[str, Any]) -> dict[str, Any]:
-    # The reader of the file needs the image size; the rest is for people.
+    # `convert` reads the image size from `cfg`; the other entries are for information.
     own = {"cfg": f"image_size_aux = {config.high_res_vision_config.image_size}\n"}
     return {**own, **report.get("meta", {}), "mgllava_version": mgllava.__version__}
 

@@ -1,4 +1,4 @@
-"""Names of parameters in XTuner checkpoints and in MG-LLaVA's own model folders."""
+"""Names of parameters in XTuner checkpoints and in model folders of MG-LLaVA."""
 
 from mgllava.conversion.parts import LANGUAGE_MODEL_TO_MODEL, Rules, rename
 
@@ -16,7 +16,7 @@ XTUNER_TO_MODEL: Rules = (
     ("fuse_module.gate.", "model.fusion.gate."),
 )
 
-# Towers are frozen in training, so checkpoints lack them, unless they were saved with frozen parameters.
+# Checkpoints have these only if they were saved with their frozen parameters.
 XTUNER_TOWERS_TO_MODEL: Rules = (
     ("visual_encoder.vision_model.", "model.vision_tower."),
     ("visual_encoder_aux.vision_stem.", "model.high_res_vision_tower.stem."),
@@ -25,7 +25,7 @@ XTUNER_TOWERS_TO_MODEL: Rules = (
 
 
 def to_xtuner(name: str) -> str | None:
-    """Rename a parameter of the model as XTuner does; `None` for the towers, which XTuner's checkpoints lack."""
+    """Return XTuner's name of a parameter of the model; `None` for the towers, which its checkpoints lack."""
     return rename(name, tuple((ours, theirs) for theirs, ours in XTUNER_TO_MODEL))
 
 

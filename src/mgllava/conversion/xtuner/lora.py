@@ -18,10 +18,10 @@ class LoraState:
     """The language model's tensors of a checkpoint, with PEFT's wrapping undone.
 
     Attributes:
-        plain: Tensors stored whole, as XTuner names them without LoRA.
-        factors: For each weight that has an update, its factors `"A"` and `"B"`.
-        dropped: Names in the checkpoint that are not used, and why.
-        has_base: Whether the base weights are in the checkpoint as well.
+        plain: Tensors that are not LoRA factors, by XTuner's names without LoRA.
+        factors: For each weight with an update, its factors `"A"` and `"B"`.
+        dropped: Unused names in the checkpoint, with reasons.
+        has_base: Whether the checkpoint holds the base weights.
     """
 
     plain: dict[str, LazyTensor] = field(default_factory=dict)
@@ -31,14 +31,14 @@ class LoraState:
 
 
 def split_lora(state: dict[str, LazyTensor]) -> LoraState:
-    """Take PEFT's names apart; names without its wrapping stay as they are."""
+    """Sort the tensors of a language model by PEFT's names; other names are kept."""
     result = LoraState()
     keys: dict[str, str] = {}
 
     def add(name: str, key: str, tensor: LazyTensor) -> None:
         if name in keys:
             raise ConversionError(
-                f"The checkpoint has two tensors for {name}: {keys[name]} and {key}. Remove the one that is not meant."
+                f"The checkpoint has two tensors for {name}: {keys[name]} and {key}. Remove one of them."
             )
         keys[name] = key
         result.plain[name] = tensor
@@ -60,12 +60,12 @@ def split_lora(state: dict[str, LazyTensor]) -> LoraState:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What a training config says about the LoRA of the language model.
+    """LoRA settings of the language model in a training config.
 
     Attributes:
-        alpha: Its `lora_alpha`; `None` if the config does not say it, or two different ones.
+        alpha: `lora_alpha`; `None` if the config has none, or several different ones.
         use_rslora: Whether the update is rank-stabilized.
-        alpha_pattern: Whether modules have a `lora_alpha` of their own.
+        alpha_pattern: Whether some modules have a `lora_alpha` of their own.
     """
 
     alpha: float | None = None
@@ -88,7 +88,7 @@ def read_lora_settings(config_text: str) -> LoraSettings:
     }
     found = [(owner, items) for owner, items in _dictionaries(tree, ()) if _ABOUT_LORA & items.keys()]
     of_llm = [items for owner, items in found if any("llm" in name for name in owner)]
-    # A variable that `llm_lora` names, or the only one that there is.
+    # LoRA settings that are not written inside `llm_lora`, such as a variable that it refers to.
     others = [items for owner, items in found if not any("visual" in name or "llm" in name for name in owner)]
     chosen = of_llm or others
 
@@ -126,7 +126,7 @@ def _parse(text: str) -> ast.AST | None:
 
 
 def _dictionaries(node: ast.AST, owner: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, ast.expr]]]:
-    """List all calls with keywords, dicts, and the variables of the file, each with the names that it is bound to."""
+    """List the variables of the file, all calls with keywords and all dicts, each with the names it is bound to."""
     if isinstance(node, ast.Module):
         variables = [entry for entry in node.body if isinstance(entry, ast.Assign)]
         names = {entry.targets[0].id: entry.value for entry in variables if isinstance(entry.targets[0], ast.Name)}

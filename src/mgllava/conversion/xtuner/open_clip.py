@@ -13,7 +13,7 @@ from mgllava.model_files.sources import fetch
 from mgllava.model_files.tensor_files import open_safetensors, tensors_of
 from mgllava.model_files.torch_files import open_torch_file
 
-# What the names of its weights in the model start with.
+# Prefix of its weights in the model.
 HIGH_RES_TOWER = "model.high_res_vision_tower."
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
 _OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -79,7 +79,7 @@ def open_high_res_tower(name: str | Path, **location: Any) -> HighResTower:
         content = open_torch_file(path)
         tensors = tensors_of(content.get("state_dict", content) if isinstance(content, dict) else content, path)
     source = sort_tensors(tensors, OPEN_CLIP_TO_MODEL, OPEN_CLIP_DROPS, [path])
-    # With a vector in the place of a kernel, or a block of a number beyond all others, no sizes can be read.
+    # In a damaged file a kernel may be a scalar, or a block may have an absurd number.
     shapes = {key.removeprefix(HIGH_RES_TOWER): tensor.shape for key, tensor in source.tensors.items() if tensor.shape}
     depths, hidden_sizes = _trunk_sizes(shapes)
     if stages := [stage for stage, depth in enumerate(depths) if depth == 0]:
@@ -90,7 +90,7 @@ def open_high_res_tower(name: str | Path, **location: Any) -> HighResTower:
 
 
 def _trunk_sizes(shapes: Mapping[str, Sequence[int]]) -> tuple[list[int], list[int]]:
-    """Numbers of blocks and of channels of each stage of a ConvNeXt by timm's names; 0 for a stage that is missing."""
+    """Return the blocks and the channels of each stage of a ConvNeXt, from timm's names; 0 for a missing stage."""
     depths, widths = [0] * 4, [0] * 4
     for name, shape in shapes.items():
         if match := re.fullmatch(r"stages\.([0-3])\.blocks\.(\d+)\.conv_dw\.weight", name):

@@ -9,7 +9,7 @@ from mgllava.processing import CHAT_TEMPLATES, MGLlavaImageProcessor, MGLlavaPro
 def make_processor(
     config: Any, tokenizer: Any, image_settings: Mapping[str, Any], prompt_template: str
 ) -> MGLlavaProcessor:
-    """Make the processor of a model; of CLIP's image processor it takes mean and standard deviation."""
+    """Make the processor of a model, with the mean and standard deviation of CLIP's image processor."""
     side = config.high_res_vision_config.image_size
     statistics = {name: image_settings[name] for name in ("image_mean", "image_std") if name in image_settings}
     return MGLlavaProcessor(

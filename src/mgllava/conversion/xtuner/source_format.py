@@ -1,4 +1,4 @@
-"""XTuner checkpoints of MG-LLaVA: fine-tuned, pretrain-stage or LoRA, completed from the models they started from."""
+"""XTuner checkpoints of MG-LLaVA (fine-tuned, pretrain-stage or LoRA), completed with the models they start from."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -42,7 +42,7 @@ def recognizes(path: Path) -> str | None:
         is_zero = (path / "latest").is_file() or any(path.glob(f"*{_ZERO_ENDINGS[0]}"))
         return "a DeepSpeed checkpoint of XTuner" if is_zero else None
     names = tensor_names(path) or []
-    # With `state_dict`, the file has XTuner's layout, but no tensors there; reading it says so.
+    # `state_dict` is in the names if it is not a dict: a damaged XTuner checkpoint, which its reader reports.
     is_ours = any(name.startswith(_PREFIXES) or name == "state_dict" for name in names)
     return XTUNER.title if is_ours else None
 
@@ -55,7 +55,7 @@ def find(paths: Iterable[PurePosixPath]) -> set[PurePosixPath]:
 
 
 def hint(options: Mapping[str, Any]) -> str:
-    """Name the published model that has the language model, to find its checkpoint among others."""
+    """Name the preset with the same language model, to choose among several checkpoints."""
     return next((name for name, preset in PRESETS.items() if preset["llm"] == str(options.get("llm"))), "")
 
 
@@ -113,9 +113,9 @@ def gather(path: Path, options: Mapping[str, Any], trust_pickle: bool, scratch: 
 def _gather_language_model(
     tensors: GatheredTensors, checkpoint: XTunerCheckpoint, llm: str | Path, lora_alpha: float | None
 ) -> tuple[str, float | None]:
-    """Use the checkpoint's language model, and the repository's for what it lacks; return the kind of checkpoint.
+    """Use the checkpoint's language model, completed from `llm`; return the kind of checkpoint and LoRA's scaling.
 
-    It is "sft" (the checkpoint holds the language model), "pretrain" (it does not) or "lora"; then with the scaling.
+    The kind is "sft" (the checkpoint holds the language model), "pretrain" (it does not) or "lora".
     """
     lora = split_lora({name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith("llm.")})
     kind = "lora" if lora.factors else "sft" if lora.plain else "pretrain"
@@ -151,13 +151,13 @@ def _gather_language_model(
 def _gather_tower(
     tensors: GatheredTensors, checkpoint: XTunerCheckpoint, argument: str, prefix: str, source: Source
 ) -> None:
-    """Use the tower that the checkpoint has, or that of the repository."""
+    """Use the tower of the checkpoint or, if it has none, the one of the source."""
     own: dict[str, LazyTensor] = {}
     for name, tensor in checkpoint.tensors.items():
         new_name = rename(name, XTUNER_TOWERS_TO_MODEL)
         if new_name is not None and new_name.startswith(prefix):
             own[new_name] = tensor
-    # All or nothing: a trained half and an untrained half do not make a tower.
+    # Trained and untrained weights are not mixed in a tower: missing ones are reported.
     tensors.use(source, argument, source.tensors if own else (), "the checkpoint has this tower itself")
     if own:
         tensors.files[argument] = []
@@ -182,7 +182,7 @@ def _table_rows(tensors: GatheredTensors, checkpoint: XTunerCheckpoint) -> int:
         raise ConversionError(
             f"The embedding table {to_xtuner(_EMBEDDING)} is missing (missing: 1 at least). {checkpoint.path} holds "
             f"{sum(name.startswith('llm.') for name in checkpoint.tensors)} tensors of the language model: "
-            "is the checkpoint whole?"
+            "is the checkpoint complete?"
         )
     shape = tensors.used[_EMBEDDING].shape
     if len(shape) != 2 or not shape[0]:
@@ -191,7 +191,7 @@ def _table_rows(tensors: GatheredTensors, checkpoint: XTunerCheckpoint) -> int:
 
 
 def _dtype(kind: str, embedding: torch.dtype, text_config: PreTrainedConfig) -> torch.dtype:
-    """Choose the dtype of what the checkpoint does not hold: the language model's."""
+    """Return the language model's dtype, for all tensors that the checkpoint does not hold."""
     configured = getattr(text_config, "dtype", None)
     if kind == "sft" or configured is None:
         return embedding if embedding in FLOAT_DTYPES else torch.float32  # others are refused with their names
@@ -213,11 +213,11 @@ XTUNER = SourceFormat(
     find=find,
     patterns=tuple(f"*{ending}" for ending in _ENDINGS),
     gather=gather,
-    problem="The sources do not make up the model. Is the checkpoint whole, and are the language model and both "
+    problem="The sources do not match the model. Is the checkpoint complete, and are the language model and both "
     "towers the ones that it was trained with?",
     needs=("llm", "vision_tower", "high_res_tower", "prompt_template"),
     takes=("lora_alpha",),
-    advice="`mgllava.conversion.PRESETS` (of the command: `preset`) has them for the published models.",
+    advice="`mgllava.conversion.PRESETS` (of the command: `preset`) has them for the models of the paper.",
     hint=hint,
     presets=PRESETS,
     export=export_xtuner,

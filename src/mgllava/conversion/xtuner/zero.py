@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO folders, consolidated by deepspeed's own reader."""
+"""DeepSpeed ZeRO folders, consolidated with deepspeed's reader."""
 
 import contextlib
 import io
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from mgllava.extras import install_hint
-from mgllava.model_files.errors import ConversionError
+from mgllava.model_files.errors import ConversionError, one_line
 from mgllava.model_files.shard_writer import check_disk_space
 from mgllava.model_files.tensor_files import LazyTensor, tensors_of
 from mgllava.model_files.torch_files import materialize, open_torch_file
 
-# Objects of deepspeed itself (loss scalers, address tables) lie in every one of its files; none of them is needed.
+# Every file has pickled objects of deepspeed (loss scalers, address tables), which are skipped.
 _INERT_MODULES = ("deepspeed",)
 
 
@@ -28,7 +28,7 @@ def find_zero_folder(path: Path) -> Path:
     latest = path / "latest"
     if latest.is_file():
         tag = latest.read_bytes()[:1000].decode("utf-8", "replace").strip()
-        # A file that came with a checkpoint does not lead out of it.
+        # The file comes with the checkpoint: it must not lead out of it.
         if not tag or Path(tag).name != tag or tag == ".." or not tag.isprintable():
             raise ConversionError(f"{latest} must name a folder next to it, got {tag[:100]!r}.")
         if any((path / tag).glob("*_model_states.pt")):
@@ -52,7 +52,7 @@ def open_zero_folder(
         raise ConversionError(f"{model_files[0]} must hold a dict, as DeepSpeed writes, got {type(first).__name__}.")
     meta = meta_of(first, model_files[0])
     if not optimizer_files:
-        # Without optimizer states the weights are whole in the model file, unless stage 3 had partitioned them.
+        # Without optimizer states the model file holds all weights, unless stage 3 partitioned them.
         if model_files[0].name != "mp_rank_00_model_states.pt":
             raise ConversionError(
                 f"{folder} is a ZeRO stage 3 checkpoint without its *_optim_states.pt, which hold the weights."
@@ -70,7 +70,7 @@ def open_zero_folder(
 
 
 def _load(value: Any, archives: Sequence[Any]) -> torch.Tensor:
-    """Read a tensor, whose parts may lie in any of the files."""
+    """Read a tensor, after all files are verified: its parts may be in any of them."""
     for archive in archives:
         archive.verify()
     tensor: torch.Tensor = value.contiguous()
@@ -96,7 +96,7 @@ def _consolidate(folder: Path, trust_pickle: bool, scratch: Path | None, archive
             f"{folder} is a DeepSpeed ZeRO checkpoint; reading it needs deepspeed. {install_hint('zero')}"
         ) from error
     try:
-        # The reader prints what it does and draws bars of its own.
+        # The reader prints messages and progress bars.
         with (
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(io.StringIO()),
@@ -107,17 +107,16 @@ def _consolidate(folder: Path, trust_pickle: bool, scratch: Path | None, archive
             )
     except ConversionError:
         raise
-    except Exception as error:  # the reader takes it for granted that files are whole and of one run
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConversionError(f"deepspeed cannot read the checkpoint in {folder}: {reason}") from error
+    except Exception as error:  # damaged files cause errors of any type
+        raise ConversionError(f"deepspeed cannot read the checkpoint in {folder}: {one_line(error)}") from error
     return state
 
 
 @contextlib.contextmanager
 def _frugal_torch(reader: Any, trust_pickle: bool, scratch: Path | None, archives: list[Any]) -> Iterator[None]:
-    """Let deepspeed's reader load files without running code, and keep what it joins on disk.
+    """Replace `torch` in deepspeed's reader, so that it runs no pickled code and joins partitions on disk.
 
-    The reader calls `torch.load(weights_only=False)`, and for stages 1 and 2 joins the partitions of all weights in
+    The reader calls `torch.load(weights_only=False)`, and for stages 1 and 2 it joins the partitions of all weights in
     memory (136 GB for 34B parameters).
     """
 
@@ -140,19 +139,19 @@ def _frugal_torch(reader: Any, trust_pickle: bool, scratch: Path | None, archive
 
 
 def _join_on_disk(tensors: Sequence[torch.Tensor], scratch: Path | None) -> torch.Tensor:
-    """Concatenate flat tensors into one that lives in an unnamed temporary file."""
+    """Concatenate flat tensors into a tensor that is mapped from an unnamed temporary file."""
     total = sum(tensor.numel() for tensor in tensors)
     dtype = tensors[0].dtype
     if not total:
         return torch.empty(0, dtype=dtype)
-    # Checked, because a mapped file that the disk cannot hold kills the process without a message.
+    # Writing to a mapped file on a full disk kills the process without a message.
     check_disk_space(scratch or Path(tempfile.gettempdir()), total * dtype.itemsize)
     handle, name = tempfile.mkstemp(prefix="mgllava-zero-", dir=scratch)
     os.close(handle)
     try:
         joined = torch.from_file(name, shared=True, size=total, dtype=dtype)
     finally:
-        # The mapping keeps the contents until the tensor is gone; no crash leaves the file behind.
+        # The mapping keeps the contents until the tensor is freed; even a crash leaves no file.
         os.unlink(name)
     return torch.cat([tensor.flatten() for tensor in tensors], out=joined)
 
