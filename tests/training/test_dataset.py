@@ -189,7 +189,7 @@ def test_boxes_by_an_id_that_two_images_have_are_refused(small_processor, tmp_pa
     samples[1]["id"] = samples[0]["id"]
     (tmp_path / "samples.json").write_text(json.dumps(samples))
     source = open_source(tmp_path / "samples.json", tmp_path / "images", tmp_path / "boxes.json")
-    with pytest.raises(TrainingError, match="Sample sample-0 has another image than an earlier one of this id"):
+    with pytest.raises(TrainingError, match="Sample sample-0 has another image than an earlier sample of this id"):
         ConversationDataset([source], small_processor)
 
 

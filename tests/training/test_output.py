@@ -24,7 +24,7 @@ def run(recipe, *changes, resume=False):
 def test_a_folder_with_something_else_is_not_written_to(cpu_recipe, tmp_path, present):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / present).write_text("mine")
-    with pytest.raises(TrainingError, match=rf"output_dir.*holds other files \({present}\)"):
+    with pytest.raises(TrainingError, match=rf"output_dir.*contains other files \({present}\)"):
         run(cpu_recipe, *SHORT)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [present]
 
@@ -33,14 +33,14 @@ def test_no_starting_model_is_built_in_such_a_folder(cpu_recipe, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     parts = [f"model.parts.{name}=missing" for name in ("llm", "vision_tower", "high_res_tower")]
-    with pytest.raises(TrainingError, match="holds other files"):
+    with pytest.raises(TrainingError, match="contains other files"):
         run(cpu_recipe, *SHORT, "model.name=null", "model.parts.prompt_template=vicuna", *parts)
 
 
 def test_a_finished_training_is_not_overwritten(cpu_recipe):
     run(cpu_recipe, *SHORT, "training.save_strategy=no")
     for resume in (False, True):
-        with pytest.raises(TrainingError, match="holds a finished training"):
+        with pytest.raises(TrainingError, match="contains a finished training"):
             run(cpu_recipe, *SHORT, "training.save_strategy=no", resume=resume)
 
 
@@ -158,11 +158,11 @@ TOGETHER = [
     ("training.auto_find_batch_size=true", "would change `global_batch_size`"),
     ("training.lr_scheduler_kwargs={nonsense: 1}", "`training.lr_scheduler_type` cannot be used"),
     ("training.report_to=nobody", "`training` cannot be used"),
-    ("data.samples=gone.json", "`data.samples`: there is no gone.json"),
+    ("data.samples=gone.json", "`data.samples`: gone.json does not exist"),
     ("evaluation={samples: x.json, streaming: true}", "`evaluation.streaming` must be false"),
-    ("training.activation_checkpointing=true", "are two names of one switch, got False and True"),
+    ("training.activation_checkpointing=true", "are two names of one option, got False and True"),
     ("model.config.projector_hidden_actt=relu", "Did you mean `model.config.projector_hidden_act`?"),
-    ("model.config.fusion_type=none", "weights do not fit, such as model.fusion."),
+    ("model.config.fusion_type=none", "weights are missing or unused, such as model.fusion."),
     ("model.config.fusion_type=round", "`model.config` cannot be used"),
     ("lora={target_modules: [nothing]}", "`lora` cannot be used"),
     ("training.output_dir=null", "`training.output_dir` must say where to write"),
@@ -207,7 +207,7 @@ def test_a_model_of_another_family_is_refused(cpu_recipe, tmp_path):
     with pytest.raises(TrainingError, match=r"`model.name`: .*tagger cannot be trained.*'ram_plus'"):
         run(cpu_recipe, f"model.name={tmp_path / 'tagger'}")
     (tmp_path / "tagger" / "config.json").rename(tmp_path / "tagger" / "adapter_config.json")
-    with pytest.raises(TrainingError, match=r"`model.name`: .*tagger has adapters, and no model"):
+    with pytest.raises(TrainingError, match=r"`model.name`: .*tagger has only adapters"):
         run(cpu_recipe, f"model.name={tmp_path / 'tagger'}")
 
 

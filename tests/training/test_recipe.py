@@ -103,7 +103,7 @@ def test_what_is_no_recipe_is_refused(tmp_path):
             load_recipe(tmp_path / f"{name}.yaml")
     with pytest.raises(TrainingError, match=r"stage_1_vicuna_7b\.yaml"):
         load_recipe("stage1_vicuna_7b.yaml")
-    with pytest.raises(TrainingError, match="`training` must hold keys"):
+    with pytest.raises(TrainingError, match="`training` must contain keys"):
         load_recipe("stage_1.yaml", "training=3")
 
 
@@ -120,7 +120,7 @@ REFUSED = [
     ("model.parts.config=none", "must be keys and values, got 'none'"),
     ("evaluation.on_bad_sample=x", "must be error or skip, got 'x'"),
     ("train=fusion", "must be a list of texts, got 'fusion'"),
-    ("data=null", "must hold keys and values"),
+    ("data=null", "must contain keys and values"),
     ("training.num_train_epochs=-3", "must be greater than 0, got -3"),
     ("training.num_train_epochs=abc", "must be a number, got 'abc'"),
     ("training.max_steps=0", "must be 1 or greater (-1: no limit), got 0"),
@@ -138,7 +138,7 @@ REFUSED = [
     ("training.logging_steps=2.5", "must be a whole number of steps, or a share"),
     (
         "training.gradient_checkpointing_kwargs={use_reentrant: no}",
-        "has use_reentrant=no, which is read as a word here",
+        "has use_reentrant=no, which is read as text here",
     ),
     ("lora.r=0", "must be 1 or greater, got 0"),
     ("lora.lora_dropout=1", "must be at least 0 and below 1, got 1"),

@@ -237,7 +237,7 @@ def test_adapters_train_next_to_four_bits(cpu_recipe):
 
 
 def test_boxes_of_another_detector_are_refused(cpu_recipe):
-    with pytest.raises(TrainingError, match="the model has none"):
+    with pytest.raises(TrainingError, match="because the model has none"):
         run(cpu_recipe, "data.allow_other_boxes=false", "data.detector=null")
     with pytest.raises(TrainingError, match=r"data.detector.tagger.*coco80"):
         run(cpu_recipe, "data.allow_other_boxes=false")

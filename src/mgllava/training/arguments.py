@@ -1,4 +1,4 @@
-"""From a recipe to `TrainingArguments`."""
+"""Build transformers' `TrainingArguments` from a recipe."""
 
 import dataclasses
 import logging
@@ -15,9 +15,9 @@ from .recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
-# Every training here needs these.
+# A recipe must not set these to anything else.
 _FIXED = {"remove_unused_columns": False, "label_names": ["labels"]}
-# Training scripts read these, and `Trainer` does not.
+# Only transformers' example scripts read these, `Trainer` does not; each with what to do instead.
 _WITHOUT_EFFECT = {
     "do_eval": "Set `training.eval_strategy`.",
     "do_predict": "Remove it.",
@@ -28,7 +28,7 @@ _DEFAULTS = {"ddp_find_unused_parameters": False, "report_to": "none"}
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
-    """Make transformers' arguments from a recipe, with batches accumulated to `global_batch_size`."""
+    """Build the arguments of a training, with gradients accumulated to the recipe's `global_batch_size`."""
     given = {**_DEFAULTS, **recipe.training}
     if not given.get("output_dir"):
         raise TrainingError("`training.output_dir` must say where to write, e.g. training.output_dir=stage-1.")
@@ -57,12 +57,12 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             if given.pop(name, None):
                 logger.warning("`training.%s` is ignored: there are no workers (dataloader_num_workers=0).", name)
     if recipe.data.streaming:
-        # The first process would split batches by rows, and the number of images is not that of the rows.
+        # Otherwise accelerate would split a batch by rows, but `pixel_values` has another number of rows.
         given["accelerator_config"] = {**(given.get("accelerator_config") or {}), "dispatch_batches": False}
         if given.get("train_sampling_strategy", "random") == "group_by_length":
             raise TrainingError(
-                "`data.streaming` must be false where `training.train_sampling_strategy` is group_by_length: a stream "
-                "does not know its lengths. Set that to sequential."
+                "`data.streaming` must be false if `training.train_sampling_strategy` is group_by_length, because the "
+                "lengths of a stream are not known. Set the strategy to sequential."
             )
     checkpointing = _rename_checkpointing(given)
     sharding = given.get("fsdp_config")
@@ -74,24 +74,24 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         given["gradient_accumulation_steps"] = _accumulation(recipe.global_batch_size, given)
     try:
         args = TrainingArguments(**given)
-    except Exception as error:  # they are checked in many places
+    except Exception as error:  # transformers raises errors of many types
         raise TrainingError(f"`training` cannot be used: {' '.join(str(error).split())}") from error
     _check_sharding(args)
     _check_optimizer(args)
     if args.n_gpu > 1:
-        logger.warning("One of %d GPUs is used. For all: accelerate launch -m mgllava train …", args.n_gpu)
-        # DataParallel would split batches by rows, and the number of images is not that of the rows.
-        args._n_gpu = 1  # private, so it is checked
+        logger.warning("Using 1 of %d GPUs. To use all: accelerate launch -m mgllava train …", args.n_gpu)
+        # DataParallel would split a batch by rows, but `pixel_values` has another number of rows.
+        args._n_gpu = 1  # private, so the result is checked
         if args.n_gpu != 1:
             raise RuntimeError(
-                "This release of transformers uses all GPUs in one process, which this training cannot. Start with "
+                "This release of transformers uses all GPUs in one process, which is not supported here. Start with "
                 "`accelerate launch -m mgllava train …`."
             )
     return args
 
 
 def _rename_checkpointing(given: dict[str, Any]) -> str:
-    """Use the name that this release of transformers has for activation checkpointing, and return it."""
+    """Rename activation checkpointing to its name in the installed release of transformers, and return that name."""
     old, new = "gradient_checkpointing", "activation_checkpointing"
     if new not in {entry.name for entry in dataclasses.fields(TrainingArguments)}:
         return old
@@ -99,30 +99,30 @@ def _rename_checkpointing(given: dict[str, Any]) -> str:
         value = given.pop(old)
         if given.setdefault(new, value) != value:
             raise TrainingError(
-                f"`training.{old}` and `training.{new}` are two names of one switch, got {value} and {given[new]}. "
-                f"Set `training.{old}`, which the recipes of this package set."
+                f"`training.{old}` and `training.{new}` are two names of one option, got {value} and {given[new]}. "
+                f"Set `training.{old}` only, as the recipes of this package do."
             )
     return new
 
 
 def _check_sharding(args: TrainingArguments) -> None:
-    """Refuse FSDP where accelerate would silently train without it."""
+    """Refuse FSDP in the cases in which accelerate would silently train without it."""
     state = PartialState()
     # `accelerate launch` requests it with a variable.
     wanted = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if wanted and state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
         processes = f"{state.num_processes} process{'es' if state.num_processes > 1 else ''} on {state.device.type}"
         raise TrainingError(
-            f"`training.fsdp` shards among several processes with a GPU each, got {processes}, which would each hold "
-            "the whole model. Start with `accelerate launch -m mgllava train …`, or remove it (fsdp2.yaml)."
+            f"`training.fsdp` needs several processes with a GPU each, got {processes}: nothing would be sharded. "
+            "Start with `accelerate launch -m mgllava train …`, or remove `training.fsdp` (fsdp2.yaml)."
         )
 
 
 def _check_optimizer(args: TrainingArguments) -> None:
-    """Check before anything is loaded that the optimizer and the schedule take their options."""
+    """Check, before the model is loaded, that the optimizer and the schedule accept their options."""
     try:
         optimizer: Any = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
-        # The other optimizers need the model.
+        # Other optimizers cannot be built without the model.
         if args.optim_args is None and args.optim_target_modules is None and str(args.optim).startswith("adamw_torch"):
             kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
             optimizer = kind([torch.zeros(1)], **options)
@@ -143,8 +143,8 @@ def _accumulation(global_batch_size: int, given: dict[str, Any]) -> int:
     at_a_time = processes * int(given.get("per_device_train_batch_size", 8))
     if global_batch_size % at_a_time:
         raise TrainingError(
-            f"`global_batch_size` must be a multiple of {at_a_time}, the samples that {processes} processes take at a "
-            f"time, got {global_batch_size}. Change it or `training.per_device_train_batch_size`."
+            f"`global_batch_size` must be a multiple of {at_a_time} (processes: {processes}, times "
+            f"`training.per_device_train_batch_size`), got {global_batch_size}."
         )
     return global_batch_size // at_a_time
 

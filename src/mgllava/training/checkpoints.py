@@ -1,4 +1,4 @@
-"""Complete checkpoints, which have a list of their files, written last."""
+"""Detect incomplete checkpoints: the last step of a save writes a list of the checkpoint's files."""
 
 import json
 import logging
@@ -20,8 +20,8 @@ def mark_complete(checkpoint: Path) -> None:
         partial.write_text(json.dumps(_sizes(checkpoint), indent=1) + "\n", encoding="utf-8")
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Tell whether a checkpoint was saved to its end, and no file was removed or shortened since."""
+def _is_complete(checkpoint: Path) -> bool:
+    """Return whether a checkpoint was saved completely, and no file was removed or shortened since."""
     try:
         expected = json.loads((checkpoint / _MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -31,32 +31,29 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    # The marker is not among them, and neither is a marker that is half written.
+    # Without the marker itself, whether it is complete or only partly written.
     files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(_MARKER))
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(files)}
 
 
 def last_complete_checkpoint(folder: str | Path) -> Path | None:
-    """Return the newest complete checkpoint, if there is one; later ones are skipped with a warning."""
-    for step in sorted(_steps(Path(folder)), reverse=True):
-        checkpoint = Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        if is_complete(checkpoint):
+    """Return the newest complete checkpoint, if there is one; newer incomplete ones are skipped with a warning."""
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    steps = (path.name.removeprefix(prefix) for path in Path(folder).glob(f"{prefix}*"))
+    for step in sorted((int(step) for step in steps if step.isdigit()), reverse=True):
+        checkpoint = Path(folder) / f"{prefix}{step}"
+        if _is_complete(checkpoint):
             return checkpoint
-        logger.warning("%s is skipped: it is incomplete, because its saving was interrupted.", checkpoint)
+        logger.warning("%s is skipped: it is incomplete, because its save was interrupted.", checkpoint)
     return None
 
 
-def _steps(folder: Path) -> list[int]:
-    names = [path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
-    return [int(name) for name in names if name.isdigit()]
-
-
 def clear_incomplete(checkpoint: Path) -> None:
-    """Remove what an interrupted save left where a checkpoint is to be written."""
+    """Remove a checkpoint that an interrupted save left, so that it can be written again."""
     if checkpoint.is_dir():
-        # The marker goes first, so that a half removed checkpoint does not count as complete.
+        # The marker is removed first, so that a partly removed checkpoint does not count as complete.
         (checkpoint / _MARKER).unlink(missing_ok=True)
         shutil.rmtree(checkpoint)
 
 
-__all__ = ["clear_incomplete", "is_complete", "last_complete_checkpoint", "mark_complete"]
+__all__ = ["clear_incomplete", "last_complete_checkpoint", "mark_complete"]

@@ -1,4 +1,4 @@
-"""From samples to batches, as the original's dataset and collate function make them."""
+"""Collate samples into batches, as the original's dataset and collate function do together."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -11,25 +11,18 @@ from torch.nn.utils.rnn import pad_sequence
 from mgllava.families import takes_boxes
 
 from .errors import SampleError
-from .samples import (
-    BadSamples,
-    MissingBoxes,
-    longest_text,
-    sample_id,
-    sample_images,
-    to_conversation,
-)
+from .samples import BadSamples, MissingBoxes, longest_text, sample_id, sample_images, to_conversation
 
 logger = logging.getLogger(__name__)
 
-# A text that ends fewer than this many tokens before its limit leaves little room for boxes.
+# A text that comes this close to the limit, in tokens, leaves little room for boxes.
 _NEAR_LIMIT = 50
 _IGNORED = -100
 
 
 @dataclass
 class _Row:
-    """A sample as tensors; `images` are the model inputs of its images, empty if there are none."""
+    """A sample as tensors; `images` has the model inputs of its images, and is empty for text only."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
@@ -42,8 +35,8 @@ class MGLlavaDataCollator:
     Works with `Trainer` and with TRL's `SFTTrainer`; both need `remove_unused_columns=False`. Text-only samples and
     samples with several images may be mixed. Rows are padded on the right.
 
-    A text is cut at `max_text_length` tokens, where an image counts as one. The images of a text that comes within 50
-    tokens of that keep only one box per label, as in the original.
+    A text is truncated to `max_text_length` tokens, where an image counts as one. If the text comes within 50 tokens
+    of that limit, its images keep only one box per label, as in the original.
 
     Example:
         ```python
@@ -64,12 +57,12 @@ class MGLlavaDataCollator:
             the model family (1472 for MG-LLaVA).
         on_bad_sample (`str`, *optional*, defaults to `"error"`): What to do with a sample that cannot be read: raise
             an `"error"`, or `"skip"` it with a warning that names it.
-        missing_boxes (`str`, *optional*, defaults to `"error"`): What an image without boxes is: an `"error"`, or
-            `"empty"`, an image without objects. The box detector does not run here. Ignored for models that take no
-            boxes.
+        missing_boxes (`str`, *optional*, defaults to `"error"`): How to treat an image without boxes: raise an
+            `"error"`, or take it for an image without objects (`"empty"`). The box detector does not run here.
+            Ignored for models that take no boxes.
         pad_to_multiple_of (`int`, *optional*): Pad the rows to a multiple of this length.
-        return_sample_ids (`bool`, *optional*, defaults to `False`): Whether batches have `sample_ids` and
-            `skipped_samples` (a number) too. [`MGLlavaTrainer`] removes them again.
+        return_sample_ids (`bool`, *optional*, defaults to `False`): Whether to add `sample_ids` and `skipped_samples`
+            (a number) to a batch. [`MGLlavaTrainer`] removes them before it calls the model.
 
     Raises:
         ValueError: If the chat template does not mark answers, or the family of the processor is not known and
@@ -118,7 +111,7 @@ class MGLlavaDataCollator:
             try:
                 rows.append(self._encode(sample))
                 ids.append(sample_id(sample))
-            except Exception as error:  # whatever a decoder raises
+            except Exception as error:  # image decoders raise errors of any type
                 problem = error
                 if not isinstance(error, SampleError):
                     files = [str(image) for image in sample_images(sample) if isinstance(image, str)]
@@ -128,7 +121,7 @@ class MGLlavaDataCollator:
                     raise problem from error
                 logger.warning("Skipped. %s", problem)
         if not rows:
-            # The other processes have a batch, and this one must take part, with a row that has no weight.
+            # This process must take part in the step of the others, with a row that has no weight.
             rows = [_Row(torch.tensor([self._pad_id]), torch.tensor([_IGNORED]))]
         batch: dict[str, Any] = {**self._pad(rows), **self.processor.join_images([row.images for row in rows])}
         if self.return_sample_ids:
@@ -146,8 +139,8 @@ class MGLlavaDataCollator:
             if not self._has_seen_boxes and not self._has_warned:
                 self._has_warned = True
                 logger.warning(
-                    "No sample has had a key `boxes` yet, so its images count as images without objects. If the "
-                    "dataset has them, the trainer dropped them: pass it `remove_unused_columns=False`."
+                    "No sample so far has the key `boxes`, so all images are treated as images without objects. If "
+                    "the dataset has boxes, the trainer dropped them: pass it `remove_unused_columns=False`."
                 )
         conversation = to_conversation(sample, self.missing_boxes)
         encoded = self._process(conversation)
@@ -178,7 +171,7 @@ class MGLlavaDataCollator:
         return encoded
 
     def _cut(self, ids: Sequence[int], runs: Sequence[int]) -> tuple[int, int]:
-        """Count the ids and images within the limit, where an image counts as one token and is never cut."""
+        """Return how many ids and images are within the limit; an image counts as one token and is kept whole."""
         position = images = 0
         for _ in range(self.max_text_length):
             if position >= len(ids):

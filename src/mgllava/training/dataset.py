@@ -1,4 +1,4 @@
-"""Training samples from LLaVA's JSON and box files, through the datasets library."""
+"""Read training samples from LLaVA's JSON and box files with the datasets library."""
 
 import hashlib
 import json
@@ -17,20 +17,14 @@ from mgllava.extras import import_extra
 from mgllava.families import takes_boxes
 
 from .errors import SampleError, TrainingError
-from .samples import (
-    BadSamples,
-    MissingBoxes,
-    longest_text,
-    sample_images,
-    to_conversation,
-)
+from .samples import BadSamples, MissingBoxes, longest_text, sample_images, to_conversation
 
 logger = logging.getLogger(__name__)
 
 # How many bad samples a message names.
 _NAMED = 5
-# Threads that check whether images exist, because each check takes a while on network file systems.
-_LOOKING_UP = 16
+# Threads that check whether images exist, which is slow on network file systems.
+_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -40,7 +34,8 @@ class SampleSource:
     Attributes:
         samples: LLaVA's JSON: a list (`.json`) or one sample per line (`.jsonl`).
         images: Folder that image paths are relative to; by default the folder of `samples`.
-        boxes: The boxes of the images by the ids of the samples; `None` if the samples have their own, or none.
+        boxes: The boxes of the images by the ids of the samples; `None` if boxes are in the samples, or there are
+            none.
     """
 
     samples: Path
@@ -56,11 +51,10 @@ class SampleSource:
 class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """Samples for [`MGLlavaDataCollator`], with the length of each.
 
-    The datasets library keeps the rows, in its cache on disk; images are opened by the collator only. Whatever can be
-    checked without opening them is checked at once: paths, boxes, turns, and whether an answer is left within the
-    limit. Texts are tokenized for this and for their lengths, which must be known before the first batch, and again
-    by the collator: ids in the cache would multiply its size, and the collator also reads samples that were never
-    measured.
+    The datasets library keeps the rows in its cache on disk; only the collator opens images. Everything that can be
+    checked without opening them is checked here: paths, boxes, turns, and whether an answer is left within the limit.
+    For this, and for the lengths, all texts are tokenized once. The ids are not kept, because they would multiply the
+    size of the cache: the collator tokenizes again.
 
     Args:
         sources (`Sequence[SampleSource]`): The samples.
@@ -69,17 +63,17 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
             the model family (1472 for MG-LLaVA).
         on_bad_sample (`str`, *optional*, defaults to `"error"`): What to do with bad samples: raise an `"error"`, or
             `"skip"` them with a warning.
-        missing_boxes (`str`, *optional*, defaults to `"error"`): What an image without boxes is: an `"error"`, or
-            `"empty"`, an image without objects. Ignored for models that take no boxes.
-        processes (`int`, *optional*): Number of processes that tokenize; by default this one alone.
+        missing_boxes (`str`, *optional*, defaults to `"error"`): How to treat an image without boxes: raise an
+            `"error"`, or take it for an image without objects (`"empty"`). Ignored for models that take no boxes.
+        processes (`int`, *optional*): Number of processes that tokenize; by default only this one.
 
     Attributes:
         lengths (`list[int]`): Tokens of each text, where an image counts as one; negative if there is no image.
-        skipped (`int`): Number of bad samples that were left out.
+        skipped (`int`): Number of bad samples that were skipped.
 
     Raises:
-        TrainingError: If there are no samples, bad ones that are not to be skipped, or boxes for a model that takes
-            none.
+        TrainingError: If there are no samples, a sample is bad and `on_bad_sample` is `"error"`, or there are boxes
+            for a model that takes none.
         ValueError: If the family of the processor is not known and `max_text_length` is not given.
         ImportError: If the datasets library is not installed.
         OSError: If a file cannot be read.
@@ -109,7 +103,7 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
                     "id": datasets.Value("string"),
                     "source": datasets.Value("int32"),
                     "image": datasets.List(datasets.Value("string")),
-                    # As JSON, because the forms of samples differ within a file, and Arrow has one for a column.
+                    # As JSON, because samples of one file may differ in form, and an Arrow column has a single type.
                     "turns": datasets.Value("string"),
                 }
             ),
@@ -123,7 +117,7 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
         rows = rows.map(
             measure,
             num_proc=processes,
-            # The library would hash the pickled tokenizer, which differs between processes.
+            # By default the library hashes the pickled tokenizer, which differs from process to process.
             new_fingerprint=hashlib.sha256(f"{stamps}{measure.fingerprint}".encode()).hexdigest()[:16],
             desc="Measuring samples",
         )
@@ -134,7 +128,7 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
             named = " ".join(text for _, _, text in problems[:_NAMED])
             message = f"{len(problems)} of {len(rows)} samples cannot be learned from ({kinds}): {named}"
             if on_bad_sample == "error":
-                raise TrainingError(f"{message} Fix them, or set `on_bad_sample` to skip to leave them out.")
+                raise TrainingError(f"{message} Fix these samples, or set `on_bad_sample` to skip.")
             logger.warning("Skipped: %s", message)
             bad = {row for row, _, _ in problems}
             rows = rows.select([row for row in range(len(rows)) if row not in bad])
@@ -145,17 +139,17 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the ids, images and lengths of the samples, in hexadecimal; the folders are not part of it."""
+        """SHA-256 of the ids, image paths and lengths of the samples, in hexadecimal, without their folders."""
         content = hashlib.sha256()
         for row in zip(self._rows["id"], self._rows["image"], self.lengths, strict=True):
             content.update(json.dumps(row).encode())
         return content.hexdigest()
 
     def _problems(self, rows: Any) -> Iterator[tuple[int, str, str]]:
-        """Yield row, kind and message of each bad sample; files are checked again each time, as they may be gone."""
+        """Yield row, kind and message of each bad sample; images may be gone since the rows were cached."""
         columns = [rows[name] for name in ("id", "source", "image", "kind", "problem", "has_boxes")]
         pictures: dict[tuple[int, str], list[str]] = {}
-        with ThreadPoolExecutor(_LOOKING_UP) as pool:
+        with ThreadPoolExecutor(_THREADS) as pool:
             absent = list(pool.map(self._absent_image, columns[1], columns[2], chunksize=256))
         for row, (key, source, images, kind, problem, has_boxes) in enumerate(zip(*columns, strict=True)):
             boxes = self.sources[source].boxes
@@ -166,10 +160,12 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
             elif not images or has_boxes:
                 continue
             elif boxes is not None and pictures.setdefault((source, key), images) != images:
-                text = (
-                    f"Sample {key} has another image than an earlier one of this id, and {boxes.name} knows ids alone."
+                problem = "has another image than an earlier sample of this id"
+                yield (
+                    row,
+                    "with the id of another image",
+                    f"Sample {key} {problem}; {boxes.name} has boxes by id only.",
                 )
-                yield row, "with the id of another image", text
             elif problem := _box_problem(key, images, boxes, self._missing_boxes):
                 yield row, "without boxes", f"Sample {key} {problem}."
 
@@ -189,19 +185,19 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def stream_samples(sources: Sequence[SampleSource]) -> Any:
-    """Read samples when they are needed, without checking them first.
+    """Read samples on demand, without checking them in advance.
 
     Args:
         sources (`Sequence[SampleSource]`): The samples.
 
     Returns:
-        `datasets.IterableDataset`: Samples for [`MGLlavaDataCollator`], of unknown lengths.
+        `datasets.IterableDataset`: Samples for [`MGLlavaDataCollator`]; their lengths are not known.
 
     Raises:
         ImportError: If the datasets library is not installed.
     """
     datasets = import_extra("datasets", "train", "Training")
-    # The library divides lists among the workers of a DataLoader.
+    # The library divides a list in `gen_kwargs` among the workers of a DataLoader.
     return datasets.IterableDataset.from_generator(_stream, gen_kwargs={"sources": list(sources)})
 
 
@@ -212,12 +208,12 @@ def _stream(sources: list[SampleSource]) -> Iterator[dict[str, Any]]:
 
 
 def complete_row(row: Mapping[str, Any], source: SampleSource) -> dict[str, Any]:
-    """Make a sample of a row of [`read_samples`]: with full paths and, if it has images, the boxes of each."""
+    """Turn a row of [`read_samples`] into a sample with full image paths and the boxes of each image."""
     sample: dict[str, Any] = {"id": row["id"], **json.loads(row["turns"])}
     if row["image"]:
         sample["images"] = [str(source.image_folder / image) for image in row["image"]]
         if "boxes" not in sample and source.boxes is not None:
-            # The samples of a stream were not checked before.
+            # Streamed samples have not been checked yet.
             if problem := _box_problem(row["id"], row["image"], source.boxes, "empty"):
                 raise SampleError(f"Sample {row['id']} {problem}.")
             keys = _box_keys(row["id"], row["image"])
@@ -227,12 +223,12 @@ def complete_row(row: Mapping[str, Any], source: SampleSource) -> dict[str, Any]
 
 
 def _box_keys(key: str, images: Sequence[str]) -> list[str]:
-    """Return the record names of a sample's images in a box file: its id for one image, their paths for several."""
+    """Return the ids of a sample's images in a box file: the sample's id for one image, their paths for several."""
     return [key] if len(images) == 1 else list(images)
 
 
 def _box_problem(key: str, images: Sequence[str], boxes: BoxFile | None, missing_boxes: MissingBoxes | None) -> str:
-    """Say why the images of a sample have no boxes of their own; empty if they have some, or need none."""
+    """Return what is wrong with the boxes of a sample's images, or an empty string."""
     if boxes is None:
         return "has no boxes: no box file is given" if missing_boxes == "error" else ""
     keys = _box_keys(key, images)
@@ -254,8 +250,8 @@ def _box_problem(key: str, images: Sequence[str], boxes: BoxFile | None, missing
 def read_samples(files: Iterable[str], numbers: Iterable[int], stamps: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """Read files of JSON or JSON lines as rows of `id`, `source`, `image` (a list of paths) and `turns` (JSON).
 
-    `numbers` has the `source` of each file. `stamps` is not used here: it is part of what the datasets library caches
-    by, so that a changed file is read again.
+    `numbers` has the `source` of each file. `stamps` is not read: it is part of the cache key of the datasets library,
+    so that a changed file is read again.
     """
     for number, file in zip(numbers, files, strict=True):
         row = -1
@@ -281,15 +277,15 @@ def _read_json(path: Path) -> Iterator[Any]:
             samples = json.load(file)
     except ValueError as error:
         raise TrainingError(
-            f"{path} is not JSON ({error}). Name a file of one sample per line .jsonl, a list .json."
+            f"{path} is not JSON ({error}). Files with one sample per line must end in .jsonl, lists in .json."
         ) from error
     if not isinstance(samples, list):
-        raise TrainingError(f"{path} must hold a list of samples, got {type(samples).__name__}.")
+        raise TrainingError(f"{path} must contain a list of samples, got {type(samples).__name__}.")
     yield from samples
 
 
 def _generate(datasets: Any, **options: Any) -> Any:
-    """Read samples into a cache on disk, and raise the error of a bad file instead of the library's own."""
+    """Read samples into a cache on disk; for a bad file, raise our error instead of the library's."""
     try:
         return datasets.Dataset.from_generator(read_samples, **options)
     except datasets.exceptions.DatasetGenerationError as error:
@@ -302,7 +298,7 @@ def _stamp(path: Path) -> str:
 
 
 class _Measure:
-    """Adds `length`, `kind` and `problem` (both empty for a good sample) and `has_boxes` to a row."""
+    """Return the `length` of a row, whether it `has_boxes`, and `kind` and `problem` of a bad sample (else empty)."""
 
     def __init__(self, processor: Any, max_text_length: int):
         self.processor, self.max_text_length = processor, max_text_length
@@ -326,7 +322,7 @@ class _Measure:
                 problem = f"Sample {row['id']} has no answer to learn within {self.max_text_length} tokens of text."
         except SampleError as error:
             kind, problem = "of another form", str(error)
-        except Exception as error:  # a template refuses in its own way
+        except Exception as error:  # chat templates raise errors of their own
             kind, problem = "of another form", f"Sample {row['id']}: {error}"
         measured = {"length": length if row["image"] else -length, "kind": kind, "problem": problem}
         return {**measured, "has_boxes": "boxes" in sample}
@@ -341,19 +337,19 @@ def open_source(
         samples (`str` or `Path`): JSON or JSON lines.
         images (`str` or `Path`, *optional*): Folder that image paths are relative to; by default that of `samples`.
         boxes (`str` or `Path`, *optional*): Box file.
-        section (`str`, *optional*, defaults to `""`): Section of the recipe that has these keys, for error messages.
+        section (`str`, *optional*, defaults to `""`): Section of the recipe with these keys, for error messages.
 
     Returns:
         `SampleSource`: The source.
 
     Raises:
-        TrainingError: If there is no such file or folder.
+        TrainingError: If a file or folder does not exist.
         BoxFileError: If the box file cannot be read.
         ImportError: If the box file is Parquet and pyarrow is not installed.
     """
     for argument, path in (("samples", samples), ("images", images), ("boxes", boxes)):
         if path is not None and not Path(path).exists():
-            raise TrainingError(f"`{section and section + '.'}{argument}`: there is no {path}.")
+            raise TrainingError(f"`{section and section + '.'}{argument}`: {path} does not exist.")
     opened = None if boxes is None else read_boxes(boxes)
     return SampleSource(Path(samples), None if images is None else Path(images), opened)
 

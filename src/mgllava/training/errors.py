@@ -4,11 +4,11 @@ from mgllava.errors import MGLlavaError
 
 
 class TrainingError(MGLlavaError, ValueError):
-    """A recipe or its data cannot be used; the message says what to do about it."""
+    """A recipe or its data cannot be used."""
 
 
 class SampleError(TrainingError):
-    """A sample cannot be learned from; the message starts with its id."""
+    """A sample cannot be used for training; the message names its id."""
 
 
 __all__ = ["SampleError", "TrainingError"]

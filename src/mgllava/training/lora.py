@@ -1,4 +1,4 @@
-"""Adapters of the language model, through peft."""
+"""LoRA adapters of the language model, with peft."""
 
 from typing import Any
 
@@ -7,25 +7,24 @@ from mgllava.families import FAMILIES, family_of
 
 from .recipe import DEFAULT_FAMILY
 
-# Every linear layer of the language model except the head: of Llama and similar models, and the fused ones of Phi-3.
+# All linear layers of the language model except the head: those of Llama and similar models, and Phi-3's fused ones.
 _LAYERS = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|qkv_proj|gate_up_proj"
 _TARGET_MODULES = rf"(.*\.)?language_model\..*\.({_LAYERS})"
 
 
 def lora_config(model: Any = None, **kwargs: Any) -> Any:
-    """Configure adapters on the linear layers of the language model, next to modules that are trained as a whole.
+    """Configure adapters on the linear layers of the language model, and modules that are trained in full.
 
     Args:
-        model (`PreTrainedModel`, *optional*): The model. Of the modules that its family trains as a whole, only those
-            are named that it has, and that have parameters. By default, all those of MG-LLaVA are named: fusion and
-            projectors.
+        model (`PreTrainedModel`, *optional*): The model; modules that this variant of it lacks, or that have no
+            parameters, are left out of `modules_to_save`. By default, that has all of MG-LLaVA: fusion and projectors.
         **kwargs: Arguments of `peft.LoraConfig`, such as `r`, `lora_alpha` and `lora_dropout`.
 
     Returns:
         `peft.LoraConfig`: For `peft.get_peft_model`, or `peft_config` of TRL.
 
     Raises:
-        ValueError: If the model is of no family of this package.
+        ValueError: If the model does not belong to a family of this package.
         ImportError: If peft is not installed.
     """
     peft = import_extra("peft", "train", "LoRA")
@@ -36,7 +35,7 @@ def lora_config(model: Any = None, **kwargs: Any) -> Any:
 
 
 def has_parameters(model: Any, name: str) -> bool:
-    """Tell whether this variant of a model has a module with parameters in it."""
+    """Return whether this variant of a model has a module with parameters."""
     module = getattr(model.model, name, None)
     return module is not None and any(True for _ in module.parameters())
 

@@ -1,4 +1,4 @@
-"""The plot of the loss."""
+"""Plot the loss of a training."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from mgllava.extras import import_extra
 
 
 def plot_losses(history: Sequence[Mapping[str, Any]], path: str | Path) -> Path | None:
-    """Plot the loss over the steps, in training and, if there was one, evaluation.
+    """Plot the training loss over the steps and, if there is one, the evaluation loss.
 
     Args:
         history (`Sequence[Mapping]`): `trainer.state.log_history`.
@@ -27,17 +27,14 @@ def plot_losses(history: Sequence[Mapping[str, Any]], path: str | Path) -> Path 
     }
     if not curves["training"]:
         return None
-    # pyplot would look for a display.
-    figure = import_extra("matplotlib.figure", "train", "The plot of the loss").Figure(
-        figsize=(8, 4.5), layout="constrained"
-    )
+    # Without pyplot, which would look for a display.
+    matplotlib = import_extra("matplotlib.figure", "train", "The plot of the loss")
+    figure = matplotlib.Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss")
     for label, points in curves.items():
         if points:
-            steps, losses = zip(*points, strict=True)
-            axes.plot(
-                steps, losses, label=label, linewidth=1.2, marker="o" if len(points) < 20 else None, markersize=3
-            )
+            marker = "o" if len(points) < 20 else None
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2, marker=marker, markersize=3)
     axes.grid(alpha=0.3)
     axes.legend()
     with replacing(Path(path)) as partial:

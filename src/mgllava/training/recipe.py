@@ -18,10 +18,7 @@ from mgllava.families import FAMILIES, resolve
 from .errors import TrainingError
 from .values import WrongValueError, read_value
 
-_EXTENDS = "extends"
-
-
-# Of a new model that is built from parts.
+# The family of a new model that is built from parts.
 DEFAULT_FAMILY = "mgllava"
 
 
@@ -30,11 +27,11 @@ class ModelOptions:
     """The model to start from: a model folder or Hub id (`name`), or `parts` that a new one is built from."""
 
     name: str | None = None
-    # Of the new model; None: MG-LLaVA. Next to `name` it is only checked.
+    # The family of the new model; None: MG-LLaVA. If `name` is given, its family is compared with this.
     family: str | None = None
-    # The parts of the family (folders or Hub ids), `prompt_template`, and as `config` arguments of its configuration.
+    # The parts of the family (folders or Hub ids), `prompt_template`, and `config` (arguments of its configuration).
     parts: dict[str, Any] | None = None
-    # What the configuration of the model that is loaded is changed to.
+    # Changes to the configuration of the model that is loaded.
     config: dict[str, Any] = field(default_factory=dict)
     dtype: str = "bfloat16"
     attn_implementation: str | None = None
@@ -44,7 +41,7 @@ class ModelOptions:
 
 @dataclass
 class DetectorOptions:
-    """The box detector that must have found the boxes; the names are those of the options of `mgllava detect`."""
+    """The box detector that must have found the boxes; fields are named like the options of `mgllava detect`."""
 
     tagger: str | None = None
     detector: str | None = None
@@ -60,29 +57,29 @@ class DataOptions:
     samples: str | list[str] | None = None
     images: str | list[str] | None = None
     boxes: str | list[str] | None = None
-    # None: that of the model's processor.
+    # None: the box detector of the model's processor.
     detector: DetectorOptions | None = None
     allow_other_boxes: bool = False
     missing_boxes: str = "error"
     on_bad_sample: str = "error"
-    # None: that of the model family.
+    # None: the limit of the model family.
     max_text_length: int | None = None
     streaming: bool = False
-    # Processes that tokenize before the training starts.
+    # Processes that tokenize the samples before training starts.
     processes: int | None = None
 
 
 @dataclass
 class Recipe:
-    """A training.
+    """The settings of a training.
 
     Attributes:
-        model: What to start from.
+        model: The model to start from.
         train: Modules that are trained.
-        data: What to learn.
-        evaluation: What to evaluate on.
+        data: Samples to train on.
+        evaluation: Samples to evaluate on.
         lora: Arguments of `peft.LoraConfig`; `None` for no adapters.
-        global_batch_size: Samples of a step over all devices, from which the accumulation follows.
+        global_batch_size: Samples of a step over all devices; gradients are accumulated to it.
         training: Arguments of `transformers.TrainingArguments`.
     """
 
@@ -95,12 +92,12 @@ class Recipe:
     training: dict[str, Any] = field(default_factory=dict)
 
     def to_yaml(self) -> str:
-        """Return the recipe as YAML, with what it extends and all changes."""
+        """Return the complete recipe as YAML, with the recipes that it extends and all changes."""
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads `1e-3` as a number and `no` as a word, as YAML 1.2 does, and refuses a key that occurs twice."""
+    """Read `1e-3` as a number and `no` as text, as YAML 1.2 does, and refuse a key that occurs twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """Construct a dictionary from a node."""
@@ -136,18 +133,18 @@ def _shipped() -> Any:
 
 
 def load_recipe(*arguments: str | Path) -> Recipe:
-    """Read recipes and changes to them.
+    """Read a recipe from files and changes.
 
     Args:
-        *arguments (`str` or `Path`): YAML files, files of the package by their names, and changes `key=value`, such as
+        *arguments (`str` or `Path`): YAML files, names of the package's recipes, and changes `key=value`, such as
             `training.learning_rate=1e-5`; later ones win.
 
     Returns:
         `Recipe`: The recipe.
 
     Raises:
-        TrainingError: If there is no such recipe, a key is unknown, or a value is not what its key takes. The message
-            has one line for each such key, with the nearest known one.
+        TrainingError: If a file does not exist, a key is unknown, or a value does not fit its key. The message has one
+            line for each such key.
         ImportError: If the recipe has adapters and peft is not installed.
     """
     values: dict[str, Any] = {}
@@ -178,7 +175,10 @@ def _nested(keys: Sequence[str], value: Any) -> dict[str, Any]:
 
 
 def _read(path: Path, folder: Path | None, chain: tuple[str, ...]) -> dict[str, Any]:
-    """Read a file with those that it extends, whose names are looked up next to it, here, and in the package."""
+    """Read a file and those that it extends; a name is looked up in `folder`, the working directory and the package.
+
+    `chain` has the names of the files that extend this one.
+    """
     candidates = [path] if folder is None else [folder / path, path]
     found = next((candidate for candidate in candidates if candidate.is_file()), None)
     shipped = _shipped() / path.name
@@ -196,8 +196,8 @@ def _read(path: Path, folder: Path | None, chain: tuple[str, ...]) -> dict[str, 
         raise TrainingError(f"Recipes extend each other: {' -> '.join([*chain, str(path)])}.")
     content = _parse(text, str(path)) or {}
     if not isinstance(content, dict):
-        raise TrainingError(f"{path} must hold keys and values, got {type(content).__name__}.")
-    extended = content.pop(_EXTENDS, [])
+        raise TrainingError(f"{path} must contain keys and values, got {type(content).__name__}.")
+    extended = content.pop("extends", [])
     values: dict[str, Any] = {}
     for name in [extended] if isinstance(extended, str) else extended:
         merge(values, _read(Path(name), folder, (*chain, str(path))))
@@ -215,7 +215,7 @@ def merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
 
 
 _SECTIONS: dict[str, type] = {"model": ModelOptions, "data": DataOptions, "evaluation": DataOptions}
-# Sections in a section, which are read after it.
+# Nested sections, each read by a function of its own after the section that contains it.
 _READ_LATER = {
     "": {*_SECTIONS, "training", "lora"},
     "model": {"parts"},
@@ -225,7 +225,7 @@ _READ_LATER = {
 
 
 def checked_recipe(recipe: Recipe) -> Recipe:
-    """Check the values of a recipe that was made in Python, and read them by the types of their fields."""
+    """Check a recipe that was made in Python, and convert its values to the types of their fields."""
     return _build(dataclasses.asdict(recipe))
 
 
@@ -264,7 +264,7 @@ def _section(values: Any, kind: type, prefix: str, problems: list[str]) -> Any:
 
 
 def _read_parts(values: Any, family_name: str, problems: list[str]) -> dict[str, Any]:
-    """Read the parts that a new model of a family is built from; those that are not given are `None`."""
+    """Read `model.parts`, the parts of a new model of a family; missing ones are `None`."""
     family = FAMILIES[family_name]
     templates = tuple(resolve(str(family.chat_templates)))
     types: dict[str, Any] = dict.fromkeys(family.parts, str | None)
@@ -281,9 +281,9 @@ def _read_parts(values: Any, family_name: str, problems: list[str]) -> dict[str,
 
 
 def _read_fields(values: Any, types: Mapping[str, Any], prefix: str, problems: list[str]) -> dict[str, Any]:
-    """Read the values of a section by the types of its fields, except for the sections in it."""
+    """Convert the values of a section to the types of its fields; nested sections are returned unchanged."""
     if not isinstance(values, dict):
-        problems.append(f"`{prefix}` must hold keys and values, got {values!r}.")
+        problems.append(f"`{prefix}` must contain keys and values, got {values!r}.")
         return {}
     known = {name: kind for name, kind in types.items() if not name.startswith("_")}
     read = {}
@@ -292,8 +292,8 @@ def _read_fields(values: Any, types: Mapping[str, Any], prefix: str, problems: l
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             path = f"{prefix}." if prefix else ""
-            hint = f"Did you mean `{path}{near[0]}`?" if near else f"Known are {', '.join(sorted(known)[:20])}."
-            problems.append(f"`{name}` is not a key of a recipe. {hint}")
+            hint = f"Did you mean `{path}{near[0]}`?" if near else f"Known keys: {', '.join(sorted(known)[:20])}."
+            problems.append(f"`{name}` is not a recipe key. {hint}")
         elif key in _READ_LATER.get(prefix, ()):
             read[key] = value
         else:

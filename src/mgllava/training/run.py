@@ -1,4 +1,4 @@
-"""Training from a recipe: open everything that it names, train, save."""
+"""Train from a recipe: load the model and the samples that it names, train, and save the result."""
 
 import difflib
 import logging
@@ -17,7 +17,15 @@ from mgllava.families import FAMILIES, Family, family_of, resolve, takes_boxes
 from mgllava.folder_lock import FolderLock
 from mgllava.quantization import quantization_of
 
-from .account import (
+from .arguments import training_arguments
+from .checkpoints import last_complete_checkpoint
+from .collator import MGLlavaDataCollator
+from .dataset import ConversationDataset, SampleSource, open_source, stream_samples
+from .errors import TrainingError
+from .lora import has_parameters, lora_config
+from .loss_plot import plot_losses
+from .recipe import DEFAULT_FAMILY, DataOptions, DetectorOptions, ModelOptions, Recipe, checked_recipe, merge
+from .run_record import (
     PARTIAL,
     check_same_training,
     note_parts,
@@ -26,22 +34,6 @@ from .account import (
     samples_digest,
     write_end,
     write_start,
-)
-from .arguments import training_arguments
-from .checkpoints import last_complete_checkpoint
-from .collator import MGLlavaDataCollator
-from .dataset import ConversationDataset, SampleSource, open_source, stream_samples
-from .errors import TrainingError
-from .lora import has_parameters, lora_config
-from .loss_plot import plot_losses
-from .recipe import (
-    DEFAULT_FAMILY,
-    DataOptions,
-    DetectorOptions,
-    ModelOptions,
-    Recipe,
-    checked_recipe,
-    merge,
 )
 from .starting_model import write_starting_model
 from .trainable import check_trained, describe_trained, freeze_all_but, part_of
@@ -53,35 +45,34 @@ _START = "start"
 
 
 def train(recipe: Recipe, resume: bool = False) -> Path:
-    """Train as a recipe describes; called in every process of the group, if there are several.
+    """Train from a recipe; with several processes, each of them calls this.
 
     Args:
         recipe (`Recipe`): The recipe.
         resume (`bool`, *optional*, defaults to `False`): Whether to resume from the last complete checkpoint in
-            `output_dir`; the training starts if there is none. The recipe must be that of the start, except for keys
-            that do not change what is learned.
+            `output_dir`; if there is none, the training starts from scratch. The recipe must not have changed, except
+            for keys that do not affect what is learned.
 
     Returns:
         `Path`: `output_dir`, with the trained model (or adapters) and its processor (with the box detector that the
         recipe names), `recipe.yaml`, `trainer_state.json` and `loss.png`.
 
     Raises:
-        TrainingError: If the recipe or its data cannot be used, `output_dir` holds something else, a training is
-            resumed by another recipe, the loss is NaN, or nothing was learned.
+        TrainingError: If the recipe or its data cannot be used, `output_dir` has other contents, the recipe of a
+            resumed training has changed, the loss is NaN, or nothing was learned.
         FolderLockedError: If another training writes to `output_dir`.
-        BoxFileError: If boxes are those of another detector.
+        BoxFileError: If another detector found the boxes.
         OSError: If a file cannot be read or written.
         ConversionError: If a starting model cannot be built from its parts.
         ImportError: If a package of the extra `train` is not installed.
         ValueError: If the model or its processor cannot be loaded.
-        RuntimeError: If this release of transformers cannot be kept from using all GPUs in one process.
+        RuntimeError: If this release of transformers insists on using all GPUs in one process.
     """
     recipe = checked_recipe(recipe)
     args = training_arguments(recipe)
     output = Path(str(args.output_dir))
-    # Only the first process writes.
-    lock = FolderLock(output, "training") if args.process_index == 0 else nullcontext()
-    with lock:
+    # Only the first process writes, so only it takes the lock.
+    with FolderLock(output, "training") if args.process_index == 0 else nullcontext():
         return _train(recipe, args, output, resume)
 
 
@@ -89,19 +80,17 @@ def _train(recipe: Recipe, args: TrainingArguments, output: Path, resume: bool) 
     checkpoint = last_complete_checkpoint(output)
     if checkpoint is not None and not resume:
         raise TrainingError(
-            f"`training.output_dir`: {output} has checkpoints, the last at {checkpoint.name}. Pass `resume` to "
-            "resume that training, or choose another folder."
+            f"`training.output_dir`: {output} has checkpoints up to {checkpoint.name}. Pass `resume` to resume that "
+            "training, or choose another folder."
         )
     if checkpoint is None and recipe.model.parts is not None and not (output / _START).is_dir():
-        # Before the starting model is written there.
-        refuse_other_files(output)
+        refuse_other_files(output)  # before the starting model is written there
     set_seed(args.seed)
     start = _starting_model(recipe.model, args, output)
     family = _family(recipe.model, start)
     processor = resolve(str(family.processor)).from_pretrained(start)
     if takes_boxes(processor):
-        # Boxes come from files.
-        processor.box_detector = None
+        processor.box_detector = None  # boxes come from files
     else:
         _refuse_boxes(recipe, family)
     data = _open_data(recipe.data, processor, args, "data")
@@ -125,7 +114,7 @@ def _train(recipe: Recipe, args: TrainingArguments, output: Path, resume: bool) 
             processing_class=processor,
         )
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        # A logger that is not installed, for example.
+        # For example, a package that `report_to` names is not installed.
         raise TrainingError(f"`training` cannot be used: {error}") from error
     if args.deepspeed and not trainer.is_deepspeed_enabled:
         raise TrainingError("`training.deepspeed` was ignored by accelerate. Start with `accelerate launch`.")
@@ -133,7 +122,7 @@ def _train(recipe: Recipe, args: TrainingArguments, output: Path, resume: bool) 
         Console(file=sys.stderr).print(describe_trained(model))
     if isinstance(data, ConversationDataset) and len(trainer.get_train_dataloader()) == 0:
         raise TrainingError(
-            f"Nothing would be trained: {len(data)} samples are less than a batch of {args.train_batch_size} for each "
+            f"Nothing would be trained: {len(data)} samples do not fill a batch of {args.train_batch_size} for each "
             "process, and `training.dataloader_drop_last` is true."
         )
     if args.should_save:
@@ -149,14 +138,16 @@ def _train(recipe: Recipe, args: TrainingArguments, output: Path, resume: bool) 
         try:
             plot_losses(trainer.state.log_history, output / "loss.png")
         except ImportError as error:
-            logger.warning("The loss is not plotted: %s", error)
+            logger.warning("The loss was not plotted: %s", error)
     return output
 
 
 def _starting_model(options: ModelOptions, args: TrainingArguments, output: Path) -> str:
-    """Return the folder or Hub id to start from, which is built first if the recipe names parts."""
+    """Return the folder or Hub id of the model to start from; if the recipe names parts, build it first."""
     if (options.name is None) == (options.parts is None):
-        raise TrainingError("Give either `model.name`, a model folder or Hub id to start from, or `model.parts`.")
+        raise TrainingError(
+            "Set either `model.name`, the model folder or Hub id of the model to start from, or `model.parts`."
+        )
     if options.parts is None:
         return str(options.name)
     family = options.family or DEFAULT_FAMILY
@@ -174,8 +165,8 @@ def _starting_model(options: ModelOptions, args: TrainingArguments, output: Path
             note_parts(start, described)
     if not same_parts(start, described):
         raise TrainingError(
-            f"`model.parts`: {start} was built from other parts, or does not say from which. Delete it, or choose "
-            "another `training.output_dir`."
+            f"`model.parts`: {start} was built from other or unknown parts. Delete it, or choose another "
+            "`training.output_dir`."
         )
     return str(start)
 
@@ -184,7 +175,7 @@ def _family(options: ModelOptions, start: str) -> Family:
     """Return the family of the model to start from."""
     if Path(start, "adapter_config.json").exists() and not Path(start, "config.json").exists():
         raise TrainingError(
-            f"`model.name`: {start} has adapters, and no model. Merge them into their model and save that (LoRA in "
+            f"`model.name`: {start} has only adapters. Merge them into their model and save it (see LoRA in "
             "docs/training.md)."
         )
     config = AutoConfig.from_pretrained(start, trust_remote_code=False)
@@ -207,9 +198,9 @@ def _refuse_boxes(recipe: Recipe, family: Family) -> None:
 
 
 def _samples_digest(recipe: Recipe, data: Any) -> str | None:
-    """Digest samples and boxes, so that a training is not resumed with others under the same name."""
+    """Return a digest of samples and boxes, so that a resumed training notices if the files have changed."""
     if not isinstance(data, ConversationDataset):
-        return None  # a stream is not read before
+        return None  # a stream is read only once
     return samples_digest(data.digest, [Path(path) for path in _as_list(recipe.data.boxes)])
 
 
@@ -224,17 +215,16 @@ def _collator(options: DataOptions, processor: Any) -> MGLlavaDataCollator:
 
 
 def _name_detector(processor: Any, given: DetectorOptions | None) -> None:
-    """Give the processor the box detector that the recipe names, because the model learned with its boxes."""
+    """Give the processor the box detector that the recipe names, so that it is saved with the model."""
     if given is None or (given.tagger is None and given.labels is None):
         return  # the processor keeps its own
     tagger, labels = given.tagger, given.labels
     named = open_detector(detector=given.detector, tagger=None if labels else tagger, mode=given.mode)
     processor.box_detector_config = {**named.config, **({"tagger": list(labels)} if labels else {})}
-    # It is saved with the processor, and it does not run here.
-    processor.box_detector = None
+    processor.box_detector = None  # it does not run here
     if given.threshold != DetectorOptions.threshold:
         logger.warning(
-            "The boxes were found with scores above %s, which cannot be saved with the processor: pass threshold=%s "
+            "The boxes were found with a threshold of %s, which cannot be saved with the processor: pass threshold=%s "
             "to `processor.detect`.",
             given.threshold,
             given.threshold,
@@ -279,23 +269,23 @@ def _at(values: list[str], number: int) -> str | None:
 
 
 def _check_detector(options: DataOptions, processor: Any, sources: list[SampleSource], section: str) -> None:
-    """Refuse boxes of a detector other than the one that the model will be used with."""
+    """Refuse boxes that were not found by the detector with which the model will be used."""
     files = [source.boxes for source in sources if source.boxes is not None]
     if options.allow_other_boxes or not files:
         return
     given = options.detector
     if given is not None and given.tagger is None and given.labels is None:
         raise TrainingError(
-            f"`{section}.detector.tagger` must name what {files[0].name} was made with: the folder of RAM++, or "
-            f"coco80. `{section}.allow_other_boxes=true` accepts any boxes."
+            f"`{section}.detector.tagger` must be the tagger with which {files[0].name} was made: the model folder of "
+            f"RAM++, or coco80. `{section}.allow_other_boxes=true` accepts any boxes."
         )
     config = processor.locate_box_detector()
     if given is not None:
         config = open_detector(detector=given.detector, tagger=given.tagger, mode=given.mode).config
     if config is None:
         raise TrainingError(
-            f"Nothing says which detector must have made {files[0].name}: the model has none. Name it in "
-            f"`{section}.detector`, or accept any boxes: `{section}.allow_other_boxes=true`."
+            f"`{section}.detector` must name the box detector that made {files[0].name}, because the model has none. "
+            f"`{section}.allow_other_boxes=true` accepts any boxes."
         )
     labels, threshold = (None, 0.2) if given is None else (given.labels, given.threshold)
     expected = detection_settings(config, labels, threshold)
@@ -304,14 +294,14 @@ def _check_detector(options: DataOptions, processor: Any, sources: list[SampleSo
             file.check_settings(expected)
         except ValueError as error:
             raise TrainingError(
-                f"{error} In a recipe, `{section}.allow_other_boxes=true` accepts them nevertheless."
+                f"{error} In a recipe, `{section}.allow_other_boxes=true` accepts any boxes."
             ) from error
 
 
 def load_model(recipe: Recipe, start: str, args: TrainingArguments, family: Family) -> Any:
-    """Load the model of a recipe, with adapters if it has some, and choose what is trained.
+    """Load the model of a recipe, add its adapters, and select the trained parameters.
 
-    `args` must be made before, because they make `from_pretrained` shard the weights under ZeRO-3.
+    Under ZeRO-3, `args` must exist before the model is loaded: they make `from_pretrained` shard the weights.
     """
     options = recipe.model
     if not recipe.train:
@@ -330,8 +320,8 @@ def load_model(recipe: Recipe, start: str, args: TrainingArguments, family: Fami
         model, loaded = kind.from_pretrained(start, config=config, output_loading_info=True, **given)
         if unfit := sorted([*loaded["missing_keys"], *loaded["unexpected_keys"]]):
             raise TrainingError(
-                f"`model.config` makes another model than that of {start}: {len(unfit)} weights do not fit, such as "
-                f"{unfit[0]}. Change only what has no weights."
+                f"`model.config` does not fit the weights of {start}: {len(unfit)} weights are missing or unused, "
+                f"such as {unfit[0]}. Change only values on which no weights depend."
             )
     else:
         model = kind.from_pretrained(start, **given)
@@ -341,16 +331,16 @@ def load_model(recipe: Recipe, start: str, args: TrainingArguments, family: Fami
 
         if whole := [name for name in recipe.train if part_of(name) in ("language_model", "lm_head")]:
             raise TrainingError(
-                f"`train` must not name {', '.join(whole)} where `lora` is given: adapters are trained instead."
+                f"`train` must not name {', '.join(whole)} if `lora` is given: adapters are trained instead."
             )
         saved = [name for name in recipe.train if has_parameters(model, name)]
         try:
             model = get_peft_model(model, lora_config(model, **{"modules_to_save": saved, **recipe.lora}))
-        except Exception as error:  # peft checks them in many places
+        except Exception as error:  # peft raises errors of many types
             raise TrainingError(f"`lora` cannot be used: {' '.join(str(error).split())}") from error
     check_trained(model, recipe.train, lora=recipe.lora is not None)
     if (args.bf16 or args.fp16) and not (args.deepspeed or args.fsdp):
-        # Small steps would be lost in 16 bits. DeepSpeed and FSDP keep weights in 32 bits themselves.
+        # Small updates would be lost in 16 bits. DeepSpeed and FSDP keep a float32 copy themselves.
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -371,14 +361,14 @@ def _changed_config(changes: dict[str, Any], start: str, family: Family) -> Any:
     merge(values, changes)
     try:
         return kind.from_dict(values)
-    except Exception as error:  # configurations refuse values in many ways
+    except Exception as error:  # configurations raise errors of many types
         raise TrainingError(f"`model.config` cannot be used: {' '.join(str(error).split())}") from error
 
 
 def _save(trainer: MGLlavaTrainer, options: ModelOptions, output: Path) -> None:
-    """Save the result in the dtype of the recipe, in which the trained modules may not be.
+    """Save the result in the dtype of the recipe, which may differ from that of the trained modules.
 
-    A process that is killed while it saves leaves no half model: files appear in `output` when all are written.
+    Files are moved to `output` when all of them are written, so a killed process does not leave a partial model there.
     """
     model = trainer.model
     if isinstance(model, PreTrainedModel) and not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):

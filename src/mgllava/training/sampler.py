@@ -1,24 +1,24 @@
-"""The order of samples in training, in batches of one modality and of similar length."""
+"""A sampler for batches of one modality and of similar lengths."""
 
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import Sampler
 
-# Batches that are sorted together: enough to find similar lengths, few enough to stay random.
+# Batches that are sorted together: enough to find similar lengths, few enough to keep the order random.
 _BATCHES_TOGETHER = 50
 
 
 class ModalityLengthSampler(Sampler[int]):
-    """Groups samples with images, and samples without images, by length, as the original does.
+    """Groups samples by modality (with or without images) and by length, as the original does.
 
-    Every batch (over all processes) has one modality, except for the last ones, which take what is left over of both.
-    The group with the longest sample comes first, so that memory runs out at once or not at all.
+    Every batch (over all processes) has one modality, except for the last ones, which mix the samples that are left
+    over. The group with the longest sample comes first, so that a training that runs out of memory does so at once.
 
     Args:
         lengths (`Sequence[int]`): Length of each sample in tokens, negative for samples without an image.
         batch_size (`int`): Samples of one optimizer step, over all processes and accumulated batches.
-        seed (`int`, *optional*, defaults to 0): Random seed, to which the number of the epoch is added.
+        seed (`int`, *optional*, defaults to 0): Random seed; the number of the epoch is added to it.
 
     Raises:
         ValueError: If a length is zero.
@@ -33,7 +33,7 @@ class ModalityLengthSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose another order.
+        """Set the epoch, which determines the order.
 
         Args:
             epoch (`int`): Number of the epoch.

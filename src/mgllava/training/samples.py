@@ -1,4 +1,4 @@
-"""One sample: from LLaVA's JSON or TRL's messages to the conversation that a chat template takes."""
+"""Turn a sample, in LLaVA's or TRL's format, into the conversation that a chat template takes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -16,14 +16,13 @@ _IMAGE_BLOCKS = ("image", "image_url")
 
 def longest_text(processor: Any) -> int:
     """Return the longest training text, in tokens, of the family that a processor belongs to."""
-    # By the names of its classes, because remote code has classes of its own.
+    # Classes are compared by name, because remote code has its own copies of them.
     names = {kind.__name__ for kind in type(processor).__mro__}
     for family in FAMILIES.values():
         if family.processor and family.max_text_length and family.processor.partition(":")[2] in names:
             return family.max_text_length
     raise ValueError(
-        f"`max_text_length` must be given for a processor of type {type(processor).__name__}, which is not one of a "
-        "family of this package."
+        f"`max_text_length` must be given for a processor of type {type(processor).__name__}, whose family is unknown."
     )
 
 
@@ -44,21 +43,20 @@ def sample_images(sample: Mapping[str, Any]) -> list[Any]:
 
 
 def to_conversation(sample: Mapping[str, Any], missing_boxes: MissingBoxes | None = "error") -> list[dict[str, Any]]:
-    """Turn a sample into messages, each with `role` and a list of blocks; image blocks hold images and their boxes.
+    """Turn a sample into messages, each with `role` and a list of blocks; image blocks have the image and its boxes.
 
-    As in the original, leading answers and a last question without an answer are left out, and several questions in a
-    row are joined.
+    As in the original, answers before the first question and a last question without an answer are dropped, and
+    several questions in a row are joined.
 
     Args:
-        sample (`Mapping`): Either LLaVA's form, `conversations` with turns of `from` and `value`, or `messages` with
-            `role` and `content`; images in `image` or `images` in the order of their `<image>`, or in the blocks;
-            `boxes` with the boxes of the image (or a list of one entry for each image), as the processor takes them,
-            or boxes in the blocks too.
-        missing_boxes (`str`, *optional*): What an image without boxes is: an `"error"`, or `"empty"`, an image without
-            objects. `None`: the model takes no boxes, so that boxes are an error.
+        sample (`Mapping`): Either LLaVA's format, `conversations` with turns of `from` and `value`, or `messages` with
+            `role` and `content`. Images are in `image` or `images`, in the order of their `<image>`, or in the blocks.
+            Boxes are in `boxes` (those of the only image, or a list with one entry for each image), or in the blocks.
+        missing_boxes (`str`, *optional*): How to treat an image without boxes, see [`MGLlavaDataCollator`]. `None`:
+            the model takes no boxes, so boxes are an error.
 
     Raises:
-        SampleError: If turns, images and boxes do not fit each other, or there is no answer.
+        SampleError: If turns, images and boxes do not match, or there is no answer.
     """
     name = sample_id(sample)
     images, boxes = sample_images(sample), sample.get("boxes")
@@ -92,7 +90,7 @@ def to_conversation(sample: Mapping[str, Any], missing_boxes: MissingBoxes | Non
                 if image is None:
                     raise SampleError(
                         f"Sample {name} has more {IMAGE_TOKEN} than images: it has {len(images)}. Name the image in "
-                        f"`image`, or take {IMAGE_TOKEN} out of the text."
+                        f"`image`, or remove {IMAGE_TOKEN} from the text."
                     )
                 if entry is not None and block.get("boxes") is not None:
                     raise SampleError(f"Sample {name} must have boxes in `boxes` or in its image blocks, got both.")
@@ -105,7 +103,7 @@ def to_conversation(sample: Mapping[str, Any], missing_boxes: MissingBoxes | Non
 
 
 def _with_boxes(block: dict[str, Any], missing_boxes: MissingBoxes | None, name: str) -> dict[str, Any]:
-    """Give an image block boxes if the model takes them, and none otherwise."""
+    """Return an image block with boxes if the model takes them, and without boxes otherwise."""
     if missing_boxes is None:
         if block.get("boxes") is not None:
             raise SampleError(_no_boxes(name))
@@ -115,8 +113,8 @@ def _with_boxes(block: dict[str, Any], missing_boxes: MissingBoxes | None, name:
     if missing_boxes == "error":
         raise SampleError(
             f"Sample {name} has an image without boxes. Run the detector on it (`mgllava detect`), or set "
-            "`missing_boxes` to empty to train on it as on an image without objects. If the dataset has boxes, the "
-            "trainer dropped them: pass it `remove_unused_columns=False`."
+            "`missing_boxes` to empty to treat it as an image without objects. If the dataset has boxes, the trainer "
+            "dropped them: pass it `remove_unused_columns=False`."
         )
     return {**block, "boxes": []}
 
@@ -138,19 +136,19 @@ def _read_message(message: Mapping[str, Any], name: str) -> tuple[str, list[dict
         raise SampleError(f"Sample {name} must have messages with `role` and `content`, got {dict(message)}.")
     if isinstance(content, str):
         return role, _split(content) if role == "user" else [{"type": "text", "text": content}]
-    # Arrow adds the keys of other blocks, with None.
+    # Arrow gives all blocks the same keys and fills in None.
     blocks = [{key: value for key, value in block.items() if value is not None} for block in content]
     return role, [part for block in blocks for part in (_split(block["text"]) if "text" in block else [block])]
 
 
 def _split(text: str) -> list[dict[str, Any]]:
-    """Turn each `<image>` into a block in front of the text, where the chat template puts it anyway."""
+    """Replace each `<image>` by a block before the text, which is where the chat template puts it in any case."""
     blocks: list[dict[str, Any]] = [{"type": "image"} for _ in range(text.count(IMAGE_TOKEN))]
     return [*blocks, {"type": "text", "text": text.replace(IMAGE_TOKEN, "")}]
 
 
 def _in_turn(turns: Sequence[tuple[str, list[dict[str, Any]]]]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Make questions and answers alternate, and end with an answer."""
+    """Make questions and answers alternate and end with an answer; two answers in a row get an empty question."""
     result: list[tuple[str, list[dict[str, Any]]]] = []
     for role, blocks in turns:
         last = result[-1][0] if result else None

@@ -1,4 +1,4 @@
-"""The model folder that a training starts from if its recipe names parts: trained parts, and new modules between."""
+"""Write the model folder that stage 1 starts from: pretrained parts, connected by new modules."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ def write_starting_model(
     """Build a model from parts and save it with its processor.
 
     Args:
-        output (`str` or `Path`): Folder to write. It appears when it is complete.
+        output (`str` or `Path`): Folder to write, which must not exist. It appears when it is complete.
         prompt_template (`str`): Name of a chat template of the family; for MG-LLaVA `"vicuna"`, `"llama3"`, `"phi3"`
             or `"yi"`.
         family (`str`, *optional*, defaults to `"mgllava"`): Model type of the family.
@@ -35,9 +35,9 @@ def write_starting_model(
         `Path`: The output.
 
     Raises:
-        TrainingError: If the family or the template is unknown, a part is missing, or there is something at `output`.
-        ConversionError: If a part cannot be found, another run writes the output, or a folder that is not of an
-            interrupted run is in the way.
+        TrainingError: If the family or the template is unknown, a part is not given, or `output` exists.
+        ConversionError: If a part cannot be found, another run writes the output, or the temporary folder
+            (`output` with `.incomplete`) exists and is not that of an interrupted run.
         TypeError: If the family does not know an argument.
         ValueError: If a part is of another kind.
         OSError: If a part cannot be read, or the output cannot be written.

@@ -1,4 +1,4 @@
-"""The trained parameters: chosen by name, checked, and shown."""
+"""Select the trained parameters by name, check them, and print them as a table."""
 
 import difflib
 import fnmatch
@@ -13,20 +13,20 @@ from .errors import TrainingError
 
 def part_of(name: str) -> str:
     """Return the part (`fusion`, `lm_head`, …) of a parameter, also in a model that peft or FSDP has wrapped."""
-    pieces = [piece for piece in name.split(".") if piece not in ("module", "base_model", "model", "_orig_mod")]
-    return pieces[0]
+    return next(piece for piece in name.split(".") if piece not in ("module", "base_model", "model", "_orig_mod"))
 
 
 def freeze_all_but(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Train the parameters that some patterns name, and no others.
+    """Make the parameters that match a pattern trainable, and freeze all others.
 
     Args:
-        model (`PreTrainedModel`): The model, with all heads.
+        model (`PreTrainedModel`): The model, with its heads.
         patterns (`Sequence[str]`): Names of modules, such as `fusion` or `language_model.layers.3*`, without the
-            leading `model.`; `*` stands for anything. A part that this variant of the model lacks is ignored.
+            leading `model.`; `*` matches anything. The name of a module that this variant of the model lacks is
+            ignored.
 
     Raises:
-        TrainingError: If a pattern names nothing.
+        TrainingError: If a pattern matches nothing.
     """
     inner: Any = model.model
     parts = {name for module in (model, inner) for name, _ in module.named_children()} - {"model"}
@@ -40,7 +40,7 @@ def freeze_all_but(model: nn.Module, patterns: Sequence[str]) -> None:
         parameter.requires_grad_(bool(matching))
         used.update(matching)
     for pattern in patterns:
-        # A variant may have a part without parameters, or lack it.
+        # A variant of the model may lack a module, or have one without parameters.
         if pattern not in used and pattern not in parts | absent:
             near = difflib.get_close_matches(pattern, sorted(parts), n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
@@ -58,13 +58,13 @@ def check_trained(model: nn.Module, patterns: Sequence[str], lora: bool = False)
     """Check that exactly the declared parameters are trained.
 
     Args:
-        model (`torch.nn.Module`): The model as it goes into training.
+        model (`torch.nn.Module`): The model that is passed to the trainer.
         patterns (`Sequence[str]`): See [`freeze_all_but`].
-        lora (`bool`, *optional*, defaults to `False`): Whether the language model is trained through adapters instead
-            of its own weights.
+        lora (`bool`, *optional*, defaults to `False`): Whether adapters of the language model are trained instead of
+            its own weights.
 
     Raises:
-        TrainingError: If a parameter is trained that is not declared, or declared and not trained.
+        TrainingError: If an undeclared parameter is trained, or a declared one is frozen.
     """
     wrong = []
     for name, parameter in model.named_parameters():
@@ -82,15 +82,16 @@ def check_trained(model: nn.Module, patterns: Sequence[str], lora: bool = False)
             wrong.append(f"{name} ({'frozen' if declared else 'trained'})")
     if wrong:
         raise TrainingError(
-            f"{len(wrong)} parameters are not as `train` declares ({', '.join(patterns)}): {', '.join(wrong[:5])}."
+            f"{len(wrong)} parameters differ from what `train` declares ({', '.join(patterns)}): "
+            f"{', '.join(wrong[:5])}."
         )
 
 
 def trained_parameters(model: nn.Module) -> list[tuple[str, int, int, str]]:
-    """List name, number of trained parameters, number of all parameters, and dtypes of each part."""
+    """Return name, number of trained parameters, number of all parameters, and dtypes of each part."""
     counts: dict[str, list[Any]] = {}
     for name, parameter in model.named_parameters():
-        # A parameter that ZeRO-3 has sharded is empty here; one in 4 bits has two values in a byte.
+        # A parameter that ZeRO-3 has sharded is empty here; a 4-bit one has two values in a byte.
         size = getattr(parameter, "ds_numel", parameter.numel())
         if (quantization := getattr(parameter, "quant_state", None)) is not None:
             size = quantization.shape.numel()
@@ -102,16 +103,16 @@ def trained_parameters(model: nn.Module) -> list[tuple[str, int, int, str]]:
 
 
 def describe_trained(model: nn.Module) -> Table:
-    """Make a table of what is trained, with a row for each part, and the sums.
+    """Return a table of the trained parameters, with a row for each part of the model, and the sums.
 
     Args:
-        model (`nn.Module`): A model, or one with adapters of PEFT.
+        model (`nn.Module`): A model, with or without adapters of PEFT.
 
     Returns:
         `rich.table.Table`: The table.
     """
     rows = trained_parameters(model)
-    table = Table("part", "dtype", title="What is trained", show_footer=True)
+    table = Table("part", "dtype", title="Trained parameters", show_footer=True)
     sums = (sum(trained for _, trained, _, _ in rows), sum(total for _, _, total, _ in rows))
     for heading, number in zip(("trained", "parameters"), sums, strict=True):
         table.add_column(heading, justify="right", footer=f"{number:,}")

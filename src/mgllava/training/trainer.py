@@ -1,4 +1,4 @@
-"""transformers' `Trainer` for samples with images and without, in batches of any mix."""
+"""transformers' `Trainer` for batches that mix samples with and without images."""
 
 import logging
 import time
@@ -17,26 +17,26 @@ from .sampler import ModalityLengthSampler
 
 logger = logging.getLogger(__name__)
 
-# The collator adds these, and the model does not take them.
+# The collator adds these, but the model does not take them.
 _NOT_INPUTS = ("sample_ids", "skipped_samples")
 
 
 def _number_of_samples(inputs: dict[str, Any]) -> int:
-    """Return how many samples of a batch were not skipped, without waiting for the device."""
+    """Return how many samples of a batch were not skipped."""
     ids = inputs.get("sample_ids")
     return len(inputs["attention_mask"]) if ids is None else len(ids)
 
 
 class _Learning(TrainerCallback):
-    """Callback that checks whether anything was learned: from some sample, at some learning rate."""
+    """Checks that not all samples were skipped, and that the learning rate was not always 0."""
 
     def __init__(self, trainer: "MGLlavaTrainer"):
         self._trainer = trainer
         self._greatest_rate = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note where a resumed training begins, and when to log, evaluate and save by the present arguments."""
-        # The state of a checkpoint has the arguments that it was written with.
+        """Note the first step of a resumed training."""
+        # The state of a checkpoint has the logging, evaluation and save steps with which it was written.
         state.compute_steps(args, state.max_steps)
         self._trainer._first_step = state.global_step
         self._greatest_rate = 0.0
@@ -47,7 +47,7 @@ class _Learning(TrainerCallback):
         self._greatest_rate = max(self._greatest_rate, *rates)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Warn if all steps were too early in the warm-up to change a weight."""
+        """Warn if the training ended before the warm-up raised the learning rate above 0."""
         steps = state.global_step - self._trainer._first_step
         if steps and not self._greatest_rate:
             logger.warning(
@@ -69,20 +69,20 @@ class MGLlavaTrainer(Trainer):
 
     - `train_sampling_strategy="group_by_length"` groups by modality and length, see [`ModalityLengthSampler`]; the
       dataset needs `lengths`.
-    - An incomplete checkpoint is never resumed from, and older ones are deleted only after a new one is complete.
-    - A loss that is NaN or infinite stops the training, with the ids of the samples.
-    - Samples that the collator skips have no weight, even if all samples of a step are skipped; their number and that
-      of such steps are logged. If all samples of an epoch are skipped, training stops with an error.
-    - Tokens and images per second and the peak memory of a GPU are logged next to the loss.
+    - Training never resumes from an incomplete checkpoint, and old ones are deleted only after a new one is complete.
+    - A loss that is NaN or infinite stops the training with an error that names the samples.
+    - Samples that the collator skips have no weight, even if all samples of a step are skipped. The log has their
+      number and that of such steps. If all samples of an epoch are skipped, training stops with an error.
+    - The log has tokens and images per second and the peak memory of a GPU.
 
     Args:
         *args: See the base class; `data_collator` is an [`MGLlavaDataCollator`] with `return_sample_ids=True`.
-        eval_data_collator ([`MGLlavaDataCollator`], *optional*): Collator of evaluations; by default the same.
+        eval_data_collator ([`MGLlavaDataCollator`], *optional*): Collator of evaluations; by default `data_collator`.
         **kwargs: See the base class.
 
     Attributes:
-        skipped_samples (`int`): Samples that were skipped in training, of all processes, as last logged.
-        empty_steps (`int`): Steps of which all samples were skipped.
+        skipped_samples (`int`): Samples that all processes skipped in training until the last log.
+        empty_steps (`int`): Steps in which all samples were skipped.
     """
 
     def __init__(self, *args: Any, eval_data_collator: Any = None, **kwargs: Any):
@@ -110,7 +110,7 @@ class MGLlavaTrainer(Trainer):
         return ModalityLengthSampler(lengths, batch_size, seed)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        # In order, because grouping serves learning only.
+        # In the order of the dataset: grouping by length is for training.
         return SequentialSampler(eval_dataset)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -121,21 +121,12 @@ class MGLlavaTrainer(Trainer):
         return {**prepared, "use_cache": False}
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run a batch forward and backward.
-
-        Args:
-            model (`torch.nn.Module`): The model.
-            inputs (`dict`): The batch.
-            *args: See the base class.
-            **kwargs: See the base class.
-
-        Returns:
-            `torch.Tensor`: The loss.
+        """Run a batch forward and backward, see [`Trainer.training_step`].
 
         Raises:
-            TrainingError: If the loss is NaN or infinite. The weights are those of the step before.
+            TrainingError: If the loss is NaN or infinite. The weights are not updated.
         """
-        # Summed on the device, so that nothing waits for it before the next log.
+        # Summed on the device, so that it is not synchronized before the next log.
         tokens = inputs["attention_mask"].sum()
         self._device_tokens = tokens if self._device_tokens is None else self._device_tokens + tokens
         self._counts[1] += self._count_images(inputs)
@@ -157,27 +148,23 @@ class MGLlavaTrainer(Trainer):
         return 0 if processor is None else processor.count_images(inputs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """Collect the batches of a step, and count the tokens that are learned from in it.
-
-        Args:
-            *args: See the base class.
-            **kwargs: See the base class.
+        """Collect the batches of a step and count their labels, see [`Trainer.get_batch_samples`].
 
         Returns:
-            `tuple`: The batches, and the number of tokens by which their losses are divided; 1 if all samples were
+            `tuple`: The batches, and the number of labels by which their losses are divided; 1 if all samples were
             skipped.
         """
         batches, count = super().get_batch_samples(*args, **kwargs)
         if batches and count is not None and bool((torch.as_tensor(count) == 0).all()):
             self.empty_steps += 1
             logger.warning(
-                "All samples of step %d were skipped: nothing is learned in it.", self.state.global_step + 1
+                "All samples of step %d were skipped, so it does not change the weights.", self.state.global_step + 1
             )
             count = torch.ones_like(torch.as_tensor(count))
         return batches, count
 
     def check_learned(self) -> None:
-        """Check that not all samples were skipped so far; called by all processes.
+        """Check that not all samples were skipped so far; all processes must call this.
 
         Raises:
             TrainingError: If all samples were skipped.
@@ -185,20 +172,12 @@ class MGLlavaTrainer(Trainer):
         counts = torch.tensor([float(self._learned_samples)], device=self.args.device)
         if self.state.global_step and not bool(self.accelerator.reduce(counts, "sum").sum()):
             raise TrainingError(
-                "Nothing was learned: all samples were skipped (`on_bad_sample` is skip). The warnings above say what "
-                "is wrong with each of them."
+                "Nothing was learned: all samples were skipped (`on_bad_sample` is skip). The warnings above give the "
+                "reason for each sample."
             )
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """Make the batches of an evaluation with its own collator.
-
-        Args:
-            *args: See the base class.
-            **kwargs: See the base class.
-
-        Returns:
-            `torch.utils.data.DataLoader`: The batches.
-        """
+        """Return the batches of an evaluation, made by its own collator, see [`Trainer.get_eval_dataloader`]."""
         collator = self.data_collator
         self.data_collator = collator if self._eval_data_collator is None else self._eval_data_collator
         try:
@@ -207,49 +186,23 @@ class MGLlavaTrainer(Trainer):
             self.data_collator = collator
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Evaluate a batch.
-
-        Args:
-            model (`torch.nn.Module`): The model.
-            inputs (`dict`): The batch.
-            *args: See the base class.
-            **kwargs: See the base class.
-
-        Returns:
-            `tuple`: Loss, predictions and labels, see the base class.
-        """
+        """Evaluate a batch, see [`Trainer.prediction_step`]."""
         learned = _number_of_samples(inputs)
         loss, *others = super().prediction_step(model, inputs, *args, **kwargs)
         if self._evaluated is not None and loss is not None:
-            # Without a sample, the loss is 0 / 0.
+            # If all samples were skipped, the loss is 0 / 0.
             loss = loss if learned else torch.zeros_like(loss)
             self._evaluated.append((loss, learned))
         return (loss, *others)
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss of a batch; in an evaluation the mean of this batch alone, not over all processes.
-
-        Args:
-            model (`torch.nn.Module`): The model.
-            *args: See the base class.
-            **kwargs: See the base class.
-
-        Returns:
-            The loss, or loss and outputs, see the base class.
-        """
+        """Compute the loss of a batch, in an evaluation as the mean over this batch, see [`Trainer.compute_loss`]."""
         if not model.training:
             kwargs["num_items_in_batch"] = None
         return super().compute_loss(model, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate without the batches whose samples were all skipped.
-
-        Args:
-            *args: See the base class.
-            **kwargs: See the base class.
-
-        Returns:
-            `EvalLoopOutput`: See the base class.
+        """Evaluate without the batches whose samples were all skipped, see [`Trainer.evaluation_loop`].
 
         Raises:
             TrainingError: If all samples were skipped.
@@ -269,19 +222,14 @@ class MGLlavaTrainer(Trainer):
             )
             total, learned, empty = self.accelerator.reduce(sums, "sum").tolist()
             if not learned:
-                raise TrainingError("All samples of the evaluation were skipped. The warnings above say why.")
+                raise TrainingError("All samples of the evaluation were skipped. The warnings above give the reasons.")
             if empty:
                 name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
                 output = output._replace(metrics={**(output.metrics or {}), name: total / learned})
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log values, with the speed since the last time.
-
-        Args:
-            logs (`dict`): The values.
-            start_time (`float`, *optional*): See the base class.
-        """
+        """Log values and the speed since the last log, see [`Trainer.log`]."""
         if "loss" in logs and self._device_tokens is not None:
             self._counts[0] = self._device_tokens.double().cpu()
             total = self.accelerator.reduce(self._counts.to(self.args.device, torch.float32), "sum")
@@ -301,15 +249,7 @@ class MGLlavaTrainer(Trainer):
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, see [`Trainer.train`].
-
-        Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint, or `True` for the last complete one.
-            *args: See the base class.
-            **kwargs: See the base class.
-
-        Returns:
-            `TrainOutput`: See the base class.
+        """Train, see [`Trainer.train`]; `resume_from_checkpoint=True` resumes from the last complete checkpoint.
 
         Raises:
             TrainingError: If there is no complete checkpoint, the loss is NaN, or all samples were skipped.

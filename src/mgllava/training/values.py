@@ -1,9 +1,10 @@
-"""The values of a recipe, read by the types of their fields and checked against ranges."""
+"""Convert the values of a recipe to the types of their fields, and check their ranges."""
 
 import difflib
 import enum
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 from mgllava.errors import MGLlavaError
 
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
-# transformers takes more types here than it declares.
+# Fields for which transformers accepts more types than it declares.
 _WIDER: dict[str, Any] = {
     "training.fsdp": bool | str | list[str] | None,
     "training.report_to": str | list[str] | None,
@@ -36,7 +37,7 @@ _POSITIVE = _Range(lambda value: value > 0, "greater than 0")
 _NOT_NEGATIVE = _Range(lambda value: value >= 0, "0 or greater")
 _COUNT = _Range(lambda value: value >= 1, "1 or greater")
 _SHARE = _Range(lambda value: 0 <= value < 1, "at least 0 and below 1")
-# NumPy's generator takes no others.
+# The seeds that NumPy's generator accepts.
 _SEED = _Range(lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
 _INTERVAL = _Range(
     lambda value: value > 0 and (value < 1 or value == int(value)),
@@ -89,15 +90,14 @@ _CHOICES = {
 
 
 def read_value(value: Any, kind: Any, name: str) -> Any:
-    """Return a value, from YAML or Python, as plain data of its field's type; `name` is the field's dotted name.
+    """Convert a value, from YAML or Python, to plain data of its field's type; `name` is the field's dotted name.
 
-    Words are read by the type of the field, because YAML cannot know it: `no` is a choice for `save_strategy` and
-    false for a switch; `"1e-5"` is a number where a number is expected.
+    The type decides what text means: `no` is a choice of `save_strategy` and false for a boolean field; `"1e-5"` is a
+    number for a numeric field.
     """
-    kind = _WIDER.get(name, kind)
-    # Both sections have the same keys.
-    name = name.replace("evaluation.", "data.", 1) if name.startswith("evaluation.") else name
-    read = _read(value, kind)
+    read = _read(value, _WIDER.get(name, kind))
+    # `evaluation` has the same keys as `data`.
+    name = re.sub(r"^evaluation\.", "data.", name)
     if read is None:
         return None
     if (limits := _RANGES.get(name)) is not None and not limits.test(read):
@@ -122,7 +122,7 @@ def _read(value: Any, kind: Any) -> Any:
         if value is not None:
             raise WrongValueError("got the word None. Write null")
         return None
-    # Unconverted first, so that `str | bool` reads true as a switch and `no` as a word.
+    # First without conversion, so that `str | bool` reads true as a boolean and `no` as text.
     for reader in (_as_it_is, _converted):
         for member in members:
             read = reader(value, member)
@@ -140,10 +140,10 @@ _NOT_THIS = object()
 
 
 def _members(kind: Any) -> list[Any]:
-    """List the alternatives of a type."""
+    """List the members of a union type, or the type itself."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         found = [member for part in typing.get_args(kind) for member in _members(part)]
-        # An enumeration says which words there are, so `str` next to it adds nothing.
+        # An enumeration lists the allowed text, so `str` next to it is left out.
         if any(isinstance(member, type) and issubclass(member, enum.Enum) for member in found):
             found = [member for member in found if member is not str]
         return found
@@ -159,11 +159,11 @@ def _choices(kind: Any) -> list[Any]:
 
 
 def _as_it_is(value: Any, kind: Any) -> Any:
-    """Return a value that has the type already."""
+    """Return a value that already has the type, or `_NOT_THIS`."""
     origin = typing.get_origin(kind) or kind
     if choices := _choices(kind):
         matching = [choice for choice in choices if choice == value and type(choice) is type(value)]
-        # peft has a pattern among its choices.
+        # peft has a pattern with brackets among its choices.
         is_pattern = any(isinstance(choice, str) and "[" in choice for choice in choices)
         return value if matching or (is_pattern and isinstance(value, str)) else _NOT_THIS
     if origin is list and isinstance(value, list | tuple):
@@ -178,14 +178,14 @@ def _as_it_is(value: Any, kind: Any) -> Any:
         return value
     if origin is float and type(value) is float:
         return _finite(value)
-    # Objects of other packages cannot be written in YAML; their keys can.
+    # YAML cannot express objects of other packages, only their keys and values.
     if isinstance(origin, type) and origin.__module__ not in ("builtins", "collections.abc"):
         return value if isinstance(value, origin) else dict(value) if isinstance(value, Mapping) else _NOT_THIS
     return _NOT_THIS
 
 
 def _converted(value: Any, kind: Any) -> Any:
-    """Convert a value that can mean only one thing."""
+    """Convert a value to the type if it is unambiguous, or return `_NOT_THIS`."""
     word = value.strip().lower() if isinstance(value, str) else value
     if kind is bool:
         if word in _TRUE or word in _FALSE:
@@ -211,11 +211,11 @@ def _converted(value: Any, kind: Any) -> Any:
 
 
 def _refuse_words(value: Any) -> None:
-    """Refuse yes, no, on and off in options of unknown types: as words, all of them are true in Python."""
+    """Refuse yes, no, on and off in dictionaries of unknown types: as text, all of them would be true in Python."""
     if isinstance(value, Mapping):
         for key, below in value.items():
             if isinstance(below, str) and below.lower() in ("yes", "no", "on", "off"):
-                raise WrongValueError(f"has {key}={below}, which is read as a word here. Write true or false")
+                raise WrongValueError(f"has {key}={below}, which is read as text here. Write true or false")
             _refuse_words(below)
 
 

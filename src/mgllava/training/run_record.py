@@ -1,4 +1,4 @@
-"""The record in a training's folder: its recipe and samples, and whether it finished."""
+"""The record of a training in its output folder: the recipe, a digest of the samples, and whether it finished."""
 
 import dataclasses
 import fnmatch
@@ -15,11 +15,12 @@ from .recipe import Recipe, load_recipe
 
 RECIPE = "recipe.yaml"
 RUN = "run.json"
-# The result is written here and moved when it is complete. `Trainer` does not upload names that start with `_`.
+# The result is saved in this folder and moved up when it is complete. `Trainer` does not upload names that start
+# with `_`.
 PARTIAL = "_saving.incomplete"
 _RESUMED = "# Resumed from "
 
-# These may change when a training is resumed, because what is learned does not depend on them.
+# Keys that may change when a training is resumed, because they do not affect what is learned.
 _HARMLESS = (
     "data.allow_other_boxes",
     "data.processes",
@@ -50,15 +51,16 @@ _HARMLESS = (
     "training.torch_empty_cache_steps",
     "training.trackio_*",
 )
-# The learning rates depend on the length of a training, unless they are constant.
+# These may change if the learning rate is constant; other schedules depend on the length of the training.
 _LENGTH = ("training.max_steps", "training.num_train_epochs")
-# If `global_batch_size` is given, batches of any size are accumulated to it.
+# This may change if `global_batch_size` is given, because batches of any size are accumulated to it.
 _MICRO_BATCH = "training.per_device_train_batch_size"
+# What a training that was killed before its first checkpoint may leave.
 _LEFT_BY_A_START = ("start", "start.incomplete", "start.lock", RECIPE, RUN, PARTIAL, "runs")
 
 
 def refuse_other_files(output: Path) -> None:
-    """Refuse a folder that has more in it than a training leaves before its first checkpoint."""
+    """Refuse an output folder that contains anything but what an earlier start of a training left."""
     if output.exists() and not output.is_dir():
         raise TrainingError(f"`training.output_dir`: {output} is a file. Choose another folder.")
     names = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
@@ -70,46 +72,49 @@ def refuse_other_files(output: Path) -> None:
     if others:
         what = "a finished training" if _read_run(output).get("finished") else "other files"
         raise TrainingError(
-            f"`training.output_dir`: {output} holds {what} ({', '.join(others[:3])}{', …' * (len(others) > 3)}), "
-            "which would be overwritten. Choose another folder, or move these."
+            f"`training.output_dir`: {output} contains {what} ({', '.join(others[:3])}{', …' * (len(others) > 3)}), "
+            "which would be overwritten. Choose another folder, or move these files."
         )
 
 
 def check_same_training(recipe: Recipe, samples: str | None, output: Path, checkpoint: str) -> list[str]:
-    """Refuse to resume a training by another recipe, or with other samples.
+    """Refuse to resume a training with another recipe or other samples, and return the differences that do not matter.
 
-    `samples` is their digest, `None` if it is not known. The result lists the differences that do not matter, such as
+    `samples` is the digest of the samples, or `None` if they are streamed. A difference is a line such as
     `training.logging_steps: 10 -> 1`.
     """
     try:
         before = _flat(load_recipe(output / RECIPE))
     except (TrainingError, OSError) as error:
         raise TrainingError(
-            f"{output} cannot be resumed, because the recipe that it was run with cannot be read: {error}"
+            f"The training in {output} cannot be resumed, because its recipe cannot be read: {error}"
         ) from error
     now = _flat(recipe)
-    changed = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
     harmless = list(_HARMLESS)
     if before.get("training.lr_scheduler_type") == now.get("training.lr_scheduler_type") == "constant":
         harmless += _LENGTH
     if before.get("global_batch_size") == now.get("global_batch_size") is not None:
         harmless.append(_MICRO_BATCH)
-    described = {name: f"{name}: {_shown(before.get(name))} -> {_shown(now.get(name))}" for name in changed}
-    matter = [name for name in changed if not any(fnmatch.fnmatchcase(name, pattern) for pattern in harmless)]
-    found = [described[name] for name in matter]
+    allowed: list[str] = []
+    refused: list[str] = []
+    for name in dict.fromkeys([*before, *now]):
+        if before.get(name) != now.get(name):
+            may_change = any(fnmatch.fnmatchcase(name, pattern) for pattern in harmless)
+            difference = f"{name}: {_shown(before.get(name))} -> {_shown(now.get(name))}"
+            (allowed if may_change else refused).append(difference)
     known = _read_run(output).get("samples")
     if known is not None and samples is not None and known != samples:
-        found.append("the contents of the files of samples or boxes")
-    if found:
+        refused.append("the contents of the files of samples or boxes")
+    if refused:
         raise TrainingError(
-            f"`resume`: {output / checkpoint} was trained by another recipe: {'; '.join(found)}. Resume with the old "
-            f"values ({output / RECIPE} has them all), or start in another `training.output_dir`."
+            f"`resume`: {output / checkpoint} was trained with another recipe: {'; '.join(refused)}. Resume with the "
+            f"old values (all of them are in {output / RECIPE}), or start in another `training.output_dir`."
         )
-    return [described[name] for name in changed if name not in matter]
+    return allowed
 
 
 def write_start(recipe: Recipe, samples: str | None, output: Path, resumed: str | None, changes: list[str]) -> None:
-    """Record what a training is run with, and the checkpoint that it is resumed from, with changes of the recipe."""
+    """Write the recipe and the digest of the samples, and how a resumed training differs from its first start."""
     path, comments = output / RECIPE, []
     if resumed is not None:
         comments = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith(_RESUMED)]
@@ -125,7 +130,7 @@ def write_end(output: Path, steps: int) -> None:
 
 
 def samples_digest(samples: str, files: list[Path]) -> str:
-    """Return the SHA-256, in hexadecimal, of the digest of samples and of box files."""
+    """Return the SHA-256, in hexadecimal, of the digest of the samples and the contents of the box files."""
     content = hashlib.sha256(json.dumps([samples]).encode())
     for path in files:
         with path.open("rb") as file:
@@ -135,7 +140,7 @@ def samples_digest(samples: str, files: list[Path]) -> str:
 
 
 def same_parts(start: Path, parts: Mapping[str, Any]) -> bool:
-    """Tell whether the model in a folder was built from these parts."""
+    """Return whether the model in a folder was built from these parts."""
     try:
         noted = json.loads((start / "parts.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -163,7 +168,7 @@ def _write_run(output: Path, content: dict[str, Any]) -> None:
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
-    """Return the values of a recipe by their dotted names, with defaults for what it does not set."""
+    """Return the values of a recipe by their dotted names, with the defaults of the keys that it does not set."""
     from transformers import TrainingArguments
 
     values = dataclasses.asdict(recipe)
