@@ -66,12 +66,14 @@ def test_mistakes_are_reported_before_the_model_is_loaded(repository, monkeypatc
     assert message in " ".join(result.output.split())
 
 
-def test_other_models_are_refused(repository, tmp_path):
+@pytest.mark.parametrize("command", ["chat", "serve"])
+def test_other_models_are_refused(tmp_path, command):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    result = CliRunner().invoke(app, ["chat", str(tmp_path)])
+    result = CliRunner().invoke(app, [command, str(tmp_path)])
     assert result.exit_code == 1
     message = " ".join(result.output.split())
     assert message.startswith("error: MODEL: ") and "must be MG-LLaVA ('mgllava'), got 'llama'" in message
+    assert "`transformers serve`" in message
 
 
 def arguments(repository, *options):

@@ -44,9 +44,8 @@ def test_turns_equal_one_prompt_though_images_depend_on_later_text(session):
         cached.clear()
         answer = session.ask(question).text
         # What comes before the first image is reused.
-        assert (
-            bool(cached[0]) == bool(turns) and session.processor.image_token_id not in session._cached_ids[: cached[0]]
-        )
+        assert bool(cached[0]) == bool(turns)
+        assert session.processor.image_token_id not in session._cached_ids[: cached[0]]
         turns.append((question, images, None))
         assert answer == ask_plainly(session, turns)
         turns[-1] = (question, images, answer)
@@ -64,7 +63,7 @@ def test_boxes_are_refused_and_images_have_none(stand_in, session):
         ChatSession(*stand_in, detection_threshold=0.5)
 
 
-def test_terminal_says_nothing_of_objects(session, tmp_path, monkeypatch, capsys):
+def test_terminal_does_not_mention_objects(session, tmp_path, monkeypatch, capsys):
     WIDE.save(tmp_path / "wide.png")
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"/image {tmp_path / 'wide.png'}\nWhat?\n"))
     ChatTerminal(session, tmp_path / "drawn").run()

@@ -1,4 +1,4 @@
-"""The effects of the lines that users type."""
+"""What the lines that users type do."""
 
 import io
 import sys
@@ -55,7 +55,7 @@ def test_a_folder_that_cannot_be_written_is_reported(run, tmp_path):
 
 
 @pytest.mark.parametrize("has_detector", [True, False])
-def test_a_missing_detector_is_said(run, processor, has_detector):
+def test_a_missing_detector_is_reported(run, processor, has_detector):
     if not has_detector:
         processor.box_detector = None
     _, notes = run(f"/image {COFFEE}")
@@ -114,7 +114,7 @@ def test_mistakes_are_reported_and_the_chat_continues(run, session, tmp_path):
         MemoryError(),
     ],
 )
-def test_lack_of_memory_is_reported_and_the_chat_continues(run, session, model, error):
+def test_out_of_memory_is_reported_and_the_chat_continues(run, session, model, error):
     calls = []
 
     def fail_once(*_):

@@ -1,4 +1,4 @@
-"""Hostile requests to a running server: none may cost other clients their answers, or raise an unexpected error."""
+"""Hostile requests to a running server: none may deny other clients an answer, or cause an unexpected error."""
 
 import functools
 import http.client
@@ -225,7 +225,7 @@ def test_values_at_the_limits_are_answered(chat):
 # ----- availability
 
 
-def test_clients_that_send_nothing_take_no_place(server, chat):
+def test_silent_clients_do_not_take_places(server, chat):
     """More such clients than places: some send a head without a body, some half a head, some nothing."""
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     silent = []
@@ -349,7 +349,6 @@ def test_own_names_are_answered(post, host):
 
 # ----- what clients send
 
-
 CONVERSATIONS = {
     "two users": ([user("Hello"), user("there")], [user("Hello\nthere")]),
     "two answers": (
@@ -392,7 +391,7 @@ CONVERSATIONS = {
 
 
 @pytest.mark.parametrize("messages, same", CONVERSATIONS.values(), ids=CONVERSATIONS)
-def test_conversations_in_any_order_are_those_of_training(chat, messages, same):
+def test_turns_in_any_order_are_brought_into_that_of_training(chat, messages, same):
     (status, got), (_, expected) = chat(messages, max_tokens=6), chat(same, max_tokens=6)
     assert status == 200, got
     assert (got["choices"], got["usage"]) == (expected["choices"], expected["usage"])

@@ -1,4 +1,4 @@
-"""The clients that people use: text, an image, boxes and a stream of each, equal to what OpenAI's client gets."""
+"""Other clients get the same answers as OpenAI's: to text, to an image, to boxes, and in a stream."""
 
 import base64
 import re
@@ -34,14 +34,14 @@ def expected(client, data_url):
 
 
 def test_openai(client, expected, data_url):
-    """Next to `test_server.py`, which uses this client: its other ways."""
+    """What `test_server.py`, which uses this client too, does not cover."""
     options = {"model": "small", "max_output_tokens": TOKENS, "temperature": 0}
     image = {"type": "input_image", "image_url": data_url, "boxes": BOXES}
     content = [image, {"type": "input_text", "text": QUESTION}]
     assert client.responses.create(input=QUESTION, **options).output_text == expected["text"]
     response = client.responses.create(input=[{"role": "user", "content": content}], **options)
     assert response.output_text == expected["boxes"]
-    # An answer goes back as it came.
+    # An answer is sent back unchanged.
     again = [{"role": "user", "content": QUESTION}, *response.output, {"role": "user", "content": "And?"}]
     assert client.responses.create(input=again, **options).output_text
     with client.responses.stream(input=QUESTION, **options) as stream:
@@ -108,7 +108,7 @@ def test_langchain(server, expected, data_url):
     assert ask(QUESTION) == expected["text"]
     assert ask(parts(data_url)) == ask([block, question]) == expected["image"]
     assert ask(parts(data_url, boxes=BOXES)) == expected["boxes"]
-    # It drops what it does not know of its own image blocks before it sends them.
+    # LangChain removes unknown keys from its own image blocks before it sends them.
     assert ask([block, question], model.bind(extra_body={"boxes": [BOXES]})) == expected["boxes"]
     pieces = model.stream([{"role": "user", "content": QUESTION}])
     assert "".join(piece.text for piece in pieces) == expected["text"]

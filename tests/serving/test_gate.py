@@ -41,7 +41,7 @@ def test_key_is_needed_for_everything_but_health():
     asyncio.run(run())
 
 
-def test_health_tells_of_a_failed_device():
+def test_health_reports_a_failed_device():
     status, body = asyncio.run(call(make_app(failure="The device cuda:0 has failed."), "/health", method="GET"))
     assert status == 503 and "cuda:0" in body["reason"]
 
@@ -69,7 +69,7 @@ def test_invalid_names_are_refused_at_the_start(name):
         AllowedHosts("localhost", [name])
 
 
-def test_slow_bodies_time_out_and_the_slowest_goes_when_memory_is_short(monkeypatch):
+def test_slow_bodies_time_out_and_the_slowest_is_refused_when_memory_is_short(monkeypatch):
     monkeypatch.setattr(bodies, "BODY_PAUSE", 0.2)
     app = make_app(request_bytes=1000, concurrent_requests=2)  # 2,000 bytes may arrive at a time
 

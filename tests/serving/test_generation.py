@@ -1,4 +1,4 @@
-"""What a running server cannot show: a lack of memory, a device that fails, and bytes that form no text."""
+"""Cases that are hard to cause in a running server: out of memory, a failed device, and invalid bytes."""
 
 import asyncio
 
@@ -62,7 +62,7 @@ MEMORY_ERRORS = [
 
 
 @pytest.mark.parametrize("error", MEMORY_ERRORS, ids=["device", "cpu", "python"])
-def test_lack_of_memory_frees_it_and_is_reported(processor, freed, error):
+def test_out_of_memory_frees_memory_and_is_reported(processor, freed, error):
     with pytest.raises(RequestError) as raised:
         asyncio.run(answer(Model(error), processor))
     assert (raised.value.status, raised.value.code) == (503, "out_of_memory") and len(freed) == 1
@@ -131,7 +131,7 @@ def write(tokenizer, tokens, stop=(), before=None):
     return writer, pieces
 
 
-def test_bytes_that_form_no_character_do_not_end_an_answer(processor):
+def test_invalid_bytes_do_not_end_an_answer(processor):
     """A letter in byte fallback is complete, but the next byte makes both invalid, so earlier text changes."""
     tokens = processor.tokenizer.convert_tokens_to_ids(["<0x47>", "<0xE2>", "o", "r"])
     assert write(processor.tokenizer, tokens)[0].text == "G\N{REPLACEMENT CHARACTER}or"
@@ -144,7 +144,7 @@ def test_characters_of_several_tokens_come_whole(processor):
     assert writer.text == text and not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
 
 
-def test_nothing_of_a_stop_string_is_sent_however_it_is_cut(processor):
+def test_no_part_of_a_stop_string_is_sent(processor):
     text = "one two three four"
     tokens = processor.tokenizer.encode(text, add_special_tokens=False)
     for start in range(len(text)):
@@ -163,7 +163,7 @@ def test_answers_have_no_leading_space_and_continuations_keep_it(processor):
     assert write(tokenizer, tokens[-len(word) :], before=tokens[: -len(word)])[0].text == " and"
 
 
-def test_end_at_the_limit_is_an_end(processor):
+def test_end_token_at_the_length_limit_is_a_stop(processor):
     assert write(processor.tokenizer, [5, 2])[0].finish_reason == "stop"
     assert write(processor.tokenizer, [5, 6])[0].finish_reason == "length"
 
@@ -193,7 +193,7 @@ def test_penalties_count_the_answer_and_not_the_prompt():
     assert processors(ids, torch.zeros(1, 4)).tolist() == [[-1.5, -2.0, 7.0, 0.0]]
 
 
-def test_no_choice_and_no_number_are_errors():
+def test_no_allowed_token_and_nan_are_errors():
     processors = logits_processors(options(), 1, 0)
     with pytest.raises(RequestError, match="exclude all"):
         processors(torch.tensor([[1]]), torch.full((1, 3), -float("inf")))

@@ -1,4 +1,4 @@
-"""Which addresses may be requested, and that connections go to the checked address only."""
+"""Which addresses may be requested; connections go to checked addresses only."""
 
 import asyncio
 import shutil
@@ -55,7 +55,7 @@ def test_bad_host_list_is_refused(text):
 
 
 class NameServer:
-    """Stands in for the resolver: gives one answer after another, and counts."""
+    """Replaces the resolver: returns its answers one after another, and records the names."""
 
     def __init__(self, monkeypatch, *answers):
         self.answers, self.asked = list(answers), []
@@ -71,7 +71,7 @@ class NameServer:
 
 @pytest.fixture
 def connections(monkeypatch):
-    """The addresses that connections were opened to; none is."""
+    """The addresses that the client tried to connect to; no attempt succeeds."""
     opened = []
 
     async def connect(self, request):

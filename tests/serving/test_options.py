@@ -1,4 +1,4 @@
-"""What the options of a request become, and what images may cost; no server is needed."""
+"""Options of requests and limits of images, without a server."""
 
 import io
 
@@ -63,7 +63,7 @@ def test_tokens_that_the_model_suppresses_stay_suppressed():
     assert read({}, {"suppress_tokens": [99]}).config.suppress_tokens == [99]
 
 
-def test_stop_of_the_request_replaces_that_of_its_generation_config():
+def test_stop_replaces_stop_strings_of_the_generation_config():
     config = {"generation_config": '{"stop_strings": "a"}'}
     assert read(config).stop == ("a",) and read({**config, "stop": []}).stop == ()
     assert read({**config, "stop": ["b", "c"]}).stop == ("b", "c") and read(config).config.stop_strings is None

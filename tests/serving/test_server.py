@@ -173,7 +173,7 @@ PRIVATE = [
 
 
 @pytest.mark.parametrize("url", PRIVATE)
-def test_url_of_a_private_place_is_refused_unseen(ask, site, tmp_path, picture, url):
+def test_private_url_is_refused_without_a_request(ask, site, tmp_path, picture, url):
     file = tmp_path / "picture.png"
     file.write_bytes(picture)
     site.seen.clear()
@@ -186,7 +186,7 @@ def test_url_of_a_private_place_is_refused_unseen(ask, site, tmp_path, picture, 
 @pytest.mark.parametrize(
     "path", ["/to-private", "/to-file", "/compressed", "/announced", "/endless", "/slow", "/gone"]
 )
-def test_download_that_goes_wrong_is_refused(ask, site, path):
+def test_failed_download_is_refused(ask, site, path):
     site.seen.clear()
     with pytest.raises(openai.BadRequestError) as error:
         ask(image(site.url + path), text())

@@ -1,4 +1,4 @@
-"""What `mgllava chat` does: load a model, then talk with it."""
+"""Implementation of `mgllava chat`: load a model, then answer questions."""
 
 import math
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ def _check_generation_options(
     seed: int | None = None,
     detection_threshold: float | None = None,
 ) -> None:
-    """Refuse values that generation would refuse only at the first question, ignore, or fail on."""
+    """Refuse values that generation would ignore, or would refuse only at the first question."""
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ChatError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}.")
     if temperature is not None and not (temperature == 0 or _LEAST_TEMPERATURE <= temperature <= _MOST_TEMPERATURE):

@@ -1,4 +1,4 @@
-"""A conversation: its turns, its images with their boxes, and the KV cache of what the model has read."""
+"""A conversation: its turns, its images with their boxes, and the KV cache of its tokens."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ _MAX_NEW_TOKENS = 512
 
 
 class ChatError(MGLlavaError, ValueError):
-    """A mistake that the user can correct; the conversation is as it was before."""
+    """A mistake that the user can correct; it leaves the conversation unchanged."""
 
 
 @dataclass
@@ -140,7 +140,7 @@ class ChatSession:
         self._cached_ids: list[int] = []
 
     def add_image(self, image: Any, boxes: Any = None, name: str | None = None) -> ChatImage:
-        """Show an image to the model; the next question is the first that can be about it.
+        """Add an image to the conversation; it belongs to the next question.
 
         Args:
             image: The image in any form that the processor takes: path, URL, PIL image, array or tensor.
@@ -192,7 +192,7 @@ class ChatSession:
 
         Raises:
             ChatError: If the conversation is longer than the model's context.
-            KeyboardInterrupt: If the user stopped the answer before its first token; the question is taken back.
+            KeyboardInterrupt: If the user stopped the answer before its first token; the question is removed again.
             torch.OutOfMemoryError: If the memory does not suffice.
         """
         content: list[dict[str, Any]] = []
@@ -262,7 +262,7 @@ class ChatSession:
                 break
             common += 1
         image_token = self.processor.image_token_id
-        # Placeholders do not tell how many images a part of them is, so a prefix has all of them or none.
+        # A part of the placeholders does not say how many images it is, so a prefix keeps all of them or none.
         if self._images_depend_on_text or image_token in self._cached_ids[common:]:
             first = prompt.index(image_token) if image_token in prompt else len(prompt)
             common = min(common, first)

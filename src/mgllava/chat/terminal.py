@@ -57,7 +57,7 @@ class ChatTerminal:
             _edit_lines()
             self._say("/image shows an image, /reset starts over, /exit quits, /help says more.", "dim")
         for name, picture in images:
-            self._attempt(lambda name=name, picture=picture: self._show(name, picture))  # type: ignore[misc]
+            self._attempt(self._show, name, picture)
         while (line := self._read()) is not None:
             if not self._follow(line.strip()):
                 break
@@ -76,7 +76,7 @@ class ChatTerminal:
                 return None
 
     def _follow(self, line: str) -> bool:
-        """Do what a line says; return whether the chat continues."""
+        """Execute a line; return whether the chat continues."""
         command, _, argument = line.partition(" ")
         word = line.lower()
         if word in ("exit", "quit", "/exit", "/quit"):
@@ -89,21 +89,21 @@ class ChatTerminal:
         elif command == "/image":
             source = find_image(argument) or argument.strip()
             if source:
-                self._attempt(lambda: self._show(source))
+                self._attempt(self._show, source)
             else:
                 self._say("/image needs a path or URL.", "red")
         elif image := find_image(line):
-            self._attempt(lambda: self._show(image))
+            self._attempt(self._show, image)
         elif line.startswith("/"):
             self._say(f"{command[:200]} is neither a command nor an image file; /help lists the commands.", "red")
         elif line:
-            self._attempt(lambda: self._answer(line))
+            self._attempt(self._answer, line)
         return True
 
-    def _attempt(self, action: Callable[[], None]) -> None:
-        """Do something; on a failure, report it instead of ending the chat."""
+    def _attempt(self, action: Callable[..., None], *args: Any) -> None:
+        """Call a function; on a failure, report it instead of ending the chat."""
         try:
-            action()
+            action(*args)
         except ChatError as error:
             self._say(str(error), "red")
         except KeyboardInterrupt:

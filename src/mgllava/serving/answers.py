@@ -1,4 +1,4 @@
-"""The text of answers: tokens become text piece by piece, in the same way for streams and whole answers."""
+"""Decode the tokens of answers piece by piece, in the same way for streams and whole answers."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
@@ -8,25 +8,25 @@ from transformers.generation.streamers import BaseStreamer
 # Earlier tokens that are decoded with new ones: a tokenizer may write a token differently at the start of a text.
 _CONTEXT_TOKENS = 6
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-# A character has at most four bytes; more tokens than this without a complete one are bytes that form no character.
+# A character has at most four bytes, of one token each. After this many tokens the bytes are not valid UTF-8.
 _MOST_INCOMPLETE = 8
 
 
 class AnswerFinishedError(Exception):
-    """Ends `generate` from within: a stop string is complete, or the client has disconnected."""
+    """Raised within `generate` to end it: a stop string is complete, or the client has disconnected."""
 
 
 class AnswerWriter(BaseStreamer):
     """Streamer for `generate` that receives the tokens of an answer and passes its text to `on_text`.
 
     Text is held back while it may be the beginning of a stop string or of a character. A stop string and what follows
-    it are never passed on. `before` are tokens that the text continues; without them the text is an answer of its own,
-    and white space at its start is dropped.
+    it are never passed on. `before` are tokens that the text continues; without them, white space at the start of the
+    text is dropped.
     """
 
     def __init__(
         self,
-        tokenizer: Any,  # used by nothing else at the same time
+        tokenizer: Any,  # not used elsewhere at the same time
         end_tokens: Iterable[int],
         stop: Sequence[str],
         on_text: Callable[[str], None],
@@ -117,7 +117,7 @@ class AnswerWriter(BaseStreamer):
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of a text that is a beginning of a stop string."""
+    """Return the length of the longest suffix of a text that is a prefix of a stop string."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
 
 

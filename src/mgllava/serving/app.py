@@ -31,7 +31,7 @@ _MAX_REQUEST_ID_LENGTH = 128
 
 
 class _Admission:
-    """Bounds how many requests are being answered over all endpoints; those still arriving do not count."""
+    """Limits how many requests of all endpoints are being answered; requests that are still arriving do not count."""
 
     def __init__(self, most: int):
         self._most, self._count = most, 0
@@ -50,8 +50,8 @@ class _Admission:
 class _GenerationEndpoint:
     """ASGI application of one handler.
 
-    Not a function of a framework: reading the request within limits, and stopping all work as soon as the client has
-    disconnected, both while the request waits and while it streams, need the connection itself.
+    It is not an endpoint function of Starlette, because it needs the connection itself: to read the request within
+    limits, and to stop all work as soon as the client disconnects, while the request waits or its answer streams.
     """
 
     def __init__(self, handler: Any, limits: ServingLimits, admission: _Admission, uploads: Uploads):
@@ -66,7 +66,7 @@ class _GenerationEndpoint:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], (_REQUEST_ID.encode(), request_id.encode("latin-1"))]
-            # A client that does not read its answer would keep its place forever.
+            # Without a limit, a client that does not read its answer would keep its place forever.
             await asyncio.wait_for(send(message), SEND_TIMEOUT)
 
         try:
@@ -76,7 +76,7 @@ class _GenerationEndpoint:
         except ClientDisconnect:
             pass
         except RequestError as error:
-            if error.status != 408:  # a client that has stopped sending is not waited for again
+            if error.status != 408:  # with 408 the client has stopped sending already
                 await body.discard()
             await error_response(error)(scope, receive, send_with_id)
 
@@ -132,8 +132,8 @@ def build_app(
 ) -> Starlette:
     """Return the application that answers each path with its handler.
 
-    It has only what clients of one model need. The endpoints of `transformers serve` that load, list and unload models
-    of the operator's machine are left out.
+    It has only the endpoints that clients of one model need, not those of `transformers serve` that load, list and
+    unload models on the operator's machine.
     """
     model_name = served.name
     entry = {
@@ -172,16 +172,12 @@ def build_app(
         Route(path, _GenerationEndpoint(handler, limits, admission, uploads), methods=["POST"])
         for path, handler in handlers.items()
     ]
-    routes += [
-        Route("/v1/models", list_models),
-        Route("/v1/models/{name:path}", get_model),
-        Route("/health", health),
-    ]
+    routes += [Route("/v1/models", list_models), Route("/v1/models/{name:path}", get_model), Route("/health", health)]
     # `allow_credentials` stays off, unlike in transformers: browsers would send the cookies of this host.
     cors = Middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])
     return Starlette(
         routes=routes,
-        # The gate is inside: preflight requests of browsers have no key, and its errors need the CORS headers too.
+        # The gate comes after CORS: preflight requests of browsers have no key, and its errors need CORS headers too.
         middleware=[*([cors] if enable_cors else []), Middleware(Gate, hosts=hosts, api_keys=api_keys)],
         exception_handlers={HTTPException: on_error, Exception: on_error},
         lifespan=lifespan,

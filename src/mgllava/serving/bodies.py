@@ -13,14 +13,14 @@ from starlette.types import Receive
 from .errors import RequestError
 from .limits import BODY_PAUSE, BODY_TIMEOUT, MAX_JSON_DEPTH, MAX_JSON_ESCAPES, MAX_JSON_VALUES
 
-# Of a request that is too large, this many times the limit is read before the connection is closed.
+# A request that is too large is read up to this multiple of the limit before the connection is closed.
 _MOST_DISCARDED = 4
-# What decides about the nesting of JSON; escapes come first, so that an escaped quote does not end a string.
+# Marks that determine the nesting of JSON; escapes come first, so that an escaped quote does not end a string.
 _JSON_MARKS = re.compile(rb'\\.|["\[\]{}]', re.DOTALL)
 
 
 class Uploads:
-    """Bounds the memory of all requests that are arriving: when it is used up, the slowest of them is dropped."""
+    """Limits the memory of all requests that are arriving: when it is used up, the slowest of them is refused."""
 
     def __init__(self, most: int):
         self._most, self._size = most, 0
@@ -36,11 +36,11 @@ class Uploads:
             next(iter(self._reading)).cancel()
 
     def stop_reading(self, task: "asyncio.Task[Any]") -> None:
-        """Note that a request has been read, or will not be."""
+        """Forget a request that has been read or refused."""
         self._reading.pop(task, None)
 
     def release(self, size: int) -> None:
-        """Note that the bytes of a request have left the memory."""
+        """Count bytes of a request that are no longer in memory."""
         self._size -= size
 
 
@@ -138,7 +138,7 @@ def _parse_json(data: bytes) -> Any:
                     f"The body must be nested at most {MAX_JSON_DEPTH} levels deep.", code="invalid_json"
                 )
     body = json.loads(data.decode(), object_pairs_hook=_as_dict, parse_constant=_refuse_constant)
-    if b"\\u" in data:  # half of a surrogate pair is not a character and cannot be encoded
+    if b"\\u" in data:  # a lone surrogate is not a character and cannot be encoded
         json.dumps(body, ensure_ascii=False).encode()
     return body
 

@@ -25,7 +25,7 @@ class RequestError(MGLlavaError):
 
 
 def as_request_error(error: Exception) -> RequestError:
-    """Return what a client may know of an error; the details of an unexpected one are only in the log."""
+    """Return an error for the client; details of an unexpected one go only to the log."""
     if isinstance(error, RequestError):
         return error
     if isinstance(error, HTTPException):  # Starlette raises them for unknown paths and methods

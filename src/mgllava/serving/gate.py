@@ -19,8 +19,8 @@ _LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
 class Gate:
     """Middleware that refuses requests for other hosts and requests without a key.
 
-    A web page whose name suddenly points to this machine (DNS rebinding) reaches a local server as if it were its own
-    host, but its requests still carry its name.
+    A web page can change the address of its own name to that of this machine (DNS rebinding). Its requests then reach
+    a local server, but their `Host` header still has the page's name.
     """
 
     def __init__(self, app: ASGIApp, hosts: "AllowedHosts", api_keys: Sequence[str]):
@@ -76,7 +76,7 @@ class AllowedHosts:
         self._allows_all = "*" in names
         self._names = {*_LOCAL_NAMES, bound.lower(), *(name.strip("[]") for name in names)}
         # A server that listens at all addresses may be addressed by any of them and by the name of its machine.
-        # Nobody else can point an address here, as they can a name.
+        # Unlike names, addresses cannot be changed by others to lead here.
         self._allows_addresses = bound in ("0.0.0.0", "::", "")
         if self._allows_addresses:
             self._names.add(socket.gethostname().lower())

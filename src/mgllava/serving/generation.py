@@ -22,11 +22,11 @@ from .sampling import logits_processors
 logger = logging.get_logger(__name__)
 
 Result = TypeVar("Result")
-# Beginnings of errors after which a process cannot use its accelerator, where torch has no class for them.
+# Errors after which a process can no longer use its accelerator have these words, if torch has no class for them.
 _DEVICE_ERRORS = ("CUDA error", "HIP error", "device-side assert", "cuDNN error", "CUBLAS_STATUS", "CUDNN_STATUS")
 
 
-def _with_free_memory_after_failure(function: Callable[..., Result], *args: Any) -> Result:
+def _call_or_free_memory(function: Callable[..., Result], *args: Any) -> Result:
     """Call a function; if memory does not suffice, free what it took and raise a `RequestError` with status 503."""
     try:
         return function(*args)
@@ -36,7 +36,7 @@ def _with_free_memory_after_failure(function: Callable[..., Result], *args: Any)
         if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
             raise
         logger.error(f"Out of memory: {error}")
-    # The traceback has gone by now, and with it the references to the tensors of its frames.
+    # Only after the `except` block is the traceback gone, and with it the references to the tensors of its frames.
     clear_device_cache(garbage_collection=True)
     raise RequestError(
         "The server's memory does not suffice for this request now. Send a shorter one, with fewer images, or try "
@@ -73,7 +73,7 @@ class DeviceHealth:
 
 
 class Worker:
-    """A thread that makes one call after another."""
+    """A thread that runs calls one after another."""
 
     def __init__(self, name: str, health: DeviceHealth):
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
@@ -86,7 +86,7 @@ class Worker:
     def _call(self, function: Callable[..., Result], *args: Any) -> Result:
         self._health.check()
         try:
-            return _with_free_memory_after_failure(function, *args)
+            return _call_or_free_memory(function, *args)
         except RequestError:
             raise
         except Exception as error:

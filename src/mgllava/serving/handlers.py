@@ -65,7 +65,7 @@ class _Job:
 
 
 class _Handler:
-    """What the endpoints share."""
+    """Base class of the endpoints."""
 
     fields: Fields
     id_prefix: str
@@ -105,7 +105,7 @@ class _Handler:
         raise NotImplementedError
 
     async def _make_prompts(self, content: Any, stack: AsyncExitStack) -> list[Any]:
-        """Make the model's inputs; what has to be released after the answer goes on the stack."""
+        """Make the model's inputs; `stack` is closed after the answer."""
         return [await self._served.prompts.from_conversation(content, stack)]
 
     async def _whole(self, job: _Job) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class _Handler:
 
 
 class _ChoiceHandler(_Handler):
-    """What chat completions and completions share: answers are choices, and streams are chunks of choices."""
+    """Base class of chat completions and completions: answers are choices, and streams are chunks of choices."""
 
     kind: str
     chunk_kind: str
@@ -346,7 +346,7 @@ def _usage(answers: list[Answer]) -> dict[str, int]:
 
 
 def _error_details(error: Exception) -> dict[str, Any]:
-    """Return what a client may know of an error after its answer has begun."""
+    """Return the JSON of an error that occurs after the answer has begun."""
     if not isinstance(error, RequestError):
         logger.error("Generation failed.", exc_info=error)
     details: dict[str, Any] = error_body(error)["error"]

@@ -187,7 +187,7 @@ def _ssl_context() -> ssl.SSLContext:
 
 
 class DownloadRoom:
-    """How many bytes the images of a request may have together."""
+    """Counts the bytes of all images of a request, up to a limit."""
 
     def __init__(self, most: int):
         self._most = self._left = most

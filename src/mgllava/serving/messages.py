@@ -173,7 +173,7 @@ def _is_list(value: Any, is_valid: Callable[[Any], bool]) -> bool:
 
 
 def _read_message(message: Any, param: str) -> tuple[str, list[Any]]:
-    """Check a message apart from its parts; return its role and its parts."""
+    """Check a message except for its parts; return its role and its parts."""
     if not isinstance(message, Mapping):
         raise wrong_value(param, "an object with role and content", message)
     role = message.get("role")
@@ -242,7 +242,7 @@ def _with_texts_joined(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def check_text_length(characters: int, param: str) -> None:
-    """Refuse texts that are too long for any context before they cost anything."""
+    """Refuse texts that are too long for any context before work is done for them."""
     if characters > MAX_TEXT_CHARACTERS:
         raise RequestError(
             f"`{param}` must have at most {MAX_TEXT_CHARACTERS:,} characters of text, got {characters:,}.",
@@ -267,11 +267,8 @@ def _read_image_url(part: Mapping[str, Any], param: str) -> ImageSource:
 
 def _read_image_block(part: Mapping[str, Any], param: str) -> ImageSource:
     """Read LangChain's blocks, which have `url`, or `base64` (formerly `data`) with `mime_type`."""
-    _check_keys(
-        part,
-        {"type", "url", "base64", "data", "mime_type", "source_type", "boxes", "extras", "id", "index"},
-        param,
-    )
+    known = {"type", "url", "base64", "data", "mime_type", "source_type", "boxes", "extras", "id", "index"}
+    _check_keys(part, known, param)
     found = [(f"{param}.boxes", part.get("boxes"))]
     if (extras := part.get("extras")) is not None:  # LangChain puts keys there that it does not know
         if not isinstance(extras, Mapping):

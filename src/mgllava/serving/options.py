@@ -122,7 +122,7 @@ class Options:
     """How to generate an answer.
 
     Attributes:
-        config: What transformers does itself; it never samples.
+        config: The options that transformers applies itself, always without sampling.
         temperature: 0 means greedy.
         usage_in_stream: Whether the numbers of tokens come in a chunk of their own; `None`: in the last chunk.
     """
@@ -255,8 +255,8 @@ _CHECKS_OF_SAMPLING: dict[str, tuple[str, Callable[[Any, int], bool]]] = {
     "seed": _whole(*_INT64),
     **{name: _in_range(name) for name in _RANGES if name != "length_penalty"},
 }
-# What a request may also set in a `generation_config`, which `transformers chat` sends: nothing that chooses code,
-# files, caches or outputs.
+# Options that a request may also set in a `generation_config`, which `transformers chat` sends. None of them selects
+# code, files, caches or outputs.
 _CHECKS_OF_CONFIG: dict[str, tuple[str, Callable[[Any, int], bool]]] = {
     "bad_words_ids": (
         f"at most {_MAX_WORDS} lists of token ids",

@@ -1,4 +1,4 @@
-"""From checked messages to the model's inputs, image by image."""
+"""Make the model's inputs from checked messages, one image at a time."""
 
 import asyncio
 import re
@@ -21,8 +21,8 @@ from .messages import Conversation, ImageSource
 class PromptMaker:
     """Makes the model's inputs, in two threads: one for images and boxes, one for text.
 
-    Images are decoded one at a time, and those of several requests in turn, so that no request waits for all images of
-    another one, and text waits for no image. `template_kwargs` are variables of the chat template.
+    Images are decoded one at a time, with those of several requests in turn: no request waits for all images of
+    another, and text never waits for images. `template_kwargs` are variables of the chat template.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class PromptMaker:
         return self._checked(self._as_inputs(ids), param)
 
     def _check_control_tokens(self, conversation: Conversation) -> None:
-        """Refuse text that cannot fit early: each control token in it is encoded alone, which takes time."""
+        """Refuse too many control tokens early: each is encoded alone, which takes time."""
         number = 0
         for message in conversation.messages:
             for block in message["content"]:

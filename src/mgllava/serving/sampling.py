@@ -1,8 +1,8 @@
 """Token selection with penalties and biases as in OpenAI's API, and with a random generator for each request.
 
 transformers samples with the generator of the process, which all requests would share: an answer would then depend on
-other requests. Here a logits processor draws the token (Gumbel-max trick: the best of log-probabilities with Gumbel
-noise is a draw from them), and transformers, which is greedy, takes the highest score.
+other requests. Here a logits processor draws the token (Gumbel-max trick: the argmax of log-probabilities plus Gumbel
+noise is a sample from them), and transformers, which decodes greedily, takes the highest score.
 """
 
 import torch
