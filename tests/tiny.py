@@ -7,6 +7,17 @@ from mgllava import MGLlavaConfig, MGLlavaForConditionalGeneration
 
 IMAGE_TOKEN_ID, VOCAB_SIZE = 100, 128
 IMAGE_SIZE, NUM_FUSED_TOKENS = 96, 9
+# Arguments of the configuration: the published model, and models that use the other kinds of modules.
+VARIANTS = {
+    "published": {},
+    "fused_to_box": {"object_merging": "fused_to_box", "fusion_type": "resampler", "box_feature_type": "last_stage"},
+    "box_to_fused": {
+        "object_merging": "box_to_fused",
+        "fusion_type": "patch_info_mining",
+        "box_feature_type": "multi_level",
+    },
+    "low_resolution": {"object_merging": "none", "fusion_type": "none"},
+}
 
 _TEXT_SIZES = {
     "vocab_size": VOCAB_SIZE,
@@ -45,7 +56,7 @@ def tiny_config(llm: str = "llama", text_config: dict | None = None, **kwargs) -
 
 
 def tiny_model(*args, seed: int = 0, **kwargs) -> MGLlavaForConditionalGeneration:
-    """Build a model whose every parameter is random, also those that start at zero."""
+    """Build a model with random parameters, including those that start at zero."""
     torch.manual_seed(seed)
     model = MGLlavaForConditionalGeneration(tiny_config(*args, **kwargs)).eval()
     with torch.no_grad():
@@ -65,7 +76,7 @@ def random_boxes(*shape: int, size: int = IMAGE_SIZE, seed: int = 0) -> torch.Te
 def tiny_inputs(
     box_counts: list[list[int]], tokens_per_box: int = 1, padding_side: str = "left", seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Batch of prompts: `box_counts[i]` lists the number of boxes of each image in prompt i."""
+    """Make a batch of prompts: `box_counts[i]` lists the number of boxes of each image in prompt i."""
     generator = torch.Generator().manual_seed(seed)
     counts = [count for prompt in box_counts for count in prompt]
     rows = []
@@ -91,7 +102,7 @@ def tiny_inputs(
 
 
 def one_prompt(inputs: dict, box_counts: list[list[int]], index: int) -> dict[str, torch.Tensor]:
-    """Cut one prompt out of a batch of `tiny_inputs`, without its padding."""
+    """Return one prompt of a batch of `tiny_inputs`, without its padding."""
     mask = inputs["attention_mask"][index].bool()
     single = {"input_ids": inputs["input_ids"][index : index + 1, mask]}
     single["attention_mask"] = torch.ones_like(single["input_ids"])

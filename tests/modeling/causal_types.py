@@ -8,7 +8,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 ROWS = 99
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
-# By all the names that configurations have for them.
+# Values by all the names that configurations have for them.
 _SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), ROWS),
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "word_embed_proj_dim", "lru_width"), 32),
@@ -75,24 +75,24 @@ _OWN: dict[str, dict[str, Any]] = {
 
 
 def small_config(model_type: str, **kwargs: Any) -> PreTrainedConfig:
-    """Build one; sizes that a class does not have are left out, and those of `kwargs` added."""
+    """Build a small configuration: set the sizes above that its class has, and `kwargs`."""
     config_class = CONFIG_MAPPING[model_type]
     default = config_class()
     own = {**_OWN.get(model_type, {}), **kwargs}
     sizes = {name: value for name, value in _SIZES.items() if _may_be_set(default, name)}
-    if "qk_rope_head_dim" in sizes:  # the others follow
+    if "qk_rope_head_dim" in sizes:  # these follow from the others
         sizes = {name: value for name, value in sizes.items() if name not in ("head_dim", "qk_head_dim")}
-    # Of two names of one value, the one that is stored.
+    # If two names mean the same value, set the one that is saved.
     names = config_class.attribute_map
     sizes = {name: value for name, value in sizes.items() if names.get(name) not in sizes}
     return config_class(**{**sizes, **own})
 
 
 def _may_be_set(config: PreTrainedConfig, name: str) -> bool:
-    """Whether a configuration has a value of that name, which is neither computed nor differs by layer."""
+    """Tell whether a configuration has a value of that name that is neither computed nor different for each layer."""
     if isinstance(getattr(type(config), name, None), property):
         return False
     try:
         return hasattr(config, name)
-    except Exception:  # values that differ by layer raise errors of their own
+    except Exception:  # configurations raise different errors for values that differ by layer
         return False

@@ -1,4 +1,4 @@
-"""One process of `test_devices.py`: a model split among processes against a whole one. Argument: its folder."""
+"""One process of `test_devices.py`: compare a model split across processes with a whole one, from a model folder."""
 
 import sys
 

@@ -1,22 +1,12 @@
-"""`torch.compile`: how many graphs the vision flow and decoding take, and that answers stay the same."""
+"""`torch.compile`: the number of graphs for vision and decoding, and equal answers."""
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from transformers import CompileConfig
 
-from tests.tiny import IMAGE_SIZE, random_boxes, tiny_inputs, tiny_model
+from tests.tiny import IMAGE_SIZE, VARIANTS, random_boxes, tiny_inputs, tiny_model
 
-VARIANTS = {
-    "published": {},
-    "boxes_in_fused_tokens": {"object_merging": "fused_to_box", "fusion_type": "resampler"},
-    "boxes_that_attend": {
-        "object_merging": "box_to_fused",
-        "fusion_type": "patch_info_mining",
-        "box_feature_type": "multi_level",
-    },
-    "low_resolution": {"object_merging": "none", "fusion_type": "none"},
-}
 BUCKET = 8
 
 
@@ -28,7 +18,7 @@ def fresh_compiler():
 
 
 def image_inputs(num_boxes, rows=BUCKET, num_images=1):
-    """Images with `num_boxes` boxes each, in a tensor of `rows`."""
+    """Make images with `num_boxes` boxes each, padded to `rows`."""
     boxes = torch.zeros(num_images, rows, 4, dtype=torch.int64)
     boxes[:, :num_boxes] = random_boxes(num_images, num_boxes, seed=num_boxes)
     generator = torch.Generator().manual_seed(num_boxes)
@@ -38,7 +28,7 @@ def image_inputs(num_boxes, rows=BUCKET, num_images=1):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_vision_flow_is_one_graph_for_all_box_counts_of_a_bucket(variant):
+def test_vision_takes_one_graph_for_all_box_counts_of_a_bucket(variant):
     model = tiny_model(**VARIANTS[variant]).model
     counter = CompileCounter()
     compiled = torch.compile(model.encode_images, backend=counter, fullgraph=True)
@@ -52,8 +42,8 @@ def test_vision_flow_is_one_graph_for_all_box_counts_of_a_bucket(variant):
 
 
 @torch.no_grad()
-def test_vision_flow_takes_two_graphs_for_any_number_of_boxes():
-    """One for the first count, one for all others: what a user gets who pads to no bucket."""
+def test_vision_takes_two_graphs_for_any_number_of_boxes():
+    """One for the first count and one for all others, if boxes are not padded to a bucket."""
     model = tiny_model().model
     counter = CompileCounter()
     compiled = torch.compile(model.encode_images, backend=counter, fullgraph=True)
@@ -64,8 +54,8 @@ def test_vision_flow_takes_two_graphs_for_any_number_of_boxes():
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_inductor_computes_the_vision_flow():
-    """The code that it writes, not only the graph: float64 weights, pooling and gates included."""
+def test_inductor_code_equals_eager_vision():
+    """The tests above run the graph without generating code from it."""
     model = tiny_model().model
     compiled = torch.compile(model.encode_images, fullgraph=True)
     inputs = image_inputs(3)
@@ -75,7 +65,7 @@ def test_inductor_computes_the_vision_flow():
 
 @pytest.mark.parametrize("llm", ["llama", "phi3"])
 def test_generate_compiles_vision_once_and_decoding_once(llm):
-    """The recipe of the docs, with a backend that counts; prompts differ in length, images in boxes."""
+    """As in the docs, with backends that count. The prompts differ in length, the images in their number of boxes."""
     model = tiny_model(llm)
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     prompts = [tiny_inputs([[count]], seed=count) for count in (1, 4)]
@@ -83,13 +73,13 @@ def test_generate_compiles_vision_once_and_decoding_once(llm):
 
     vision, graphs = CompileCounter(), []
 
-    def decoding(graph, example_inputs):  # a function: `generate` copies its configuration, a counter with it
+    def decoding(graph, example_inputs):  # not a `CompileCounter`, which `generate` would copy with its configuration
         graphs.append(graph)
         return graph.forward
 
     model.model.encode_images = torch.compile(model.model.encode_images, backend=vision, fullgraph=True)
     compile_config = CompileConfig(backend=decoding, fullgraph=True, mode=None)
-    compile_config._compile_all_devices = True  # by itself, `generate` compiles on accelerators only
+    compile_config._compile_all_devices = True  # by default, `generate` compiles only on accelerators
     for inputs, answer in zip(prompts, expected, strict=True):
         padding = torch.zeros(1, BUCKET - inputs["boxes"].shape[1], 4, dtype=torch.int64)
         inputs["boxes"] = torch.cat([inputs["boxes"], padding], dim=1)

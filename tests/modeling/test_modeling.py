@@ -1,4 +1,4 @@
-"""The model on small random weights: inputs, loss, variants, dtypes, saving and loading."""
+"""Models with small random weights: inputs, loss, gradients, variants, saving and loading."""
 
 import importlib.util
 import inspect
@@ -8,15 +8,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import (
     AutoModel,
-    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
 )
 
 from mgllava import MGLlavaForConditionalGeneration, MGLlavaModel
-from tests.tiny import IMAGE_TOKEN_ID, NUM_FUSED_TOKENS, one_prompt, tiny_config, tiny_inputs, tiny_model
+from tests.tiny import IMAGE_TOKEN_ID, NUM_FUSED_TOKENS, VARIANTS, one_prompt, tiny_config, tiny_inputs, tiny_model
 
-LLMS = ["llama", "phi3", "qwen2", "qwen3", "mistral"]
 MIXED = [[3], [], [1, 5], [2]]
 
 
@@ -25,32 +23,9 @@ def model():
     return tiny_model()
 
 
-@pytest.mark.parametrize("llm", LLMS)
-@pytest.mark.parametrize("tied", [False, True])
-def test_text_only_output_is_the_bare_language_model(llm, tied, tmp_path):
-    model = tiny_model(llm, text_config={"tie_word_embeddings": tied})
-    assert (model.lm_head.weight is model.model.language_model.embed_tokens.weight) == tied
-    bare = AutoModelForCausalLM.from_config(model.config.text_config).eval()
-    bare.model.load_state_dict(model.model.language_model.state_dict())
-    bare.lm_head.load_state_dict(model.lm_head.state_dict())
-    inputs = tiny_inputs([[], []])
-    with torch.no_grad():
-        assert torch.equal(model(**inputs).logits, bare(**inputs).logits)
-
-
-@pytest.mark.parametrize("llm", LLMS)
-def test_save_and_load_give_the_same_logits_and_no_stray_key(llm, tmp_path):
-    model = tiny_model(llm)
-    model.save_pretrained(tmp_path)
-    loaded, info = MGLlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    inputs = tiny_inputs(MIXED)
-    with torch.no_grad():
-        assert torch.equal(loaded.eval()(**inputs).logits, model(**inputs).logits)
-
-
-def test_a_tied_head_is_stored_once_and_tied_again(tmp_path):
-    model = tiny_model(text_config={"tie_word_embeddings": True})
+@pytest.mark.parametrize("llm", ["llama", "phi3", "qwen2", "qwen3", "mistral"])
+def test_tied_head_is_stored_once_and_tied_again(llm, tmp_path):
+    model = tiny_model(llm, text_config={"tie_word_embeddings": True})
     model.save_pretrained(tmp_path)
     assert sorted(load_file(tmp_path / "model.safetensors")) == sorted(set(model.state_dict()) - {"lm_head.weight"})
     loaded = MGLlavaForConditionalGeneration.from_pretrained(tmp_path)
@@ -60,7 +35,7 @@ def test_a_tied_head_is_stored_once_and_tied_again(tmp_path):
         assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
 
 
-def test_the_body_loads_from_the_whole_model_and_the_other_way_round(model, tmp_path):
+def test_body_loads_from_the_whole_model_and_vice_versa(model, tmp_path):
     model.save_pretrained(tmp_path / "whole")
     body, info = MGLlavaModel.from_pretrained(tmp_path / "whole", output_loading_info=True)
     assert not info["missing_keys"]
@@ -78,7 +53,7 @@ def test_missing_weights_start_as_in_a_new_model(variant):
     filled = MGLlavaForConditionalGeneration.from_pretrained(None, config=tiny_config(**variant), state_dict={})
     for name, value in filled.named_parameters():
         expected = new.get_parameter(name)
-        if name.startswith("model.vision_tower"):  # transformers skips CLIP's own rules in that case
+        if name.startswith("model.vision_tower"):  # transformers does not apply the rules of CLIP here
             assert torch.isfinite(value).all()
         else:
             spread = {"rel": 0.5, "abs": 1e-8}
@@ -86,11 +61,11 @@ def test_missing_weights_start_as_in_a_new_model(variant):
             assert value.abs().max().item() == pytest.approx(expected.abs().max().item(), **spread), name
 
 
-def test_arguments_of_forward_and_configurations_of_the_parts(model):
+def test_arguments_of_forward_and_configurations_of_submodules(model):
     for model_class in (MGLlavaModel, MGLlavaForConditionalGeneration):
         names = list(inspect.signature(model_class.forward).parameters)[1:]
         assert names[:5] == ["input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds"]
-        # `Trainer` drops what the signature does not name.
+        # `Trainer` drops inputs that the signature does not name.
         assert {"pixel_values", "boxes", "num_boxes", "image_position_ids", "mm_encoder_outputs"} <= set(names)
     parts = model.model
     assert parts.config is model.config
@@ -133,13 +108,13 @@ def test_states_and_attentions_on_request():
     assert [tuple(state.shape) for state in output.hidden_states] == [(2, length, 32)] * 3
     assert [tuple(weights.shape) for weights in output.attentions] == [(2, 4, length, length)] * 2
     torch.testing.assert_close(output.hidden_states[-1], model.model(**inputs).last_hidden_state)
-    # The first is the input of the language model: text and images in their places.
+    # The first state is the input of the language model, with image embeddings at the placeholders.
     is_image = inputs["input_ids"] == IMAGE_TOKEN_ID
     assert torch.equal(output.hidden_states[0][is_image], output.image_hidden_states)
 
 
 def test_image_features_have_the_states_of_the_low_resolution_tower():
-    """Two layers on 9 patches and CLS."""
+    """The tower has two layers; its tokens are CLS and 9 patches."""
     model, inputs = tiny_model(), tiny_inputs([[2, 3]])
     model.set_attn_implementation("eager")
     images = {name: inputs[name] for name in ("pixel_values", "boxes", "num_boxes")}
@@ -154,7 +129,7 @@ def test_image_features_have_the_states_of_the_low_resolution_tower():
 
 
 def test_missing_boxes_are_an_error_for_a_model_that_uses_them(model):
-    """One box has one placeholder, as the zero box of an image without objects: counting would not find this."""
+    """The number of placeholders is right here, since an image without objects has one for its zero box."""
     inputs = tiny_inputs([[1], [1]])
     images = {"pixel_values": inputs.pop("pixel_values")}
     for call in (model, model.generate):
@@ -175,7 +150,7 @@ def test_placeholders_without_images_are_an_error(model):
             call(**ids)
     with pytest.raises(ValueError, match=message):
         model(inputs_embeds=model.get_input_embeddings()(ids["input_ids"]), attention_mask=ids["attention_mask"])
-    # Embeddings in which the images are already need none.
+    # Embeddings may contain the images already.
     embeds = model.get_input_embeddings()(ids["input_ids"]).masked_fill((ids["input_ids"] == 100)[..., None], 0.5)
     assert torch.isfinite(model(inputs_embeds=embeds, attention_mask=ids["attention_mask"]).logits).all()
 
@@ -186,7 +161,7 @@ def test_boxes_without_pixels_are_ignored(model):
     assert torch.equal(model(**with_boxes).logits, model(**inputs).logits)
 
 
-def test_features_computed_before_equal_pixels(model):
+def test_precomputed_features_equal_pixels(model):
     inputs = tiny_inputs(MIXED)
     expected = model(**inputs).logits
     images = {name: inputs.pop(name) for name in ("pixel_values", "boxes", "num_boxes")}
@@ -195,28 +170,28 @@ def test_features_computed_before_equal_pixels(model):
 
 
 def test_inputs_embeds_equal_input_ids(model):
-    inputs = tiny_inputs(MIXED)
-    expected = model(**inputs).logits
+    inputs = tiny_inputs([[3], [], [1, 2]], padding_side="right")
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    expected = model(**inputs)
     embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
-    assert torch.equal(model(inputs_embeds=embeds, **inputs).logits, expected)
+    output = model(inputs_embeds=embeds, **inputs)
+    assert torch.equal(output.logits, expected.logits)
+    torch.testing.assert_close(output.loss, expected.loss)
 
 
-@pytest.mark.parametrize("kept", [1, 4, torch.tensor([2, 5])])
-def test_logits_to_keep_selects_positions(model, kept):
+def test_logits_to_keep_selects_positions(model):
     inputs = tiny_inputs([[2], [1]])
     full = model(**inputs).logits
-    expected = full[:, -kept:] if isinstance(kept, int) else full[:, kept]
-    torch.testing.assert_close(model(**inputs, logits_to_keep=kept).logits, expected)
-
-
-def test_logits_to_keep_selects_positions_of_each_row(model):
-    inputs = tiny_inputs([[2], [1]])
-    full = model(**inputs).logits
-    positions = torch.tensor([[1, 3], [4, 0]])
-    kept = model(**inputs, logits_to_keep=positions).logits
-    torch.testing.assert_close(kept, torch.stack([full[0, positions[0]], full[1, positions[1]]]))
+    positions, of_each_row = torch.tensor([2, 5]), torch.tensor([[1, 3], [4, 0]])
     mask = torch.rand(full.shape[:2], generator=torch.Generator().manual_seed(0)) < 0.5
-    torch.testing.assert_close(model(**inputs, logits_to_keep=mask).logits, full[mask])
+    for kept, expected in (
+        (1, full[:, -1:]),
+        (4, full[:, -4:]),
+        (positions, full[:, positions]),
+        (of_each_row, torch.stack([full[0, of_each_row[0]], full[1, of_each_row[1]]])),
+        (mask, full[mask]),
+    ):
+        torch.testing.assert_close(model(**inputs, logits_to_keep=kept).logits, expected)
     with pytest.raises(ValueError, match=r"`logits_to_keep` must be .* got shape \(1, 1, 1\)"):
         model(**inputs, logits_to_keep=torch.zeros(1, 1, 1, dtype=torch.long))
 
@@ -233,35 +208,27 @@ def test_loss_is_cross_entropy_over_the_original_vocabulary_without_image_positi
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     output = model(**inputs, labels=labels)
     targets = labels[:, 1:].masked_fill(labels[:, 1:] == IMAGE_TOKEN_ID, -100)
-    logits = output.logits[:, :-1, :100]  # the 28 rows above are the placeholder and padding
+    logits = output.logits[:, :-1, :100]  # the 28 rows after them are the placeholder and padding
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
     torch.testing.assert_close(output.loss, expected)
     total = model(**inputs, labels=labels, num_items_in_batch=10).loss
     torch.testing.assert_close(total, expected * (targets != -100).sum() / 10)
 
 
-def test_labels_that_are_shifted_already(model):
-    """Trainers that split sequences pass them, placeholders included."""
+def test_shifted_labels_replace_labels(model):
+    """Trainers that split sequences pass them, with the labels at placeholders."""
     inputs = tiny_inputs([[3], [1, 2]], padding_side="right")
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     expected = model(**inputs, labels=labels).loss
     shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     zeros = torch.zeros_like(labels)
     torch.testing.assert_close(model(**inputs, labels=zeros, shift_labels=shifted).loss, expected)
-    assert (shifted == IMAGE_TOKEN_ID).any()  # the caller's tensor is left as it was
-
-
-def test_loss_from_embeddings_equals_the_loss_from_ids(model):
-    inputs = tiny_inputs([[3], [1, 2]], padding_side="right")
-    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    expected = model(**inputs, labels=labels).loss
-    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
-    torch.testing.assert_close(model(inputs_embeds=embeds, **inputs, labels=labels).loss, expected)
+    assert (shifted == IMAGE_TOKEN_ID).any()  # the tensor of the caller is not changed
 
 
 def test_resized_vocabulary_counts_in_loss_and_generation():
     model = tiny_model()
-    model.generation_config.suppress_tokens = [7, *model.config.unused_token_ids]  # one of the user's
+    model.generation_config.suppress_tokens = [7, *model.config.unused_token_ids]  # 7 is from the user
     model.resize_token_embeddings(105, pad_to_multiple_of=8)
     assert model.config.text_config.vocab_size == 112
     assert model.config.unpadded_vocab_size == 105
@@ -270,7 +237,7 @@ def test_resized_vocabulary_counts_in_loss_and_generation():
     assert torch.isfinite(model(input_ids=ids, labels=ids).loss)
 
 
-def test_rows_that_pad_the_table_are_no_words():
+def test_padding_rows_of_the_table_are_not_vocabulary():
     model = tiny_model(unpadded_vocab_size=None)
     model.resize_token_embeddings(pad_to_multiple_of=100)
     assert model.config.text_config.vocab_size == 200
@@ -280,7 +247,7 @@ def test_rows_that_pad_the_table_are_no_words():
     assert model.config.unused_token_ids == [100]
 
 
-def test_a_table_without_the_placeholder_is_refused(tmp_path):
+def test_table_without_the_placeholder_is_refused(tmp_path):
     model = tiny_model()
     for part in (model, model.model):
         with pytest.raises(ValueError, match=r"`new_num_tokens` must be greater than .* 100\), got 100"):
@@ -291,51 +258,36 @@ def test_a_table_without_the_placeholder_is_refused(tmp_path):
     assert MGLlavaForConditionalGeneration.from_pretrained(tmp_path).config.text_config.vocab_size == 101
 
 
-def test_labels_behind_the_vocabulary_are_named(model):
-    ids = torch.tensor([[1, 5, 103, 2]])  # a row for it is there, which no one said is a word
+def test_labels_after_the_vocabulary_are_refused(model):
+    ids = torch.tensor([[1, 5, 103, 2]])  # 103 is a padding row of the table
     for labels in (ids, ids.where(ids != 103, -1)):
         with pytest.raises(ValueError, match=r"`labels` must be ids from 0 to 99 or -100.*resize_token_embeddings"):
             model(input_ids=ids, labels=labels)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
+@pytest.mark.parametrize("is_stage_1", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(is_stage_1):
+    """In stage 1, towers and language model are frozen, and gradients pass through them."""
     inputs = tiny_inputs([[3], [1, 2]], padding_side="right")
     gradients = []
     for checkpointing in (False, True):
         model = tiny_model().train()
+        if is_stage_1:
+            for part in (model.model.vision_tower, model.model.high_res_vision_tower, model.model.language_model):
+                part.requires_grad_(False)
+            model.lm_head.requires_grad_(False)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, msg=lambda text, name=name: f"{name}: {text}")
-
-
-def test_gradient_checkpointing_with_frozen_towers():
-    """Stage 1: towers and language model are frozen, and the rest learns through them."""
-    inputs = tiny_inputs([[3], [1, 2]], padding_side="right")
-    gradients = []
-    for checkpointing in (False, True):
-        model = tiny_model().train()
-        for part in (model.model.vision_tower, model.model.high_res_vision_tower, model.model.language_model):
-            part.requires_grad_(False)
-        model.lm_head.requires_grad_(False)
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        model(**inputs, labels=inputs["input_ids"]).loss.backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert all(name.startswith(("model.fusion", "model.multi_modal", "model.box")) for name in gradients[0])
+    is_frozen = [not name.startswith(("model.fusion", "model.multi_modal", "model.box")) for name in gradients[0]]
+    assert any(is_frozen) != is_stage_1
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
 def test_every_parameter_has_a_gradient():
-    for kwargs in (
-        {},
-        {"fusion_type": "patch_info_mining", "object_merging": "box_to_fused", "box_feature_type": "multi_level"},
-        {"fusion_type": "resampler", "object_merging": "fused_to_box", "box_feature_type": "last_stage"},
-    ):
-        model = tiny_model(**kwargs)
+    for variant in VARIANTS.values():
+        model = tiny_model(**variant)
         inputs = tiny_inputs([[3]], tokens_per_box=model.config.num_tokens_per_box)
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
         assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
@@ -367,7 +319,7 @@ def test_flex_attention_matches_eager():
 
 
 def test_flash_attention_is_not_refused():
-    """Only the package may be missing."""
+    """If the package is missing, the error says so instead of refusing the model."""
     model = tiny_model().to(torch.bfloat16)
     if importlib.util.find_spec("flash_attn") is not None:
         model.set_attn_implementation("flash_attention_2")
@@ -376,21 +328,7 @@ def test_flash_attention_is_not_refused():
         model.set_attn_implementation("flash_attention_2")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_runs_on_float32_pixels_and_stays_close(model, dtype, tmp_path):
-    model.save_pretrained(tmp_path)
-    half = MGLlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype).eval()
-    inputs = tiny_inputs([[3], [1]])
-    images = {name: inputs[name] for name in ("pixel_values", "boxes", "num_boxes")}
-    with torch.no_grad():
-        features = torch.cat(half.get_image_features(**images).pooler_output)
-        expected = torch.cat(model.get_image_features(**images).pooler_output)
-        assert half(**inputs).logits.dtype == dtype
-    assert features.dtype == dtype
-    assert (features.float() - expected).norm() / expected.norm() < (0.03 if dtype == torch.bfloat16 else 0.005)
-
-
-VARIANTS = [
+VALUES = [
     *({"fusion_type": name} for name in ("conv_gate_concat", "channel_concat", "plain_channel_concat")),
     *({"fusion_type": name} for name in ("patch_info_mining", "resampler", "none")),
     *({"object_merging": name} for name in ("box_to_fused", "fused_to_box", "none")),
@@ -399,7 +337,7 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(variant.values()))
+@pytest.mark.parametrize("variant", VALUES, ids=lambda variant: "-".join(variant.values()))
 def test_variants_save_load_and_batch_like_single(variant, tmp_path):
     model = tiny_model(**variant)
     model.save_pretrained(tmp_path)
@@ -414,9 +352,9 @@ def test_variants_save_load_and_batch_like_single(variant, tmp_path):
             torch.testing.assert_close(row, single, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("variant", VARIANTS[-6:], ids=lambda variant: "-".join(variant.values()))
-def test_parts_on_disk_give_the_same_logits(variant, tmp_path):
-    model = tiny_model(**variant)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_vision_on_disk_gives_the_same_logits(variant, tmp_path):
+    model = tiny_model(**VARIANTS[variant])
     model.save_pretrained(tmp_path / "model")
     placement = {"model.language_model": "cpu", "lm_head": "cpu"}
     placement |= {f"model.{name}": "disk" for name, _ in model.model.named_children() if name != "language_model"}
@@ -465,12 +403,6 @@ WRONG_INPUTS = [
 @pytest.mark.parametrize(
     ("wrong", "message"), WRONG_INPUTS, ids=lambda value: None if isinstance(value, dict) else value
 )
-def test_wrong_inputs_are_named(model, wrong, message):
+def test_wrong_inputs_are_refused(model, wrong, message):
     with pytest.raises(ValueError, match=message):
         model(**{**tiny_inputs([[3]]), **wrong})
-
-
-def test_meta_device_construction_allocates_nothing():
-    with torch.device("meta"):
-        model = MGLlavaForConditionalGeneration(tiny_config())
-    assert all(parameter.is_meta for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""Which modules are quantized, that quantized models survive saving, and that adapters can be trained on them."""
+"""Quantization: which modules are quantized, saving and loading, closeness, and adapters."""
 
 import copy
 import logging
@@ -10,9 +10,9 @@ from transformers import AutoModel, AutoModelForImageTextToText, BitsAndBytesCon
 
 import mgllava
 from mgllava import MGLlavaConfig, MGLlavaForConditionalGeneration, MGLlavaModel
-from tests.tiny import tiny_inputs, tiny_model
+from tests.tiny import VARIANTS, tiny_inputs, tiny_model
 
-FAMILIES = ["llama", "phi3", "qwen2", "qwen3", "mistral"]
+LLMS = ["llama", "phi3", "qwen2", "qwen3", "mistral"]
 LAYERS = {4: "Linear4bit", 8: "Linear8bitLt"}
 MIXED = [[3], [], [1, 5]]
 
@@ -22,7 +22,7 @@ def plain_config(bits):
 
 
 def language_model_layers(model, prefix="model."):
-    """Names of the linear layers of the language model, which are what is to be quantized."""
+    """Names of the linear layers of the language model, which are those to quantize."""
     return {
         name
         for name, module in model.named_modules()
@@ -36,7 +36,7 @@ def quantized_layers(model):
 
 @pytest.fixture(autouse=True)
 def quiet_bitsandbytes(caplog):
-    caplog.set_level(logging.ERROR, logger="bitsandbytes")  # it has a line for every cast of every layer
+    caplog.set_level(logging.ERROR, logger="bitsandbytes")  # it logs every cast of every layer
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +57,9 @@ def save(tmp_path_factory):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_only_the_language_model_is_quantized_by_default(save, family, bits):
-    model, folder = save(family)
+@pytest.mark.parametrize("llm", LLMS)
+def test_only_the_language_model_is_quantized_by_default(save, llm, bits):
+    model, folder = save(llm)
     quantized = AutoModel.from_pretrained(folder, quantization_config=plain_config(bits), dtype=torch.bfloat16)
     expected = language_model_layers(model)
     assert quantized_layers(quantized) == expected
@@ -74,31 +74,18 @@ def test_only_the_language_model_is_quantized_by_default(save, family, bits):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(
-    "variant",
-    [
-        {"object_merging": "fused_to_box", "fusion_type": "patch_info_mining"},
-        {"object_merging": "box_to_fused", "fusion_type": "resampler", "box_feature_type": "multi_level"},
-        {"object_merging": "none", "fusion_type": "none"},
-    ],
-)
-def test_variants_keep_their_modules_too(save, variant, bits):
-    model, folder = save(**variant)
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "published"] + ["tied_head"])
+def test_variants_are_quantized_alike(save, variant, bits):
+    model, folder = save(**VARIANTS.get(variant, {"text_config": {"tie_word_embeddings": True}}))
     quantized = AutoModel.from_pretrained(folder, quantization_config=plain_config(bits))
     assert quantized_layers(quantized) == language_model_layers(model)
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_tied_head_stays(save, bits):
-    model, folder = save(text_config={"tie_word_embeddings": True})
-    quantized = AutoModel.from_pretrained(folder, quantization_config=plain_config(bits))
-    assert quantized_layers(quantized) == language_model_layers(model)
-    assert quantized.lm_head.weight is quantized.get_input_embeddings().weight
+    is_tied = quantized.lm_head.weight is quantized.get_input_embeddings().weight
+    assert is_tied == (variant == "tied_head")
 
 
 @pytest.mark.parametrize("load", [AutoModelForImageTextToText.from_pretrained, MGLlavaModel.from_pretrained])
 @pytest.mark.parametrize("config", [{"load_in_4bit": True}, {"load_in_4bit": True, "quant_method": "bitsandbytes"}])
-def test_dictionaries_and_the_model_without_head(save, load, config):
+def test_configurations_as_dictionaries_and_the_model_without_head(save, load, config):
     model, folder = save()
     given = dict(config)
     quantized = load(folder, quantization_config=config)
@@ -117,7 +104,7 @@ def test_the_users_configuration_is_not_changed(save):
     assert quantized.config.quantization_config is not config
 
 
-def test_a_list_of_the_user_replaces_the_default(save):
+def test_list_of_the_user_replaces_the_default(save):
     model, folder = save()
     config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["model.language_model"])
     quantized = AutoModel.from_pretrained(folder, quantization_config=config)
@@ -126,8 +113,8 @@ def test_a_list_of_the_user_replaces_the_default(save):
     assert quantized(**tiny_inputs(MIXED)).logits.isfinite().all()
 
 
-def test_8_bit_spares_the_high_resolution_tower_whatever_is_asked(save):
-    """bitsandbytes multiplies no maps of four dimensions."""
+def test_8_bits_never_quantize_the_high_resolution_tower(save):
+    """LLM.int8 cannot multiply inputs of four dimensions."""
     model, folder = save()
     config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=[])
     quantized = AutoModel.from_pretrained(folder, quantization_config=config)
@@ -139,7 +126,7 @@ def test_8_bit_spares_the_high_resolution_tower_whatever_is_asked(save):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_public_configuration_says_what_it_skips(save, bits):
+def test_public_configuration_lists_the_modules_to_skip(save, bits):
     model, folder = save()
     config = mgllava.quantization_config(bits)
     assert {"model.vision_tower", "model.box_projector", "vision_tower", "lm_head"} <= set(
@@ -165,7 +152,7 @@ def test_other_bits_are_refused(bits):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("config", ["plain", "tuned"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_saved_and_reloaded_quantized_models_are_the_same(save, tmp_path, bits, config, dtype):
+def test_saving_and_loading_a_quantized_model_changes_nothing(save, tmp_path, bits, config, dtype):
     config = plain_config(bits) if config == "plain" else mgllava.quantization_config(bits)
     quantized = AutoModel.from_pretrained(save()[1], quantization_config=config, dtype=dtype)
     quantized.save_pretrained(tmp_path)
@@ -180,8 +167,8 @@ def test_saved_and_reloaded_quantized_models_are_the_same(save, tmp_path, bits, 
     assert reloaded.generate(**inputs, **options).tolist() == quantized.generate(**inputs, **options).tolist()
 
 
-def test_layers_of_any_size_run_in_four_bits_where_layers_are_packed(monkeypatch, tmp_path):
-    """With AVX512-BF16 bitsandbytes packs layers in blocks, and fails at those that are no multiple of one."""
+def test_layers_that_cannot_be_packed_run_in_4_bits(monkeypatch, tmp_path):
+    """With AVX512-BF16, bitsandbytes packs layers in blocks, and fails at sizes that are not multiples of a block."""
     layers = pytest.importorskip("bitsandbytes").nn.modules
     monkeypatch.setattr(layers, "has_avx512bf16", lambda: True)
     tiny_model(text_config={"hidden_size": 128, "intermediate_size": 344}).save_pretrained(tmp_path)
@@ -195,8 +182,8 @@ def test_layers_of_any_size_run_in_four_bits_where_layers_are_packed(monkeypatch
     assert not packed["up_proj"] and not packed["down_proj"]
 
 
-def test_stored_list_is_trusted_when_a_quantized_model_is_loaded(save, tmp_path):
-    """Its weights already are as the list says: the default would not fit them."""
+def test_list_of_a_quantized_model_is_kept(save, tmp_path):
+    """It describes the stored weights, unlike the default list."""
     everything = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=[])
     quantized = AutoModel.from_pretrained(save()[1], quantization_config=everything)
     quantized.save_pretrained(tmp_path)
@@ -207,8 +194,8 @@ def test_stored_list_is_trusted_when_a_quantized_model_is_loaded(save, tmp_path)
     assert torch.equal(reloaded(**inputs).logits, quantized(**inputs).logits)
 
 
-def test_stored_list_survives_options_of_loading(save, monkeypatch):
-    """transformers lets a list given with an fp8 configuration overrule the stored one."""
+def test_loading_options_of_a_quantized_model_have_no_list(save, monkeypatch):
+    """In transformers, a list in an fp8 configuration would override the stored one."""
     seen = {}
 
     def from_pretrained(cls, *args, **kwargs):
@@ -226,7 +213,7 @@ def test_stored_list_survives_options_of_loading(save, monkeypatch):
 
 
 def test_quantized_answers_stay_close(save):
-    """A layer that lost its weight or its scale is off by more than its rounding."""
+    """A layer with a wrong weight or scale causes a larger difference than rounding does."""
     model, folder = save(text_config={"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.05})
     inputs = tiny_inputs(MIXED)
     mask = inputs["attention_mask"].bool()
