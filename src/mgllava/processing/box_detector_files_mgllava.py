@@ -51,7 +51,7 @@ class ProcessorRepository:
 
 
 def bundled_name(part: str) -> str:
-    """Name a part as one that is stored with the processor."""
+    """Return the name of a part that is stored with the processor."""
     return f"./{BUNDLE_FOLDER}/{part}"
 
 
@@ -94,7 +94,7 @@ def locate(key: str, source: str, repository: ProcessorRepository | None) -> str
     inside = PurePosixPath(repository.subfolder) / inside
     root = Path(repository.name)
     if not root.is_dir():
-        # Remote code of a part is only found at the top of a folder, so its files are fetched as one.
+        # transformers finds custom code only at the top of a folder, so the part is downloaded as a folder.
         root = _download(repository, [str(inside), f"{inside}/*"])
     check_links(root / inside, root)
     if not (root / inside).exists():
@@ -106,7 +106,7 @@ def locate(key: str, source: str, repository: ProcessorRepository | None) -> str
 
 
 def _download(repository: ProcessorRepository, patterns: list[str]) -> Path:
-    """Download some files; if that fails, take them from the cache."""
+    """Download some files; if that fails, use the cached ones."""
     options = {name: value for name, value in repository.hub_options.items() if value is not None}
     options.update(revision=repository.revision, allow_patterns=patterns)
     try:
@@ -131,7 +131,7 @@ def check_revision(key: str, revision: Any) -> None:
 
 
 def _check_repository_id(key: str, source: str, repository: ProcessorRepository) -> None:
-    """Refuse a path, or what would be taken for one, where a downloaded configuration must name a repository."""
+    """Refuse a value of a downloaded configuration that is not a repository id, or that names a local path."""
     advice = (
         f"A configuration from {repository.name!r} may name a repository on the Hub or a path inside its own "
         f"repository (like {bundled_name(key)!r}). To use a folder of yours, set `processor.box_detector_config` or "
@@ -165,17 +165,17 @@ def check_links(path: Path, root: Path) -> None:
         try:
             target = entry.resolve()
             is_inside = any(target.is_relative_to(folder) for folder in allowed)
-        except (OSError, RuntimeError):  # a loop
+        except (OSError, RuntimeError):  # a loop of links
             is_inside = False
         if not is_inside:
             raise ValueError(
-                f"{os.fspath(entry)!r} leads out of {os.fspath(root)!r} by a symbolic link, and what a repository "
-                "holds must lie inside it. If you made the link, replace it by a copy of the file."
+                f"{os.fspath(entry)!r} leads out of {os.fspath(root)!r} by a symbolic link, but all files of a "
+                "repository must lie inside it. If you made the link, replace it by a copy of the file."
             )
 
 
 def links_out_of(folder: Path, root: Path) -> list[str]:
-    """List the texts in a folder (settings, templates) that are links to somewhere outside its repository."""
+    """List the text files in a folder (settings, templates) that are links to files outside its repository."""
     outside = []
     for path in sorted(folder.iterdir()):
         if path.suffix in (".jinja", ".json", ".model", ".txt") or path.name == "chat_templates":
@@ -215,7 +215,7 @@ def store_parts(
             if not (is_bundled(source) or os.path.isdir(located)):
                 _pin(stored, part, cache_dir)
                 continue
-            # Copied, not saved from memory, where its weights may have been rounded.
+            # Copied instead of saved from memory, where weights may have been rounded.
             _copy(Path(located), bundle / part)
         stored[part] = bundled_name(part)
         stored.pop(f"{part}_revision", None)
@@ -226,12 +226,12 @@ def store_parts(
 
 
 def _pin(config: dict[str, Any], part: str, cache_dir: str | os.PathLike | None) -> None:
-    """Note the commit of a repository on the Hub, if the cache knows it."""
+    """Write the commit of a repository on the Hub into a configuration, if the cache knows it."""
     key = f"{part}_revision"
     check_revision(key, config.get(key))
     try:
         commit = known_commit(config[part], config.get(key), cache_dir)
-    except HFValidationError:  # a folder that does not exist: loading will raise the error
+    except HFValidationError:  # a folder that does not exist: loading raises the error
         commit = None
     if commit is not None:
         config[key] = commit

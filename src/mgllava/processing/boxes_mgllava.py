@@ -3,8 +3,8 @@
 Two frames occur, both with boxes as xyxy in pixels: the *original image* (after its EXIF orientation is applied) and
 the *model input*, the square that the vision towers see (768 × 768 for the published models). The original code works
 in float32 on the CPU; so does this module, whatever the model's dtype is. Boxes in the model's frame are whole numbers
-and leave as int64: trainers and serving engines cast every floating point input to the model's dtype, and in bfloat16
-259 becomes 260.
+and are returned as int64: trainers and serving engines cast every floating point input to the model's dtype, and
+bfloat16 turns 259 into 260.
 """
 
 import json
@@ -74,7 +74,7 @@ def prepare_boxes(
         limit_mode (`str`): `"per_category"` or `"per_image"`, see [`limit_boxes`].
         limit (`int`, *optional*): Number of boxes above which the limit applies; `None` for no limit.
         close_to_max_length (`bool`): Whether the text leaves little room, see [`limit_boxes`].
-        name (`str`): How error messages call the entry.
+        name (`str`): Name of the entry in error messages.
 
     Returns:
         `tuple[torch.Tensor, list]`: int64 boxes of shape `(n, 4)`, n >= 1, xyxy in pixels of the model input; and
@@ -114,7 +114,7 @@ def select_objects(
     close_to_max_length: bool = False,
     name: str = "boxes",
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Choose the boxes that the model gets; arguments and errors are those of [`prepare_boxes`].
+    """Select the boxes that the model gets; arguments and errors are those of [`prepare_boxes`].
 
     Returns int64 boxes of shape `(n, 4)` in pixels of the model input, n >= 0; and of the same boxes `boxes` (float32,
     in pixels of the original image), and `labels` and `scores` if they were given.
@@ -239,7 +239,7 @@ def flatten_boxes(boxes: Any, num_images: int, group_sizes: Sequence[int] | None
 
     They may be one entry, a list of one entry per image, an array of shape `(num_images, num_boxes, 4)`, or such lists
     nested per prompt; `group_sizes` says how many images each prompt has. An empty list, at any level, means that the
-    images it stands for have no boxes. In the result, `None` stands for an image whose boxes are not given.
+    images at its place have no boxes. In the result, `None` means that the boxes of an image are not given.
     """
     if boxes is None:
         return [None] * num_images
@@ -302,7 +302,7 @@ def as_lists(boxes: Any) -> Any:
 
 
 def _entry_levels(value: Any, level: int = 0) -> set[int]:
-    """Collect in how many lists the entries of images lie; boxes are lists of lists of numbers."""
+    """Collect how deeply the entries of images are nested; an entry is a list of lists of numbers."""
     if value is None:
         return set()
     if isinstance(value, Mapping):
@@ -329,7 +329,7 @@ def _flatten_empty(boxes: Any, num_images: int, group_sizes: Sequence[int] | Non
 
 
 def _join_groups(groups: Any, group_sizes: Sequence[int] | None) -> list[Any]:
-    """List the entries of all prompts' images; None and an empty list stand for all images of a prompt."""
+    """List the entries of all prompts' images; None and an empty list hold for all images of a prompt."""
     is_known = group_sizes is not None and len(group_sizes) == len(groups)
     entries: list[Any] = []
     for index, group in enumerate(groups):
@@ -365,7 +365,7 @@ def read_boxes(entry: Any, name: str = "boxes") -> tuple[torch.Tensor, list[Labe
                 f"got the keys {sorted(map(str, entry))}."
             )
         for key in map(str, set(entry) - set(_KEYS)):
-            # Detectors give more than is needed here; what looks like a slip would change how the boxes are taken.
+            # Detectors return other keys too, but a misspelled key would change what happens to the boxes.
             if meant := get_close_matches(key, [known for known in _KEYS if known not in entry], cutoff=0.8):
                 raise ValueError(f"`{name}` has a key {key!r}. Did you mean {meant[0]!r}?")
         boxes = _as_corners(entry["boxes"], f"{name}['boxes']")
@@ -410,7 +410,7 @@ def read_boxes(entry: Any, name: str = "boxes") -> tuple[torch.Tensor, list[Labe
 
 
 def _as_corners(values: Any, name: str) -> torch.Tensor:
-    """Read coordinates, and warn if they come in a type that has rounded them."""
+    """Read coordinates, and warn if their dtype has rounded them."""
     rows = values if isinstance(values, list | tuple) else [values]
     dtypes = {str(row.dtype).removeprefix("torch.") for row in rows if hasattr(row, "dtype")}
     for dtype in sorted(dtypes & {"bfloat16", "float16"}):
@@ -450,7 +450,7 @@ def _check_corners(boxes: torch.Tensor, name: str) -> None:
 
 
 def padding_offset(image_size: tuple[int, int]) -> torch.Tensor:
-    """Return by how many pixels (x, y, x, y) boxes move when the image is padded to a square around its middle."""
+    """Return the shift (x, y, x, y) of boxes in pixels when the image is padded to a square around its center."""
     height, width = image_size
     side = max(height, width)
     return torch.tensor([(side - width) // 2, (side - height) // 2] * 2, dtype=torch.float32)
@@ -514,14 +514,15 @@ def limit_boxes(
 def to_model_frame(
     boxes: torch.Tensor, image_size: tuple[int, int], *, resize_to: int | None, crop_to: tuple[int, int] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move boxes as resizing the short side and cropping the center move the image, of `(height, width)` `image_size`.
+    """Transform boxes like an image whose short side is resized and whose center is cropped.
 
     The original computes the resized side as `int(side * (768 / side))` in double precision, which is 767 for 211 of
     the sides below 5000 (47, 94, 147, 173, ...): its crop offset is then -1, and every box moves by +1 px although no
-    pixel does. The model was trained so, therefore it is reproduced.
+    pixel does. This is reproduced, because the model was trained with it.
 
-    Returns the boxes that are not strictly outside, int64 of shape `(m, 4)`, clamped to the model input (those that
-    only touch its border stay, with zero size); and a bool mask of shape `(n,)` that tells which they are.
+    `image_size` is `(height, width)`. Returns the boxes that are not strictly outside, int64 of shape `(m, 4)`,
+    clamped to the model input (those that only touch its border stay, with zero size); and a bool mask of shape `(n,)`
+    that tells which they are.
     """
     height, width = image_size
     scale = 1.0 if resize_to is None else resize_to / min(height, width)
@@ -541,7 +542,7 @@ def to_model_frame(
 def write_boxes_into_text(text: str, placeholder: re.Pattern[str], entries: Sequence[Any]) -> str:
     """Put the boxes of each image after its placeholder in a rendered conversation.
 
-    They reach the processor this way if the caller passes on only images and text. An entry of `None` writes nothing.
+    So they reach the processor even if the caller passes on only images and text. `None` writes nothing.
     """
     ends = [match.end() for match in placeholder.finditer(text)]
     if len(ends) != len(entries):

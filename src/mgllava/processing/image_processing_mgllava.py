@@ -1,8 +1,8 @@
-"""Image processors of MG-LLaVA: on torchvision, the default, and on PIL, with the pixels of the original.
+"""Image processors of MG-LLaVA: on torchvision (the default), and on PIL (bit-identical to the original).
 
 The square input of the MG-LLaVA vision towers (arXiv 2406.17770, section 3.1) is made as in the original's training
 and evaluation code: 8-bit RGB, padded to a square with the CLIP mean color, short side resized (bicubic),
-center-cropped, rescaled and normalized. Boxes follow the same way, see `boxes_mgllava.py`.
+center-cropped, rescaled and normalized. Boxes are transformed alike, see `boxes_mgllava.py`.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from .boxes_mgllava import BoxLimitMode, flatten_boxes, prepare_boxes, select_objects
 from .images_common import as_rgb, fetch_upright, flat_images, group_sizes, make_findable, resize_in_square
 
-# Above this ratio of its sides, an image is resized without making its square.
+# An image whose sides have a greater ratio is resized without making its square.
 _MILD_ASPECT_RATIO = 2
 # Where remote code finds the image processor of each backend.
 _REMOTE_CLASSES = {
@@ -50,7 +50,7 @@ class MGLlavaImageProcessorKwargs(ImagesKwargs, total=False):
         box_limit (`int`, *optional*, defaults to 100):
             Number of detected boxes above which the limit applies. `None`: no limit.
         close_to_max_length (`bool`, *optional*, defaults to `False`):
-            For training: the text leaves little room, so that only one box per label (or 20 per image) is kept.
+            For training: whether the text leaves little room, so that one box per label (or 20 per image) is kept.
         return_box_labels (`bool`, *optional*, defaults to `False`):
             Whether to return `box_labels` too: the labels of the kept boxes, one list per image.
         pad_boxes_to_multiple_of (`int`, *optional*):
@@ -74,7 +74,7 @@ class MGLlavaImageProcessorMixin(BaseImageProcessor):
     Images may be PIL images (any mode), NumPy arrays, tensors, paths, http(s) URLs, data URLs, base64 strings, bytes,
     binary files, or mappings that hold one of these (`{"bytes": ..., "path": ...}` of the datasets library,
     `{"url": ...}`), alone or in (nested) lists. They are turned upright (EXIF) and into 8-bit RGB, whatever
-    `do_convert_rgb` says; alpha is dropped, as the original drops it; of animated files the first frame is read.
+    `do_convert_rgb` says; alpha is dropped, as in the original; only the first frame of animated files is read.
 
     Arrays are `(height, width)`, `(height, width, channels)` or `(channels, height, width)`, or 4-dimensional batches
     of the latter two. Integers are read as 0..255, those of 16 bits without sign (also in files) as 0..65535, floating
@@ -108,7 +108,7 @@ class MGLlavaImageProcessorMixin(BaseImageProcessor):
             self.box_limit = kwargs["box_limit"]
 
     def to_dict(self) -> dict[str, Any]:
-        """Name the classes of both backends in `auto_map`, where saving notes the one that is saved."""
+        """Name the classes of both backends in `auto_map`, where the base class names only the one that is saved."""
         values = super().to_dict()
         if (values.get("auto_map") or {}).get("AutoImageProcessor") in _REMOTE_CLASSES.values():
             values["auto_map"] = {"AutoImageProcessor": dict(_REMOTE_CLASSES)}
@@ -122,7 +122,7 @@ class MGLlavaImageProcessorMixin(BaseImageProcessor):
         return fetch_upright(image_url_or_urls)
 
     def objects(self, detections: Any, image_size: tuple[int, int]) -> dict[str, Any]:
-        """Choose the objects of an image that the model gets a token for, see [`MGLlavaProcessor.objects`]."""
+        """Select the objects of an image that the model gets a token for, see [`MGLlavaProcessor.objects`]."""
         return select_objects(detections, image_size, **_box_options(self))[1]
 
     def _preprocess_image_like_inputs(  # type: ignore[override]  # the options by name
@@ -188,7 +188,7 @@ class MGLlavaImageProcessorMixin(BaseImageProcessor):
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["box_labels"])
 
     def _as_square(self, image: torch.Tensor, fill: Sequence[int], resize_to: int | None) -> torch.Tensor:
-        """Pad an image to a square; a long, thin one is resized as well, as its square would have many more pixels."""
+        """Pad an image to a square; resize a long image in addition, as its square would have many more pixels."""
         height, width = image.shape[1:]
         if resize_to is None or max(height, width) <= _MILD_ASPECT_RATIO * min(height, width):
             return pad_to_square(image, fill)
@@ -231,10 +231,7 @@ class MGLlavaImageProcessorPil(MGLlavaImageProcessorMixin, PilBackend):
 
 
 def pad_to_square(image: torch.Tensor, fill: Sequence[int]) -> torch.Tensor:
-    """Put an image into the middle of a square of one color.
-
-    It starts at `(side - height) // 2`, `(side - width) // 2`.
-    """
+    """Pad an image to a square of one color, in which it starts at `(side - height) // 2`, `(side - width) // 2`."""
     height, width = image.shape[1:]
     side = max(height, width)
     square = image.new_tensor(fill)[:, None, None].repeat(1, side, side)
