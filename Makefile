@@ -19,7 +19,7 @@ ABLATION := --world $(ABLATION_WORLD) --alignment 0.5 --tuning 0.5 --bf16 --jobs
 	bench-quantization bench-generation bench-train bench-import bench-real-size bench-sizes refresh-code small-model ablation clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | column -t -s '	'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed  ## install the package and all development tools into .venv
 
@@ -30,7 +30,7 @@ $(VENV)/.installed: $(VENV)/.package
 # The package without development tools. On Linux x86-64, PyTorch with its CUDA libraries is most of the download.
 $(VENV)/.package: setup.cfg pyproject.toml
 	@test -e $(BIN)/python || echo "Installing mgllava and its 68 dependencies into $(VENV)." \
-		"On Linux x86-64 this downloads 3.1 GB and takes 3.5 GB of disk."
+		"On Linux x86-64 this downloads 3.1 GB and takes 5.9 GB of disk."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --editable .

@@ -24,9 +24,7 @@ class TwoBoxes:
             boxes = torch.tensor([[0, 0, width / 3, height / 3], corner, [corner[0] + 1, *corner[1:]]])
             scores = torch.tensor([0.5, 0.9, 0.8])
             kept = scores > threshold
-            labels = [
-                label for label, is_kept in zip(["[cup]", "spoon", "spoon"], kept.tolist(), strict=True) if is_kept
-            ]
+            labels = [["[cup]", "spoon", "spoon"][index] for index in kept.nonzero().flatten()]
             found.append({"boxes": boxes[kept], "labels": labels, "scores": scores[kept]})
         return found
 

@@ -76,12 +76,8 @@ def test_command_chats_and_refuses_options_of_boxes(stand_in_path, tmp_path):
     result = CliRunner().invoke(app, ["chat", stand_in_path], input="Hello.\n")
     assert result.exit_code == 0 and result.stdout.strip(), result.output
     (tmp_path / "boxes.json").write_text("[]")
-    for options in (
-        ["--no-box-detector"],
-        ["--threshold", "0.5"],
-        ["--boxes", tmp_path / "boxes.json"],
-        ["--save-boxes", tmp_path],
-    ):
+    boxes = ["--boxes", tmp_path / "boxes.json"], ["--save-boxes", tmp_path]
+    for options in (["--no-box-detector"], ["--threshold", "0.5"], *boxes):
         result = CliRunner().invoke(app, ["chat", stand_in_path, *map(str, options)])
         assert result.exit_code == 1
         assert f"{options[0]} must be left out: Stand-in has no boxes" in " ".join(result.output.split())

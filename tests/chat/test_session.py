@@ -43,10 +43,9 @@ def test_images_in_mid_chat_equal_one_prompt_and_only_new_ones_are_encoded(sessi
 
 
 def test_a_turn_runs_only_what_is_new(session, model):
-    lengths = []
-    hook = model.lm_head.register_forward_pre_hook(lambda *_: lengths.append(session._cache.get_seq_length()))
+    lengths, steps = [], []
     layer = model.model.language_model.layers[0]
-    steps = []
+    hook = model.lm_head.register_forward_pre_hook(lambda *_: lengths.append(session._cache.get_seq_length()))
     layer_hook = layer.register_forward_pre_hook(lambda _, inputs: steps.append(inputs[0].shape[1]))
     session.add_image(COFFEE, BOXES)
     session.ask("What is this?")
@@ -192,10 +191,7 @@ def test_control_tokens_of_users_are_text_in_every_message(model, processor):
     def special(session):
         return [token for token in session._cached_ids if token in tokenizer.all_special_ids]
 
-    plain, other = (
-        ChatSession(model, processor, system="Be brief."),
-        ChatSession(model, processor, system=f"Be {tokens}."),
-    )
+    plain, other = [ChatSession(model, processor, system=f"Be {word}.") for word in ("brief", tokens)]
     for session, question in ((plain, "What?"), (other, f"What is {' '.join(tokens)}?")):
         session.ask(question)
         session.messages[-1] = {"role": "assistant", "content": question}  # as if the model had said it
