@@ -1,4 +1,4 @@
-"""What a configuration derives, refuses, saves and loads."""
+"""Configuration: derived values, wrong values, saving and loading."""
 
 import pytest
 from transformers import AutoConfig
@@ -7,7 +7,7 @@ from mgllava import MGLlavaConfig
 from tests.tiny import tiny_config
 
 
-def test_default_is_the_published_vicuna_7b():
+def test_default_is_the_published_model_with_vicuna_7b():
     config = MGLlavaConfig()
     assert config.image_seq_length == 576
     assert config.vision_config.num_hidden_layers == 23
@@ -50,27 +50,17 @@ def test_tied_text_config_ties_the_model():
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "message"),
+    ("part", "changes", "message"),
     [
-        ({"fusion_type": "average"}, "fusion_type"),
-        ({"image_token_id": 128}, "`image_token_id` must be a row of the embedding table, 0 to 127"),
-        ({"unpadded_vocab_size": 129}, "`unpadded_vocab_size` must be between 1 and"),
+        (None, {"fusion_type": "average"}, "fusion_type"),
+        (None, {"image_token_id": 128}, "`image_token_id` must be a row of the embedding table, 0 to 127"),
+        (None, {"unpadded_vocab_size": 129}, "`unpadded_vocab_size` must be between 1 and"),
+        ("high_res_vision_config", {"image_size": 128}, "3x3 tokens, `high_res_vision_config` a last stage of 4x4"),
+        ("vision_config", {"model_type": "siglip_vision_model"}, "must be a CLIP vision configuration"),
     ],
 )
-def test_wrong_values_are_named(kwargs, message):
+def test_wrong_values_are_refused(part, changes, message):
+    config = tiny_config().to_dict()
+    (config[part] if part else config).update(changes)
     with pytest.raises(Exception, match=message):
-        tiny_config(**kwargs)
-
-
-def test_towers_with_different_grids_are_refused():
-    config = tiny_config().to_dict()
-    config["high_res_vision_config"]["image_size"] = 128
-    with pytest.raises(Exception, match="3x3 tokens, `high_res_vision_config` a last stage of 4x4"):
-        MGLlavaConfig(**config)
-
-
-def test_vision_config_of_another_kind_is_refused():
-    config = tiny_config().to_dict()
-    config["vision_config"] = {"model_type": "siglip_vision_model"}
-    with pytest.raises(Exception, match="must be a CLIP vision configuration"):
         MGLlavaConfig(**config)

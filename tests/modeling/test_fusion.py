@@ -1,4 +1,4 @@
-"""Fusion variants: the original's numbers where it has them, their defining properties where it has not."""
+"""Fusion variants: the original's numbers if they exist, else the properties that define a variant."""
 
 import math
 
@@ -16,7 +16,7 @@ GOLDEN_VARIANTS = {"conv_gate": 0, "conv_gate_concat": 1, "channel_concat": 2, "
 
 
 class GoldenSizes:
-    """Sizes of the golden fusion modules: 64 low and 48 high channels on an 8x8 grid."""
+    """Configuration of the golden fusion modules: 64 low and 48 high channels on an 8x8 grid."""
 
     class vision_config:  # noqa: N801
         hidden_size = 64
@@ -93,7 +93,7 @@ def test_patch_info_mining_never_mixes_cells():
     assert difference[[0, 1, 2, 3, 4, 6, 7, 8]].max() == 0
 
 
-def test_resampler_reads_every_position_and_knows_where_it_is():
+def test_resampler_depends_on_positions():
     config = tiny_config(fusion_type="resampler")
     fusion = tiny_model(fusion_type="resampler").model.fusion
     tokens, maps = maps_and_tokens(config)

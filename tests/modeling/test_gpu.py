@@ -1,4 +1,4 @@
-"""What needs a CUDA device: the same numbers there, in half precision, quantized, compiled and spread over devices."""
+"""Models on a CUDA device: equal numbers, half precision, quantization, compilation, device maps."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Box pooling against what it replaces: upsampling, torchvision's RoI-align, mean."""
+"""Box pooling against the computation that it replaces: upsampling, RoI-align of torchvision, mean."""
 
 import pytest
 import torch

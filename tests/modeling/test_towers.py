@@ -1,4 +1,4 @@
-"""The vision towers against the libraries that they come from."""
+"""Vision towers against the libraries that they come from."""
 
 import json
 
@@ -22,7 +22,7 @@ def test_high_res_tower_equals_open_clip_trunk():
     trunk = type(trunk)(depths=kwargs["depths"], dims=kwargs["dims"], num_classes=0)
     prefix = "visual.trunk."
     weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    trunk.load_state_dict(weights, strict=False)  # its head is not ours to check
+    trunk.load_state_dict(weights, strict=False)  # ours has no head
 
     tower = MGLlavaHighResVisionModel(
         MGLlavaHighResVisionConfig(depths=kwargs["depths"], hidden_sizes=kwargs["dims"], image_size=256)

@@ -7,7 +7,7 @@ from tests.ram_plus.golden import SOURCES
 
 @pytest.fixture(scope="session")
 def repository(tmp_path_factory):
-    """The golden checkpoint as a model repository."""
+    """Convert the golden checkpoint, and return the model folder."""
     return convert_ram_plus(**SOURCES, output=tmp_path_factory.mktemp("ram_plus") / "repository")
 
 

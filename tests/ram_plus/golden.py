@@ -1,4 +1,4 @@
-"""Access to what the original RAM++ computes, under `tests/golden_ram`."""
+"""Access to the golden numbers of RAM++ under `tests/golden_ram`."""
 
 import json
 from functools import cache
@@ -11,7 +11,7 @@ GOLDEN = Path(__file__).parents[1] / "golden_ram"
 RAM = GOLDEN / "ram"
 NUM_TAGS, NUM_DESCRIPTIONS = 20, 4
 
-# What a conversion of the golden checkpoint takes, besides the output.
+# Arguments to convert the golden checkpoint, except the output.
 SOURCES = {
     "checkpoint": RAM / "ram_plus_tiny.pth",
     "tag_list": RAM / "data" / "ram_tag_list.txt",

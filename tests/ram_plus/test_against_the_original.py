@@ -1,4 +1,4 @@
-"""What the original computes with the golden checkpoint, at every stage; limits are those of the golden README."""
+"""Every stage against the original with the golden checkpoint; the limits are those of the golden README."""
 
 import json
 
@@ -47,7 +47,7 @@ def test_every_stage(tagger, repository, index):
 def test_every_stage_of_the_backbone(tagger):
     golden, merged = arrays("ram_img0"), []
     for layer in tagger.vision_tower.layers[1:]:
-        # The original counts the merging to the stage before it, timm to the one behind.
+        # Patch merging belongs to the stage before it in the original, and to the stage after it in timm.
         layer.downsample.register_forward_hook(lambda module, inputs, output: merged.append(output))
     stages = run(tagger, golden["pixel_values"][None]).vision_hidden_states
     names = ("swin_patch_embed", "swin_stage0", "swin_stage1", "swin_stage2", "swin_stage3")
@@ -76,7 +76,7 @@ def test_suppressed_tags_are_off_and_stay_off(load, tmp_path):
         outputs = tagger(pixel_values)
     assert outputs.logits.shape == (1, NUM_TAGS)
     assert " | ".join(tagger.post_process_image_tagging(outputs)[0]["labels"]) == golden["tag_string"]
-    # One threshold for all tags does not bring them back.
+    # They are not reported with an explicit threshold either.
     assert set(golden["index"]).isdisjoint(tagger.post_process_image_tagging(outputs, threshold=0)[0]["indices"])
 
 

@@ -1,4 +1,4 @@
-"""The tagger as a transformers model: sizes, dtypes, devices, quantization, new tags, errors."""
+"""RAM++ as a model of transformers: sizes, dtypes, devices, quantization, new tags, errors."""
 
 import re
 
@@ -49,7 +49,7 @@ def test_released_model_has_the_parameters_of_the_original():
     assert shapes == {name: value.shape for name, value in backbone.state_dict().items()}
 
 
-def test_backbone_equals_timm_with_its_own_reading_of_the_checkpoint(tagger):
+def test_backbone_equals_timm_with_the_original_weights(tagger):
     prefix = "visual_encoder."
     state = {name.removeprefix(prefix): v for name, v in original_state().items() if name.startswith(prefix)}
     backbone = SwinTransformer(
@@ -79,7 +79,7 @@ def test_chunks_change_nothing(load, tag_chunk_size):
     assert [state.shape for state in actual.hidden_states] == [state.shape for state in expected.hidden_states]
 
 
-def test_intermediates_come_on_request_only(tagger):
+def test_optional_outputs_are_left_out_by_default(tagger):
     with torch.no_grad():
         outputs = tagger(pixels())
         as_tuple = tagger(pixels(), return_dict=False)
@@ -88,7 +88,7 @@ def test_intermediates_come_on_request_only(tagger):
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 0.08), (torch.float16, 0.012)])
-def test_half_precision_is_close_and_ends_in_fp32(load, dtype, limit):
+def test_half_precision_is_close_and_gives_float32_logits(load, dtype, limit):
     model = load(dtype=dtype)
     assert model.decoder.label_embed.dtype == dtype
     with torch.no_grad():
@@ -98,28 +98,28 @@ def test_half_precision_is_close_and_ends_in_fp32(load, dtype, limit):
     assert (outputs.logits - logits(load())).abs().mean() < limit  # logits are about 1
 
 
-def test_scores_and_logits_are_fp32_under_autocast(tagger):
+def test_weights_and_logits_are_float32_under_autocast(tagger):
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         outputs = tagger(pixels(), output_hidden_states=True)
     assert outputs.logits.dtype == outputs.tag_embeds.dtype == torch.float32
     torch.testing.assert_close(outputs.description_weights.sum(-1), torch.ones(3, NUM_TAGS), rtol=0, atol=1e-6)
 
 
-def test_layer_norm_keeps_its_epsilon_in_fp16():
+def test_layer_norm_keeps_its_epsilon_in_float16():
     norm = RamPlusLayerNorm(8, eps=1e-12).half()
     flat = torch.full((1, 8), 3.0, dtype=torch.half)
     assert torch.equal(norm(flat), torch.zeros_like(flat))
 
 
 def reads_narrow_layers():
-    """Whether 4 bits of 48 inputs are read as they were written: 0.50 does not with AVX-512."""
+    """Tell whether 4-bit layers with 48 inputs work: bitsandbytes 0.50 mixes up their scales with AVX-512."""
     weight = torch.linspace(-1, 1, 64 * 48).reshape(64, 48)
     return (dequantize_4bit(*quantize_4bit(weight)) - weight).abs().max() < 0.3
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized(load, bits, monkeypatch):
-    # Layers as small as these cannot be packed for processors with AVX512-BF16; those of the released model can.
+    # Layers as small as these cannot be packed for processors with AVX512-BF16, unlike those of the released model.
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     model = load(quantization_config=BitsAndBytesConfig(**{f"load_in_{bits}bit": True}))
     plain = {name for name, module in model.named_modules() if type(module) is nn.Linear}
@@ -131,14 +131,14 @@ def test_quantized(load, bits, monkeypatch):
     assert difference < (1.5 if bits == 4 else 0.3)
 
 
-def test_offloaded_parts_give_the_same(load, tmp_path):
+def test_offloading_changes_nothing(load, tmp_path):
     device_map = {"vision_tower": "cpu", "image_projection": "disk", "decoder": "disk", "classifier": "cpu"}
     model = load(device_map=device_map, offload_folder=tmp_path)
     assert model.decoder.label_embed.device.type == "meta"
     assert torch.equal(logits(model), logits(load()))
 
 
-def test_new_weights():
+def test_initial_weights():
     model = RamPlusForImageTagging(RamPlusConfig(**TINY))
     torch.testing.assert_close(model.decoder.reweight_scale.item(), 2.6593, rtol=0, atol=1e-4)
     assert 0.5 < model.decoder.label_embed.norm(dim=-1).mean() < 1.5
@@ -165,14 +165,14 @@ def test_gradients_reach_all_but_the_descriptions(load):
     assert untrained == without
 
 
-def test_width_of_the_descriptions_needs_no_projection():
+def test_tags_of_the_width_of_the_descriptions_are_not_projected():
     model = RamPlusForImageTagging(RamPlusConfig(**{**TINY, "projection_dim": 16})).eval()
     assert not any("word_projection" in name for name in model.state_dict())
     assert model(torch.randn(1, 3, 64, 64)).logits.shape == (1, 5)
 
 
 @pytest.mark.parametrize("as_rows", [False, True])
-def test_some_of_the_tags_by_their_own_embeddings(load, tmp_path, as_rows):
+def test_set_tags_to_some_of_the_old_tags(load, tmp_path, as_rows):
     chosen = [17, 2, 11]
     reference = load()
     names = [reference.config.id2label[index] for index in chosen]
@@ -213,18 +213,18 @@ def test_new_tags_with_another_number_of_descriptions(tagger):
         (["a", "b"], (2, 512), [0.1], "each of the 2 tags, got 1"),
     ],
 )
-def test_tags_that_do_not_fit(tagger, tags, shape, thresholds, said):
+def test_tags_that_do_not_match_are_refused(tagger, tags, shape, thresholds, said):
     with pytest.raises(ValueError, match=said):
         tagger.set_tags(tags, torch.zeros(shape), thresholds)
     assert tagger.config.num_labels == NUM_TAGS
 
 
-def test_images_of_another_size(tagger):
+def test_images_of_another_size_are_refused(tagger):
     with pytest.raises(ValueError, match=r"\(batch_size, 3, 128, 128\), got \(1, 3, 96, 128\)"):
         tagger(torch.zeros(1, 3, 96, 128))
 
 
-def test_outputs_of_other_tags(tagger):
+def test_outputs_for_other_tags_are_refused(tagger):
     with torch.no_grad():
         outputs = tagger(pixels())
     tagger.set_tags(["cat"], torch.randn(1, 512))
@@ -245,7 +245,7 @@ def test_outputs_of_other_tags(tagger):
         ({"tag_chunk_size": 0}, "at least 1"),
     ],
 )
-def test_configurations_that_do_not_fit(changes, said):
+def test_wrong_configurations_are_refused(changes, said):
     settings = {**TINY, **changes}
     if "id2label" in changes:
         del settings["num_labels"]
