@@ -21,7 +21,7 @@ from tests.stand_in_family import FAMILY, StandInConfig, StandInImageProcessor, 
 
 @pytest.fixture(scope="session")
 def convert(tmp_path_factory):
-    """Convert a checkpoint of the golden set (a path, or its name under `xtuner/`) and return the repository."""
+    """Convert a checkpoint of the golden set (a path, or its name under `xtuner/`) and return the model folder."""
 
     def run(checkpoint="iter_10.pth", **kwargs):
         output = tmp_path_factory.mktemp("repository") / "model"
@@ -41,7 +41,7 @@ def convert(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def repository(convert):
-    """The stage-2 checkpoint as a model repository."""
+    """Convert the stage-2 checkpoint, and return the model folder."""
     return convert()
 
 
@@ -65,7 +65,7 @@ def stand_in(processor, monkeypatch):
 
 @pytest.fixture
 def stand_in_path(stand_in, monkeypatch):
-    """Let the Auto classes load the tiny family under a name."""
+    """Make the Auto classes load the tiny family by a name."""
     model, processor = stand_in
     loaded = {"AutoConfig": model.config, "AutoProcessor": processor, "AutoModelForImageTextToText": model}
     for name, value in loaded.items():

@@ -1,4 +1,4 @@
-"""Access to the original's numbers under `tests/golden` (see the README there)."""
+"""Access to the golden numbers under `tests/golden` (see the README there)."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# The original's placeholder, and the id that the converter gives it here: the first behind the 420 words.
+# The id of the placeholder in the original, and here: the first id after the 420 of the vocabulary.
 REFERENCE_IMAGE_ID, IMAGE_ID, VOCAB_SIZE = -200, 420, 420
 NUM_FUSED_TOKENS = 576
 
@@ -35,12 +35,12 @@ def load_tensors(name: str) -> dict[str, torch.Tensor]:
 
 
 def expand_placeholders(ids: list[int], num_boxes: int, fill: int = IMAGE_ID) -> list[int]:
-    """Replace the original's one placeholder by as many as the image has embeddings."""
+    """Replace the single placeholder of the original by one per embedding of the image."""
     position = ids.index(REFERENCE_IMAGE_ID)
     return ids[:position] + [fill] * (NUM_FUSED_TOKENS + num_boxes) + ids[position + 1 :]
 
 
-# How the golden set thins its tensors out, by the suffix of their names. Token tensors have no leading channels.
+# Subsampling of the golden tensors, by their names. Tensors of tokens have no channels in front.
 THINNED = {
     "pixel_values_aux_s16": lambda t: t[:, 8::16, 8::16],
     "pixel_values_s8": lambda t: t[:, 4::8, 4::8],
@@ -73,7 +73,7 @@ def process(processor, golden, **kwargs):
 
 @contextlib.contextmanager
 def recorded_stages(model):
-    """Collect what each stage computes for the first image, under the names of the golden set."""
+    """Record the output of each stage for the first image, under the names of the golden set."""
     stages, parts = {}, model.model
 
     hooks = [
@@ -107,7 +107,7 @@ def run(model, inputs):
 
 
 def stage_pairs(stages: dict, tensors: dict):
-    """Yield (stage, what it computed, what the original computed) for every stage that the golden set holds."""
+    """Yield name, output and expected output of every stage in the golden set."""
     for name, expected in tensors.items():
         names = (s for s in stages if name == s or re.fullmatch(rf"{s}_(s|last)\d+", name))
         stage = next(names, None)

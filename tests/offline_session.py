@@ -1,7 +1,7 @@
-"""What users do with local folders, in a process that refuses the network and counts who asks for it.
+"""Use local model folders in a process that refuses network access and records each attempt.
 
-Run by test_offline.py as `python -m tests.offline_session FOLDER`. The last line of its output is a JSON list of the
-attempts (function, address, place in the code), since libraries swallow the error that they get.
+test_offline.py runs it as `python -m tests.offline_session FOLDER`. The last line of its output is a JSON list of the
+attempts (function, address, stack), since libraries may catch the error.
 """
 
 import json
@@ -16,7 +16,7 @@ ATTEMPTS: list[list[str]] = []
 def refuse(name, original):
     def refused(*arguments, **kwargs):
         is_socket = bool(arguments) and isinstance(arguments[0], socket.socket)
-        if is_socket and arguments[0].family == socket.AF_UNIX:  # processes on this machine
+        if is_socket and arguments[0].family == socket.AF_UNIX:  # connections between processes of this machine
             return original(*arguments, **kwargs)
         ATTEMPTS.append(
             [name, str(arguments[1:] if is_socket else arguments), "".join(traceback.format_stack()[-12:])]
@@ -33,7 +33,7 @@ for _owner, _names in (
     for _name in _names:
         setattr(_owner, _name, refuse(_name, getattr(_owner, _name)))
 
-import torch  # noqa: E402  (the sockets first)
+import torch  # noqa: E402  (after the sockets were replaced)
 from PIL import Image  # noqa: E402
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, pipeline  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
@@ -79,7 +79,7 @@ def main(folder: Path) -> None:
         with torch.no_grad():
             output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
         answers.append(processor.post_process_image_text_to_text(output)[0])
-        if turn == "before":  # again from what was saved, with the detector inside
+        if turn == "before":  # load again what was saved, with the box detector
             model.save_pretrained(folder / "saved")
             processor.save_pretrained(folder / "saved")
             model = AutoModel.from_pretrained(folder / "saved")

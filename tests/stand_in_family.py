@@ -33,10 +33,10 @@ class StandInModel(LlamaForCausalLM):
     def __init__(self, config):
         super().__init__(config)
         self.projector = torch.nn.Linear(3 * SIDE * SIDE, config.hidden_size)
-        self.num_views = []  # how many views each prompt came with
+        self.num_views = []  # number of views of each prompt
 
     def generate(self, input_ids, pixel_values=None, image_grids=None, **kwargs):
-        """Encode the images before the prefill, as their embeddings depend on text that may be cached."""
+        """Encode images before the prefill, since their embeddings depend on text that may be in the cache."""
         if pixel_values is not None:
             self.num_views.append(len(pixel_values))
             assert int(image_grids.prod(1).sum()) == len(pixel_values)
@@ -60,7 +60,7 @@ class StandInImageProcessor(BaseImageProcessor):
         return fetch_upright(images)
 
     def __call__(self, images, return_tensors=None, **kwargs):
-        """Make a view of an image, or two views of a wide one."""
+        """Make one view of an image, or two of a wide image."""
         views, grids = [], []
         for image in fetch_upright(images):
             columns = 1 + (image.width > image.height)

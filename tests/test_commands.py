@@ -1,4 +1,4 @@
-"""The command line as a whole: its words, its version, and errors that name options. What commands do is elsewhere."""
+"""The command line as a whole: shared options, revisions, version, and errors that name options."""
 
 import runpy
 import sys
@@ -15,7 +15,7 @@ from mgllava.cli import app
 from mgllava.commands.console import errors_as_messages
 
 COMMANDS = typer.main.get_command(app).commands
-# One word for one thing: these options read the same wherever they occur.
+# Options with the same help in all commands that have them.
 SHARED = {
     "--revision": {"chat", "serve", "export"},
     "--bits": {"chat", "serve"},
@@ -32,7 +32,7 @@ SHARED = {
 
 
 @pytest.mark.parametrize("word", SHARED)
-def test_option_reads_the_same_in_every_command(word):
+def test_option_has_the_same_help_in_every_command(word):
     found = {
         name: parameter.help
         for name, command in COMMANDS.items()
@@ -43,7 +43,7 @@ def test_option_reads_the_same_in_every_command(word):
     assert len(set(found.values())) == 1
 
 
-def test_model_is_the_argument_of_all_commands_that_take_one():
+def test_model_is_the_positional_argument_of_commands():
     positional = {
         name: [parameter.metavar for parameter in command.params if parameter.param_type_name == "argument"]
         for name, command in COMMANDS.items()
@@ -62,7 +62,7 @@ def test_revision_of_a_folder_is_refused(command, tmp_path):
 
 @pytest.mark.parametrize("command", ["chat", "serve"])
 @pytest.mark.parametrize(("options", "revision"), [([], "main"), (["--revision", "v1"], "v1")])
-def test_all_parts_of_a_model_are_of_one_revision(command, options, revision, stand_in, monkeypatch):
+def test_configuration_processor_and_model_have_one_revision(command, options, revision, stand_in, monkeypatch):
     asked = []
 
     def load(found):

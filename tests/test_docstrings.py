@@ -1,7 +1,7 @@
-"""Docstrings agree with the code, and those of the public names are complete.
+"""Docstrings agree with the code, and those of public names are complete.
 
-Public is what the `__init__` of a package exports, and the public methods of these classes. Other docstrings may leave
-out whatever they like; what they do claim is checked all the same.
+A name is public if the `__init__` of a package exports it, or if it is a public method of such a class. Docstrings of
+other names may be short, but must be correct, too.
 """
 
 import ast
@@ -18,10 +18,10 @@ import torch
 import mgllava
 
 SECTIONS = ("Args:", "Attributes:", "Returns:", "Raises:", "Example:", "Yields:")
-# `name (`type`, *optional*, defaults to `value`): …`, where the type may run over several lines.
+# `name (`type`, *optional*, defaults to `value`): …`; the type may span several lines.
 ENTRY = re.compile(r"^ {4}`?\**(?P<name>\w+)(?:, \**\w+)*`? ?(?:\((?P<type>.*?)\))?:(?= |$)", re.MULTILINE | re.DOTALL)
 DEFAULT = re.compile(r"defaults to\s+`(.+?)`", re.DOTALL)
-# Options that are documented in one class and have their defaults in another one.
+# Classes that document options, and the classes with the defaults of these options.
 DEFAULTS_ELSEWHERE = {
     f"{family}ImageProcessorKwargs": f"{family}ImageProcessorMixin" for family in ("MGLlava", "RamPlus", "Slime")
 }
@@ -76,7 +76,7 @@ ERRORS = {value.__name__: value for _, value in OBJECTS.values() if inspect.iscl
 
 
 def section(value, name):
-    """The lines of one section of a docstring, with its entries at an indentation of 4."""
+    """Return the lines of one section of a docstring; its entries are indented by 4."""
     lines, inside = [], False
     for line in (inspect.getdoc(value) or "").splitlines():
         if line.strip() in SECTIONS and not line.startswith(" "):
@@ -108,7 +108,7 @@ def parameters(value):
 
 
 def default_of(value, name):
-    """The default of an argument: in the signature, or as an attribute of the class."""
+    """Return the default of an argument, from the signature or an attribute of the class."""
     if value.__name__ in DEFAULTS_ELSEWHERE:
         return getattr(getattr(inspect.getmodule(value), DEFAULTS_ELSEWHERE[value.__name__]), name, False)
     parameter = parameters(value).get(name)
@@ -156,7 +156,7 @@ def test_public_names_have_docstrings():
 
 
 def error_class(module, name):
-    """An exception by the name that a docstring or a `raise` gives it."""
+    """Return the exception class that a docstring or a `raise` names."""
     names = {**vars(builtins), **ERRORS, **vars(module), "torch": torch}
     try:
         found = eval(name, names)
@@ -173,7 +173,7 @@ def source_tree(function):
 
 
 def with_handlers(node, caught=()):
-    """Every node of a function, with the exceptions that are caught around it."""
+    """Yield every node of a function with the exceptions that are caught around it."""
     yield node, caught
     if isinstance(node, ast.Try):
         kinds = [kind for handler in node.handlers for kind in getattr(handler.type, "elts", [handler.type])]
@@ -188,7 +188,7 @@ def with_handlers(node, caught=()):
 
 
 def called_function(node, module, owner):
-    """The function of this package that a call means, and the class that it belongs to."""
+    """Return the function of this package that a call refers to, and its class."""
     called, found = node.func, None
     if isinstance(called, ast.Name):
         found = vars(module).get(called.id)
@@ -203,7 +203,7 @@ def called_function(node, module, owner):
 
 @functools.cache
 def errors_of(function, owner, depth=0):
-    """The exceptions that a function raises, or lets through from the functions of this package that it calls."""
+    """Return the exceptions of a function, including those of the functions of this package that it calls."""
     module, found = inspect.getmodule(function), set()
     for node, handlers in with_handlers(source_tree(function)):
         errors = set()
@@ -217,7 +217,7 @@ def errors_of(function, owner, depth=0):
     return found
 
 
-def test_documented_errors_exist_and_public_functions_document_all_they_raise():
+def test_documented_errors_exist_and_public_functions_document_all_errors():
     problems = []
     for name, (module, value) in OBJECTS.items():
         if not inspect.isfunction(value):

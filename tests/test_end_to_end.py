@@ -1,4 +1,4 @@
-"""The main job as a user does it: the command, then a new process that knows nothing of it."""
+"""Convert a checkpoint with the command, and answer questions in a new process."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ def run(*command, **kwargs):
     return done.stdout
 
 
-def test_command_then_new_process_gives_the_original_answers(tmp_path):
+def test_converted_model_gives_the_original_answers_in_a_new_process(tmp_path):
     run(
         *("-m", "mgllava", "convert"),
         *("--checkpoint", GOLDEN / "xtuner" / "iter_10.pth", "--llm", GOLDEN / "llm"),

@@ -1,4 +1,4 @@
-"""The examples run, and show what they say."""
+"""The examples run, and print and draw what they promise."""
 
 import json
 import os
@@ -14,16 +14,17 @@ from PIL import Image, ImageChops
 from torchvision.ops import box_iou
 
 from mgllava.box_files import detect_images, open_detector, read_boxes, write_boxes
+from mgllava.visualization import draw_boxes
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-# What reads the option `--model`, and is no example itself.
+# A module that examples import.
 HELPER = "small_model.py"
 FILES = sorted(path for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb") and path.name != HELPER)
 
 
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
-    """Run a script as `python examples/NAME ARGUMENTS` in an empty folder; returns its names and what it wrote."""
+    """Run a script as `python examples/NAME ARGUMENTS` in an empty folder; return its names and its output."""
 
     def run(name, *arguments):
         monkeypatch.chdir(tmp_path)
@@ -37,7 +38,7 @@ def run(monkeypatch, capsys, tmp_path):
 
 @pytest.fixture
 def run_notebook(monkeypatch, capsys):
-    """Run the cells of a notebook in its folder, with other parameters."""
+    """Run the cells of a notebook in its folder, with other values of its parameters."""
 
     def run(name, **parameters):
         monkeypatch.chdir(EXAMPLES)
@@ -66,13 +67,13 @@ def test_example_is_short_and_in_the_index(path):
     if path.suffix == ".ipynb":
         cells = json.loads(text)["cells"]
         text = "\n".join("".join(cell["source"]) for cell in cells)
-        # Outputs grow old.
+        # Saved outputs would become outdated.
         assert all(cell.get("outputs", []) == [] for cell in cells)
     assert len(text.splitlines()) < 80
     assert f"[{path.name}]({path.name})" in (EXAMPLES / "README.md").read_text()
 
 
-def test_index_names_no_example_that_is_gone():
+def test_index_lists_existing_examples_only():
     listed = re.findall(r"\]\((\w+\.\w+)\)", (EXAMPLES / "README.md").read_text())
     assert sorted(listed) == [path.name for path in FILES]
 
@@ -82,12 +83,12 @@ def test_first_answer_is_right(run):
     assert "Question: What letter is on the cyan square?" in out and answers(out) == ["A"]
 
 
-def test_another_model_may_be_named(run, repository):
+def test_option_model_loads_another_model(run, repository):
     _, out = run("first_answer.py", "--model", repository)
     assert len(answers(out)) == 1 and answers(out) != ["A"]
 
 
-def test_chat_session_goes_on(run):
+def test_chat_session_answers_several_questions(run):
     _, out = run("chat_session.py")
     assert answers(out) == ["two", "L", "center"]
     assert out.count("tokens, ") == 3
@@ -108,7 +109,7 @@ def test_batch_answers_every_prompt(run):
     assert [out.splitlines()[line].strip() for line in (1, 3)] == ["yes", "no"]
 
 
-def test_own_boxes_give_a_token_each(run_notebook):
+def test_own_boxes_get_one_token_each(run_notebook):
     names, out = run_notebook("own_boxes.ipynb")
     assert names["tokens"] == 64 + 3 and names["tokens_without"] == 64 + 1
     assert "67 tokens stand for the picture: 64 for all of it, 3 for boxes" in out
@@ -121,9 +122,9 @@ def test_found_boxes_are_listed_and_drawn(run_notebook):
     names, out = run_notebook("find_boxes.ipynb")
     assert 0 < len(names["found"]["boxes"]) == len(out.splitlines())
     square, star = [228, 49, 303, 122], [76, 96, 98, 117]
-    there = [star, [50, 122, 89, 155], [140, 70, 168, 98], [124, 120, 149, 142], [201, 170, 227, 200]]
-    assert (box_iou(torch.tensor(there), names["found"]["boxes"]).amax(1) > 0.5).all()
-    # What the tagger overlooks is found by name.
+    shown = [star, [50, 122, 89, 155], [140, 70, 168, 98], [124, 120, 149, 142], [201, 170, 227, 200]]
+    assert (box_iou(torch.tensor(shown), names["found"]["boxes"]).amax(1) > 0.5).all()
+    # The tagger does not see the square; searching for its name finds it.
     assert (box_iou(torch.tensor([square]), names["found"]["boxes"]) < 0.5).all()
     picked = names["picked"]
     assert set(picked["labels"]) == {"square", "star"}
@@ -134,10 +135,11 @@ def test_found_boxes_are_listed_and_drawn(run_notebook):
 def test_boxes_of_a_box_file_are_drawn(run, tmp_path):
     _, out = run("draw_boxes.py")
     assert "Drew 3 boxes" in out and Image.open(tmp_path / "boxes.png").size == (600, 400)
-    record = {"id": "coffee.jpg", "boxes": [[172, 17, 410, 308]], "labels": ["cup"], "scores": [0.9]}
-    write_boxes(tmp_path / "boxes.json", [record])
+    entry = {"boxes": [[172, 17, 410, 308]], "labels": ["cup"], "scores": [0.9]}
+    write_boxes(tmp_path / "boxes.json", [{"id": "coffee.jpg", **entry}])
     _, out = run("draw_boxes.py", tmp_path / "boxes.json", EXAMPLES, "coffee.jpg", tmp_path / "one.png")
-    assert "Drew 1 boxes" in out and Image.open(tmp_path / "one.png").size == (600, 400)
+    assert "Drew 1 boxes" in out
+    assert Image.open(tmp_path / "one.png").convert("RGB") == draw_boxes(EXAMPLES / "coffee.jpg", entry)
 
 
 def test_four_bits_are_smaller(run):
@@ -149,7 +151,7 @@ def test_four_bits_are_smaller(run):
 
 LORA_WITHOUT_THE_PACKAGE = """
 import runpy, sys
-sys.modules["mgllava"] = None  # importing it fails
+sys.modules["mgllava"] = None  # makes imports of it fail
 sys.path.insert(0, sys.argv[1])
 sys.argv[1:2] = []
 import small_model, pathlib
@@ -174,7 +176,7 @@ def test_lora_learns_the_answer_without_the_package(repository, tmp_path):
     assert (tmp_path / "demo-output" / "lora" / "adapter_model.safetensors").is_file()
 
 
-def test_conversion_reports(run, tmp_path):
+def test_conversion_prints_a_report(run, tmp_path):
     _, out = run("convert.py", tmp_path / "converted")
     assert "the checkpoint being of kind 'sft'" in out and "tensors of vision_tower, text tower of CLIP" in out
     assert (tmp_path / "converted" / "model.safetensors").is_file()

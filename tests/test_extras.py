@@ -1,4 +1,4 @@
-"""The extras of setup.cfg, and what errors and pages say about them."""
+"""The extras of setup.cfg, and how errors and pages name them."""
 
 import configparser
 import re
@@ -11,7 +11,7 @@ from mgllava.extras import import_extra, install_hint
 ROOT = Path(__file__).parents[1]
 
 
-def test_missing_package_says_who_needs_it_and_how_to_install_it():
+def test_error_for_a_missing_package_names_its_user_and_its_extra():
     with pytest.raises(
         ImportError, match=r"Plotting needs no_such \(.*no_such.*\).*pip install -e '\.\[train\]'"
     ) as caught:
@@ -29,6 +29,6 @@ def test_every_extra_that_code_and_pages_name_exists():
     in_calls = re.findall(r'import_extra\([^)]*?, "(\w+)",|install_hint\([\'"](\w+)[\'"]\)', code)
     named = {first or second for first, second in in_calls} | set(re.findall(r"pip install[^`\n]*\[(\w+)\]", pages))
     assert {"serve", "train", "datasets", "zero"} <= named <= extras
-    # The name of the package is not on the index.
+    # The package is not on PyPI.
     assert not re.findall(r"pip install \S*mgllava", code + pages)
     assert "'.[serve]'" in install_hint("serve")

@@ -1,4 +1,4 @@
-"""The registry of model families, and what a new family takes: its own files and one line."""
+"""The registry of model families, and a new family of new files and one line."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ TOY = Path(__file__).parent / "toy_family"
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_the_names_of_a_family_are_those_of_its_classes(model_type):
+def test_import_strings_of_a_family_name_its_classes(model_type):
     family = FAMILIES[model_type]
     config, model = resolve(family.config), resolve(family.model)
     assert config.model_type == model_type and model.config_class is config
@@ -28,7 +28,7 @@ def test_the_names_of_a_family_are_those_of_its_classes(model_type):
     assert set(family.image_processors) == {"torchvision", "pil"}
 
 
-def test_models_of_other_families_are_refused_by_name():
+def test_other_families_are_refused():
     from transformers import LlamaConfig
 
     from mgllava import RamPlusConfig
@@ -39,8 +39,8 @@ def test_models_of_other_families_are_refused_by_name():
         family_of(RamPlusConfig())
 
 
-def test_a_family_is_its_own_files_and_one_line(tmp_path):
-    """With these a toy family converts, exports, loads by remote code, chats, serves and trains a step."""
+def test_new_family_needs_its_files_and_one_line_only(tmp_path):
+    """The toy family converts, exports, loads by remote code, chats, serves and trains for one step."""
     package = tmp_path / "src" / "mgllava"
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
     for file in TOY.glob("*/*.py"):

@@ -1,4 +1,4 @@
-"""docs/finetune.md, followed to the letter with twenty pictures, teaches the small model what it did not know."""
+"""The steps of docs/finetune.md, run with twenty pictures, teach the small model to answer a new question."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ def blocks(language):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Twenty pictures and a table, as the page asks for: what has a character on it is kept."""
+    """Make twenty pictures and a table, as the page says. The right answer is yes if an object has a character."""
     seeds = range(500_000, 500_040)
     write_dataset(tmp_path / "drawn", "test", len(seeds), questions=1, first=seeds[0], processes=1)
     kept = {seed: any(item.character for item in make_scene("test", seed).objects) for seed in seeds}
@@ -45,14 +45,14 @@ def folder(tmp_path):
 
 
 def commands(script):
-    """The arguments of each `mgllava` in a script, as the shell expands them."""
+    """Return the arguments of each `mgllava` command of a script, as the shell expands them."""
     noted = "mgllava() { printf '%s\\0' \"$@\"; printf '\\n'; }\n"
     done = subprocess.run(["bash", "-ec", noted + script], capture_output=True, text=True, check=True)
     return [line.split("\0")[:-1] for line in done.stdout.splitlines()]
 
 
-def test_the_page_works_as_it_stands(folder, monkeypatch, capsys):
-    """In this process: another one for each block would take longer to import than to run."""
+def test_page_works(folder, monkeypatch, capsys):
+    """All blocks run in this process, since imports would take longer than the rest in a new one for each."""
     monkeypatch.chdir(folder)
     shell, python = blocks("sh"), blocks("python")
     assert (len(shell), len(python)) == (3, 2)

@@ -1,4 +1,4 @@
-"""One run at a time, whatever happens to the run that holds the lock."""
+"""Only one run holds a lock, whatever happens to its process."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pytest
 from mgllava import folder_lock
 from mgllava.folder_lock import FolderLock, FolderLockedError
 
-# In an empty package, since importing the real one takes seconds.
+# Imports the module without the package, which takes seconds to import.
 IMPORT = f"""import os, signal, sys, time, types
 sys.modules["mgllava"] = types.ModuleType("mgllava")
 sys.modules["mgllava"].__path__ = [{str(Path(folder_lock.__file__).parent)!r}]
@@ -24,7 +24,7 @@ with FolderLock(sys.argv[1], "holding"):
     print("held", flush=True)
     time.sleep(60)
 """
-# Enters as often as it can, and notes when: with a stale lock in the way at the start, and again and again.
+# Takes the lock five times, in competition with other processes.
 COMPETE = """
 from mgllava.folder_lock import FolderLock, FolderLockedError
 path, entered = sys.argv[1], 0
@@ -50,14 +50,14 @@ def _hold(path):
 
 
 def _lock_of(path, **changes):
-    """Leave the lock of a process that runs, with changes, as if that process had made it."""
+    """Write the lock file of this process, with changes."""
     with FolderLock(path, "training") as lock:
         content = json.loads(lock.file.read_text())
     lock.file.write_text(json.dumps({**content, **changes}))
     return lock.file
 
 
-def test_second_run_is_told_who_holds_the_lock_and_leaves(tmp_path):
+def test_second_run_gets_an_error_that_names_the_owner(tmp_path):
     output = tmp_path / "out"
     with (
         FolderLock(output, "converting") as lock,
@@ -65,7 +65,7 @@ def test_second_run_is_told_who_holds_the_lock_and_leaves(tmp_path):
         FolderLock(output, "converting"),
     ):
         pass
-    lock.file.write_text("")  # the lock of the first run is still there: nothing was removed by the second
+    lock.file.write_text("")  # after the second run, the lock of the first still exists
     lock.file.unlink()
     with FolderLock(output, "converting"):
         pass
@@ -77,7 +77,7 @@ def test_lock_of_a_killed_process_is_taken_over_at_once(tmp_path):
     with pytest.raises(FolderLockedError, match="holding"), FolderLock(tmp_path / "out", "converting"):
         pass
     process.send_signal(signal.SIGKILL)
-    # Not waited for: a process that was killed is dead also before its parent notices.
+    # Without `wait` the process is a zombie, which counts as dead.
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         try:
@@ -107,7 +107,7 @@ def test_lock_of_another_host_is_taken_over_when_its_heartbeat_stops(tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_number_of_a_dead_process_that_is_used_again_does_not_hold_a_lock(tmp_path):
+def test_lock_of_a_dead_process_whose_number_is_in_use_is_taken_over(tmp_path):
     if not os.path.exists("/proc/self/stat"):
         pytest.skip("needs /proc")
     _lock_of(tmp_path / "out", process_started="1")
@@ -115,8 +115,8 @@ def test_number_of_a_dead_process_that_is_used_again_does_not_hold_a_lock(tmp_pa
         pass
 
 
-def test_quiet_owner_on_this_machine_keeps_its_lock(tmp_path):
-    # Stopped by a debugger or a laptop lid: alive, but without a heartbeat.
+def test_suspended_owner_on_this_machine_keeps_its_lock(tmp_path):
+    """It is alive, but without a heartbeat."""
     process = _hold(tmp_path / "out")
     os.utime(tmp_path / "out.lock", (1, 1))
     with pytest.raises(FolderLockedError), FolderLock(tmp_path / "out", "converting"):
@@ -126,7 +126,7 @@ def test_quiet_owner_on_this_machine_keeps_its_lock(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["notes of mine", "{}", "", "[" * 100_000, '{"mark": "other"}'])
-def test_file_of_another_kind_is_not_touched(tmp_path, content, monkeypatch):
+def test_other_files_with_the_name_of_the_lock_are_not_changed(tmp_path, content, monkeypatch):
     monkeypatch.setattr(folder_lock, "_SETTLING_SECONDS", 0.0)
     (tmp_path / "out.lock").write_text(content)
     os.utime(tmp_path / "out.lock", (1, 1))
@@ -135,7 +135,7 @@ def test_file_of_another_kind_is_not_touched(tmp_path, content, monkeypatch):
     assert (tmp_path / "out.lock").read_text() == content
 
 
-def test_folders_links_and_pipes_in_the_way_are_not_touched(tmp_path, monkeypatch):
+def test_folders_links_and_pipes_with_the_name_of_the_lock_are_not_changed(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_lock, "_SETTLING_SECONDS", 0.0)
     stale = _lock_of(tmp_path / "target", machine="another", pid=1)
     os.utime(stale, (1, 1))
@@ -150,7 +150,7 @@ def test_folders_links_and_pipes_in_the_way_are_not_touched(tmp_path, monkeypatc
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_lost_lock_stops_its_run_and_stays_with_its_new_owner(tmp_path, monkeypatch):
+def test_run_that_lost_its_lock_gets_an_error_and_leaves_the_new_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_lock, "HEARTBEAT_SECONDS", 0.01)
     with FolderLock(tmp_path / "out", "converting") as lock:
         lock.check()
@@ -158,7 +158,7 @@ def test_lost_lock_stops_its_run_and_stays_with_its_new_owner(tmp_path, monkeypa
         lock.file.write_text(json.dumps({**owner, "token": "other", "host": "node17"}))
         with pytest.raises(FolderLockedError, match=r"on node17.*holds it"):
             lock.check()
-        lock._heartbeat.join(10)  # notices by itself, too
+        lock._heartbeat.join(10)  # the heartbeat notices it, too
     assert json.loads((tmp_path / "out.lock").read_text())["token"] == "other"
     (tmp_path / "out.lock").unlink()
     with FolderLock(tmp_path / "out", "converting") as lock:
@@ -167,7 +167,7 @@ def test_lost_lock_stops_its_run_and_stays_with_its_new_owner(tmp_path, monkeypa
             lock.check()
 
 
-def test_heartbeat_touches_the_file(tmp_path, monkeypatch):
+def test_heartbeat_updates_the_modification_time(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_lock, "HEARTBEAT_SECONDS", 0.01)
     with FolderLock(tmp_path / "out", "converting") as lock:
         os.utime(lock.file, (1, 1))
@@ -178,7 +178,7 @@ def test_heartbeat_touches_the_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("call", ["open", "fsync", "link"])
-def test_process_killed_while_it_makes_its_lock_holds_none(tmp_path, call):
+def test_process_that_is_killed_while_it_creates_its_lock_holds_none(tmp_path, call):
     code = f"os.{call} = lambda *a, **o: os.kill(os.getpid(), signal.SIGKILL)\n" + HOLD
     killed = subprocess.run(
         [sys.executable, "-c", IMPORT + "import mgllava.folder_lock\n" + code, str(tmp_path / "out")]
@@ -189,7 +189,7 @@ def test_process_killed_while_it_makes_its_lock_holds_none(tmp_path, call):
     assert not list(tmp_path.iterdir())
 
 
-def test_file_system_without_links_gets_a_lock(tmp_path, monkeypatch):
+def test_lock_on_a_file_system_without_hard_links(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", lambda *names: (_ for _ in ()).throw(OSError("no links on this disk")))
     with FolderLock(tmp_path / "out", "holding"):
         with pytest.raises(FolderLockedError, match="holding"), FolderLock(tmp_path / "out", "another"):
@@ -197,17 +197,17 @@ def test_file_system_without_links_gets_a_lock(tmp_path, monkeypatch):
         assert [path.name for path in tmp_path.iterdir()] == ["out.lock"]
 
 
-def test_one_of_many_takes_over(tmp_path):
+def test_competing_processes_take_over_one_at_a_time(tmp_path):
     path = tmp_path / "out"
     _lock_of(path, process_started="1")
     command = [sys.executable, "-c", IMPORT + COMPETE, str(path)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    # Two at once inside fail on the file that both create.
+    # If two held the lock at once, creating the same file would fail.
     assert [process.communicate()[0] for process in processes] == ["5\n"] * 4
     assert list(tmp_path.iterdir()) == []
 
 
-def test_parents_are_created_and_do_not_stay_empty(tmp_path):
+def test_parent_folders_are_created_and_empty_ones_removed(tmp_path):
     with FolderLock(tmp_path / "a" / "b" / "out", "converting") as lock:
         assert lock.file.is_file()
     assert list(tmp_path.iterdir()) == []

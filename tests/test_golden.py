@@ -1,4 +1,4 @@
-"""The original's numbers, reached through the public interface: convert, load, process, run."""
+"""The original's numbers through the public interface: convert, load, process, run."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from tests.golden_cases import (
     thinned,
 )
 
-# Limits of the golden set's README: float32 sums in another order stay far below.
+# Limits of the golden README: float32 sums in another order differ far less.
 PIXELS, FEATURES, LOGITS, LOSS = 1e-6, 5e-5, 3e-4, 1e-4
 
 
@@ -79,7 +79,7 @@ def test_every_stage_and_the_answer_equal_golden(model, processor, name):
     assert greedy(model, inputs) == golden["generated_ids"]
 
 
-def test_projected_tokens_stand_where_the_placeholder_was(model, processor):
+def test_projected_tokens_replace_the_placeholder(model, processor):
     golden, tensors = case("landscape_basic"), load_tensors("cases/landscape_basic")
     stages = run(model, process(processor, golden))
     start = golden["input_ids"].index(-200)
@@ -104,12 +104,12 @@ def test_other_checkpoints_equal_golden(convert, checkpoint, name):
 
 @pytest.fixture(scope="module")
 def convert_state(convert, tmp_path_factory):
-    """Convert a state dict of the ablation files as the pretrain-stage checkpoint that it would have been."""
+    """Convert a state dict of the ablation files as a checkpoint of the pretraining stage."""
 
     def run(file, prefix):
         tensors = load_tensors(f"ablations/{file}")
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        if "projector.model.0.weight" not in state:  # the set has the box part alone
+        if "projector.model.0.weight" not in state:  # the file has only the box part
             stage_1 = torch.load(GOLDEN / "xtuner" / "iter_5_pretrain.pth", weights_only=True)["state_dict"]
             state = {key: value for key, value in stage_1.items() if not key.startswith("bbox_")} | state
         path = tmp_path_factory.mktemp("checkpoint") / "iter_1.pth"
@@ -214,14 +214,14 @@ def test_batches_equal_golden(model, processor, name):
         assert torch.equal(mask, tensors["merged_attention_mask"].bool())
         with recorded_stages(model) as stages, torch.no_grad():
             model(**inputs)
-        # Padding positions hold the embedding of id 0 here and zeros there; nobody reads either.
+        # Padding positions, which are not used, hold the embedding of id 0 here and zeros in the original.
         assert_near(stages["inputs_embeds"][mask[0]], tensors["inputs_embeds"][0][mask[0]], FEATURES)
     predicts = torch.zeros_like(mask)
     predicts[:, :-1] = inputs["labels"][:, 1:] != -100
     assert_near(output.logits[predicts][:, :VOCAB_SIZE], tensors["logits_at_labels"], LOGITS)
 
 
-def test_placeholders_in_labels_do_not_count(model, processor):
+def test_placeholders_in_labels_are_ignored(model, processor):
     golden = case("batch_two_masked")
     inputs = batch_inputs(processor, golden)
     inputs["labels"] = torch.where(inputs["input_ids"] == IMAGE_ID, IMAGE_ID, inputs["labels"])
@@ -230,7 +230,7 @@ def test_placeholders_in_labels_do_not_count(model, processor):
 
 
 def test_training_text_equals_golden(processor):
-    """Ids and labels of whole conversations, as `apply_chat_template` gives them."""
+    """`apply_chat_template` returns the ids and labels of a whole conversation."""
     prompts, texts = load_json("prompts"), load_json("train_text")["cases"]
     assert prompts["yi_template"] == "qwen_chat"
     golden = texts["vicuna.two_turns_no_system"]

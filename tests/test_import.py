@@ -1,4 +1,4 @@
-"""What `import mgllava` loads and says."""
+"""Packages that `import mgllava` loads."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# What a vision-language model of transformers and its processor load: nobody who uses one comes by for less.
+# The baseline: modules that every user of a vision-language model of transformers loads.
 LLAVA = """
 import torch, transformers
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel
@@ -30,11 +30,10 @@ else:
 """
 
 
-def test_importing_loads_little_beyond_transformers_and_finds_what_the_documentation_names():
-    """In a process of its own: in this one other tests have imported the modules.
+def test_importing_loads_little_beyond_transformers_and_finds_the_documented_names():
+    """It runs in a new process, since other tests have imported modules in this one.
 
-    Seconds depend on the machine (benchmarks/import_time.py); which packages are loaded does not. Deprecation warnings
-    are errors while it loads.
+    benchmarks/import_time.py measures the time, which depends on the machine. Deprecation warnings are errors here.
     """
     names = set()
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
@@ -48,7 +47,7 @@ def test_importing_loads_little_beyond_transformers_and_finds_what_the_documenta
     assert done.returncode == 0, done.stderr[-3000:]
     before, loaded = (set(json.loads(line)) for line in done.stdout.splitlines() if line.startswith("["))
     packages = {name.split(".")[0] for name in loaded - before} - set(sys.stdlib_module_names)
-    # timm is the one package that is new; the others are loaded already, and timm and the detectors name more of them.
+    # timm is the only new package. It and the detectors load more modules of the others.
     known = {"mgllava", "timm", "torch", "torchvision", "transformers", "PIL"}
     assert {name for name in packages if not name.startswith("_")} <= known
     assert loaded.isdisjoint(

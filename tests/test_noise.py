@@ -1,4 +1,4 @@
-"""What the commands print on their normal paths: nothing that would worry a user."""
+"""Commands print no irrelevant warnings."""
 
 import logging
 import subprocess
@@ -13,7 +13,7 @@ from mgllava.noise import hide_noise
 ROOT = Path(__file__).parents[1]
 
 
-def test_exactly_the_known_messages_are_hidden(caplog):
+def test_only_the_known_messages_are_hidden(caplog):
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     with warnings.catch_warnings():
         hide_noise()
@@ -26,7 +26,7 @@ def test_exactly_the_known_messages_are_hidden(caplog):
     assert [record.getMessage() for record in caplog.records] == ["Failed to load CUDA."]
 
 
-def test_a_chat_shows_one_bar_and_no_warnings(tmp_path):
+def test_chat_prints_one_progress_bar_and_no_warnings(tmp_path):
     command = [sys.executable, "-m", "mgllava", "chat", str(ROOT / "small_world" / "model")]
     done = subprocess.run(
         [*command, "--image", str(ROOT / "examples" / "shapes.jpg")],
@@ -40,6 +40,6 @@ def test_a_chat_shows_one_bar_and_no_warnings(tmp_path):
     bars = [line for line in shown if "%|" in line]
     assert len({line.rpartition("/")[0].rpartition("|")[0].partition(":")[0] for line in bars}) <= 1
     assert sum("100%" in line for line in bars) <= 1
-    # What is left is about the image: its size, the table of its boxes, where they are drawn.
+    # The other lines are about the image: its size, the table of its boxes, the file they are drawn to.
     rest = [line for line in shown if line not in bars]
     assert "320 x 240 pixels" in rest[0] and rest[-1] == "drawn in chat-boxes/shapes.jpg", rest

@@ -1,4 +1,4 @@
-"""No command and no class asks for the network where everything is on the disk."""
+"""No command and no class uses the network if all files are local."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 
-# What libraries write when they wanted the network and did not get it.
+# Words of libraries' messages about a failed connection.
 NETWORK_WORDS = re.compile(
     r"offline|network|connection|connect to|resolve|unreachable|timed? ?out|retry|huggingface\.co|hf\.co|http",
     re.IGNORECASE,
@@ -14,11 +14,11 @@ NETWORK_WORDS = re.compile(
 
 
 def test_local_folders_need_no_network(tmp_path):
-    """Convert, load, answer, save, detect, export, chat, without the flag with which all other tests run."""
+    """Convert, load, answer, save, detect, export and chat, without `HF_HUB_OFFLINE`, which all other tests set."""
     environment = {
         name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     }
-    environment |= {"HF_HOME": str(tmp_path / "cache")}  # nothing that happens to be in a cache helps
+    environment |= {"HF_HOME": str(tmp_path / "cache")}  # without files from an old cache
     done = subprocess.run(
         [sys.executable, "-m", "tests.offline_session", str(tmp_path)], capture_output=True, text=True, env=environment
     )
@@ -26,6 +26,6 @@ def test_local_folders_need_no_network(tmp_path):
     *said, attempts = done.stdout.splitlines()
     attempts = json.loads(attempts)
     assert [attempt[:2] for attempt in attempts] == [], attempts[0][2]
-    # Messages may name a page of the documentation.
+    # Messages may link to documentation.
     lines = [re.sub(r"https://huggingface\.co/docs\S*", "", line) for line in said + done.stderr.splitlines()]
     assert [line for line in lines if NETWORK_WORDS.search(line)] == []

@@ -1,4 +1,4 @@
-"""Private names of other packages that this one relies on: their disappearance fails here, not silently for a user."""
+"""Private names of other packages that this one uses: if one is removed, a test fails here."""
 
 import inspect
 from functools import partial
@@ -21,7 +21,7 @@ from tests.tiny import tiny_inputs, tiny_model
 
 @pytest.fixture
 def uploads(monkeypatch):
-    """Paths in the repository, by revision, that a fake Hub is sent."""
+    """Replace the Hub by a fake; return the paths of the uploaded files by revision."""
     sent = {}
 
     def create_commit(self, repo_id, operations, *, revision=None, create_pr=None, **options):
@@ -46,7 +46,7 @@ def uploads(monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{}, {"revision": "v1"}, {"create_pr": True}], ids=str)
-def test_upload_modified_files_is_what_pushing_calls(options, uploads):
+def test_pushing_calls_upload_modified_files(options, uploads):
     processor = small()
     processor.box_detector = BoxDetector(["cat"], OWLV2)
     processor.push_to_hub("org/name", **options)
@@ -56,7 +56,7 @@ def test_upload_modified_files_is_what_pushing_calls(options, uploads):
     assert list(uploads) == [options.get("revision") or ("refs/pr/1" if options else None)]
 
 
-def test_upload_modified_files_is_what_saving_calls(uploads, tmp_path):
+def test_saving_calls_upload_modified_files(uploads, tmp_path):
     processor = small()
     processor.box_detector = BoxDetector(["cat"], OWLV2)
     processor.save_pretrained(str(tmp_path), push_to_hub=True, repo_id="org/name")
@@ -76,8 +76,8 @@ def test_without_upload_modified_files_pushing_is_refused(uploads, tmp_path, mon
     assert not uploads and not (tmp_path / "new").exists()
 
 
-def test_the_mark_of_user_text_keeps_it_from_being_a_placeholder():
-    """`_UNMARKED`: without it, an `<image>` that a user writes would stand for an image where text is sanitized."""
+def test_image_in_user_text_is_not_a_placeholder():
+    """With `sanitize_control_tokens`, `_UNMARKED` tells the `<image>` of a user from a placeholder."""
     if "sanitize_control_tokens" not in inspect.signature(ProcessorMixin.apply_chat_template).parameters:
         pytest.skip("this release of transformers cannot sanitize")
     processor = small()
@@ -87,7 +87,7 @@ def test_the_mark_of_user_text_keeps_it_from_being_a_placeholder():
     assert processor.image_token_id not in ids and "<image>" in processor.decode(ids)
 
 
-def test_without_the_mark_sanitizing_is_refused(monkeypatch):
+def test_sanitizing_without_unmarked_is_refused(monkeypatch):
     monkeypatch.setattr(image_text_processor_common, "_UNMARKED", None)
     options = {"tokenize": True, "sanitize_control_tokens": True, "chat_template": CHAT_TEMPLATES["vicuna"]}
     with pytest.raises(NotImplementedError, match="`sanitize_control_tokens`"):
@@ -97,7 +97,7 @@ def test_without_the_mark_sanitizing_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["_expand_inputs_for_generation", "_supports_default_dynamic_cache"])
-def test_without_a_hook_of_generation_the_model_refuses(name, monkeypatch):
+def test_generation_without_a_hook_is_refused(name, monkeypatch):
     assert callable(getattr(GenerationMixin, name))
     model, inputs = tiny_model(), tiny_inputs([[1]])
     monkeypatch.delattr(GenerationMixin, name)
@@ -106,7 +106,7 @@ def test_without_a_hook_of_generation_the_model_refuses(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["_tied_weights_keys", "initialize_weights", "_is_stateful", "loss_function"])
-def test_names_that_the_model_sets_are_those_that_transformers_reads(name):
+def test_names_that_the_model_overrides_exist_in_transformers(name):
     assert hasattr(PreTrainedModel, name)
 
 

@@ -1,8 +1,7 @@
-"""What keeps the Hub folders copyable, the dependencies one-way, and the public names stable."""
+"""Hub folders can be copied, imports go in one direction, and the public names do not change."""
 
 import ast
 import graphlib
-import re
 import sys
 from pathlib import Path
 
@@ -29,8 +28,7 @@ HUB_PACKAGES = {
     "safetensors",
 }
 
-
-# No import runs from a lower floor, which stands first here, to a higher one. "mgllava" is the package's `__init__`.
+# From the lowest floor to the highest: imports only go downward. "mgllava" is the `__init__` of the package.
 FLOORS = (
     ("modeling", "processing", "ram_plus"),
     ("errors", "families", "quantization"),
@@ -48,42 +46,42 @@ SAVED_CLASSES = {"MGLlavaConfig", "RamPlusConfig", "SlimeConfig", "MGLlavaProces
 
 
 def imports(path):
+    """Yield level, module and name of every imported name, also inside functions; no name for `import module`."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
-            yield node.level, node.module or ""
+            yield from ((node.level, node.module or "", alias.name) for alias in node.names)
         elif isinstance(node, ast.Import):
-            yield from ((0, alias.name) for alias in node.names)
+            yield from ((0, alias.name, "") for alias in node.names)
+
+
+def siblings(path):
+    """Return the sibling modules that a file of a Hub folder imports."""
+    return {module for level, module, _ in imports(path) if level == 1}
 
 
 def place_of(path):
-    """Return the package of a file, or the name of a module that stands alone."""
+    """Return the package of a file, or the name of a module outside packages."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return "mgllava" if parts == ("__init__",) else parts[0]
 
 
 def imported_places(path):
-    """Yield the places that a file imports from, imports inside functions included."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        modules = []
-        if isinstance(node, ast.ImportFrom):
-            base = ("mgllava", *path.relative_to(PACKAGE).parts[: -node.level]) if node.level else ()
-            base = ".".join((*base, *filter(None, [node.module])))
-            modules = [f"{base}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
-        for package, *rest in (module.split(".") for module in modules):
-            if package == "mgllava":
-                yield rest[0] if rest and exists(rest[0]) else "mgllava"
+    """Yield the places that a file imports from."""
+    for level, module, name in imports(path):
+        base = ("mgllava", *path.relative_to(PACKAGE).parts[:-level]) if level else ()
+        package, *rest = ".".join(filter(None, [*base, module, name])).split(".")
+        if package == "mgllava":
+            yield rest[0] if rest and exists(rest[0]) else "mgllava"
 
 
 def exists(place):
     return (PACKAGE / place).is_dir() or (PACKAGE / f"{place}.py").is_file()
 
 
-def test_no_import_runs_from_a_lower_to_a_higher_floor():
+def test_no_import_goes_from_a_lower_to_a_higher_floor():
     height = {place: floor for floor, places in enumerate(FLOORS) for place in places}
     files = sorted(PACKAGE.rglob("*.py"))
-    assert {place_of(path) for path in files} <= set(height), "every package and module stands on a floor"
+    assert {place_of(path) for path in files} <= set(height), "every package and module has a floor"
     upward = {
         f"{path.relative_to(PACKAGE)} imports {place}"
         for path in files
@@ -105,7 +103,7 @@ def test_packages_import_each_other_in_one_direction():
 
 @pytest.mark.parametrize("path", HUB_FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_hub_file_imports_siblings_and_core_packages_only(path):
-    for level, module in imports(path):
+    for level, module, _ in imports(path):
         if level == 0:
             package = module.split(".")[0]
             assert package in HUB_PACKAGES | set(sys.stdlib_module_names), module
@@ -114,58 +112,50 @@ def test_hub_file_imports_siblings_and_core_packages_only(path):
             assert (path.parent / f"{module}.py").is_file(), f"no sibling file {module}"
 
 
-def test_hub_file_names_are_unique_and_ours():
+def test_hub_file_names_are_unique_and_have_our_endings():
     names = [path.name for path in HUB_FILES if path.name != "__init__.py"]
     assert len(names) == len(set(names))
     assert all(name.endswith(SUFFIXES) for name in names)
 
 
 def test_common_files_do_not_depend_on_a_family():
-    """They go into the saved models of every family, each with what it imports."""
+    """They are copied into the saved models of every family, together with the files that they import."""
     common = [path for path in HUB_FILES if path.name.endswith("_common.py")]
-    found = {f"{path.name}: {module}" for path in common for level, module in imports(path) if level == 1}
+    found = {f"{path.name}: {module}" for path in common for module in siblings(path)}
     assert common and all(entry.endswith("_common") for entry in found), found
 
 
 @pytest.mark.parametrize("path", HUB_FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_no_text_of_a_hub_file_reads_like_an_import(path):
-    """transformers finds relative imports by a regular expression, docstrings included."""
-    matches = re.findall(r"^\s*(?:from|import)\s+\.(\w+)", path.read_text(), flags=re.MULTILINE)
-    assert set(matches) == {module for level, module in imports(path) if level == 1}
-
-
-@pytest.mark.parametrize("path", HUB_FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_transformers_finds_the_files_that_a_hub_file_needs(path):
-    """With its own search, which is what copies the code into a repository."""
+    """It searches by a regular expression, also in docstrings, and copies what it finds into saved models."""
     needed, pending = set(), [path]
     while pending:
         current = pending.pop()
-        new = {current.parent / f"{module}.py" for level, module in imports(current) if level == 1} - needed
+        new = {current.parent / f"{module}.py" for module in siblings(current)} - needed
         needed |= new
         pending += new
     assert {Path(found) for found in get_relative_import_files(path)} == needed
 
 
 @pytest.mark.parametrize("path", HUB_FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_no_hub_file_asks_for_the_class_of_a_configuration(path):
-    """Of a local folder the configuration and the model load as modules of their own, with a class in each."""
+def test_hub_files_do_not_compare_classes_of_their_own(path):
+    """From a local folder, configuration and model load different modules, each with a class of that name."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
             names = {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)}
             assert not names & SAVED_CLASSES, names
 
 
-def test_no_hub_file_imports_what_is_of_another_family():
-    """A saved model would carry that family's files."""
+def test_no_hub_file_imports_files_of_another_family():
+    """They would be copied into its saved models."""
     for path in HUB_FILES:
         own = [suffix for suffix in SUFFIXES if path.name.endswith(suffix)]
-        for level, module in imports(path):
-            allowed = level != 1 or not own or f"{module}.py".endswith((own[0], "_common.py"))
-            assert allowed, f"{path.name} imports {module}"
+        for module in siblings(path) if own else ():
+            assert f"{module}.py".endswith((own[0], "_common.py")), f"{path.name} imports {module}"
 
 
-def test_what_is_saved_holds_its_code():
-    """Without `_auto_class`, a model that is saved again keeps `auto_map` and loses the files that it names."""
+def test_saved_classes_save_their_code():
+    """Without `_auto_class`, saving a loaded model again keeps `auto_map`, but not the files that it names."""
     saved = [
         value
         for name in mgllava.__all__

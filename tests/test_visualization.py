@@ -1,17 +1,11 @@
-"""Pictures are looked at by people; what a test can say is where things are drawn, and with which colors."""
-
-import runpy
-from pathlib import Path
+"""Drawn boxes and labels: their places, sizes and colors."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from mgllava.box_files import write_boxes
 from mgllava.visualization import draw_boxes
-
-EXAMPLE = Path(__file__).parents[1] / "examples" / "draw_boxes.py"
 
 GRAY = (128, 128, 128)
 
@@ -21,18 +15,18 @@ def gray(width, height):
 
 
 def drawn(picture):
-    """Tell which pixels of a gray picture were drawn on, `(height, width)`."""
+    """Tell which pixels of a gray image were drawn on, `(height, width)`."""
     return (np.asarray(picture) != 128).any(axis=2)
 
 
 def colors(picture):
-    """List the colors of lines and plates: the frequent ones that are neither gray nor black nor white."""
+    """List the colors of lines and plates: frequent colors except gray, black and white."""
     values, counts = np.unique(np.asarray(picture).reshape(-1, 3), axis=0, return_counts=True)
     return [value for value, count in zip(values, counts, strict=True) if count > 200 and len(set(value)) > 1]
 
 
 @pytest.mark.parametrize(("width", "height"), [(400, 380), (600, 400), (4000, 3000)])
-def test_lines_run_along_the_box_and_nowhere_else(width, height):
+def test_lines_are_drawn_along_the_box_only(width, height):
     box = [width // 4, height // 4, 3 * width // 4, 3 * height // 4]
     on = drawn(draw_boxes(gray(width, height), [box]))
     middle_row, middle_column = height // 2, width // 2
@@ -72,7 +66,7 @@ def test_each_label_has_a_color_of_its_own():
     ],
 )
 def test_labels_stay_inside_the_image(box):
-    """The same label is as large as in the middle of the image, so nothing of it is cut off."""
+    """A label is not cut off: it is as large as in the middle of the image."""
     label = {"labels": ["a long label"], "scores": [0.123]}
     color = (51, 255, 255)
 
@@ -105,18 +99,18 @@ def test_small_images_are_enlarged_by_a_whole_number():
     assert on[200, 100] and on[200, 300] and not on[200, 200]
 
 
-def test_boxes_of_all_kinds():
+def test_all_forms_of_boxes():
     box = [100.0, 100.0, 300.0, 300.0]
     expected = draw_boxes(gray(600, 400), [box])
     for boxes in (np.array([box]), torch.tensor([box]), {"boxes": torch.tensor([box], dtype=torch.bfloat16)}):
         assert draw_boxes(gray(600, 400), boxes) == expected
-    assert draw_boxes(gray(600, 400), [{"boxes": [box]}]) == expected  # what a detector returns for one image
-    outside = {"boxes": [[-20, -20, -5, -5]], "scores": [0.5]}  # of a detector
+    assert draw_boxes(gray(600, 400), [{"boxes": [box]}]) == expected  # as a box detector returns it for one image
+    outside = {"boxes": [[-20, -20, -5, -5]], "scores": [0.5]}  # as from a box detector
     for boxes in ([], torch.zeros(0, 4), {"boxes": [], "labels": [], "scores": []}, outside):
         assert not drawn(draw_boxes(gray(600, 400), boxes)).any()
 
 
-def test_the_image_is_turned_upright_and_left_as_it_is():
+def test_image_is_turned_upright_and_not_changed():
     image = gray(600, 400)
     image.getexif()[0x0112] = 6
     picture = draw_boxes(image, [[10, 10, 100, 500]])
@@ -141,17 +135,3 @@ def test_the_image_is_turned_upright_and_left_as_it_is():
 def test_wrong_boxes_are_refused(found, said):
     with pytest.raises(ValueError, match=said):
         draw_boxes(gray(600, 400), found)
-
-
-def test_example_draws_what_a_box_file_holds(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["draw_boxes.py"])
-    runpy.run_path(str(EXAMPLE), run_name="__main__")
-    assert drawn(Image.open("boxes.png")).any()
-
-    gray(600, 400).save("gray.png")
-    write_boxes("boxes.json", [{"id": "gray.png", "boxes": [[50, 50, 300, 300]], "labels": ["wall"], "scores": [0.9]}])
-    monkeypatch.setattr("sys.argv", ["draw_boxes.py", "boxes.json", ".", "gray.png", "out.png"])
-    runpy.run_path(str(EXAMPLE), run_name="__main__")
-    expected = draw_boxes(gray(600, 400), {"boxes": [[50, 50, 300, 300]], "labels": ["wall"], "scores": [0.9]})
-    assert Image.open("out.png").convert("RGB") == expected

@@ -1,4 +1,4 @@
-"""The code that README, the pages of docs/ and the docstrings print runs as it is printed."""
+"""The code in README, docs/ and docstrings runs."""
 
 import contextlib
 import doctest
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 SMALL_MODEL = ROOT / "small_world" / "model"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# What the pages call a folder or a repository, and what stands there here.
+# Model folders and repositories that the pages name, and the folders that replace them here.
 FOLDERS = {
     "mg-llava-vicuna7b": SMALL_MODEL,
     "path/to/mg-llava-vicuna7b": SMALL_MODEL,
@@ -40,13 +40,13 @@ FOLDERS = {
     "laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup": GOLDEN / "convnext",
 }
 PICTURES = ("table.jpg", "photo.jpg", "cup.jpg", "images/coco/000000039769.jpg")
-# What only stands for something that a reader has, in place of it.
+# Replacements in the code of a page, to run it faster.
 REPLACED = {
     "docs/detect.md": {"task in range(64)": "task in [0]", "num_shards=64": "num_shards=2"},
     "docs/running.md": {"max_new_tokens=256": "max_new_tokens=4"},
     "docs/training.md": {"SFTConfig(": "SFTConfig(use_cpu=True, max_steps=1, report_to=[], "},
 }
-# Compiling takes a minute; docs/finetune.md has a test of its own; docs/serving.md is asked with the server's tests.
+# Compiling takes a minute. The other pages have tests of their own.
 SLOW = ("torch.compile",)
 ELSEWHERE = {"docs/finetune.md": "tests/test_finetune_page.py", "docs/serving.md": "tests/serving/test_clients.py"}
 
@@ -55,13 +55,13 @@ FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 
 
 def code_blocks(text, *languages):
-    """The fenced blocks in these languages."""
+    """Return the fenced blocks in these languages."""
     fences = FENCE.findall(text)
     return [textwrap.dedent(block) for language, block in fences if language in languages]
 
 
 class StrangeConfig(LlamaConfig):
-    """A language model of a reader's own, as docs/language_models.md has one."""
+    """The third-party language model of docs/language_models.md."""
 
     model_type = "strange_llm"
 
@@ -72,7 +72,7 @@ class StrangeForCausalLM(LlamaForCausalLM):
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
-    """A folder with all that the examples name."""
+    """Make a folder with all files that the examples name."""
     folder = tmp_path_factory.mktemp("desk")
     for name, target in FOLDERS.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def desk(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def names(desk):
-    """What a reader of an example has made before."""
+    """Return the variables that the examples use without defining them."""
     with contextlib.chdir(desk):
         processor = AutoProcessor.from_pretrained("mg-llava-vicuna7b")
         picture = Image.open("table.jpg")
@@ -114,7 +114,7 @@ def names(desk):
 
 @pytest.fixture
 def scope(names, desk, monkeypatch):
-    """A fresh namespace in the folder; the model is a new one, as an example may change it."""
+    """Return a new namespace in the folder, with a new model, since an example may change it."""
     monkeypatch.chdir(desk)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.load_from_disk("owner-name"))
     return {**names, "model": AutoModel.from_pretrained("mg-llava-vicuna7b", dtype="float32")}
@@ -131,7 +131,7 @@ def python_pages():
 
 @pytest.mark.parametrize("name, blocks", python_pages())
 def test_python_of_a_page_runs_from_top_to_bottom(name, blocks, scope):
-    # What a page reads is there: the output of the command that it printed before.
+    # Pages read the output of commands that they print before.
     record = {"id": "coco/000000039769.jpg", "boxes": [[172, 17, 410, 308]], "labels": ["cup"], "scores": [0.9]}
     from mgllava.box_files import detection_settings
 
@@ -162,7 +162,7 @@ def test_example_of_a_docstring_runs(module, block, scope):
     assert not runner.failures, "".join(written)
 
 
-def test_every_example_is_in_a_block_that_is_run():
+def test_every_example_of_a_docstring_is_in_a_python_block():
     for name, (_, value) in OBJECTS.items():
         text = inspect.getdoc(value) or ""
         assert ("```python" in text) == ("Example:" in text and "```" in text), name
@@ -174,7 +174,7 @@ COMMAND = re.compile(r"\bmgllava (?=[a-z])(.*)")
 
 
 def printed_commands():
-    """Each `mgllava …` of a page, split as the shell does it, with the variables that the page sets."""
+    """Yield each `mgllava` command of a page, split like a shell does it, with the variables of the page."""
     for page in PAGES:
         text = page.read_text()
         lines = [
@@ -199,7 +199,7 @@ def test_printed_command_has_options_that_exist(words):
         load_recipe(*[word.replace("…", "x") for word in words[1:] if not word.startswith("--") and word != "…"])
 
 
-# Commands that need neither a Hub, nor other machines, nor a person; without the options that do.
+# Commands to run: they need no Hub, no other machine and no user. Options that need the Hub are left out.
 RUN = {"convert.md": ("convert --checkpoint iter",), "detect.md": ("detect images/",), "hub.md": ("export mg-",)}
 LEFT_OUT = ("--push", "org/name")
 

@@ -1,4 +1,4 @@
-"""What users do with a model of the toy family; run where the package has its files and its line in the registry."""
+"""Use a model of the toy family in all ways. test_families.py runs this with the toy family in the package."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ print("ANSWER", model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, -
 
 
 def make_checkpoint(folder, llm):
-    """A random model as a checkpoint of the toy format; its tokenizer is that of `llm`."""
+    """Save a random model as a checkpoint of the toy format, for the tokenizer of `llm`."""
     from mgllava.modeling.modeling_toy import ToyConfig, ToyForConditionalGeneration
 
     tokenizer = AutoTokenizer.from_pretrained(llm)
@@ -92,7 +92,7 @@ def main(folder, llm):
 
 
 def serve(model_folder):
-    """Answer a request through the application that `mgllava serve` runs."""
+    """Send a request to the application that `mgllava serve` runs."""
     from unittest import mock
 
     import uvicorn

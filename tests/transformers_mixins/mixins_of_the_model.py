@@ -13,7 +13,7 @@ NUM_BOXES = 2
 
 
 class MGLlavaModelTester:
-    """What the mixins ask for: a small configuration and inputs, one image with two boxes per prompt."""
+    """Provide a small configuration and inputs, with one image with two boxes per prompt."""
 
     config_class = MGLlavaConfig
     base_model_class = MGLlavaModel
@@ -33,7 +33,7 @@ class MGLlavaModelTester:
         self.parent = parent
 
     def get_config(self):
-        # The size of the initial weights is what the mixins expect, not what makes answers vary.
+        # The mixins expect initial weights of the usual size.
         return tiny_config(text_config={"initializer_range": 0.02})
 
     def prepare_config_and_inputs_for_common(self):
@@ -48,15 +48,15 @@ class MGLlavaModelTester:
         }
 
 
-# The mixins know by these tables which classes have a loss and take labels.
+# From these tables, the mixins know which classes have a loss and take labels.
 modeling_auto.MODEL_MAPPING_NAMES["mgllava"] = "MGLlavaModel"
 modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["mgllava"] = "MGLlavaForConditionalGeneration"
 
 
 @skip(
     {
-        "test_mismatching_num_image_tokens": "it drops images without their boxes; test_modeling.py checks the same",
-        "test_can_init_all_missing_weights": "transformers passes by CLIP's own rules inside models of other packages",
+        "test_mismatching_num_image_tokens": "it removes images without their boxes; test_modeling.py checks the same",
+        "test_can_init_all_missing_weights": "transformers skips CLIP's rules inside models of other packages",
         "test_pipeline*": "it needs small models from the Hub",
     }
 )
@@ -64,5 +64,5 @@ class MGLlavaModelTest(mixins("vlm_tester").VLMModelTest, unittest.TestCase):
     model_tester_class = MGLlavaModelTester
 
     def _logits_scored_by_loss(self, model, logits):
-        # Rows above are no vocabulary, so they are no targets either.
+        # The rows after them are not vocabulary.
         return logits[..., : model.config.unpadded_vocab_size]

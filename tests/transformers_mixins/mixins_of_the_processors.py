@@ -25,17 +25,17 @@ processing = mixins("test_processing_common")
 image_processing = mixins("test_image_processing_common")
 
 
-_PICTURE = "it downloads a picture; test_backends_equivalence_batched makes its own"
-_FOUR_CHANNELS = "images always become RGB: alpha is dropped, as the original drops it"
-_KWARGS_CLASS = "it looks for the class of the options in the file of the image processor; ours is shared by two"
+_PICTURE = "it downloads an image; test_backends_equivalence_batched makes its own"
+_FOUR_CHANNELS = "images always become RGB; alpha is dropped, as in the original"
+_KWARGS_CLASS = "it expects the class of the options in the file of the image processor; ours is in another file"
 
 
 @skip(
     {
-        "test_call_arguments_default_none": "a convention inside transformers; two of our switches are False",
-        "test_get_num_multimodal_tokens_matches_processor_call": "the plan has room for as many boxes as `box_limit`",
-        "test_processor_from_and_save_pretrained*": "saving notes `auto_map` on what is saved, as for all Hub code",
-        "test_if_input_has_mismatching_tokens_and_mm_data": "it wants the words of transformers; ours say more",
+        "test_call_arguments_default_none": "a convention inside transformers; two of our options default to False",
+        "test_get_num_multimodal_tokens_matches_processor_call": "the planned number assumes `box_limit` boxes",
+        "test_processor_from_and_save_pretrained*": "saving sets `auto_map` on the saved object, as all remote code",
+        "test_if_input_has_mismatching_tokens_and_mm_data": "it expects the error messages of transformers",
     }
 )
 class MGLlavaProcessorTest(processing.ProcessorTesterMixin, unittest.TestCase):
@@ -56,13 +56,13 @@ class MGLlavaProcessorTest(processing.ProcessorTesterMixin, unittest.TestCase):
         return {"image_seq_length": 9, "chat_template": CHAT_TEMPLATES["vicuna"]}
 
     def prepare_videos_inputs(self, batch_size=None):
-        return None  # the mixin passes them wherever the signature names them; here they must be None
+        return None  # the mixin passes them because the signature names them; they must be None
 
     def prepare_audio_inputs(self, batch_size=None):
         return None
 
     def setUp(self):
-        # The pictures of the mixin are on the Hub.
+        # The images of the mixin are on the Hub.
         folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
         PIL.Image.new("RGB", (50, 40), "teal").save(folder / "image.png")
         local = {"images": [str(folder / "image.png")] * 2}

@@ -1,8 +1,7 @@
-"""Where the test folder of transformers is, and how its modules are imported.
+"""Find the test folder of transformers, and import its modules.
 
-The mixins are in no wheel. They are taken from the git tag of the installed release, once, into `build/`; or from the
-folder that the environment variable `TRANSFORMERS_SOURCE` names: a checkout, complete or sparse with `tests`, `utils`
-and `src/transformers`.
+Wheels do not contain it. It is cloned into `build/` from the git tag of the installed release; or the environment
+variable `TRANSFORMERS_SOURCE` names a checkout, complete or sparse with `tests`, `utils` and `src/transformers`.
 """
 
 import importlib
@@ -20,22 +19,15 @@ import transformers
 
 REPOSITORY = "https://github.com/huggingface/transformers"
 CACHE = Path(__file__).parents[2] / "build" / "transformers"
-# Not `tests`: that is the name of our own folder.
+# Not `tests`, which is the name of our own folder.
 PACKAGE = "transformers_tests"
 
 
 def fetch() -> Path:
-    """Give the checkout that has the tests of the installed release; clone it if it is not there yet.
-
-    Returns:
-        `Path`: The root of the checkout.
-
-    Raises:
-        SystemExit: If it cannot be had; says why and what to do.
-    """
+    """Return a checkout of the installed release, and clone it if needed; raise `SystemExit` if that fails."""
     if given := os.environ.get("TRANSFORMERS_SOURCE"):
         if not (Path(given) / "tests" / "test_modeling_common.py").is_file():
-            raise SystemExit(f"TRANSFORMERS_SOURCE must be a checkout of transformers, {given} has no tests/ of it.")
+            raise SystemExit(f"TRANSFORMERS_SOURCE must be a checkout of transformers, but {given} has no tests.")
         return Path(given).resolve()
     tag = f"v{transformers.__version__}"
     checkout = CACHE / tag
@@ -62,14 +54,7 @@ def fetch() -> Path:
 
 
 def mixins(module: str) -> ModuleType:
-    """Import a module of transformers' test folder.
-
-    Args:
-        module (`str`): Its name below `tests/`, such as `"test_modeling_common"`.
-
-    Returns:
-        `ModuleType`: The module.
-    """
+    """Import a module of transformers' test folder, such as `"test_modeling_common"`."""
     if PACKAGE not in sys.modules:
         folder = fetch() / "tests"
         spec = importlib.util.spec_from_file_location(
@@ -81,11 +66,7 @@ def mixins(module: str) -> ModuleType:
 
 
 def skip(reasons: dict[str, str]):
-    """Make a class decorator that skips tests.
-
-    Args:
-        reasons (`dict`): Why, by name; a name that ends in `*` stands for all that start so.
-    """
+    """Make a class decorator that skips tests; `reasons` maps names or patterns of names to reasons."""
 
     def decorate(case: type) -> type:
         for name in dir(case):

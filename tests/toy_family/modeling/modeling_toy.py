@@ -1,4 +1,4 @@
-"""A family for tests: LLaVA under another name, whose projector has another name in checkpoints."""
+"""A family for tests: LLaVA under another name."""
 
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
