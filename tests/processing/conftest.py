@@ -18,6 +18,14 @@ def processor_of(tokenizer, **kwargs):
     return MGLlavaProcessor(image_processor, tokenizer, image_seq_length=4, chat_template=CHAT_TEMPLATES, **kwargs)
 
 
+def tokenized(processor, messages, chat_template=None, **options):
+    """Tokenize a conversation; return its ids, and the mask of those that are learned."""
+    features = processor.apply_chat_template(
+        messages, chat_template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
+    )
+    return features["input_ids"][0], features["assistant_masks"][0]
+
+
 @pytest.fixture(scope="module")
 def sentencepiece_like():
     return processor_of(AutoTokenizer.from_pretrained(GOLDEN / "llm"))

@@ -40,7 +40,7 @@ def assert_same_boxes(found, expected, scores=1e-4, pixels=0):
 
 
 class WholePicture:
-    """Finds each picture itself, and remembers what it was given."""
+    """Finds the whole picture as one object, and records the pictures that it is called with."""
 
     def __init__(self):
         self.seen = []

@@ -140,7 +140,7 @@ def test_batches_of_mixed_sizes_and_tag_counts_equal_single_images(detector, bat
         assert_same_boxes(found, detector.detect(image, own)[0], pixels=1)
 
 
-def test_padding_of_shorter_label_lists_never_wins(detector):
+def test_padding_of_shorter_label_lists_is_never_the_best_label(detector):
     logits = detector._detector.class_logits(torch.ones(2, 2, 48), [["a photo of x"], ["a photo of y", " "]])
     assert (logits[0, :, 1] == torch.finfo(torch.float32).min).all()
     alone = detector._detector.class_logits(torch.ones(1, 2, 48), [["a photo of x"]])
@@ -173,7 +173,7 @@ def test_scores_must_exceed_the_threshold(detector):
     assert len(fewer["labels"]) == len(found["labels"]) - 6 and fewer["scores"].min() > middle
 
 
-def test_upright_frame_and_all_kinds_of_images(detector, tmp_path):
+def test_boxes_are_in_the_upright_frame_for_all_kinds_of_images(detector, tmp_path):
     image = IMAGES[1].convert("RGB")
     exif = PIL.Image.Exif()
     exif[0x0112] = 6  # stored turned by 90 degrees
@@ -214,7 +214,7 @@ def test_embeddings_are_computed_once_and_equal_those_of_one_prompt_at_a_time(de
         detector.detect(IMAGES[0], ["unseen"])
 
 
-def test_vocabulary_is_embedded_ahead_on_request(ram_plus, monkeypatch):
+def test_vocabulary_is_embedded_in_advance_on_request(ram_plus, monkeypatch):
     detector = BoxDetector(ram_plus, OWLV2)
     detector.embed_vocabulary()
     assert len(detector._detector.prompt_embeds) == 20 + 1  # all tags, and the empty prompt
@@ -245,7 +245,7 @@ def test_low_precision_towers_leave_heads_and_text_in_float32(ram_plus):
 
 
 @pytest.mark.parametrize("largest", [1, 3])
-def test_out_of_memory_halves_the_batch_and_says_so(detector, monkeypatch, largest):
+def test_out_of_memory_halves_the_batch_with_a_warning(detector, monkeypatch, largest):
     messages, sizes, find = [], [], detector._detector.find
 
     def limited(images, *args):
@@ -301,8 +301,8 @@ def test_grounding_dino_finds_given_labels_in_batches_as_alone():
     assert detector.detect(IMAGES[0], threshold=1.0)[0]["labels"] == []
 
 
-def test_words_of_grounding_dino_count_from_the_threshold_of_the_boxes_on(monkeypatch):
-    """Its own default for words is 0.25: below that, a box that counts would have no word and be dropped."""
+def test_the_threshold_holds_for_the_words_of_grounding_dino_too(monkeypatch):
+    """Its default for words is 0.25, with which boxes of lower scores would have no word and be dropped."""
     model, processor = grounding_dino()
     logits = torch.full((1, 2, 256), -20.0)
     logits[0, 0, 1], logits[0, 1, 3] = -1.5, -3.0  # "cat" at 0.18, "dog" at 0.05

@@ -81,7 +81,7 @@ def test_a_saved_processor_is_complete_in_its_folder(saved, tmp_path):
     ).read_bytes()
 
 
-def test_saved_embeddings_spare_the_text_tower_and_foreign_ones_are_not_used(saved, monkeypatch):
+def test_saved_embeddings_are_used_unless_another_text_tower_made_them(saved, monkeypatch):
     loaded = MGLlavaProcessor.from_pretrained(saved)
     text_model = loaded.box_detector._detector.model.owlv2.text_model
     monkeypatch.setattr(text_model, "forward", None)
@@ -132,7 +132,7 @@ def test_saving_what_was_never_loaded_copies_the_folders(saved, tmp_path):
 @pytest.mark.parametrize(
     ("make", "options"), [(owlv2, {"labels": LABELS}), (grounding_dino, {"labels": ["cat", "dog"], "threshold": 0.3})]
 )
-def test_objects_are_saved_and_load_back(make, options, tmp_path):
+def test_models_in_memory_are_saved_and_loaded(make, options, tmp_path):
     processor, (model, own_processor) = small(), make()
     processor.box_detector = BoxDetector(None, model, mode="clean", detector_processor=own_processor)
     assert processor.box_detector_config == {
@@ -148,7 +148,7 @@ def test_objects_are_saved_and_load_back(make, options, tmp_path):
     assert loaded.box_detector.mode == "clean" and found["boxes"].dtype == torch.float32
 
 
-def test_repository_ids_stay_ids(processor, tmp_path, monkeypatch):
+def test_repository_ids_are_saved_as_ids(processor, tmp_path, monkeypatch):
     processor.box_detector = None
     processor.box_detector_config = {"tagger": "some/tagger", "detector": "some/detector"}
     processor.save_pretrained(tmp_path)
@@ -185,7 +185,7 @@ def test_switching_off_keeps_the_configuration(saved, monkeypatch):
     assert loaded.box_detector is not None
 
 
-def test_given_boxes_load_nothing(saved):
+def test_the_detector_is_not_loaded_if_boxes_are_given(saved):
     loaded = MGLlavaProcessor.from_pretrained(saved)
     loaded([IMAGE, IMAGE], "<image><image>", boxes=[[], [[0, 0, 9, 9]]])
     assert loaded._box_detector is None
@@ -207,7 +207,7 @@ def test_pickling_keeps_the_configuration_and_leaves_the_models_out(saved):
     assert_same_boxes(pickle.loads(data).detect(IMAGE)[0], EXPECTED)
 
 
-def test_a_detector_of_objects_is_pickled_along(tmp_path):
+def test_a_detector_of_models_in_memory_is_pickled_with_the_processor(tmp_path):
     processor, (model, own_processor) = small(), owlv2()
     processor.box_detector = BoxDetector(LABELS, model, detector_processor=own_processor)
     for copied in (pickle.loads(pickle.dumps(processor)), copy.deepcopy(processor)):

@@ -1,4 +1,4 @@
-"""Detectors that strangers bring: what they are given, what they may return, and that nothing replaces them."""
+"""Detectors of users: what they are called with, what they may return, and that they are never replaced."""
 
 import copy
 import os
@@ -29,7 +29,7 @@ class Unpicklable(WholePicture):
 
 
 class Derived(BoxDetector):
-    """Looks like the package's own and finds something else."""
+    """Derives from the package's detector, and finds other boxes."""
 
     def detect(self, images, **kwargs):
         return [{"boxes": [[0, 0, 7, 7]], "labels": ["x"], "scores": [1.0]} for _ in images]
@@ -48,7 +48,7 @@ def processor():
 
 
 def turned(path):
-    """A file that is 30 x 20 and says that it is to be turned by 90 degrees."""
+    """Write a 30 x 20 image whose EXIF orientation turns it by 90 degrees."""
     image = picture()
     exif = image.getexif()
     exif[0x0112] = 6
@@ -86,7 +86,7 @@ def test_a_detector_is_given_a_list_of_upright_rgb_pictures(processor, form, way
 
 @pytest.mark.parametrize("order", ["channels_first", "channels_last"])
 def test_the_channel_order_of_arrays_reaches_the_detector(processor, order):
-    """Three rows, three columns, three channels: nothing but the argument tells them apart."""
+    """In an array of three rows, columns and channels, only the argument tells them apart."""
     values = np.random.default_rng(0).integers(0, 256, (3, 3, 3), dtype=np.uint8)
     wanted = values if order == "channels_last" else values.transpose(1, 2, 0)
     processor.detect(values, input_data_format=order)
@@ -126,7 +126,7 @@ def test_wrong_results_name_the_detector_and_the_image(processor, monkeypatch, r
             use([picture(), picture()])
 
 
-def test_what_cannot_detect_is_refused():
+def test_objects_without_a_detect_method_are_refused():
     processor = small()
     with pytest.raises(TypeError, match=r"must have a method `detect\(images\)`, got function"):
         processor.box_detector = lambda images: []
@@ -141,7 +141,7 @@ def survivors(processor):
 
 
 @pytest.mark.parametrize("detector", [WholePicture, lambda: Derived(LABELS, OWLV2)], ids=["own", "derived"])
-def test_a_detector_in_place_of_the_configured_one_survives_copies_and_pickles(detector):
+def test_a_detector_that_replaces_the_configured_one_survives_copies_and_pickles(detector):
     processor = small(box_detector_config={"tagger": LABELS, "detector": str(OWLV2)})
     processor.box_detector = detector()
     assert processor.box_detector_config is None and processor.locate_box_detector() is None
@@ -168,7 +168,7 @@ def test_a_detector_that_cannot_be_copied_is_named():
 
 
 @pytest.mark.parametrize("detector", [WholePicture, lambda: Derived(LABELS, OWLV2)], ids=["own", "derived"])
-def test_saving_says_that_a_detector_cannot_be_saved_and_writes_no_other(detector, tmp_path, monkeypatch):
+def test_saving_warns_that_a_detector_cannot_be_saved_and_saves_none(detector, tmp_path, monkeypatch):
     processor = small(box_detector_config={"tagger": LABELS, "detector": str(OWLV2)})
     processor.box_detector = mine = detector()
     said = []
@@ -180,7 +180,7 @@ def test_saving_says_that_a_detector_cannot_be_saved_and_writes_no_other(detecto
     assert loaded.box_detector_config is None and loaded.box_detector is None
 
 
-def test_what_is_set_last_counts():
+def test_the_detector_or_configuration_that_is_set_last_is_used():
     processor = small()
     processor.box_detector = WholePicture()
     processor.box_detector_config = {"tagger": LABELS, "detector": str(OWLV2), "mode": "clean"}
@@ -192,7 +192,7 @@ def test_what_is_set_last_counts():
 
 
 @pytest.mark.parametrize("options", [{"device": "cpu", "dtype": torch.float16}, {}])
-def test_copies_load_a_detector_as_it_was_loaded(options):
+def test_copies_load_the_detector_with_the_same_options(options):
     processor = small()
     processor.box_detector = BoxDetector(LABELS, OWLV2, **options)
     for other in survivors(processor):
@@ -241,7 +241,7 @@ def run_threads(number, work):
 
 
 def test_threads_find_what_one_thread_finds(quick_owlv2, monkeypatch):
-    """Labels are new to each thread, so that all of them embed prompts at once; padding differs from call to call."""
+    """Each thread has labels of its own, so that all embed prompts at once; padding differs between calls."""
     config = {"tagger": LABELS, "detector": quick_owlv2}
     calls, threads = 3, 16
     pictures = [picture(24, 16, seed) for seed in range(2)]
@@ -335,7 +335,7 @@ def test_a_forked_worker_loads_on_the_cpu_or_says_that_it_cannot():
     assert "put on cuda before this process was forked" in said and "spawn" in said
 
 
-def test_what_the_processor_returns_beyond_the_models_inputs_may_be_passed_to_the_model():
+def test_the_model_accepts_everything_that_the_processor_returns():
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     processor = MGLlavaProcessor(
         MGLlavaImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=size), golden_tokenizer(), NUM_FUSED_TOKENS

@@ -258,7 +258,7 @@ def test_regions_that_are_not_in_pixels_of_the_image_are_refused(box, message, a
         ([[0, 0, 640, 480], [639, 479, 640, 480]], (480, 640)),
     ],
 )
-def test_regions_in_the_image_are_taken_as_they_are(boxes, image_size, monkeypatch):
+def test_regions_in_the_image_are_kept_without_a_warning(boxes, image_size, monkeypatch):
     monkeypatch.setattr(boxes_mgllava.logger, "warning_once", pytest.fail)
     assert len(prepare_boxes(boxes, image_size, **TO_768)[0]) == len(boxes)
 
@@ -272,19 +272,19 @@ def test_regions_over_the_edge_are_clipped_with_a_warning(monkeypatch):
     assert "[-30.0, 40.0, 50.0, 999.0] at index 1 (1 such boxes)" in messages[0]
     inside, _ = prepare_boxes([[10, 10, 20, 20], [0, 40, 50, 480], [600, 5, 640, 50]], (480, 640), **TO_768)
     assert kept.tolist() == inside.tolist()
-    # What a detector found goes the original's way: into the padding, without a word.
+    # Boxes of a detector may reach into the padding without a warning, as in the original.
     found, _ = prepare_boxes(detected(*boxes, labels=["a", "b", "c"]), (480, 640), **TO_768)
     assert len(messages) == 1 and found[1].tolist() == [0, 144, 60, 768]
 
 
-def test_regions_without_area_are_said(monkeypatch):
+def test_regions_without_area_give_a_warning(monkeypatch):
     messages = []
     monkeypatch.setattr(boxes_mgllava.logger, "warning_once", messages.append)
     kept, _ = prepare_boxes([[5, 5, 50, 50], [7, 7, 7, 9], [0, 0, 0, 0]], (480, 640), **TO_768)
     assert len(kept) == 3 and len(messages) == 1 and "[7.0, 7.0, 7.0, 9.0] at index 1 (1 such boxes)" in messages[0]
 
 
-def test_relative_boxes_of_a_detector_are_said(monkeypatch):
+def test_relative_boxes_of_a_detector_give_a_warning(monkeypatch):
     messages = []
     monkeypatch.setattr(boxes_mgllava.logger, "warning_once", messages.append)
     prepare_boxes(detected([0.1, 0.2, 0.5, 0.6], [0.0, 5.5, 9.0, 9.0], labels=["a", "b"]), (480, 640), **TO_768)

@@ -13,6 +13,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from mgllava.processing import CHAT_TEMPLATES
 
+from .conftest import tokenized
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 PROMPTS = json.loads((GOLDEN / "prompts.json").read_text())
 TRAIN = json.loads((GOLDEN / "train_text.json").read_text())["cases"]
@@ -23,7 +25,7 @@ IMAGE = PIL.Image.new("RGB", (30, 20), "teal")
 
 
 def conversation_of(case, image=None, to_answer=True):
-    """The conversation of a case; image blocks come after the text on purpose."""
+    """Return the conversation of a case; image blocks come after the text, and the template moves them."""
     messages = [{"role": "system", "content": SYSTEM}] if "with_system" in case else []
     for turn in range(2 if "two_turns" in case else 1):
         content = [{"type": "text", "text": QUESTIONS[turn]}]
@@ -46,7 +48,7 @@ def collapse(ids, image_token_id):
 
 
 def original_ids_and_labels(template, case, raw, bos_id, eos_id):
-    """The original's training encoder: every piece by the bare tokenizer, nothing of transformers in between."""
+    """Encode as the original does for training: each piece with the bare tokenizer, without transformers."""
     ids, labels = [], []
 
     def add(new, learned):
@@ -94,8 +96,8 @@ def test_strings_equal_the_original(sentencepiece_like, family, case):
 @pytest.mark.parametrize("tokens", [("<s>", "</s>"), ("<|im_start|>", "<|im_end|>"), (None, "<|endoftext|>")])
 @pytest.mark.parametrize("with_system", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_prompt_is_the_beginning_of_what_follows(family, with_system, tokens):
-    """TRL takes the common beginning of prompt and conversation for the prompt; engines reuse it from their caches."""
+def test_every_prompt_is_a_prefix_of_the_longer_conversation(family, with_system, tokens):
+    """TRL takes the common prefix of prompt and conversation as the prompt; engines reuse it from their caches."""
     bos, eos = tokens
     messages = [{"role": "system", "content": SYSTEM}] if with_system else []
     renderings = []
@@ -115,7 +117,7 @@ def test_every_prompt_is_the_beginning_of_what_follows(family, with_system, toke
 
 
 def render_alone(messages, family, bos, eos, **options):
-    """As a tokenizer renders it, without the processor."""
+    """Render as a tokenizer does, without the processor."""
     special = {name: value for name, value in (("bos_token", bos), ("eos_token", eos)) if value}
     texts, _ = render_jinja_template([messages], chat_template=CHAT_TEMPLATES[family], **special, **options)
     return texts[0]
@@ -219,30 +221,16 @@ def test_turns_must_alternate(sentencepiece_like, roles):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_training_ids_and_mask_equal_the_original(sentencepiece_like, family, case):
-    golden = TRAIN[f"{FAMILIES[family]}.{case}"]
-    features = sentencepiece_like.apply_chat_template(
-        conversation_of(case, IMAGE), family, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    (ids,), (mask,) = features["input_ids"], features["assistant_masks"]
-    assert len(ids) == len(mask) and ids.count(sentencepiece_like.image_token_id) == 5
-    assert collapse(ids, sentencepiece_like.image_token_id) == golden["input_ids"]
-    learned = [token for token, is_learned in zip(ids, mask, strict=True) if is_learned]
-    assert learned == [label for label in golden["labels"] if label != -100]
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_byte_level_ids_and_mask_equal_the_original_encoder(byte_level, family, case):
-    raw = byte_level.tokenizer.backend_tokenizer
-    expected, labels = original_ids_and_labels(FAMILIES[family], case, raw, bos_id=0, eos_id=1)
-    features = byte_level.apply_chat_template(
-        conversation_of(case, IMAGE), family, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    (ids,), (mask,) = features["input_ids"], features["assistant_masks"]
-    assert collapse(ids, byte_level.image_token_id) == expected
-    learned = [token for token, is_learned in zip(ids, mask, strict=True) if is_learned]
-    assert learned == [label for label in labels if label != -100] and learned
+@pytest.mark.parametrize("processor", ["sentencepiece_like", "byte_level"])
+def test_training_ids_and_mask_equal_the_original_encoder(request, processor, family, case):
+    processor = request.getfixturevalue(processor)
+    tokenizer = processor.tokenizer
+    bos_id, eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    expected, labels = original_ids_and_labels(FAMILIES[family], case, tokenizer.backend_tokenizer, bos_id, eos_id)
+    ids, mask = tokenized(processor, conversation_of(case, IMAGE), family)
+    assert len(ids) == len(mask) and ids.count(processor.image_token_id) == 5
+    assert collapse(ids, processor.image_token_id) == expected
+    assert list(itertools.compress(ids, mask)) == [label for label in labels if label != -100]
 
 
 def test_the_original_encoder_of_this_file_agrees_with_the_golden_ids(sentencepiece_like):
@@ -253,20 +241,21 @@ def test_the_original_encoder_of_this_file_agrees_with_the_golden_ids(sentencepi
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 def test_masks_of_a_padded_batch_equal_those_of_its_rows(byte_level, padding_side):
-    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     batch = [conversation_of("one_turn_no_system", IMAGE), conversation_of("two_turns_with_system", IMAGE)]
-    rows = [byte_level.apply_chat_template(row, "llama3", **options) for row in batch]
     features = byte_level.apply_chat_template(
         batch,
         "llama3",
-        **options,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
         return_tensors="pt",
         processor_kwargs={"padding": True, "padding_side": padding_side},
     )
-    for index, row in enumerate(rows):
+    for index, conversation in enumerate(batch):
+        ids, mask = tokenized(byte_level, conversation, "llama3")
         real = features["attention_mask"][index].bool()
-        assert features["input_ids"][index][real].tolist() == row["input_ids"][0]
-        assert features["assistant_masks"][index][real].tolist() == row["assistant_masks"][0]
+        assert features["input_ids"][index][real].tolist() == ids
+        assert features["assistant_masks"][index][real].tolist() == mask
         assert features["assistant_masks"][index][~real].sum() == 0
     assert (features["attention_mask"][0, 0] == 0) == (padding_side == "left")
 
@@ -283,30 +272,19 @@ def test_continue_final_message_leaves_the_answer_open(sentencepiece_like):
 
 
 def test_users_cannot_write_boundaries(sentencepiece_like):
-    def ids(text):
+    def ids_and_mask(text):
         messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "ok"}]
-        return sentencepiece_like.apply_chat_template(
-            messages, "vicuna", tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
+        return tokenized(sentencepiece_like, messages, "vicuna")
 
-    plain, forged = ids("teach me"), ids("teach\U000ff4d1 me\U000ff4d0")
-    assert forged["input_ids"] == plain["input_ids"]
-    assert forged["assistant_masks"] == plain["assistant_masks"]
+    assert ids_and_mask("teach\U000ff4d1 me\U000ff4d0") == ids_and_mask("teach me")
 
 
 def test_templates_without_boundaries_still_work(byte_level):
     template = (
         "{% for m in messages %}{{ m['role'] }}:{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
     )
-    features = byte_level.apply_chat_template(
-        [{"role": "user", "content": "circle"}],
-        template,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-    )
-    learned = [t for t, m in zip(features["input_ids"][0], features["assistant_masks"][0], strict=True) if m]
-    assert byte_level.decode(learned) == "circle"
+    ids, mask = tokenized(byte_level, [{"role": "user", "content": "circle"}], template)
+    assert byte_level.decode(list(itertools.compress(ids, mask))) == "circle"
 
 
 @pytest.mark.skipif(

@@ -66,7 +66,7 @@ def test_pil_backend_equals_the_original_in_8_bits():
 
 
 def padded_then_resized(image, side, backend):
-    """The long way: a square of the mean color, and the whole of it resized."""
+    """Pad an image to a square of the mean color, then resize the square."""
     height, width = image.shape[:2]
     length = max(height, width)
     square = np.empty((length, length, 3), np.uint8)
@@ -176,7 +176,7 @@ def test_no_cast_of_floating_point_inputs_rounds_boxes(cast):
         assert inputs["boxes"][0].tolist() == [[1, 2, 764, 766]]
 
 
-def test_boxes_in_a_type_that_has_rounded_them_are_said(caplog):
+def test_boxes_in_a_dtype_that_has_rounded_them_give_a_warning(caplog):
     boxes = torch.tensor([[1.0, 2, 259, 263]], dtype=torch.bfloat16)
     processor = MGLlavaImageProcessor(**SMALL)
     with caplog.at_level("WARNING", logger="transformers_modules"), caplog.at_level("WARNING", logger="mgllava"):

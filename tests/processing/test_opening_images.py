@@ -1,4 +1,4 @@
-"""Every kind of picture, by every way, in both packages' image processors; and what is said of those that are none."""
+"""Images of every kind, given in every way to the image processors of both packages, and errors for other inputs."""
 
 import base64
 import http.server
@@ -59,7 +59,7 @@ def decoded(data):
 
 
 def png_of_16_bits(pixels, color_type):
-    """PNG written by hand: Pillow writes no 16-bit color."""
+    """Write a PNG by hand, since Pillow cannot write 16-bit color."""
 
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -81,7 +81,7 @@ def jpeg_with_exif(exif):
 
 
 def pictures():
-    """Files and the 8-bit RGB that they stand for."""
+    """Return image files, each with its pixels in 8-bit RGB."""
     deep = GRAY.astype(np.uint16) * 257
     plain, rgba = PIL.Image.fromarray(GRAY), PIL.Image.fromarray(COLORS, "RGBA")
     palette = PIL.Image.fromarray(RGB).quantize(8)
@@ -158,7 +158,7 @@ def levels(processor, images):
 @with_each_package
 @pytest.mark.parametrize("kind", PICTURES)
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency", "ignore:Corrupt EXIF data")
-def test_a_picture_is_the_same_by_every_way(processor, kind, folder, site):
+def test_an_image_is_the_same_however_it_is_given(processor, kind, folder, site):
     data, expected = PICTURES[kind]
     path = folder / f"{list(PICTURES).index(kind)}.img"
     text = base64.b64encode(data).decode()
@@ -207,7 +207,7 @@ def test_arrays_are_read_alike(processor):
         RGB.astype(np.float32),
         (RGB / 255).astype(np.float16),
         torch.from_numpy(RGB / 255).to(torch.float64).requires_grad_(),
-        RGB / 255 * 1.0005 - 0.0002,  # rounding on the way
+        RGB / 255 * 1.0005 - 0.0002,  # rounding errors
         np.stack([RGB]),
     ):
         (pixels,) = levels(processor, given)
@@ -220,7 +220,7 @@ def test_arrays_are_read_alike(processor):
 @with_each_processor
 def test_a_batch_of_floats_has_one_range(processor):
     batch = np.stack([RGB, np.zeros_like(RGB)]).astype(np.float32)
-    batch[1] += 0.75  # nearly black: of 0..255, as its neighbor says
+    batch[1] += 0.75  # nearly black, since its neighbor is in 0..255
     assert levels(processor, batch)[1].max() == 1
 
 
@@ -261,7 +261,7 @@ def test_a_file_that_was_just_written_is_read_from_its_beginning():
 
 @pytest.mark.parametrize("make", ["absent", "folder", "text", "cut", "empty"])
 @with_each_package
-def test_files_that_are_no_images_are_named(processor, make, tmp_path):
+def test_files_that_are_not_images_are_named(processor, make, tmp_path):
     path = tmp_path / "picture.png"
     if make == "folder":
         path.mkdir()
@@ -348,7 +348,7 @@ def test_a_decompression_bomb_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("module", [images_common, image_inputs_ram_plus])
-def test_16_bits_that_are_nearly_black_are_said(module, monkeypatch):
+def test_16_bits_that_are_nearly_black_give_a_warning(module, monkeypatch):
     messages = []
     monkeypatch.setattr(module.logger, "warning_once", messages.append)
     module.as_rgb(RGB.astype(np.uint16))
@@ -358,7 +358,7 @@ def test_16_bits_that_are_nearly_black_are_said(module, monkeypatch):
 
 
 def test_both_hub_folders_open_images_with_the_same_code():
-    """They go into repositories of their own, so one cannot import the other."""
+    """They are copied into different saved models, so one cannot import the other."""
     texts = [Path(module.__file__).read_text() for module in (images_common, image_inputs_ram_plus)]
     start, end = "class UnreadableImageError", "    return array.to(torch.uint8)\n"
     blocks = [text[text.index(start) : text.rindex(end)] for text in texts]

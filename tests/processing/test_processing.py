@@ -204,7 +204,7 @@ def test_images_alone_and_labels_on_request(processor):
     assert {"pixel_values", "boxes", "num_boxes", "input_ids"} <= set(processor.model_input_names)
 
 
-def test_boxes_in_content_blocks_equal_boxes_given_aside(processor, tmp_path):
+def test_boxes_in_content_blocks_equal_boxes_given_as_an_argument(processor, tmp_path):
     RED.save(tmp_path / "red.png")
 
     def conversation(first, second):
@@ -230,7 +230,7 @@ def test_boxes_in_content_blocks_equal_boxes_given_aside(processor, tmp_path):
 
 
 @pytest.mark.parametrize("empty", [[], [[], [], []], [[[]], [[], []]], [[], [[], []]], [[], []], [[[]], []]])
-def test_no_boxes_are_said_at_any_level(processor, empty):
+def test_empty_lists_at_any_level_mean_no_boxes(processor, empty):
     expected = processor([[RED], [BLUE, RED]], ["<image>", "<image><image>"], boxes=[[[]], [[], []]], padding=True)
     features = processor([[RED], [BLUE, RED]], ["<image>", "<image><image>"], boxes=empty, padding=True)
     assert features["input_ids"] == expected["input_ids"]
@@ -247,7 +247,7 @@ def test_no_boxes_are_said_at_any_level(processor, empty):
         ([0, 0, 9, 9], "Wrap them"),
     ],
 )
-def test_boxes_that_mean_something_else_are_refused(processor, boxes, message):
+def test_boxes_in_a_wrong_frame_or_nesting_are_refused(processor, boxes, message):
     with pytest.raises(ValueError, match=message):
         processor(RED, "<image>", boxes=boxes)
     in_block = boxes if boxes[0] == 0 else boxes[0]
@@ -311,7 +311,7 @@ def test_save_and_load(processor, tmp_path):
     original.image_processor.box_limit = None
     original.save_pretrained(tmp_path)
     values = original.to_dict()
-    values.pop("auto_map")  # noted on what is saved, not on what is loaded
+    values.pop("auto_map")  # written on saving, and not kept on loading
     assert (tmp_path / "chat_template.jinja").read_text() == CHAT_TEMPLATES["vicuna"]
     for load in (
         MGLlavaProcessor.from_pretrained,

@@ -16,7 +16,7 @@ FOUND = {
     "scores": [0.5, 0.9, 0.8, 0.7, 0.6],
 }
 BOXES = [FOUND, [[3, 3, 9, 9]], []]
-# Neither covers the other, and none is outside: in the order of their scores.
+# The boxes that are kept, by descending score: they lie in the image and do not overlap with a better one.
 CHOSEN = [1, 2, 4]
 
 
@@ -64,8 +64,8 @@ def test_text_alone_has_no_images(sentencepiece_like):
     assert sentencepiece_like.take_images(inputs, 0) == {}
 
 
-def test_processed_images_stand_for_images(sentencepiece_like):
-    """A server makes them one by one, and encodes the text when it has all of them."""
+def test_processed_images_replace_images(sentencepiece_like):
+    """A server processes images one by one, and encodes the text when all are processed."""
     processor = sentencepiece_like
     blocks = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Which is red?"}]
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "chat_template": "vicuna"}
@@ -99,7 +99,7 @@ def test_processed_images_must_fit_the_text(sentencepiece_like, images, text, er
         sentencepiece_like(images, text, processed_images=processed)
 
 
-def test_processed_images_must_be_complete_and_bring_nothing_else(sentencepiece_like):
+def test_processed_images_must_be_complete_and_only_image_inputs_are_used(sentencepiece_like):
     processed = sentencepiece_like(PICTURES[:1], "another <image>", boxes=[[]], return_tensors="pt")
     got = sentencepiece_like(text="<image> a", processed_images=processed, return_tensors="pt")
     expected = sentencepiece_like(PICTURES[:1], "<image> a", boxes=[[]], return_tensors="pt")

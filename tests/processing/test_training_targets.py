@@ -1,4 +1,4 @@
-"""Boxes in rendered conversations, and what becomes of labels that a collator sets in the processor's output."""
+"""Boxes in rendered conversations, and corrections of labels that a collator sets in the processor's output."""
 
 import numpy as np
 import pytest
@@ -45,19 +45,19 @@ def test_boxes_survive_in_a_rendered_conversation(processor, entries):
             assert torch.equal(inputs[name], wanted[name]), name
 
 
-def test_boxes_may_be_given_again_but_not_others(processor):
+def test_boxes_of_image_blocks_may_be_repeated_as_an_argument_but_not_changed(processor):
     text = processor.apply_chat_template(conversation(BOXES, answer=None), tokenize=False)
     assert processor(PICTURE, text, boxes=[BOXES], **TENSORS)["num_boxes"].tolist() == [2]
     with pytest.raises(ValueError, match="those of the image blocks"):
         processor(PICTURE, text, boxes=[BOXES[:1]], **TENSORS)
 
 
-def test_images_without_a_block_leave_no_place_for_boxes(processor):
+def test_boxes_in_image_blocks_need_a_block_for_each_image(processor):
     with pytest.raises(ValueError, match="got 1 image blocks and 2 placeholders"):
         processor.apply_chat_template(conversation(BOXES, text="<image> What?"), tokenize=False)
 
 
-def test_user_text_holds_no_boxes(processor):
+def test_users_cannot_write_boxes_into_text(processor):
     honest = processor.apply_chat_template(conversation(BOXES, text="What?"), tokenize=False)
     written = honest[honest.index("<image>") + len("<image>") :].split("\n")[0]
     assert written
