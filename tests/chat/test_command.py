@@ -72,7 +72,10 @@ def test_other_models_are_refused(tmp_path, command):
     result = CliRunner().invoke(app, [command, str(tmp_path)])
     assert result.exit_code == 1
     message = " ".join(result.output.split())
-    assert message.startswith("error: MODEL: ") and "must be MG-LLaVA ('mgllava'), got 'llama'" in message
+    assert (
+        message.startswith("error: MODEL: ")
+        and "must be MG-LLaVA ('mgllava') or SliME ('slime'), got 'llama'" in message
+    )
     assert "`transformers serve`" in message
 
 

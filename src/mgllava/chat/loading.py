@@ -47,6 +47,8 @@ def load(
             processor.box_detector = None
     else:
         given = {"use_box_detector=False": None if use_box_detector else True, **box_options}
+        if family.images_depend_on_text:
+            given.pop("picture_folder", None)  # what a question keeps of an image is drawn there
         if refused := [f"`{name}`" for name, value in given.items() if value is not None]:
             raise ValueError(f"{', '.join(refused)} must be left out: {family.title} has no boxes.")
     loaded = AutoModelForImageTextToText.from_pretrained(

@@ -52,11 +52,14 @@ class Answer:
         finish: Why the answer ended: `"end"` if the model ended it, `"length"` if it reached `max_new_tokens` or the
             end of the context, `"interrupted"` if the user stopped it.
         num_tokens: How many tokens were generated.
+        image_outputs: For models that do not see all tokens of images, what [`visualization.kept_tokens`] draws, for
+            the images of the conversation in turn. `None` for an answer that was interrupted.
     """
 
     text: str
     finish: Literal["end", "length", "interrupted"]
     num_tokens: int
+    image_outputs: Mapping[str, Any] | None = None
 
 
 def read_picture(image: Any) -> Image.Image:
@@ -231,11 +234,13 @@ class ChatSession:
             self._cache = DynamicCache()
         streamer = _Listener(self.processor.tokenizer, on_text)
         finish: Literal["end", "length", "interrupted"] = "end"
+        image_outputs = None
         try:
             output = self.model.generate(
                 **{name: value.to(self.model.device) for name, value in arguments.items()},
                 generation_config=self.generation_config,
                 streamer=streamer,
+                return_dict_in_generate=True,
                 **{CACHE_NAME: self._cache},
             )
         except KeyboardInterrupt:
@@ -247,12 +252,14 @@ class ChatSession:
             self._cached_ids = prompt
         else:
             # The last generated token is not in the cache.
-            self._cached_ids = output[0, : self._cache.get_seq_length()].tolist()
+            self._cached_ids = output.sequences[0, : self._cache.get_seq_length()].tolist()
             is_full = len(streamer.tokens) == self.generation_config.max_new_tokens
             if is_full and streamer.tokens[-1] not in self._end_tokens():
                 finish = "length"
+            if "kept_tokens" in output:
+                image_outputs = {name: output[name] for name in ("kept_tokens", "image_outputs")}
         text = self.processor.decode(streamer.tokens, skip_special_tokens=True).strip()
-        return Answer(text, finish, len(streamer.tokens))
+        return Answer(text, finish, len(streamer.tokens), image_outputs)
 
     def _reuse(self, prompt: list[int]) -> int:
         """Cut the cache to its common prefix with a prompt, without the last token; count the images in it."""

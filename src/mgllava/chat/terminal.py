@@ -17,7 +17,8 @@ from rich.table import Table
 
 from mgllava.atomic_files import replacing
 from mgllava.box_files import BoxFile
-from mgllava.visualization import draw_boxes
+from mgllava.visualization import draw_boxes, kept_tokens
+from mgllava.visualization.kept_tokens import kept_cells
 
 from .session import ChatError, ChatSession
 
@@ -133,6 +134,22 @@ class ChatTerminal:
             self._say("(stopped)", "dim")
         elif answer.finish == "length":
             self._say(f"(cut after {answer.num_tokens} tokens; --max-new-tokens allows more)", "dim")
+        if answer.image_outputs is not None:
+            self._show_kept(answer.image_outputs)
+
+    def _show_kept(self, outputs: Mapping[str, Any]) -> None:
+        """Say which tokens of images the answer is based on, and draw them."""
+        for index, image in enumerate(self.session.images):
+            try:
+                kept, rows, columns = kept_cells(outputs, index)
+            except ValueError:  # an image of one view, all of which is seen
+                continue
+            self._say(
+                f"{image.name}: {rows} x {columns} tiles (rows x columns), {kept.sum()} of {kept.size} of their "
+                "tokens kept for this question",
+                "dim",
+            )
+            self._save(image.name, "-kept", kept_tokens(image.picture, outputs, index=index))
 
     def _show(self, source: str, picture: PIL.Image.Image | None = None) -> None:
         """Add an image to the conversation, list its boxes and draw them."""
@@ -149,7 +166,7 @@ class ChatTerminal:
         self._say(title)
         if image.objects is not None and number:
             self._notes.print(_table(image.objects))
-            self._draw(image.name, image.picture, image.objects)
+            self._save(image.name, "", draw_boxes(image.picture, image.objects))
 
     def _boxes_in_file(self, source: str) -> dict[str, object] | None:
         """Find the boxes of an image by its path or, failing that, by its name."""
@@ -158,11 +175,12 @@ class ChatTerminal:
                 return record
         return None
 
-    def _draw(self, name: str, picture: PIL.Image.Image, objects: Mapping[str, Any]) -> None:
-        """Draw the boxes of an image into a file of its own."""
+    def _save(self, name: str, ending: str, picture: PIL.Image.Image) -> None:
+        """Save what was drawn on an image into a file of its own, whose name is that of the image and `ending`."""
         if self.picture_folder is None:
             return
         stem = re.sub(r"[^\w.-]+", "_", Path(name.split("?")[0]).stem)[:100] or "image"
+        stem += ending
         numbered, number = stem, 1
         while numbered in self._names:
             number += 1
@@ -171,7 +189,7 @@ class ChatTerminal:
         path = self.picture_folder / f"{numbered}.jpg"
         try:
             with replacing(path) as partial:
-                draw_boxes(picture, objects).save(partial, format="JPEG", quality=92)
+                picture.save(partial, format="JPEG", quality=92)
         except OSError as error:
             self._say(f"The picture cannot be saved: {error}", "red")
         else:

@@ -626,29 +626,36 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
                 f"The installed transformers has no `GenerationMixin.{gone[0]}`, which generation from images needs. "
                 "Install an older transformers, or a newer mgllava."
             )
-        prompts, rules = None, list(logits_processor or ())
+        seen, prompts, rules = {}, None, list(logits_processor or ())
         if self.model.placeholders_to_drop is not None:
-            inputs, kwargs, prompts = self._without_dropped_placeholders(inputs, generation_config, kwargs)
+            inputs, kwargs, seen, prompts = self._without_dropped_placeholders(inputs, generation_config, kwargs)
         if prompts is not None:
             rules = [prompts.give_to(rule) for rule in rules]
             if kwargs.get("stopping_criteria"):
                 kwargs["stopping_criteria"] = StoppingCriteriaList(map(prompts.give_to, kwargs["stopping_criteria"]))
         processors = LogitsProcessorList([*rules, _UnusedTokens(self.config.unused_token_ids)])
         output = super().generate(inputs, generation_config, processors, *args, **kwargs)
-        return output if prompts is None else prompts.restore(output)
+        if isinstance(output, torch.Tensor):
+            return output if prompts is None else prompts.restore(output)
+        if prompts is not None:
+            output.sequences = prompts.restore(output.sequences)
+        for name, value in seen.items():
+            output[name] = value
+        return output
 
     @torch.no_grad()
     def _without_dropped_placeholders(
         self, inputs: torch.Tensor | None, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
-    ) -> tuple[torch.Tensor | None, dict[str, Any], "_WholePrompts | None"]:
+    ) -> tuple[torch.Tensor | None, dict[str, Any], dict[str, Any], "_WholePrompts | None"]:
         """Encode the images and drop placeholders: for `generate` they were never there.
 
-        Where its result would not be the same, they stay, and are only masked.
+        Where its result would not be the same, they stay, and are only masked. Also returns what its output tells
+        about the images.
         """
         images = {name: kwargs[name] for name in self.image_arguments if kwargs.get(name) is not None}
         features = kwargs.get("mm_encoder_outputs")
         if not images and not features:
-            return inputs, kwargs, None
+            return inputs, kwargs, {}, None
         embeds = kwargs.get("inputs_embeds")
         ids = kwargs.get("input_ids", inputs) if embeds is None else None
         given, _, image_outputs = self.model.embed(
@@ -662,19 +669,20 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
         kwargs = {name: value for name, value in kwargs.items() if name not in images}
         has_cache = kwargs.get("past_key_values") is not None or kwargs.get("cache") is not None
         configs = (generation_config, self.generation_config)
+        kept = mask[self.model.find_placeholders(ids, embeds)].bool()
+        seen = {"kept_tokens": kept, "image_outputs": image_outputs}
         if ids is None or has_cache or kwargs.get("prefix_allowed_tokens_fn") or _counts_prompt(kwargs, configs):
-            seen = {"image": SeenImageFeatures(pooler_output=tokens)}
-            return inputs, {**kwargs, "attention_mask": mask, "mm_encoder_outputs": seen}, None
+            features = {"image": SeenImageFeatures(pooler_output=tokens)}
+            return inputs, {**kwargs, "attention_mask": mask, "mm_encoder_outputs": features}, seen, None
 
-        is_placeholder = ids == self.config.image_token_id
-        kept = mask[is_placeholder].bool().split([len(rows) for rows in tokens])
-        seen = SeenImageFeatures(pooler_output=[rows[keep] for rows, keep in zip(tokens, kept, strict=True)])
-        prompts = _WholePrompts(ids, mask.bool(), kept)
+        parts = zip(tokens, kept.split([len(rows) for rows in tokens]), strict=True)
+        features = {"image": SeenImageFeatures(pooler_output=[rows[keep] for rows, keep in parts])}
+        prompts = _WholePrompts(ids, mask.bool())
         kwargs.pop("input_ids", None)
         for name in ("position_ids", "token_type_ids", "mm_token_type_ids"):
             kwargs.pop(name, None)
         inputs, mask = prompts.without_dropped(ids), prompts.without_dropped(mask)
-        return inputs, {**kwargs, "attention_mask": mask, "mm_encoder_outputs": {"image": seen}}, prompts
+        return inputs, {**kwargs, "attention_mask": mask, "mm_encoder_outputs": features}, seen, prompts
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.LongTensor, inputs_embeds: torch.FloatTensor | None = None, **kwargs
@@ -712,7 +720,7 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
             f"model are {width} wide. It drafts without the images: the answer is the same, but takes longer."
         )
         blank = [tokens.new_zeros(len(tokens), width) for tokens in features.pooler_output]
-        return {**images, "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=blank)}}
+        return {**images, "mm_encoder_outputs": {"image": type(features)(pooler_output=blank)}}
 
     def create_masks_for_generate(self, *args, **kwargs) -> torch.Tensor | dict[str, torch.Tensor]:
         """Make attention masks for a static cache, as the language model's own class does."""
@@ -773,8 +781,8 @@ def _counts_prompt(kwargs: dict[str, Any], configs: tuple[GenerationConfig | Non
 class _WholePrompts:
     """Prompts of which `generate` is given a part, aligned to the right."""
 
-    def __init__(self, ids: torch.LongTensor, mask: torch.BoolTensor, kept: tuple[torch.BoolTensor, ...]):
-        self.ids, self.mask, self.kept_tokens = ids, mask, kept
+    def __init__(self, ids: torch.LongTensor, mask: torch.BoolTensor):
+        self.ids, self.mask = ids, mask
         self.width = int(mask.sum(-1).max())
 
     def without_dropped(self, values: torch.Tensor) -> torch.Tensor:
@@ -785,22 +793,14 @@ class _WholePrompts:
             padding[row, self.width - len(seen) :] = seen
         return padding
 
-    def _whole(self, sequences: torch.LongTensor) -> torch.LongTensor:
+    def restore(self, sequences: torch.LongTensor) -> torch.LongTensor:
         """Put the whole prompts in front of the answers of all their sequences."""
         prompts = self.ids.repeat_interleave(len(sequences) // len(self.ids), dim=0)
         return torch.cat([prompts.to(sequences.device), sequences[:, self.width :]], dim=1)
 
     def give_to(self, rule: Callable[..., Any]) -> Callable[..., Any]:
         """Let a rule on sequences, a processor of scores or a criterion to stop, see the whole prompts."""
-        return lambda ids, *args, **kwargs: rule(self._whole(ids), *args, **kwargs)
-
-    def restore(self, output: GenerateOutput | torch.LongTensor) -> GenerateOutput | torch.LongTensor:
-        """Put the whole prompts into what `generate` returns."""
-        if isinstance(output, torch.Tensor):
-            return self._whole(output)
-        output.sequences = self._whole(output.sequences)
-        output["kept_tokens"] = torch.cat(self.kept_tokens)
-        return output
+        return lambda ids, *args, **kwargs: rule(self.restore(ids), *args, **kwargs)
 
 
 def _repeated_groups(num_tokens: torch.Tensor, is_placeholder: torch.BoolTensor, expand_size: int) -> list[int]:

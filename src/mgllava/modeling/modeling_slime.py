@@ -37,9 +37,11 @@ class SlimeImageFeatures(BaseModelOutputWithPooling):
             Of the vision tower, for all views, when asked for.
         image_grids (`torch.LongTensor` of shape `(num_images, 2)`):
             Rows and columns of tiles of each image.
+        local_order (`str`): Order of the embeddings of tiles, as in the configuration.
     """
 
     image_grids: torch.LongTensor | None = None
+    local_order: str | None = None
 
 
 @dataclass
@@ -203,6 +205,7 @@ class SlimeModel(SlimePreTrainedModel, ImageTextModel):
             hidden_states=vision_outputs.hidden_states,
             attentions=vision_outputs.attentions,
             image_grids=image_grids,
+            local_order=self.config.local_order,
         )
 
     def _separator(self, tokens: torch.Tensor) -> list[torch.Tensor]:
