@@ -259,28 +259,28 @@ def test_a_file_that_was_just_written_is_read_from_its_beginning():
     np.testing.assert_array_equal(levels(PROCESSORS[0], [file, file]), [RGB, RGB])
 
 
-@pytest.mark.parametrize("make", ["absent", "folder", "text", "cut", "empty"])
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        ("absent", "no such file. Check the path"),
+        ("folder", "got the folder .* Pass its files"),
+        ("text", "not in a format that Pillow knows"),
+        ("cut", "can be decoded.*damaged"),
+        ("empty", "not in a format that Pillow knows"),
+    ],
+)
 @with_each_package
-def test_files_that_are_not_images_are_named(processor, make, tmp_path):
+def test_files_that_are_not_images_are_named(processor, make, said, tmp_path):
     path = tmp_path / "picture.png"
     if make == "folder":
         path.mkdir()
     elif make != "absent":
         whole = encoded(PIL.Image.fromarray(RGB))
         path.write_bytes({"text": b"not an image" * 9, "cut": whole[: len(whole) // 2], "empty": b""}[make])
-    said = {
-        "absent": "no such file. Check the path",
-        "folder": "got the folder .* Pass its files",
-        "text": "not in a format that Pillow knows",
-        "cut": "can be decoded.*damaged",
-        "empty": "not in a format that Pillow knows",
-    }[make]
     good = PIL.Image.fromarray(RGB)
     for given in (path, str(path), {"path": str(path)}):
         for error in (ValueError, OSError):
-            with pytest.raises(
-                error, match=rf"(?s)`images\[1\]`.*picture\.png.*{said}|`images\[1\]`.*{said}"
-            ) as caught:
+            with pytest.raises(error, match=rf"(?s)`images\[1\]`.*{said}") as caught:
                 processor([good, given])
             assert "picture.png" in str(caught.value) and "padding" not in str(caught.value)
     with pytest.raises(ValueError, match=r"`images\[0\]\[1\]`"):

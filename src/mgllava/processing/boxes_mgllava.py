@@ -29,7 +29,6 @@ Label = Hashable
 
 # Private-use characters around the boxes of an image that a rendered conversation holds after its placeholder.
 _START, _END = "\U000ff4e0", "\U000ff4e1"
-_BOXES_IN_TEXT = re.compile(f"{_START}([^{_START}{_END}]*){_END}")
 BOX_MARKS = re.compile(f"[{_START}{_END}]")
 
 # How many boxes the original keeps when a limit applies.
@@ -473,11 +472,7 @@ def nms_per_label(
 
     kept_ranks: list[int] = []
     for ranks in ranks_of.values():
-        if len(ranks) == 1:
-            kept_ranks += ranks
-        else:
-            kept = nms(ranked[ranks], ranked_scores[ranks], iou_threshold)
-            kept_ranks += [ranks[i] for i in kept.tolist()]
+        kept_ranks += [ranks[i] for i in nms(ranked[ranks], ranked_scores[ranks], iou_threshold).tolist()]
     return order[sorted(kept_ranks)].tolist()
 
 
@@ -544,41 +539,33 @@ def write_boxes_into_text(text: str, placeholder: re.Pattern[str], entries: Sequ
 
     So they reach the processor even if the caller passes on only images and text. `None` writes nothing.
     """
-    ends = [match.end() for match in placeholder.finditer(text)]
-    if len(ends) != len(entries):
+    num_images = len(placeholder.findall(text))
+    if num_images != len(entries):
         raise ValueError(
-            f"`boxes` in the image blocks need one block per image, got {len(entries)} image blocks and {len(ends)} "
+            f"`boxes` in the image blocks need one block per image, got {len(entries)} image blocks and {num_images} "
             "placeholders in the rendered text. Write image blocks instead of placeholders in the text."
         )
-    pieces, start = [], 0
-    for end, entry in zip(ends, entries, strict=True):
-        pieces.append(text[start:end])
-        if entry is not None:
-            pieces.append(_START + json.dumps(plain_boxes(entry)) + _END)
-        start = end
-    return "".join([*pieces, text[start:]])
+    written = iter("" if entry is None else _START + json.dumps(plain_boxes(entry)) + _END for entry in entries)
+    return placeholder.sub(lambda match: match.group() + next(written), text)
 
 
 def take_boxes_from_text(text: str, placeholder: re.Pattern[str]) -> tuple[str, list[Any]]:
     """Undo [`write_boxes_into_text`]: return the text, and one entry per placeholder (`None` without boxes)."""
-    if _START not in text:
-        return text, [None] * len(placeholder.findall(text))
     entries: list[Any] = []
-    pieces, start = [], 0
-    while match := placeholder.search(text, start):
-        pieces.append(text[start : match.end()])
-        start = match.end()
-        entries.append(None)
-        if written := _BOXES_IN_TEXT.match(text, start):
-            try:
-                entries[-1] = json.loads(written.group(1))
-            except ValueError as error:
-                raise ValueError(
-                    f"`text` must hold boxes as `apply_chat_template` writes them after an image, got "
-                    f"{written.group(1)!r}. Do not change a rendered conversation there."
-                ) from error
-            start = written.end()
-    return "".join([*pieces, text[start:]]), entries
+
+    def take(match: re.Match[str]) -> str:
+        written = match.group("boxes")
+        try:
+            entries.append(None if written is None else json.loads(written))
+        except ValueError as error:
+            raise ValueError(
+                f"`text` must hold boxes as `apply_chat_template` writes them after an image, got {written!r}. Do not "
+                "change a rendered conversation there."
+            ) from error
+        return match.group("image")
+
+    boxes = f"{_START}(?P<boxes>[^{_START}{_END}]*){_END}"
+    return re.sub(f"(?P<image>{placeholder.pattern})(?:{boxes})?", take, text), entries
 
 
 def plain_boxes(value: Any) -> Any:
