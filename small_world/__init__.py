@@ -1,1 +1,1 @@
-"""A small world of pictures, and what can be said about them: data to train and test a small MG-LLaVA with."""
+"""Generated pictures with questions and answers: data to train and test a small MG-LLaVA."""

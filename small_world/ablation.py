@@ -2,13 +2,13 @@
 
     python -m small_world.ablation main --seeds 3
 
-Groups: `main` (low resolution only, objects, objects and Conv-Gate fusion), `fusion` (each way of fusing), `merging`
-(each way of merging objects), `boxes` (which boxes the model is given). Every run trains both stages from the parts in
+Groups: `main` (low resolution only, objects, objects and Conv-Gate fusion), `fusion` (each `fusion_type`), `merging`
+(each `object_merging`), `boxes` (boxes from different detectors). Every run trains both stages from the parts in
 `small-world/parts` (`small_world.unbundle` writes those of the shipped model), then answers the questions about the
 test pictures. Finished runs are kept, and an interrupted run is resumed. Results are written to
 `small_world/results/ablation.json`.
 
-With `--jobs 2` two runs share the cores, which takes less time than one after the other.
+`--jobs 2` trains two models in parallel, which is faster than one after the other.
 """
 
 import json
@@ -37,28 +37,23 @@ from .scenes import ANY_SHAPE, SHAPES
 _HERE = Path(__file__).parent
 RESULTS = _HERE / "results" / "ablation.json"
 _FUSIONS, _MERGINGS = (get_args(MGLlavaConfig.__annotations__[name]) for name in ("fusion_type", "object_merging"))
-# The classes of COCO cover some of the objects in a picture; here a fixed list covers half of the shapes.
+# In place of the classes of COCO, which cover only some of the objects in a picture: half of the shapes.
 _FIXED_LIST = SHAPES[::2]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table.
+    """A row of a table: a variant of the model, and the boxes that it is given."""
 
-    Attributes:
-        fusion (`str`): `fusion_type` of `MGLlavaConfig`.
-        merging (`str`): `object_merging` of `MGLlavaConfig`.
-        boxes (`str`): Which boxes: `ram-plus`, `fixed-list` or `no-tags`.
-    """
-
-    fusion: str = "conv_gate"
-    merging: str = "concat"
+    fusion_type: str = "conv_gate"
+    object_merging: str = "concat"
+    # `ram-plus`, `fixed-list` or `no-tags`.
     boxes: str = "ram-plus"
 
     @property
     def config(self) -> dict[str, str]:
         """Arguments of `MGLlavaConfig`."""
-        return {"fusion_type": self.fusion, "object_merging": self.merging}
+        return {"fusion_type": self.fusion_type, "object_merging": self.object_merging}
 
 
 GROUPS: dict[str, dict[str, Row]] = {
@@ -67,35 +62,31 @@ GROUPS: dict[str, dict[str, Row]] = {
         "+ objects": Row("none"),
         "+ objects + Conv-Gate": Row(),
     },
-    "fusion": {f"fusion {name}": Row(fusion=name) for name in _FUSIONS},
-    "merging": {f"merging {name}": Row(merging=name) for name in _MERGINGS},
+    "fusion": {f"fusion {name}": Row(fusion_type=name) for name in _FUSIONS},
+    "merging": {f"merging {name}": Row(object_merging=name) for name in _MERGINGS},
     "boxes": {f"boxes {name}": Row(boxes=name) for name in ("no-tags", "fixed-list", "ram-plus")},
 }
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long every model of a table is trained.
+    """How long every model of a table is trained, and on how many pictures it is tested."""
 
-    Attributes:
-        alignment (`float`): Passes of stage 1 over the captions.
-        tuning (`float`): Passes of stage 2 over questions and captions.
-        bf16 (`bool`): Whether matrix products are computed in bfloat16.
-        pictures (`int`): Number of test pictures.
-        threads (`int`): Threads per run.
-    """
-
+    # Passes of stage 1 over the captions.
     alignment: float
+    # Passes of stage 2 over questions and captions.
     tuning: float
+    # Whether matrix products are computed in bfloat16.
     bf16: bool
     pictures: int
+    # Threads of a run.
     threads: int
 
 
 def run(row: Row, seed: int, world: Path, effort: Effort) -> dict[str, float]:
-    """Train and test one model; return its share of right answers by kind.
+    """Train and test one model, and return its share of right answers by kind.
 
-    The seed determines the initial fusion and projectors and the order of samples.
+    The seed determines the initial fusion and projectors and the order of the samples.
     """
     passes = f"{effort.alignment:g}-{effort.tuning:g}-{'bf16' if effort.bf16 else 'fp32'}"
     name = "-".join([*row.config.values(), row.boxes, f"seed{seed}", passes])
@@ -110,7 +101,7 @@ def run(row: Row, seed: int, world: Path, effort: Effort) -> dict[str, float]:
         shared = [f"data.images={train / 'images'}", f"data.boxes={_box_file(train, row.boxes)}"]
         shared += ["data.allow_other_boxes=true", f"training.seed={seed}", f"training.bf16={str(effort.bf16).lower()}"]
         if effort.bf16 and not torch.cuda.is_available():
-            shared.append("training.use_cpu=true")  # without it transformers refuses
+            shared.append("training.use_cpu=true")  # transformers refuses bf16 on a CPU without it
         for stage, changes, epochs in (
             (1, [*start, f"data.samples={captions}"], effort.alignment),
             (2, [f"model.name={folder / 'stage-1'}", f"data.samples=[{conversations},{captions}]"], effort.tuning),
@@ -155,7 +146,7 @@ def _call(module: str, *arguments: object, threads: int | None = None) -> None:
 
 
 def summarize(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
-    """Show mean and standard deviation over seeds in percent, from shares by row, seed and kind."""
+    """Return a table of mean and standard deviation over seeds, from shares of right answers by row, seed and kind."""
     table = Table(title="right answers, %")
     for column in ("row", "seeds", *KINDS, "all"):
         table.add_column(column, justify="left" if column == "row" else "right")
@@ -197,7 +188,7 @@ def main(
     results = file["results"]
     console = Console()
     effort = Effort(**settings, threads=max(1, (os.cpu_count() or 1) // jobs))
-    # Tables share rows; each row is trained once.
+    # A row that several tables share is trained once.
     places: dict[tuple[int, Row], list[tuple[str, str]]] = {}
     for seed in range(seeds):
         for group in groups:

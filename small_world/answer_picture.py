@@ -1,4 +1,4 @@
-"""A drawing of pictures with their boxes, questions and answers."""
+"""Draw pictures with their boxes, questions and answers."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,10 +15,9 @@ _INK, _RIGHT, _WRONG = (30, 30, 30), (20, 120, 50), (190, 30, 30)
 
 
 def draw_answers(answers: Sequence[Answer], boxes: Mapping[str, Any], images: Path) -> Image.Image:
-    """Draw pictures side by side, each with its boxes, and below it the questions about it and their answers.
+    """Draw pictures side by side, each with its boxes, questions and answers (right ones in green, wrong ones in red).
 
-    Right answers are green. Wrong ones are red and followed by the right one. `boxes` holds the `boxes` and `labels`
-    to draw by the name of the picture.
+    `boxes` has the `boxes` and `labels` of each picture by its file name.
     """
     names = list(dict.fromkeys(answer.image for answer in answers))
     pictures = []

@@ -1,7 +1,4 @@
-"""Put the small model into one folder with its tagger and its detector, in half precision.
-
-See `Makefile` in this folder for how it is called.
-"""
+"""Save the small model with its tagger and its detector as one model folder, in half precision; see `Makefile`."""
 
 import shutil
 import tempfile
@@ -21,33 +18,27 @@ from transformers import (
 
 from mgllava import BoxDetector
 
-# What both stages start from is shipped beside the model, whose own was tuned.
+# The language model that both stages start from; the one in the shipped model was tuned in stage 2.
 LANGUAGE_MODEL = Path(__file__).parent / "language_model"
 
 
 def bundle(model: Path, tagger: Path, detector: Path, output: Path) -> None:
-    """Write one folder that loads by itself, with its code.
+    """Write a complete model folder, with the code of the model; an existing `output` is replaced.
 
-    `python -m small_world.refresh_code` brings the code up to date later.
-
-    Args:
-        model (`Path`): Folder of the model with its processor.
-        tagger (`Path`): Folder of the small RAM++.
-        detector (`Path`): Folder of the small OWLv2.
-        output (`Path`): Folder to write; what is there is replaced.
+    `python -m small_world.refresh_code` updates the code later.
     """
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
-        halves = Path(folder) / "tagger", Path(folder) / "detector"
-        for source, half, kind, processor in (
-            (tagger, halves[0], AutoModel, AutoImageProcessor),
-            (detector, halves[1], AutoModelForZeroShotObjectDetection, AutoProcessor),
+        in_half_precision = Path(folder) / "tagger", Path(folder) / "detector"
+        for source, target, kind, processor in (
+            (tagger, in_half_precision[0], AutoModel, AutoImageProcessor),
+            (detector, in_half_precision[1], AutoModelForZeroShotObjectDetection, AutoProcessor),
         ):
-            kind.from_pretrained(source, dtype=torch.float16).save_pretrained(half)
-            processor.from_pretrained(source).save_pretrained(half)
+            kind.from_pretrained(source, dtype=torch.float16).save_pretrained(target)
+            processor.from_pretrained(source).save_pretrained(target)
         written = Path(folder) / "model"
         AutoModel.from_pretrained(model, dtype=torch.float16).save_pretrained(written)
         complete = AutoProcessor.from_pretrained(model)
-        complete.box_detector = BoxDetector(*halves, mode="clean")
+        complete.box_detector = BoxDetector(*in_half_precision, mode="clean")
         complete.box_detector.embed_vocabulary()
         complete.save_pretrained(written)
         shutil.rmtree(output, ignore_errors=True)
@@ -55,12 +46,7 @@ def bundle(model: Path, tagger: Path, detector: Path, output: Path) -> None:
 
 
 def write_language_model(source: Path, output: Path) -> None:
-    """Write a language model and its tokenizer in half precision.
-
-    Args:
-        source (`Path`): Folder of the language model.
-        output (`Path`): Folder to write; what is there is replaced.
-    """
+    """Write a language model and its tokenizer in half precision; an existing `output` is replaced."""
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         written = Path(folder) / "model"
         AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16).save_pretrained(written)
@@ -76,7 +62,7 @@ def main(
     language_model: Annotated[Path, typer.Option(help="Folder of the language model that both stages start from.")],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
 ) -> None:
-    """Put model, tagger and detector into one folder, and the language model into another."""
+    """Save model, tagger and detector as one model folder, and the language model as another."""
     bundle(model, tagger, detector, output)
     write_language_model(language_model, LANGUAGE_MODEL)
     for folder in (output, LANGUAGE_MODEL):

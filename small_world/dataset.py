@@ -1,12 +1,12 @@
-"""The small world on disk, in the formats of real data: pictures, LLaVA samples, box files.
+"""Write a data set of the small world, in the formats of real data: pictures, LLaVA samples, box files.
 
     python -m small_world.dataset small-world/train --count 20000
     python -m small_world.dataset small-world/test --split test --count 1000
 
-FOLDER gets `images/*.jpg`, `captions.json` (one caption for each picture: alignment), `conversations.json` (questions
-and answers: instruction tuning), `questions.jsonl` (the same questions one by one with their kind: evaluation) and
-`boxes.json` (the true boxes, labeled with the shapes). Pictures that are there already are kept, so a run that was
-interrupted goes on where it was.
+The folder contains `images/*.jpg`, `captions.json` (one caption for each picture: alignment), `conversations.json`
+(questions and answers: instruction tuning), `questions.jsonl` (the same questions one by one with their kind:
+evaluation) and `boxes.json` (the true boxes, labeled with the shapes). Existing pictures are kept, so an interrupted
+run can be resumed.
 """
 
 import json
@@ -29,24 +29,17 @@ from .scenes import Split, make_scene
 
 
 def make_sample(split: Split, number: int, images: Path, questions: int) -> dict[str, Any]:
-    """Draw one picture and write it, unless it is there, and say what there is to know about it.
+    """Draw a scene, write its picture into `images` unless it exists, and return all that is known about it.
 
-    Args:
-        split (`str`): See [`make_scene`].
-        number (`int`): Seed of the scene within the split.
-        images (`Path`): Folder of the pictures; it exists.
-        questions (`int`): Number of questions, at most.
-
-    Returns:
-        `dict` with `id`, `image` (file name), `caption`, `questions` (a list of `kind`, `text`, `answer`), `width`,
-        `height`, `boxes` (xyxy in pixels of the picture), `labels` and `scores`.
+    `questions` is their greatest number. In the result `image` is a file name, `questions` is a list of `kind`,
+    `text` and `answer`, and `boxes` are xyxy in pixels of the picture.
     """
     scene = make_scene(split, number)
     picture, boxes = draw_scene(scene)
     path = images / f"{number:06d}.jpg"
     if not path.exists():
         with replacing(path) as partial:
-            # Full chroma: halved, small objects would lose their colors, not only their sharpness.
+            # Without chroma subsampling, which would change the colors of small objects.
             picture.save(partial, format="JPEG", quality=92, subsampling=0)
     return {
         "id": scene.id,
@@ -69,15 +62,9 @@ def write_dataset(
     first: int = 0,
     processes: int | None = None,
 ) -> None:
-    """Write a data set.
+    """Write a data set of `count` pictures, with at most `questions` about each; `first` is the first scene's seed.
 
-    Args:
-        folder (`Path`): Where to. Its text files are replaced, each at once.
-        split (`str`): See [`make_scene`].
-        count (`int`): Number of pictures.
-        questions (`int`, *optional*, defaults to 10): Number of questions about each picture, at most.
-        first (`int`, *optional*, defaults to 0): Seed of the first picture; the others follow.
-        processes (`int`, *optional*): How many draw, by default one for each core.
+    `processes` draw the pictures, by default one for each core. Existing text files are replaced.
     """
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
@@ -99,7 +86,7 @@ def write_dataset(
 
 
 def _conversation(sample: dict[str, Any], turns: list[tuple[str, str]]) -> dict[str, Any]:
-    """A sample as LLaVA's files have it: the image in front of the first question."""
+    """Return a sample in LLaVA's format, with the image before the first question."""
     messages = []
     for number, (question, answer) in enumerate(turns):
         prefix = "<image>\n" if number == 0 else ""
@@ -115,10 +102,10 @@ def _write_json(path: Path, values: Iterable[Any]) -> None:
 def main(
     folder: Annotated[Path, typer.Argument(help="Folder to write.")],
     split: Annotated[
-        Split, typer.Option(help="Which scenes; unseen has the pairs of shape and color that the others lack.")
+        Split, typer.Option(help="Kind of scenes; unseen has the pairs of shape and color that the others lack.")
     ] = "train",
     count: Annotated[int, typer.Option(help="Number of pictures.")] = 20_000,
-    questions: Annotated[int, typer.Option(help="Questions about each picture, at most.")] = 10,
+    questions: Annotated[int, typer.Option(help="Most questions about a picture.")] = 10,
     first: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
 ) -> None:
     """Write pictures, captions, questions and boxes of the small world."""

@@ -32,12 +32,12 @@ from .evaluation import (
 )
 
 MODEL = Path(__file__).parent / "model"
-# No training and no test used these seeds.
+# No training or test uses these seeds.
 _FIRST_SEED = 1_000_000
 _QUESTIONS_PER_PICTURE = 4
 # The drawing shows the first pictures that have more boxes than _FEW and fewer than _MANY.
 _DRAWN, _FEW, _MANY = 3, 3, 10
-# A small low-resolution tower hardly sees shapes and characters, so these answers depend on boxes most.
+# These answers depend on boxes most, because the small low-resolution tower hardly resolves shapes and characters.
 _COMPARED_KINDS, _COMPARED = ("shape", "reading"), 8
 
 
@@ -78,7 +78,7 @@ def main(
 
 
 def _comparison(answers: list[Answer], without: list[Answer]) -> Table:
-    """Show the first questions about shapes and characters whose answers depend on boxes; mark wrong answers."""
+    """Return a table of the first questions about shapes and characters whose answers depend on boxes."""
     table = Table(title="Shapes and characters: the first questions that are answered differently without boxes")
     for column in ("picture", "question", "right answer", "with boxes", "without boxes"):
         table.add_column(column)

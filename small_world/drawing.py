@@ -1,4 +1,4 @@
-"""Pictures of scenes, and the boxes of what can be seen in them."""
+"""Draw scenes, and find the boxes of their objects."""
 
 import math
 import random
@@ -10,17 +10,15 @@ from PIL import Image, ImageDraw, ImageFont
 from .scenes import COLORS, Scene, SceneObject
 
 SUPERSAMPLING = 4
-# Height of a capital letter, in pixels of a picture whose long side is 256. At 112, five are left of it.
+# Height of a capital letter, in pixels of a picture whose long side is 256. In the low-resolution tower (112) it is 5.
 CHARACTER_HEIGHT = 12.0
 INK = (15, 15, 15)
 
 
 def draw_scene(scene: Scene) -> tuple[Image.Image, list[list[float]]]:
-    """Draw a scene.
+    """Draw a scene, and return the picture (RGB) and the boxes of its objects (xyxy in pixels of the picture).
 
-    Returns:
-        The picture (RGB), and the box of each object, in their order: x1, y1, x2, y2 in pixels of the picture, around
-        the whole outline, also where another object hides part of it.
+    A box encloses the whole outline, including parts that another object hides.
     """
     picture = _background(scene)
     boxes = []
@@ -37,11 +35,11 @@ def draw_scene(scene: Scene) -> tuple[Image.Image, list[list[float]]]:
 
 
 def _background(scene: Scene) -> Image.Image:
-    """A pale gradient with lines and blots of little contrast: clutter that looks like no object."""
+    """Draw a pale gradient with lines and blots of low contrast, which cannot be mistaken for objects."""
     rng = random.Random(f"{scene.id}/background")
     corners = np.array([[[rng.uniform(150, 245) for _ in range(3)] for _ in range(2)] for _ in range(2)])
     corners = 0.35 * corners + 0.65 * corners.mean(-1, keepdims=True)
-    # Four pixels, stretched so that their centers lie in the corners.
+    # Four pixels, stretched so that their centers are in the corners.
     small = Image.fromarray(corners.round().astype(np.uint8))
     picture = small.resize((scene.width, scene.height), Image.Resampling.BILINEAR, box=(0.5, 0.5, 1.5, 1.5))
     draw = ImageDraw.Draw(picture, "RGBA")
@@ -57,11 +55,9 @@ def _background(scene: Scene) -> Image.Image:
 
 
 def _sprite(item: SceneObject, unit: float) -> tuple[tuple[int, int], Image.Image, Image.Image]:
-    """Left and top corner in the picture, colors, and coverage of one object.
+    """Return the left upper corner of an object in the picture, its colors, and its coverage mask.
 
-    Args:
-        item (`SceneObject`): The object.
-        unit (`float`): Pixels of the picture per pixel of a picture whose long side is 256.
+    `unit` is a pixel of a picture whose long side is 256, in pixels of this picture.
     """
     left, top = (math.floor(value - item.size / 2) - 1 for value in item.center)
     side = math.ceil(item.size) + 3
@@ -73,7 +69,7 @@ def _sprite(item: SceneObject, unit: float) -> tuple[tuple[int, int], Image.Imag
     draw = ImageDraw.Draw(sprite)
     _texture(draw, item, cx, cy, SUPERSAMPLING * unit)
     if item.character:
-        # Capitals of this font are 0.7 of its size high.
+        # The height of capitals is 0.7 of this font's size.
         font = _font(round(CHARACTER_HEIGHT * unit * SUPERSAMPLING / 0.7))
         draw.text((cx, cy), item.character, fill=INK, font=font, anchor="mm", stroke_width=1)
     return (left, top), sprite.reduce(SUPERSAMPLING), mask.reduce(SUPERSAMPLING)
@@ -129,22 +125,8 @@ def _outline(draw: ImageDraw.ImageDraw, shape: str, cx: float, cy: float, r: flo
         polygon([point for pair in zip(outer, inner, strict=True) for point in pair])
     elif shape == "cross":
         a, b = 0.3, 0.92
-        polygon(
-            [
-                (-a, -b),
-                (a, -b),
-                (a, -a),
-                (b, -a),
-                (b, a),
-                (a, a),
-                (a, b),
-                (-a, b),
-                (-a, a),
-                (-b, a),
-                (-b, -a),
-                (-a, -a),
-            ]
-        )
+        quarter = [(-a, -b), (a, -b), (a, -a)]  # the others follow by rotations
+        polygon([(x * c - y * s, x * s + y * c) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1)) for x, y in quarter])
     elif shape == "ring":
         disc(0, 0, 0.96, 255)
         disc(0, 0, 0.55, 0)
@@ -154,15 +136,8 @@ def _outline(draw: ImageDraw.ImageDraw, shape: str, cx: float, cy: float, r: flo
         polygon(regular(6))
     elif shape == "heart":
         t = [math.radians(degree) for degree in range(0, 360, 8)]
-        polygon(
-            [
-                (
-                    math.sin(v) ** 3,
-                    -(13 * math.cos(v) - 5 * math.cos(2 * v) - 2 * math.cos(3 * v) - math.cos(4 * v)) / 16.5,
-                )
-                for v in t
-            ]
-        )
+        heights = [13 * math.cos(v) - 5 * math.cos(2 * v) - 2 * math.cos(3 * v) - math.cos(4 * v) for v in t]
+        polygon([(math.sin(v) ** 3, -height / 16.5) for v, height in zip(t, heights, strict=True)])
     elif shape == "moon":
         disc(0, 0, 0.96, 255)
         disc(0.42, -0.1, 0.72, 0)

@@ -1,9 +1,9 @@
-"""The share of questions about new pictures that a model answers right.
+"""Measure the share of questions about new pictures that a model answers right.
 
     python -m small_world.evaluation small-world/stage-2 --data small-world/test --boxes detector
 
-Boxes: `detector` (the model's own), `file` (`--box-file`, or the true boxes of the data set) or `none`. An answer is
-right if it matches the reference answer; case and surrounding spaces are ignored.
+`--boxes` is `detector` (that of the model), `file` (`--box-file`, or the true boxes of the data set) or `none`. An
+answer is right if it matches the reference answer; case and surrounding spaces are ignored.
 """
 
 import json
@@ -28,7 +28,7 @@ from mgllava.box_files import read_boxes
 
 from .questions import KINDS
 
-# Answers have at most two words, of at most a few tokens each.
+# Answers have at most two words of a few tokens.
 _ANSWER_TOKENS = 8
 
 
@@ -87,28 +87,16 @@ def answer_questions(
 ) -> Iterator[Answer]:
     """Answer questions in their order.
 
-    `boxes` are keyed by the id of the picture; `None` lets the processor's box detector find them.
+    `boxes` has the boxes by the id of the picture; if it is `None`, the processor's box detector finds them.
     """
     if boxes is None:
         boxes = detect_boxes(processor, questions, images)
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
-        conversations = [
-            [
-                {
-                    "role": "user",
-                    "content": [
-                        {
-                            "type": "image",
-                            "image": Image.open(images / row["image"]),
-                            "boxes": boxes[row["image_id"]],
-                        },
-                        {"type": "text", "text": row["text"]},
-                    ],
-                }
-            ]
-            for row in batch
-        ]
+        conversations = []
+        for row in batch:
+            image = {"type": "image", "image": Image.open(images / row["image"]), "boxes": boxes[row["image_id"]]}
+            conversations.append([{"role": "user", "content": [image, {"type": "text", "text": row["text"]}]}])
         inputs = processor.apply_chat_template(
             conversations,
             add_generation_prompt=True,
@@ -131,15 +119,9 @@ def answer_questions(
 
 
 def embed_prompts(model: Any, inputs: Mapping[str, torch.Tensor], same_as: Sequence[int]) -> torch.Tensor:
-    """Embed prompts of one image each; a picture that occurs several times is encoded once.
+    """Return `inputs_embeds` of prompts with one image each; a picture that occurs several times is encoded once.
 
-    Args:
-        model ([`MGLlavaForConditionalGeneration`]): The model.
-        inputs (`Mapping`): The processor's output for the prompts.
-        same_as (`Sequence[int]`): For each prompt, the index of the first prompt with the same picture and boxes.
-
-    Returns:
-        `torch.Tensor` of shape `(num_prompts, length, hidden_size)`: `inputs_embeds`.
+    `same_as` has for each prompt the index of the first prompt with the same picture and boxes.
     """
     first = sorted(set(same_as))
     images = {name: inputs[name][first] for name in ("pixel_values", "boxes", "num_boxes")}
@@ -153,14 +135,14 @@ def embed_prompts(model: Any, inputs: Mapping[str, torch.Tensor], same_as: Seque
 def detect_boxes(
     processor: Any, questions: Sequence[dict[str, str]], images: Path, batch_size: int = 16
 ) -> dict[str, Any]:
-    """Detect the boxes of all pictures that are asked about, keyed by the id of the picture."""
+    """Return the detected boxes of the pictures of some questions by the picture's id."""
     files = {row["image_id"]: str(images / row["image"]) for row in questions}
     found = processor.detect(list(files.values()), batch_size=batch_size)
     return dict(zip(files, found, strict=True))
 
 
 def accuracy(answers: Sequence[Answer]) -> dict[str, float]:
-    """Share of right answers of each kind that was asked, and of all (`all`)."""
+    """Return the share of right answers for each kind of question, and for all (`all`)."""
     kinds = {kind: [a.is_right for a in answers if a.kind == kind] for kind in KINDS}
     kinds["all"] = [a.is_right for a in answers]
     return {kind: sum(right) / len(right) for kind, right in kinds.items() if right}
@@ -174,7 +156,7 @@ def write_answers(path: Path, answers: Sequence[Answer]) -> None:
 
 
 def accuracy_table(title: str, columns: Mapping[str, Sequence[Answer]]) -> Table:
-    """Show the accuracy of one or several sets of answers to the same questions, by the title of their column."""
+    """Return a table with the accuracy of one or several sets of answers to the same questions, by column title."""
     table = Table(title=title)
     for name in ("kind", "questions", *columns):
         table.add_column(name, justify="left" if name == "kind" else "right")

@@ -1,4 +1,4 @@
-"""How each model lays a picture into its square: pixels, where boxes come to lie, and in which cells of a grid."""
+"""The square input frames of the models: pixels of a picture, coordinates of its boxes, and cells of a grid."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,24 +16,18 @@ _PIXELS_ONLY = {"do_rescale": False, "do_normalize": False}
 
 @dataclass(frozen=True)
 class Frame:
-    """A square that pictures are laid into.
-
-    Args:
-        name (`str`): Tells frames apart.
-        size (`int`): Side of the square, in pixels.
-        pixels (`Callable`): From a picture (RGB) to uint8 of shape `(3, size, size)`.
-        boxes (`Callable`): From boxes (xyxy in pixels of the picture), width and height of the picture to boxes in
-            pixels of the square.
-    """
+    """A square of `size` pixels that pictures are fitted into."""
 
     name: str
     size: int
+    # From a picture (RGB) to uint8 of shape `(3, size, size)`.
     pixels: Callable[[Image.Image], np.ndarray]
+    # From boxes (xyxy in pixels of the picture), width and height of the picture to boxes in pixels of the square.
     boxes: Callable[[np.ndarray, int, int], np.ndarray]
 
 
 def centered_frame(size: int) -> Frame:
-    """Lay a picture into the middle, as MG-LLaVA's image processor does."""
+    """Return the frame of MG-LLaVA's image processor, which pads a picture on both sides."""
     side = {"height": size, "width": size}
     processor = MGLlavaImageProcessor(size={"shortest_edge": size}, crop_size=side, **_PIXELS_ONLY)
 
@@ -45,7 +39,7 @@ def centered_frame(size: int) -> Frame:
 
 
 def cornered_frame(size: int) -> Frame:
-    """Lay a picture into the left upper corner, as the box detector does for OWLv2."""
+    """Return the frame of OWLv2 in the box detector, which pads a picture on the right or at the bottom."""
 
     def pixels(picture: Image.Image) -> np.ndarray:
         values = square_pixels(pil_to_tensor(picture), (size, size), [0.0] * 3, [1 / 255] * 3, torch.device("cpu"))
@@ -58,7 +52,7 @@ def cornered_frame(size: int) -> Frame:
 
 
 def squeezed_frame(size: int) -> Frame:
-    """Squeeze a picture to the square, as RAM++ does."""
+    """Return the frame of RAM++, which changes the aspect ratio of a picture."""
     processor = RamPlusImageProcessor(size={"height": size, "width": size}, **_PIXELS_ONLY)
 
     def boxes(values: np.ndarray, width: int, height: int) -> np.ndarray:
@@ -68,15 +62,9 @@ def squeezed_frame(size: int) -> Frame:
 
 
 def cells_of_centers(boxes: torch.Tensor, grid: int, image_size: int) -> torch.Tensor:
-    """Number the cells that the centers of boxes lie in.
+    """Return the indices, counted row by row, of the `grid` x `grid` cells that contain the centers of boxes.
 
-    Args:
-        boxes (`torch.Tensor` of shape `(..., 4)`): x1, y1, x2, y2 in pixels of the square.
-        grid (`int`): Cells along a side of the square.
-        image_size (`int`): Side of the square.
-
-    Returns:
-        `torch.LongTensor` of shape `(...)`: Numbers, counted row by row.
+    `boxes` has the shape `(..., 4)` and holds xyxy in pixels of a square of `image_size` pixels.
     """
     column, row = ((boxes[..., :2] + boxes[..., 2:]) / 2 * grid / image_size).long().clamp(0, grid - 1).unbind(-1)
     return row * grid + column

@@ -1,6 +1,6 @@
-"""Pictures of a data set as tensors, prepared once, with everything that is known about their objects.
+"""Pictures of a data set as tensors, with the attributes of their objects, to train the parts.
 
-This is what the parts are trained on. The small model itself is trained on the files of the data set, as on real ones.
+The small model itself is trained on the files of the data set, like on real data.
 """
 
 from collections.abc import Sequence
@@ -21,28 +21,18 @@ from .frames import Frame
 from .questions import describe
 from .scenes import COLORS, DIGITS, LETTERS, SHAPES, TEXTURES, SceneObject, make_scene
 
-# Tokens of a caption; longer ones are cut.
+# Captions are truncated to this number of tokens.
 CAPTION_LENGTH = 256
 CHARACTERS = LETTERS + DIGITS
-# What can be told of an object, and how many possibilities there are. Index 0 of the characters is "none".
-ATTRIBUTES = {
-    "shape": len(SHAPES),
-    "color": len(COLORS),
-    "texture": len(TEXTURES),
-    "character": 1 + len(CHARACTERS),
-}
+# The attributes of an object, with the number of their values. Value 0 of "character" means that there is none.
+ATTRIBUTES = {"shape": len(SHAPES), "color": len(COLORS), "texture": len(TEXTURES), "character": 1 + len(CHARACTERS)}
 
 
 class Pictures(Dataset):
-    """Pictures and objects of one data set.
+    """Pictures and objects of a data set in the frame of the model that is trained; pixels are cached in the folder.
 
-    Items have `pixel_values` (uint8, `(3, size, size)`), `boxes` (`(num_objects, 4)`: x1, y1, x2, y2 in pixels of the
-    square), `attributes` (see [`object_attributes`]) and, with a tokenizer, `caption_ids`.
-
-    Args:
-        folder (`Path`): A data set of `small_world.dataset`. The prepared pixels are kept in it.
-        frame ([`Frame`]): How the model that is trained lays pictures into its square.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): Encodes the captions.
+    Items have `pixel_values` (uint8, `(3, size, size)`), `boxes` (`(num_objects, 4)`: xyxy in pixels of the frame),
+    `attributes` (see [`object_attributes`]) and, with a tokenizer, `caption_ids`.
     """
 
     def __init__(self, folder: Path, frame: Frame, tokenizer: PreTrainedTokenizerBase | None = None):
@@ -69,21 +59,17 @@ class Pictures(Dataset):
         return len(self.scenes)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item = {
-            "pixel_values": torch.from_numpy(self.pixels[index].copy()),
-            "boxes": self.boxes[index],
-            "attributes": self.attributes[index],
-        }
+        pixels = torch.from_numpy(self.pixels[index].copy())
+        item = {"pixel_values": pixels, "boxes": self.boxes[index], "attributes": self.attributes[index]}
         if self.tokenizer is not None:
             text = describe(self.scenes[index]) + self.tokenizer.eos_token
-            item["caption_ids"] = torch.tensor(
-                self.tokenizer(text, truncation=True, max_length=CAPTION_LENGTH)["input_ids"]
-            )
+            encoded = self.tokenizer(text, truncation=True, max_length=CAPTION_LENGTH)
+            item["caption_ids"] = torch.tensor(encoded["input_ids"])
         return item
 
 
 def object_attributes(objects: Sequence[SceneObject]) -> torch.Tensor:
-    """Say what objects are, `(num_objects, 4)`: indices in the order of `ATTRIBUTES`."""
+    """Return the values of the `ATTRIBUTES` of objects, of shape `(num_objects, 4)`."""
     return torch.tensor(
         [
             [

@@ -1,8 +1,8 @@
-"""What can be said and asked about a scene: captions, questions and their answers.
+"""Captions of a scene, and questions about it with their answers.
 
-Every question has exactly one right answer; where a scene is ambiguous (two stars, one of them to be named), nothing
-is asked. Existence is asked as often of what is there as of what is not, and what is not there is mostly one attribute
-away from what is.
+Every question has exactly one right answer; ambiguous questions (about "the star" of two stars) are not asked. As many
+existence questions have the answer yes as no, and the object of the latter mostly differs in one attribute from one
+that exists.
 """
 
 import random
@@ -14,19 +14,16 @@ KINDS = ("existence", "color", "shape", "count", "position", "relation", "readin
 CAPTION_REQUEST = "Describe the picture."
 MAX_COUNT = 8
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
-# Cells along a side of the grid that vision gives to the small model.
+# Side of the grid of the small model's vision towers, in cells.
 GRID = 8
 _PLURALS = {"cross": "crosses"}
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a scene.
+    """A question about a scene, of one of the `KINDS`.
 
-    Args:
-        kind (`str`): One of `KINDS`.
-        text (`str`): The question.
-        answer (`str`): Its only right answer, in lower case but for letters that are read.
+    The answer is in lower case, except for letters that are to be read.
     """
 
     kind: str
@@ -35,15 +32,15 @@ class Question:
 
 
 def reading_order(scene: Scene) -> list[SceneObject]:
-    """Objects row by row of the grid that vision gives to the model, each row from left to right."""
+    """Return the objects in the row-by-row order of the vision towers' grid, each row from left to right."""
     top, cell = scene.corner[1], scene.side / GRID
     return sorted(scene.objects, key=lambda item: ((item.center[1] + top) // cell, item.center[0]))
 
 
 def describe(scene: Scene) -> str:
-    """Caption of a scene: its objects in [`reading_order`], with what is printed on them.
+    """Return the caption of a scene: its objects in [`reading_order`], with the characters printed on them.
 
-    In any other order a caption would not tell which token a phrase belongs to.
+    In any other order, a caption would not show which image token a phrase belongs to.
     """
     parts = []
     for item in reading_order(scene):
@@ -55,12 +52,7 @@ def describe(scene: Scene) -> str:
 
 
 def ask(scene: Scene, limit: int | None = None) -> list[Question]:
-    """Questions about a scene, drawn from its seed.
-
-    Args:
-        scene (`Scene`): The scene.
-        limit (`int`, *optional*): At most so many questions, of as many kinds as there are.
-    """
+    """Return at most `limit` questions about a scene, drawn at random from its seed and balanced over the kinds."""
     rng = random.Random(f"{scene.id}/questions")
     by_kind = {
         "existence": _existence(scene, rng),
@@ -73,7 +65,7 @@ def ask(scene: Scene, limit: int | None = None) -> list[Question]:
     }
     for questions in by_kind.values():
         rng.shuffle(questions)
-    # One of each kind in turn, kinds in random order, so that a limit leaves them balanced.
+    # One of each kind in turn, in random order, so that a limit keeps the kinds balanced.
     kinds = [kind for kind in KINDS if by_kind[kind]]
     chosen = []
     while any(by_kind.values()):
@@ -117,7 +109,7 @@ def _count(scene: Scene, rng: random.Random) -> list[Question]:
         groups[_PLURALS.get(shape, f"{shape}s")] = sum(item.shape == shape for item in scene.objects)
     for color in COLORS:
         groups[f"{color} objects"] = sum(item.color == color for item in scene.objects)
-    # Large groups are rare and zeros are many; a fair share of each makes the answer hard to guess.
+    # Large groups are rare and empty ones are frequent; a uniform choice of counts makes the answer hard to guess.
     counts = sorted({count for count in groups.values() if count <= MAX_COUNT})
     questions = []
     for count in rng.sample(counts, min(3, len(counts))):
@@ -140,7 +132,7 @@ def _position(scene: Scene) -> list[Question]:
 
 
 def _third(value: float, names: tuple[str, str, str]) -> str | None:
-    """Which third of the picture, or `None` within 4 % of a border, where people would disagree."""
+    """Return the name of a third of the picture, or `None` within 4 % of a boundary, where the answer is unclear."""
     if min(abs(value - 1 / 3), abs(value - 2 / 3)) < 0.04:
         return None
     return names[int(value * 3)]
@@ -173,7 +165,7 @@ def _reading(scene: Scene) -> list[Question]:
 
 
 def _named(scene: Scene) -> list[tuple[SceneObject, str]]:
-    """Objects that color and shape together single out."""
+    """Return the objects that color and shape identify, each with its name."""
     pairs = [(item.shape, item.color) for item in scene.objects]
     return [
         (item, f"{item.color} {item.shape}")

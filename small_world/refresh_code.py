@@ -1,9 +1,9 @@
-"""Bring the code in the shipped model up to date with the package.
+"""Update the code in the shipped model to that of the package.
 
     python -m small_world.refresh_code
 
-The model carries what every saved repository carries, so that it loads where `mgllava` is not imported. Run this after
-each change of `src/mgllava/modeling`, `src/mgllava/processing` or `src/mgllava/ram_plus`; a test compares the two.
+Like every saved model, the shipped one contains its code, so that it loads where `mgllava` is not installed. Run this
+after each change of `src/mgllava/modeling`, `src/mgllava/processing` or `src/mgllava/ram_plus`; a test compares them.
 """
 
 import json
@@ -28,11 +28,7 @@ MODEL = Path(__file__).parent / "model"
 
 
 def refresh_code(model: Path) -> None:
-    """Write the code of a model and of its tagger, and where each class is in it; nothing else changes.
-
-    Args:
-        model (`Path`): Folder of the model.
-    """
+    """Replace the code and the `auto_map` entries of a model and its tagger, and nothing else."""
     for folder, config_class, model_class, processor_class in (
         (model, MGLlavaConfig, MGLlavaForConditionalGeneration, MGLlavaProcessor),
         (model / "box_detector" / "tagger", RamPlusConfig, RamPlusForImageTagging, RamPlusImageProcessor),
@@ -52,7 +48,7 @@ def refresh_code(model: Path) -> None:
 
 
 def _copy_auto_map(source: Path, target: Path) -> None:
-    """Take over `auto_map` from a settings file, at the top and in its parts."""
+    """Copy all `auto_map` entries, nested ones too, from one JSON file to another."""
     new, old = (json.loads(path.read_text(encoding="utf-8")) for path in (source, target))
     merged = _with_auto_map(old, new)
     if merged != old:
@@ -70,7 +66,7 @@ def _with_auto_map(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(model: Annotated[Path, typer.Argument(help="Folder of the model.")] = MODEL) -> None:
-    """Bring the code in the shipped model up to date."""
+    """Update the code in the shipped model to that of the package."""
     refresh_code(model)
 
 

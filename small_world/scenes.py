@@ -1,7 +1,7 @@
-"""Scenes of the small world: what lies where in a picture, drawn from a seed.
+"""Scenes of the small world: the objects of a picture and their places, drawn at random from a seed.
 
 A scene is plain data. `drawing` turns it into pixels, `questions` into captions and conversations. The same seed gives
-the same scene on every machine; the seeds of different splits never meet.
+the same scene on every machine; different splits have different seeds.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Literal
 
 Split = Literal["train", "test", "unseen", "crowded"]
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "hexagon", "heart", "moon")
-# What the detector finds in all shapes alike, for whoever does not say what to look for.
+# The label with which the detector finds objects of any shape.
 ANY_SHAPE = "object"
 COLORS = {
     "red": (214, 40, 40),
@@ -24,17 +24,17 @@ COLORS = {
     "cyan": (40, 190, 205),
 }
 TEXTURES = ("plain", "striped", "dotted")
-# No two that look alike at seven pixels: O and 0, I and 1, S and 5, B and 8, Z and 2 keep the digit only.
+# Without letters that look like a digit at seven pixels: O, I, S, B and Z.
 LETTERS = "ACEFHKLMNPRTUVXY"
 DIGITS = "0123456789"
 IMAGE_SIZES = ((256, 256), (256, 192), (192, 256), (256, 160), (160, 256), (320, 240), (240, 320), (384, 216))
 MAX_OBJECTS = 15
-# Side of the grid that a crowded picture is laid out on.
+# Side of the grid of a crowded picture, in cells with one object each.
 CROWD_GRID = 5
-# A ring and a moon have no middle to print on.
+# A ring and a moon have no center to print a character on.
 PRINTABLE_SHAPES = frozenset(SHAPES) - {"ring", "moon"}
 
-# Pairs that training never shows, so that a test can ask whether shape and color are understood apart.
+# Pairs of shape and color that are not in the training data, to test whether the model learns both independently.
 HELD_OUT = frozenset(
     (shape, color) for i, shape in enumerate(SHAPES) for j, color in enumerate(COLORS) if (3 * i + j) % 8 == 0
 )
@@ -42,62 +42,46 @@ HELD_OUT = frozenset(
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object.
-
-    Args:
-        shape (`str`): One of `SHAPES`.
-        color (`str`): A key of `COLORS`.
-        texture (`str`): One of `TEXTURES`.
-        center (`tuple[float, float]`): x, y in pixels of the image.
-        size (`float`): Diameter in pixels of the image.
-        angle (`float`): Rotation in degrees, counterclockwise.
-        character (`str`, *optional*): Letter or digit printed on the object.
-    """
+    """An object, with center (x, y) and size (its diameter) in pixels of the picture."""
 
     shape: str
     color: str
     texture: str
     center: tuple[float, float]
     size: float
+    # In degrees, counterclockwise.
     angle: float
+    # A letter or digit that is printed on the object.
     character: str | None = None
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture before it is drawn.
+    """The contents of a picture of `width` x `height` pixels."""
 
-    Args:
-        id (`str`): `split/number`, which is also the seed.
-        width (`int`): Width in pixels.
-        height (`int`): Height in pixels.
-        objects (`tuple[SceneObject, ...]`): Back to front.
-    """
-
+    # `split/number`, which is also the seed.
     id: str
     width: int
     height: int
+    # From back to front.
     objects: tuple[SceneObject, ...]
 
     @property
     def side(self) -> int:
-        """Side of the square that the picture is laid into, in pixels of the picture."""
+        """Side of the square that the picture is centered in, in pixels of the picture."""
         return max(self.width, self.height)
 
     @property
     def corner(self) -> tuple[float, float]:
-        """Where the left upper corner of the picture lies in that square, which has the picture in its middle."""
+        """Left upper corner of the picture (x, y) in that square."""
         return (self.side - self.width) / 2, (self.side - self.height) / 2
 
 
 def make_scene(split: Split, number: int) -> Scene:
-    """Draw the scene of a seed.
+    """Return the scene of a seed, which is `number` within the split.
 
-    Args:
-        split (`str`): One of `Split`. `unseen` shows pairs of shape and color from `HELD_OUT`
-            only, the others never show them. `crowded` has as many objects as fit, which teaches the towers more in
-            the same time.
-        number (`int`): Seed within the split.
+    `unseen` has only pairs of shape and color from `HELD_OUT`, the other splits have only other pairs. `crowded` has
+    as many objects as fit, so that the towers learn more from a picture.
     """
     scene_id = f"{split}/{number}"
     rng = random.Random(scene_id)
@@ -107,10 +91,10 @@ def make_scene(split: Split, number: int) -> Scene:
     if split == "crowded":
         return _make_crowd(scene_id, rng, pairs)
     width, height = rng.choice(IMAGE_SIZES)
-    # Sizes are relative to the long side, since that is what the model's square is scaled to.
+    # Sizes are relative to the long side, which is scaled to the side of the model's square.
     unit = max(width, height) / 256
     wanted = rng.randint(1, MAX_OBJECTS) if rng.random() < 0.5 else rng.randint(1, 6)
-    # Repeating a shape or a color makes questions of counting and of telling apart worth asking.
+    # Repeated shapes and colors make questions about numbers and single objects harder.
     favorite_shape, favorite_color = rng.choice(SHAPES), rng.choice(list(COLORS))
     favored = [pair for pair in pairs if favorite_shape in pair or favorite_color in pair] or pairs
     objects: list[SceneObject] = []
@@ -130,7 +114,7 @@ def make_scene(split: Split, number: int) -> Scene:
 
 
 def _make_crowd(scene_id: str, rng: random.Random, pairs: list[tuple[str, str]]) -> Scene:
-    """Put one object into each cell of a grid, most of them with a character."""
+    """Return a scene with one object in each cell of a grid, most of them with a character."""
     side, cell = 256, 256 / CROWD_GRID
     objects = []
     for index in range(CROWD_GRID**2):
@@ -153,7 +137,7 @@ def _make_crowd(scene_id: str, rng: random.Random, pairs: list[tuple[str, str]])
 def _place(
     rng: random.Random, width: int, height: int, unit: float, objects: list[SceneObject]
 ) -> tuple[tuple[float, float], float] | None:
-    """Find room for one more object. Overlaps are allowed as long as every object behind stays recognizable."""
+    """Return center and size of another object that leaves the objects behind it recognizable, if there is room."""
     for _ in range(30):
         size = unit * (rng.uniform(16, 34) if rng.random() < 0.6 else rng.uniform(34, 80))
         if size > 0.9 * min(width, height):

@@ -1,11 +1,11 @@
-"""Take the shipped model apart, to train its two stages without training its parts.
+"""Write the parts of the shipped model, to train the two stages without training the parts first.
 
     python -m small_world.unbundle small_world/model --output small-world/parts
 
-Towers, tagger and detector are written where `small_world.parts` writes them, in float32 but rounded to float16.
+Towers, tagger and detector are written to the folders of `small_world.parts`, in float32 but rounded to float16.
 Stage 2 tunes the language model, so the one that both stages start from is shipped separately, in
-`small_world/language_model`. The model keeps only a part of CLIP: the text model is missing, and the last layer of the
-vision tower, whose output is not used, gets random weights.
+`small_world/language_model`. The model contains only a part of CLIP: the text model is missing, and the last layer of
+the vision tower, whose output is not used, gets random weights.
 """
 
 import shutil
@@ -27,7 +27,7 @@ from .parts.towers import save_high_res_tower
 
 
 def unbundle(model: Path, output: Path, language_model: Path = LANGUAGE_MODEL) -> None:
-    """Write the parts of a model that [`small_world.bundle`] wrote, except those that `output` has already."""
+    """Write the parts of a model that `small_world.bundle` wrote, except for those that exist in `output`."""
     whole = MGLlavaForConditionalGeneration.from_pretrained(model, dtype=torch.float32).model
     boxes = model / "box_detector"
     parts: dict[Part, Callable[[Path], object]] = {
@@ -47,7 +47,7 @@ def unbundle(model: Path, output: Path, language_model: Path = LANGUAGE_MODEL) -
 
 
 def _clip(tower: nn.Module) -> CLIPVisionModel:
-    """Add the last layer, which the model leaves out, to a vision tower."""
+    """Return a vision tower with the last layer, which the model does not have."""
     used = tower.config.num_hidden_layers
     config = CLIPVisionConfig(**{**tower.config.to_dict(), "num_hidden_layers": used + 1})
     clip = CLIPVisionModel(config)
@@ -61,7 +61,7 @@ def main(
     model: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
     output: Annotated[Path, typer.Option(help="Folder of the parts.")] = Path("small-world/parts"),
 ) -> None:
-    """Take the shipped model apart."""
+    """Write the parts of the shipped model."""
     unbundle(model, output)
 
 

@@ -1,7 +1,8 @@
 """The parts of the small model, trained from scratch on the pictures and texts of the small world.
 
-They stand for what the paper starts from: CLIP, a CLIP ConvNeXt, a language model, RAM++ and OWLv2. Those learned from
-millions of captions. Here the generator knows what every object is, so the towers learn from that as well.
+They correspond to the models that the paper starts from: CLIP, a CLIP ConvNeXt, a language model, RAM++ and OWLv2.
+Those were trained on millions of captions. Here the attributes of every object are known, so the towers are also
+trained to predict them.
 """
 
 from enum import Enum

@@ -4,8 +4,8 @@
         --test small-world/test --output parts
 
 The language model and the vision tower need the tokenizer, and the tagger needs the language model. The language model
-makes its own samples. The part is written to `OUTPUT/PART`, and the checkpoints that an interrupted training resumes
-from to `OUTPUT/PART-checkpoints`.
+needs no data set: its samples are generated in memory. The part is written to `OUTPUT/PART`, and its checkpoints, from
+which an interrupted training is resumed, to `OUTPUT/PART-checkpoints`.
 """
 
 from pathlib import Path
@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from mgllava.model_files.vocabulary import load_tokenizer
 from small_world.frames import Frame, centered_frame, cornered_frame, squeezed_frame
+from small_world.oracle_scenes import LESSONS, OracleScenes, collate_oracle_scenes
 from small_world.pictures import Pictures
 from small_world.texts import conversation_texts
-from small_world.told import LESSONS, ToldScenes, collate_told
 
 from . import Part
 from .architecture import DETECTOR_IMAGE_SIZE, IMAGE_SIZE, TAGGER_IMAGE_SIZE
@@ -38,8 +38,8 @@ _SETTINGS: dict[Part, dict[str, Any]] = {
     Part.DETECTOR: {"learning_rate": 2e-3, "per_device_train_batch_size": 32},
     Part.TAGGER: {"learning_rate": 5e-3, "per_device_train_batch_size": 32},
 }
-_TOLD_STEPS = 6000
-_TOLD_TESTS = 100
+_LANGUAGE_MODEL_STEPS = 6000
+_LANGUAGE_MODEL_TESTS = 100
 
 
 def main(
@@ -55,7 +55,7 @@ def main(
 ) -> None:
     """Train one part of the small model on the small world, or resume a training that was interrupted."""
     if part is Part.LANGUAGE_MODEL:
-        _train_language_model(output, max_steps if max_steps > 0 else _TOLD_STEPS)
+        _train_language_model(output, max_steps if max_steps > 0 else _LANGUAGE_MODEL_STEPS)
         return
     if not data:
         raise typer.BadParameter(f"{part.value} is trained on data sets: name at least one", param_hint="--data")
@@ -83,15 +83,15 @@ def main(
 
 
 def _train_language_model(output: Path, steps: int) -> None:
-    """Train on told scenes, which are generated on the fly."""
+    """Train on scenes with oracle tokens, which are generated on the fly."""
     part = Part.LANGUAGE_MODEL
     tokenizer = load_tokenizer(_part_folder(output, Part.TOKENIZER))
     module = LanguageModelTraining(tokenizer)
     metrics = train_part(
         module,
-        ToldScenes(tokenizer, "train", steps * _SETTINGS[part]["per_device_train_batch_size"], LESSONS),
-        ToldScenes(tokenizer, "test", _TOLD_TESTS),
-        collate_told,
+        OracleScenes(tokenizer, "train", steps * _SETTINGS[part]["per_device_train_batch_size"], LESSONS),
+        OracleScenes(tokenizer, "test", _LANGUAGE_MODEL_TESTS),
+        collate_oracle_scenes,
         output / f"{part.value}-checkpoints",
         label_names=["labels"],
         max_steps=steps,
@@ -119,7 +119,7 @@ def _report(part: Part, metrics: dict[str, float]) -> None:
 
 
 def _picture_part(part: Part, output: Path) -> tuple[Any, Frame]:
-    """Make the module that trains a part on pictures, and the frame that the part sees pictures in."""
+    """Return the module that trains a part on pictures, and the frame of the part's pictures."""
     if part is Part.DETECTOR:
         return DetectorTraining(), cornered_frame(DETECTOR_IMAGE_SIZE)
     if part is Part.TAGGER:
@@ -136,7 +136,7 @@ def _tokenizer(output: Path) -> PreTrainedTokenizerFast:
 def _part_folder(output: Path, part: Part) -> Path:
     folder = output / part.value
     if not folder.is_dir():
-        raise typer.BadParameter(f"there is no {folder}: train this part first", param_hint="--output")
+        raise typer.BadParameter(f"{folder} does not exist: train this part first", param_hint="--output")
     return folder
 
 

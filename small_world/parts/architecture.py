@@ -1,7 +1,7 @@
-"""Sizes of the parts.
+"""Configurations of the parts.
 
-Both towers give a grid of 8x8: 112 / 14 and 256 / 32. A character of twelve pixels at 256 has five left at 112, which
-is too few to tell it from others.
+Both towers have a grid of 8x8 cells: 112 / 14 and 256 / 32. A character of twelve pixels at 256 has only five at 112,
+too few to recognize it.
 """
 
 from transformers import CLIPConfig, LlamaConfig, Owlv2Config
@@ -17,7 +17,7 @@ TAGGER_IMAGE_SIZE = 192
 # One less than a multiple of 64: the placeholder takes the last row.
 VOCABULARY_SIZE = 511
 
-# A tag too many costs little, since the detector does not find it; an object without its tag is lost.
+# Low, because a wrong tag costs little (the detector finds nothing for it), but an object without its tag is lost.
 TAG_THRESHOLD = 0.1
 
 HIGH_RES_ARCHITECTURE = "convnext_tiny"
@@ -28,7 +28,7 @@ _SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def clip_config() -> CLIPConfig:
-    """Describe CLIP, whose vision model is the low-resolution tower. As in the paper its last layer is not used."""
+    """Return the configuration of CLIP, whose vision model, without its last layer, is the low-resolution tower."""
     return CLIPConfig(
         vision_config={
             "hidden_size": 128,
@@ -52,12 +52,7 @@ def clip_config() -> CLIPConfig:
 
 
 def detector_config(vocabulary: dict[str, int]) -> Owlv2Config:
-    """Describe OWLv2.
-
-    Args:
-        vocabulary (`dict[str, int]`): Special tokens of its tokenizer: `pad`, `bos`, `eos`, and `size`, the number of
-            tokens.
-    """
+    """Return the configuration of OWLv2; `vocabulary` has the ids `pad`, `bos` and `eos`, and the `size`."""
     return Owlv2Config(
         vision_config={
             "hidden_size": 96,
@@ -83,11 +78,7 @@ def detector_config(vocabulary: dict[str, int]) -> Owlv2Config:
 
 
 def tagger_config(num_descriptions: int) -> RamPlusConfig:
-    """Describe RAM++: tags are the shapes, their descriptions are embedded by the language model.
-
-    Args:
-        num_descriptions (`int`): Descriptions of each tag.
-    """
+    """Return the configuration of RAM++, whose tags are the shapes, each with `num_descriptions`."""
     return RamPlusConfig(
         image_size=TAGGER_IMAGE_SIZE,
         embed_dim=24,
@@ -108,12 +99,10 @@ def tagger_config(num_descriptions: int) -> RamPlusConfig:
 
 
 def language_model_config() -> LlamaConfig:
-    """Describe the language model: a Llama of four layers.
-
-    Weights start at a deviation that keeps signals even. The usual 0.02 is that for a width of about 2,500; at 128 it
-    makes attention uniform and its outputs vanish, and nothing is looked up for thousands of steps.
-    """
+    """Return the configuration of the language model, a Llama of four layers."""
     hidden_size = 128
+    # The standard deviation 1 / sqrt(width) keeps the variance of activations. The usual 0.02 fits a width of 2,500;
+    # at 128 it makes attention uniform, and the model does not learn to look things up for thousands of steps.
     return LlamaConfig(
         vocab_size=VOCABULARY_SIZE,
         hidden_size=hidden_size,

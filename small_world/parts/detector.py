@@ -1,4 +1,4 @@
-"""The small OWLv2: finds the shapes of the small world by their names."""
+"""Train the small OWLv2, which finds the shapes of the small world by their names."""
 
 import json
 from pathlib import Path
@@ -19,20 +19,20 @@ from .objectives import count_right
 from .towers import Normalize
 
 _PAD, _START, _END = "!", "<|startoftext|>", "<|endoftext|>"
-# What boxes count as found from, as in the box files of 2024.
+# A box is found if its score and its IoU are greater than this; the authors' box files have the same threshold.
 _SCORE = 0.2
 _OVERLAP = 0.5
 
 
 def prompts() -> list[str]:
-    """Make the prompts that the box detector makes of the tags: each shape, then any of them."""
+    """Return the prompts of the box detector: one for each shape, then one for any shape."""
     return [f"a photo of {tag}" for tag in (*SHAPES, ANY_SHAPE)]
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """Make a tokenizer of CLIP's kind with the words of the prompts; other words are spelled.
+    """Train a tokenizer of CLIP's type on the prompts; other words are split into characters.
 
-    The end token has the highest id, since that is how OWLv2 finds it.
+    The end token has the highest id, by which OWLv2 finds it.
     """
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
@@ -43,7 +43,7 @@ def make_tokenizer() -> CLIPTokenizer:
     )
     bpe.train_from_iterator(prompts()[:-1], trainer)
     learned = bpe.get_vocab()
-    # A character can end a word wherever it stands.
+    # Any character can be the last one of a word.
     words = sorted({*learned, *(character + "</w>" for character in alphabet)} - {_PAD})
     vocabulary = {word: index for index, word in enumerate([_PAD, *words, _START, _END])}
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
@@ -51,21 +51,17 @@ def make_tokenizer() -> CLIPTokenizer:
 
 
 class DetectorTraining(nn.Module):
-    """Every object is the business of the patch that its center lies in; all others shall stay silent.
+    """Trains OWLv2: each object is assigned to the patch that contains its center; all other patches are negatives.
 
-    That is simpler than the matching of the paper (arXiv 2306.09683), and fits what OWLv2 starts from: boxes are
-    offsets from the patches.
+    This is simpler than the matching of the paper (arXiv 2306.09683), and suits OWLv2, whose boxes are offsets from
+    patches.
     """
 
     def __init__(self):
         super().__init__()
         self.tokenizer = make_tokenizer()
-        size, tokens = len(self.tokenizer), self.tokenizer
-        self.model = Owlv2ForObjectDetection(
-            detector_config(
-                {"size": size, "pad": tokens.pad_token_id, "bos": tokens.bos_token_id, "eos": tokens.eos_token_id}
-            )
-        )
+        vocabulary = {name: getattr(self.tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+        self.model = Owlv2ForObjectDetection(detector_config({"size": len(self.tokenizer), **vocabulary}))
         self._initialize_heads()
         self.normalize = Normalize()
         encoded = self.tokenizer(prompts(), padding=True, return_tensors="pt")
@@ -73,11 +69,11 @@ class DetectorTraining(nn.Module):
         self.register_buffer("attention_mask", encoded["attention_mask"], persistent=False)
 
     def _initialize_heads(self) -> None:
-        """Start the heads small: transformers gives their weights a deviation of 1, since they are always loaded."""
+        """Start with small weights; transformers starts with a standard deviation of 1, as if they were loaded."""
         heads = (self.model.class_head, self.model.box_head, self.model.objectness_head)
         for linear in (module for head in heads for module in head.modules() if isinstance(module, nn.Linear)):
             linear.reset_parameters()
-        # Logits start at about 10 * (cosine - 0.5): silent, as nearly all patches have to stay.
+        # Logits start at about 10 * (cosine - 0.5), a low score, because nearly all patches are negatives.
         for linear, bias in (
             (self.model.class_head.logit_scale, 9.0),
             (self.model.class_head.logit_shift, -0.5),
@@ -105,7 +101,7 @@ class DetectorTraining(nn.Module):
         class_loss = sigmoid_focal_loss(logits, wanted, alpha=0.25, reduction="sum")
         object_loss = sigmoid_focal_loss(objectness, wanted.amax(-1), alpha=0.25, reduction="sum")
 
-        # The model computes boxes of all patches; only those with an object have anything to learn from.
+        # Only the boxes of patches with an object are learned.
         predicted = box_convert(self.model.box_predictor(features, feature_map)[images, patches], "cxcywh", "xyxy")
         true = boxes[images, objects] / DETECTOR_IMAGE_SIZE
         box_loss = 5 * F.l1_loss(predicted, true, reduction="sum")
@@ -124,7 +120,7 @@ class DetectorTraining(nn.Module):
         return {"loss": (class_loss + object_loss + box_loss) / max(len(images), 1), "counts": counts}
 
     def save(self, folder: Path) -> None:
-        """Write model and processor as transformers writes them."""
+        """Save model and processor as transformers does."""
         self.model.save_pretrained(folder)
         side = {"height": DETECTOR_IMAGE_SIZE, "width": DETECTOR_IMAGE_SIZE}
         Owlv2Processor(Owlv2ImageProcessor(size=side), self.tokenizer).save_pretrained(folder)

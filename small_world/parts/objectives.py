@@ -1,4 +1,4 @@
-"""What the towers learn: to tell the attributes of objects, from their boxes and from the grid."""
+"""Objectives of the towers: predict the attributes of objects from their boxes and from the cells of a grid."""
 
 from collections.abc import Iterable
 
@@ -10,21 +10,17 @@ from small_world.frames import cells_of_centers
 from small_world.pictures import ATTRIBUTES, CHARACTERS
 from small_world.scenes import COLORS, SHAPES
 
-# What a cell of the grid can hold: shapes, colors, characters.
+# The labels of a cell of the grid: shapes, colors, characters.
 CELL_LABELS = len(SHAPES) + len(COLORS) + len(CHARACTERS)
 
 
 def count_right(right: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
-    """Count what is right and what was asked, as one row of a table that grows by batches."""
+    """Return the numbers of right answers and of questions, of shape `(1, 2)`, for Trainer to concatenate."""
     return torch.stack([right.sum(), asked.sum()]).unsqueeze(0)
 
 
 class BoxAttributes(nn.Module):
-    """Tells the attributes of an object from the features of its box, with one linear layer each.
-
-    Args:
-        width (`int`): Number of features.
-    """
+    """Predicts the attributes of objects from `width` features each, with a linear layer for each attribute."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -33,48 +29,36 @@ class BoxAttributes(nn.Module):
     def forward(
         self, features: torch.Tensor, attributes: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Compute the loss.
+        """Return the sum of the cross-entropies, and the counts of [`count_right`] for each attribute.
 
-        Args:
-            features (`torch.Tensor` of shape `(num_images, num_boxes, width)`): Features of boxes.
-            attributes (`torch.LongTensor` of shape `(num_images, num_boxes, 4)`): Indices, -1 for padding.
-
-        Returns:
-            The sum of the cross-entropies, and for each attribute how many are right and how many there are, each of
-            shape `(1, 2)`.
+        `features` are of shape `(num_images, num_boxes, width)`, `attributes` of shape `(num_images, num_boxes, 4)`
+        with -1 for padding.
         """
         loss, counts = features.new_zeros(()), {}
         for index, (name, head) in enumerate(self.heads.items()):
             wanted = attributes[..., index]
             logits = head(features)
             loss = loss + F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=-1)
-            # Whether there is no character is told by its size; reading is what counts.
+            # Objects without a character do not count: their size gives the answer away.
             asked = wanted > 0 if name == "character" else wanted >= 0
             counts[name] = count_right((logits.argmax(-1) == wanted) & asked, asked)
         return loss, counts
 
 
 def features_at_centers(feature_map: torch.Tensor, boxes: torch.Tensor, image_size: int) -> torch.Tensor:
-    """Take from a map the features of the cells that the centers of boxes lie in.
+    """Return the features of the cells that contain the centers of boxes, of shape `(num_images, num_boxes, width)`.
 
-    Args:
-        feature_map (`torch.Tensor` of shape `(num_images, width, side, side)`): The map.
-        boxes (`torch.Tensor` of shape `(num_images, num_boxes, 4)`): x1, y1, x2, y2 in pixels of the square.
-        image_size (`int`): Side of that square.
-
-    Returns:
-        `torch.Tensor` of shape `(num_images, num_boxes, width)`.
+    `feature_map` is of shape `(num_images, width, side, side)`, `boxes` of shape `(num_images, num_boxes, 4)`, xyxy in
+    pixels of a square of `image_size`.
     """
     index = cells_of_centers(boxes, feature_map.shape[-1], image_size)
     return feature_map.flatten(2).transpose(1, 2).gather(1, index.unsqueeze(-1).expand(-1, -1, feature_map.shape[1]))
 
 
 class CenterAttributes(nn.ModuleList):
-    """Tells the attributes of objects from the cells of several maps that their centers lie in, map by map.
+    """Predicts the attributes of objects from the cells that contain their centers, for each of several maps.
 
-    Args:
-        widths (`Iterable[int]`): Number of features of each map.
-        image_size (`int`): Side of the square that boxes refer to, in pixels.
+    `widths` has the number of features of each map; boxes are in pixels of a square of `image_size`.
     """
 
     def __init__(self, widths: Iterable[int], image_size: int):
@@ -84,16 +68,7 @@ class CenterAttributes(nn.ModuleList):
     def forward(
         self, feature_maps: Iterable[torch.Tensor], boxes: torch.Tensor, attributes: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Compute the loss.
-
-        Args:
-            feature_maps (`Iterable[torch.Tensor]`): The maps, each of shape `(num_images, width, side, side)`.
-            boxes (`torch.Tensor` of shape `(num_images, num_boxes, 4)`): x1, y1, x2, y2 in pixels of the square.
-            attributes (`torch.LongTensor` of shape `(num_images, num_boxes, 4)`): Indices, -1 for padding.
-
-        Returns:
-            The sum over maps of the loss of [`BoxAttributes`], and the counts of the last map.
-        """
+        """Return the sum over maps of the loss of [`BoxAttributes`], and the counts of the last map."""
         loss, counts = boxes.new_zeros(()), {}
         for feature_map, heads in zip(feature_maps, self, strict=True):
             map_loss, counts = heads(features_at_centers(feature_map, boxes, self.image_size), attributes)
@@ -102,13 +77,7 @@ class CenterAttributes(nn.ModuleList):
 
 
 class CellContents(nn.Module):
-    """Tells from each token of the grid what the objects centered in its cell are.
-
-    Args:
-        width (`int`): Number of features of a token.
-        grid (`int`): Side of the grid.
-        image_size (`int`): Side of the square that boxes refer to, in pixels.
-    """
+    """Predicts from each token of a grid the `CELL_LABELS` of the objects whose centers are in its cell."""
 
     def __init__(self, width: int, grid: int, image_size: int):
         super().__init__()
@@ -118,16 +87,9 @@ class CellContents(nn.Module):
     def forward(
         self, tokens: torch.Tensor, boxes: torch.Tensor, attributes: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the loss.
+        """Return the binary cross-entropy, summed over labels and averaged over cells, and counts of characters.
 
-        Args:
-            tokens (`torch.Tensor` of shape `(num_images, grid * grid, width)`): Tokens, row by row.
-            boxes (`torch.Tensor` of shape `(num_images, num_boxes, 4)`): x1, y1, x2, y2 in pixels of the square.
-            attributes (`torch.LongTensor` of shape `(num_images, num_boxes, 4)`): Indices, -1 for padding.
-
-        Returns:
-            Binary cross-entropy, summed over labels and averaged over cells; and of the cells with one character how
-            many are read and how many there are, of shape `(1, 2)`.
+        `tokens` are of shape `(num_images, grid * grid, width)`, row by row. Only cells with one character count.
         """
         wanted = self._targets(boxes, attributes)
         logits = self.head(tokens).float()
@@ -138,10 +100,10 @@ class CellContents(nn.Module):
         return loss, count_right(right & single, single)
 
     def _targets(self, boxes: torch.Tensor, attributes: torch.Tensor) -> torch.Tensor:
-        """What each cell holds, `(num_images, grid * grid, CELL_LABELS)` of zeros and ones."""
+        """Return the labels of each cell, zeros and ones of shape `(num_images, grid * grid, CELL_LABELS)`."""
         index = cells_of_centers(boxes, self.grid, self.image_size)
         shape, color, _, character = attributes.unbind(-1)
-        # One column more takes what is not there: padding, and objects without a character.
+        # An additional column, dropped at the end, is for padding and for objects without a character.
         nothing = CELL_LABELS
         columns = [
             shape,
@@ -156,12 +118,7 @@ class CellContents(nn.Module):
 
 
 class CellPlace(nn.Module):
-    """Tells from each token of the grid which row and column it is in.
-
-    Args:
-        width (`int`): Number of features of a token.
-        grid (`int`): Side of the grid.
-    """
+    """Predicts from each token of a grid the row and column of its cell."""
 
     def __init__(self, width: int, grid: int):
         super().__init__()
@@ -171,14 +128,9 @@ class CellPlace(nn.Module):
         self.register_buffer("columns", numbers.repeat(grid), persistent=False)
 
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the loss.
+        """Return the sum of two cross-entropies, and the counts of tokens for which both predictions are right.
 
-        Args:
-            tokens (`torch.Tensor` of shape `(num_images, grid * grid, width)`): Tokens, row by row.
-
-        Returns:
-            The sum of two cross-entropies, and how many tokens have both right and how many there are, of shape
-            `(1, 2)`.
+        `tokens` are of shape `(num_images, grid * grid, width)`, row by row.
         """
         rows, columns = self.row(tokens).float(), self.column(tokens).float()
         wanted_rows, wanted_columns = (index.expand(len(tokens), -1) for index in (self.rows, self.columns))

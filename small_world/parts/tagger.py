@@ -1,4 +1,4 @@
-"""The small RAM++: names the shapes that are in a picture."""
+"""Train the small RAM++, which names the shapes in a picture."""
 
 from pathlib import Path
 from typing import Any
@@ -13,29 +13,27 @@ from small_world.scenes import COLORS, SHAPES, TEXTURES
 
 from .architecture import TAG_THRESHOLD, TAGGER_IMAGE_SIZE, tagger_config
 from .objectives import CenterAttributes, count_right
-from .towers import Normalize, start_evenly
+from .towers import Normalize, initialize_by_fan_in
 
 
 def descriptions(tag: str) -> list[str]:
-    """Describe a tag in several ways, as a language model does for the original (section 3.2 of arXiv 2310.15200)."""
+    """Return several descriptions of a tag; the original's are by a language model (section 3.2, arXiv 2310.15200)."""
     return [f"a {kind} {tag}" for kind in (*COLORS, *TEXTURES[1:])]
 
 
 class TaggerTraining(nn.Module):
-    """Learns the tags of pictures. The attributes of objects, read at their centers off every stage, make that quick.
+    """Trains RAM++ to predict the tags of pictures; predicting attributes from every stage as well speeds that up.
 
-    Args:
-        language_model (`PreTrainedModel`): The small language model, which embeds the descriptions. The small CLIP
-            cannot: to its text model all shapes are the same but for a thousandth.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+    The small language model embeds the descriptions of tags. The text model of the small CLIP is not used, because its
+    embeddings of the shapes differ by only a thousandth.
     """
 
     def __init__(self, language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
         texts = [descriptions(tag) for tag in SHAPES]
         self.model = RamPlusForImageTagging(tagger_config(len(texts[0])))
-        start_evenly(self.model)
-        # Embeddings have length 1. Were tags not made larger, what they attend to would drown them.
+        initialize_by_fan_in(self.model)
+        # Descriptions have length 1. This enlarges the tags, which would be small next to what they attend to.
         nn.init.normal_(self.model.decoder.word_projection.weight)
         self.model.decoder.label_embed.data.copy_(_embed(texts, language_model, tokenizer))
         config = self.model.config
@@ -60,7 +58,7 @@ class TaggerTraining(nn.Module):
         return {"loss": loss + center_loss, "counts": counts}
 
     def save(self, folder: Path) -> None:
-        """Write model and image processor as transformers writes them."""
+        """Save model and image processor as transformers does."""
         self.model.save_pretrained(folder)
         size = {"height": TAGGER_IMAGE_SIZE, "width": TAGGER_IMAGE_SIZE}
         RamPlusImageProcessor(size=size).save_pretrained(folder)
@@ -70,7 +68,7 @@ class TaggerTraining(nn.Module):
 def _embed(
     texts: list[list[str]], language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> torch.Tensor:
-    """Embed descriptions: shape `(num_tags, num_descriptions, hidden_size)`, of length 1 each."""
+    """Return normalized embeddings of descriptions, of shape `(num_tags, num_descriptions, hidden_size)`."""
     flat = [text for row in texts for text in row]
     encoded = tokenizer(flat, padding=True, padding_side="left", return_tensors="pt")
     last = language_model.base_model(**encoded).last_hidden_state[:, -1]

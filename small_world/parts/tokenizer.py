@@ -1,4 +1,4 @@
-"""The tokenizer of the small model: byte-level BPE, learned from the words of the small world."""
+"""Train the tokenizer of the small model, a byte-level BPE."""
 
 from collections.abc import Iterable
 
@@ -11,17 +11,9 @@ _PAD, _BOS, _EOS = "<pad>", "<s>", "</s>"
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Learn a tokenizer.
-
-    A word has the same ids at the beginning of a text as within it: answers are encoded by themselves.
-
-    Args:
-        texts (`Iterable[str]`): Captions, questions and answers.
-
-    Returns:
-        `PreTrainedTokenizerFast`: With `VOCABULARY_SIZE` tokens at most; every text can be encoded.
-    """
+    """Train a tokenizer of at most `VOCABULARY_SIZE` tokens, which can encode any text."""
     tokenizer = Tokenizer(models.BPE())
+    # With a prefix space a word has the same ids at the start of a text, such as an answer, as within a text.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -1,4 +1,4 @@
-"""The two towers, each with what it learns from, and how they are saved."""
+"""Train the two vision towers, and save them."""
 
 import json
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from .objectives import BoxAttributes, CellContents, CellPlace, CenterAttributes
 
 
 class Normalize(nn.Module):
-    """Turns 8-bit pixels into what a model sees, by mean and deviation of pixels between 0 and 1."""
+    """Normalizes 8-bit pixels by mean and standard deviation of pixels between 0 and 1."""
 
     def __init__(self, mean: Sequence[float] = OPENAI_CLIP_MEAN, std: Sequence[float] = OPENAI_CLIP_STD):
         super().__init__()
@@ -39,18 +39,18 @@ class Normalize(nn.Module):
         return (pixels - self.mean) / self.std
 
 
-def start_evenly(model: nn.Module) -> None:
-    """Let layers start with signals of even size: the usual deviation of 0.02 is for wide networks trained long."""
+def initialize_by_fan_in(model: nn.Module) -> None:
+    """Initialize weights with the standard deviation 1 / sqrt(fan_in); the usual 0.02 suits wider networks."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
 
 
 class HighResTowerTraining(nn.Module):
-    """The ConvNeXt learns attributes from boxes pooled as the model pools them, and from the last stage.
+    """Trains the ConvNeXt to predict attributes from boxes, pooled as in the model, and from cells of the last map.
 
-    The mean over a box says little about where a character is, so the attributes are learned from the centers of
-    objects as well, on every map but the first. Without that, reading does not begin.
+    The mean over a box contains little about the character in its center, so attributes are also predicted from the
+    centers of objects on every map but the first. Without that, the tower does not learn to read.
     """
 
     def __init__(self):
@@ -63,21 +63,17 @@ class HighResTowerTraining(nn.Module):
         )
         self.normalize = Normalize()
         self.tower = MGLlavaHighResVisionModel(config)
-        self._initialize()
+        initialize_by_fan_in(self.tower)
+        for name, parameter in self.tower.named_parameters():
+            if name.endswith("gamma"):  # the scale of a block, which is 1e-6 in timm
+                nn.init.ones_(parameter)
         self.box_attributes = BoxAttributes(sum(HIGH_RES_HIDDEN_SIZES))
         self.center_attributes = CenterAttributes(HIGH_RES_HIDDEN_SIZES[1:], IMAGE_SIZE)
         self.cell_contents = CellContents(HIGH_RES_HIDDEN_SIZES[-1], IMAGE_SIZE // 32, IMAGE_SIZE)
 
-    def _initialize(self) -> None:
-        """Start with signals of even size, the scales of the blocks (1e-6 in timm) included."""
-        start_evenly(self.tower)
-        for name, parameter in self.tower.named_parameters():
-            if name.endswith("gamma"):
-                nn.init.ones_(parameter)
-
     def forward(self, pixel_values: torch.Tensor, boxes: torch.Tensor, attributes: torch.Tensor) -> dict[str, Any]:
         """Compute the loss of a batch of `Pictures`."""
-        # The format of the pixels is that of all maps; depthwise convolutions are three times as fast in it on a CPU.
+        # All maps get the memory format of the pixels, in which a CPU runs depthwise convolutions three times as fast.
         pixels = self.normalize(pixel_values).contiguous(memory_format=torch.channels_last)
         maps = self.tower(pixels).feature_maps
         pooled = torch.cat(pool_boxes(maps, boxes, IMAGE_SIZE, POOLED_SIZE["pyramid"]), -1)
@@ -88,17 +84,12 @@ class HighResTowerTraining(nn.Module):
         return {"loss": loss + cell_loss + center_loss, "counts": counts}
 
     def save(self, folder: Path) -> None:
-        """Write the tower as a repository of open_clip."""
+        """Save the tower in open_clip's format."""
         save_high_res_tower(self.tower, folder)
 
 
 def save_high_res_tower(tower: MGLlavaHighResVisionModel, folder: Path) -> None:
-    """Write a high-resolution tower as a repository of open_clip, which is what the converter reads.
-
-    Args:
-        tower ([`MGLlavaHighResVisionModel`]): The tower.
-        folder (`Path`): Folder to write.
-    """
+    """Save a high-resolution tower in open_clip's format, which the converter reads."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {f"visual.trunk.{name}": value.contiguous() for name, value in tower.state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors")
@@ -116,10 +107,10 @@ def save_high_res_tower(tower: MGLlavaHighResVisionModel, folder: Path) -> None:
 
 
 class VisionTowerTraining(nn.Module):
-    """CLIP learns to match pictures and captions, what is in the cells of its grid, and where each cell is.
+    """Trains CLIP to match pictures and captions, and to predict the contents and the place of each cell of its grid.
 
-    The grid is read off the last but one layer, where the model will read it. If nothing asks where cells are, tokens
-    lose it on the way there (a linear probe is off by 1.8 cells), and "left" cannot be learned later.
+    The grid is taken from the last but one layer, as in the model. Without the places as targets, that layer loses
+    them (a linear probe is wrong by 1.8 cells), and answers such as "left" cannot be learned later.
     """
 
     def __init__(self):
@@ -140,7 +131,7 @@ class VisionTowerTraining(nn.Module):
         caption_mask: torch.Tensor,
     ) -> dict[str, Any]:
         """Compute the loss of a batch of `Pictures` with their captions as ids."""
-        # As the model makes its low-resolution image.
+        # Resized like the low-resolution image in the model.
         size = (LOW_RES_IMAGE_SIZE, LOW_RES_IMAGE_SIZE)
         pixels = F.interpolate(self.normalize(pixel_values), size=size, mode="bilinear", align_corners=False)
         outputs = self.clip(
@@ -163,8 +154,8 @@ class VisionTowerTraining(nn.Module):
         return {"loss": outputs.loss + cell_loss + place_loss, "counts": counts}
 
     def save(self, folder: Path) -> None:
-        """Write CLIP as transformers writes it."""
+        """Save CLIP as transformers does."""
         self.clip.save_pretrained(folder)
 
 
-__all__ = ["HighResTowerTraining", "Normalize", "VisionTowerTraining", "save_high_res_tower", "start_evenly"]
+__all__ = ["HighResTowerTraining", "Normalize", "VisionTowerTraining", "initialize_by_fan_in", "save_high_res_tower"]

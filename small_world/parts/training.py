@@ -1,4 +1,4 @@
-"""Training of a part on transformers' Trainer: progress, evaluation, and going on after an interruption."""
+"""Train a part with transformers' Trainer, which evaluates it and resumes an interrupted training."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,8 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-# What Trainer says of an evaluation beside loss and shares.
-_NO_RESULTS = {"epoch", "runtime", "samples_per_second", "steps_per_second"}
+# Values that Trainer adds to the results of an evaluation.
+_NOT_RESULTS = {"epoch", "runtime", "samples_per_second", "steps_per_second"}
 
 
 def collate_pictures(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -40,18 +40,9 @@ def train_part(
     checkpoints: Path,
     **arguments: Any,
 ) -> dict[str, float]:
-    """Train a module whose forward returns `loss` and `counts`.
+    """Train a module whose forward returns `loss` and `counts`, and return loss and shares of right answers on `test`.
 
-    Args:
-        module (`torch.nn.Module`): What is trained.
-        data (`Dataset`): Samples.
-        test (`Dataset`): Samples that are not trained on.
-        collator (`Callable`): Makes batches.
-        checkpoints (`Path`): Where a training that was interrupted goes on from.
-        **arguments: Of `TrainingArguments`.
-
-    Returns:
-        `dict`: `loss` and the shares of right answers on `test`, by name.
+    `arguments` are those of `TrainingArguments`. An interrupted training is resumed from the folder `checkpoints`.
     """
     settings = {
         "output_dir": str(checkpoints),
@@ -81,7 +72,7 @@ def train_part(
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     trainer.train(last)
     metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
-    return {name: value for name, value in metrics.items() if name not in _NO_RESULTS}
+    return {name: value for name, value in metrics.items() if name not in _NOT_RESULTS}
 
 
 def _shares(prediction: EvalPrediction) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The files of the small world are those of real data."""
+"""The files of a data set have the formats of real data and are consistent."""
 
 import json
 
@@ -10,10 +10,10 @@ from small_world.drawing import draw_scene
 from small_world.scenes import make_scene
 
 
-def test_files_fit_together(tmp_path):
+def test_files_are_consistent(tmp_path):
     write_dataset(tmp_path, "test", 6, questions=4, first=10, processes=1)
     captions, conversations = (
-        json.loads((tmp_path / name).read_text()) for name in ("captions.json", "conversations.json")
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("captions", "conversations")
     )
     boxes = read_boxes(tmp_path / "boxes.json")
     rows = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
@@ -34,7 +34,7 @@ def test_files_fit_together(tmp_path):
     assert asked == len(rows)
 
 
-def test_a_second_run_keeps_the_pictures_that_are_there(tmp_path):
+def test_a_second_run_keeps_existing_pictures(tmp_path):
     write_dataset(tmp_path, "train", 3, processes=1)
     first = tmp_path / "images" / "000000.jpg"
     first.write_bytes(b"mine")

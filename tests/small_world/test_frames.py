@@ -1,4 +1,4 @@
-"""Pictures and boxes are laid into squares as each model does it."""
+"""Frames transform pictures and boxes like the processor of each model."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ BOX = np.array([[200.0, 60.0, 280.0, 120.0]])
 
 @pytest.fixture(scope="module")
 def picture():
-    """A green block on black, where `BOX` is."""
+    """A black picture with a green rectangle at `BOX`."""
     pixels = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
     left, top, right, bottom = BOX[0].astype(int)
     pixels[top:bottom, left:right] = (0, 255, 0)
@@ -32,7 +32,7 @@ def test_boxes_follow_the_pixels(picture, make_frame):
     assert np.abs(frame.boxes(BOX, WIDTH, HEIGHT)[0] - found).max() <= 1
 
 
-def test_pixels_are_those_of_the_models_own_processors(picture):
+def test_pixels_equal_those_of_the_models_processors(picture):
     side = {"height": SIZE, "width": SIZE}
     for frame, processor in (
         (centered_frame(SIZE), MGLlavaImageProcessor(size={"shortest_edge": SIZE}, crop_size=side)),
@@ -43,7 +43,7 @@ def test_pixels_are_those_of_the_models_own_processors(picture):
         torch.testing.assert_close((torch.tensor(frame.pixels(picture)) / 255 - mean) / std, expected)
 
 
-def test_detector_pads_with_grey_at_the_bottom(picture):
+def test_the_frame_of_the_detector_is_padded_with_gray_at_the_bottom(picture):
     pixels = cornered_frame(SIZE).pixels(picture)
     edge = round(SIZE * HEIGHT / WIDTH)
     assert np.abs(pixels[:, edge + 2 :].astype(int) - 128).max() <= 1

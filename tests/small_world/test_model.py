@@ -1,4 +1,4 @@
-"""The model that the repository ships answers questions about new pictures, with boxes that it finds itself."""
+"""The model that this git repository ships answers questions about new pictures, with boxes from its own detector."""
 
 import json
 import os
@@ -16,8 +16,8 @@ from small_world.questions import KINDS
 from small_world.refresh_code import refresh_code
 
 PICTURES = 20
-# What shows a broken model or a broken path to it, with room for the chance of twenty pictures. The accuracy itself is
-# measured on 600, see docs/small_model.md.
+# Low enough for the variance of twenty pictures; a broken model is far below. docs/small_model.md has the accuracy,
+# measured on 600.
 ENOUGH = 0.75
 
 
@@ -28,12 +28,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_it_is_small():
+def test_its_size_is_limited():
     files = [path for folder in (demo.MODEL, LANGUAGE_MODEL) for path in folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 15e6
 
 
-def test_its_code_is_that_of_the_package(tmp_path):
+def test_its_code_equals_that_of_the_package(tmp_path):
     fresh = shutil.copytree(demo.MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("__pycache__"))
     refresh_code(fresh)
     shipped, wanted = (
@@ -49,7 +49,7 @@ def test_its_code_is_that_of_the_package(tmp_path):
     assert len([path for path in shipped if path.suffix == ".py"]) > 10
 
 
-def test_it_loads_where_the_package_is_not_imported(tmp_path):
+def test_it_loads_without_the_package(tmp_path):
     code = f"""
 import sys
 sys.modules["mgllava"] = None
@@ -88,8 +88,8 @@ def test_the_demo_draws_some_answers(folder):
 
 
 @pytest.mark.parametrize("size", [(1, 50), (3, 40), (40, 3), (3, 3), (4, 3)])
-def test_its_detector_takes_pictures_of_a_few_pixels(size):
-    """Nothing tells the channels of such a picture from its width or height."""
+def test_its_detector_accepts_pictures_of_a_few_pixels(size):
+    """The channels of such a picture cannot be distinguished from width and height by their number."""
     processor = AutoProcessor.from_pretrained(demo.MODEL)
     inputs = processor(Image.new("RGB", size, "red"), "USER: <image>\nWhat? ASSISTANT:", return_tensors="pt")
     assert inputs["num_boxes"].tolist() == [len(inputs["boxes"][0])]

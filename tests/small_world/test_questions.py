@@ -1,4 +1,4 @@
-"""Answers follow from the scene; here they are found again by other means: from the text of the question."""
+"""Answers to questions, compared with answers that are derived from the text of the question."""
 
 import re
 from collections import Counter
@@ -17,7 +17,7 @@ def singular(name):
 
 
 def matching(scene, words):
-    """Objects that fit all the words, each a color, a shape, or `object`."""
+    """Return the objects that match all words, each a color, a shape, or `object`."""
     return [item for item in scene.objects if all(word in (item.color, item.shape, "object") for word in words)]
 
 
@@ -27,7 +27,7 @@ def only(scene, name):
 
 
 def expected(scene, question):
-    """The answer, worked out from the text."""
+    """Return the answer, derived from the text of the question."""
     text = question.text
     if match := re.fullmatch(r"Is there an? (\w+) (\w+)\?", text):
         return "yes" if matching(scene, match.groups()) else "no"
@@ -52,13 +52,13 @@ def expected(scene, question):
     raise AssertionError(text)
 
 
-def test_every_answer_follows_from_its_question():
+def test_every_answer_is_right():
     for scene in SCENES:
         for question in ask(scene):
             assert question.answer == expected(scene, question), (scene, question)
 
 
-def test_no_question_is_asked_twice_of_a_picture():
+def test_no_question_is_asked_twice_about_a_picture():
     for scene in SCENES:
         texts = [question.text for question in ask(scene)]
         assert len(texts) == len(set(texts))
@@ -70,7 +70,7 @@ def test_a_limit_keeps_all_kinds():
     assert min(counts.values()) > 0.5 * max(counts.values())
 
 
-def test_existence_is_no_matter_of_guessing():
+def test_existence_questions_have_both_answers_equally_often():
     answers = Counter(
         question.answer for scene in SCENES for question in ask(scene, 10) if question.kind == "existence"
     )
@@ -82,17 +82,12 @@ def test_questions_are_the_same_for_the_same_scene():
 
 
 def test_caption_names_the_objects_row_by_row():
-    scene = Scene(
-        "caption",
-        200,
-        100,
-        (
-            SceneObject("star", "orange", "plain", (150, 50), 40, 0, "K"),
-            SceneObject("ring", "red", "striped", (30, 50), 40, 0),
-            SceneObject("circle", "blue", "plain", (90, 51), 40, 0, "7"),
-            SceneObject("moon", "pink", "dotted", (180, 20), 30, 0),
-        ),
+    objects = (
+        SceneObject("star", "orange", "plain", (150, 50), 40, 0, "K"),
+        SceneObject("ring", "red", "striped", (30, 50), 40, 0),
+        SceneObject("circle", "blue", "plain", (90, 51), 40, 0, "7"),
+        SceneObject("moon", "pink", "dotted", (180, 20), 30, 0),
     )
-    assert describe(scene) == (
+    assert describe(Scene("caption", 200, 100, objects)) == (
         "a dotted pink moon, a striped red ring, a blue circle with the digit 7, an orange star with the letter K"
     )

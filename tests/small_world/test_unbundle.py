@@ -1,4 +1,4 @@
-"""The parts that the shipped model comes apart into are those that it was put together from, and go together again."""
+"""The parts that are written from the shipped model equal its parts, and can be bundled again."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from mgllava import BoxDetector, build_from_parts
+from mgllava import build_from_parts
 from small_world.bundle import LANGUAGE_MODEL, bundle, write_language_model
 from small_world.demo import MODEL
 from small_world.parts import Part
@@ -24,7 +24,7 @@ def parts(tmp_path_factory):
     return folder
 
 
-def test_put_together_again_they_see_what_the_model_sees(parts):
+def test_a_model_built_from_the_parts_has_the_towers_of_the_shipped_one(parts):
     shipped = AutoModel.from_pretrained(MODEL, dtype=torch.float32).eval()
     again = build_from_parts(
         parts / "language-model",
@@ -37,19 +37,13 @@ def test_put_together_again_they_see_what_the_model_sees(parts):
         expected, got = (getattr(model.model, name).state_dict() for model in (shipped, again))
         assert expected.keys() == got.keys()
         assert all(torch.equal(value, got[key]) for key, value in expected.items())
-    # Stage 2 can begin: the language models are of one shape, and knew nothing of each other's weights.
+    # The language model has the same shapes, but not the weights that stage 2 has tuned.
     expected, got = (model.model.language_model.state_dict() for model in (shipped, again))
     assert {key: value.shape for key, value in expected.items()} == {key: value.shape for key, value in got.items()}
     assert not torch.equal(expected["norm.weight"], got["norm.weight"])
 
 
-def test_tagger_and_detector_find_boxes(parts):
-    detector = BoxDetector(parts / "tagger", parts / "detector", mode="clean")
-    (found,) = detector.detect("examples/shapes.jpg")
-    assert len(found["boxes"]) > 2
-
-
-def test_bundled_again_they_are_what_is_shipped(parts, tmp_path):
+def test_bundling_the_parts_again_gives_the_shipped_files(parts, tmp_path):
     bundle(MODEL, parts / "tagger", parts / "detector", tmp_path / "model")
     write_language_model(parts / "language-model", tmp_path / "language_model")
     for shipped, again in ((MODEL, tmp_path / "model"), (LANGUAGE_MODEL, tmp_path / "language_model")):
@@ -62,12 +56,12 @@ def test_bundled_again_they_are_what_is_shipped(parts, tmp_path):
                 expected, got = load_file(shipped / file), load_file(again / file)
                 assert expected.keys() == got.keys()
                 for key, value in expected.items():
-                    # Prompts are embedded again.
+                    # Prompt embeddings are computed again.
                     tolerance = 1e-5 if file.stem == "prompt_embeds" else 0
                     torch.testing.assert_close(got[key], value, rtol=0, atol=tolerance)
 
 
-def test_parts_that_are_there_are_kept(parts, tmp_path):
+def test_existing_parts_are_kept(parts, tmp_path):
     kept = tmp_path / "parts" / "tagger"
     kept.mkdir(parents=True)
     unbundle(MODEL, tmp_path / "parts")
@@ -75,7 +69,7 @@ def test_parts_that_are_there_are_kept(parts, tmp_path):
     assert {folder.name for folder in (tmp_path / "parts").iterdir()} == {folder.name for folder in parts.iterdir()}
 
 
-def test_recipe_and_makefile_name_the_folders_of_the_parts():
+def test_recipe_and_makefile_use_the_folder_names_of_the_parts():
     recipe, makefile = (
         (ROOT / name).read_text() for name in ("small_world/recipes/small_stage_1.yaml", "small_world/Makefile")
     )

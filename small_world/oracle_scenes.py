@@ -1,8 +1,8 @@
-"""Scenes told instead of shown, for a language model that has not seen anything yet.
+"""Conversations about scenes whose image tokens are made by an oracle, to pretrain the language model.
 
-A told scene stands in a conversation where the picture will: one token for each cell of the grid and one for each
-object. What they are made of is given by `attributes`, `cells` and `margin`; the language model fills in the
-embeddings of the words.
+Instead of a vision tower, an oracle that knows the scene makes the tokens: one for each cell of the grid and one for
+each object. This module gives the contents of the tokens (`attributes`, `cells` and `margin`);
+`parts.language_model` turns them into embeddings.
 """
 
 import random
@@ -29,28 +29,33 @@ CAPTION = "caption"
 ANSWERS = (*KINDS, CAPTION)
 _QUESTIONS = 10
 _CAPTION_EVERY = 5
-# Scenes of no other data set have numbers as high as these.
+# Higher than the numbers of the scenes of all other data sets.
 _FIRST_SCENE = 10_000_000
 _SCENES_TO_CHOOSE_FROM = 100
+# The padding value of each field of a batch.
+_PADDING = {
+    "input_ids": 0,
+    "conversations": -1,
+    "labels": -100,
+    "kinds": -1,
+    "attributes": -1,
+    "cells": 0,
+    "margin": 0,
+    "found": -1,
+}
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """A part of what is taught.
-
-    Args:
-        share (`float`): Of all scenes.
-        answers (`tuple[str, ...]`): Kinds of answers.
-        max_objects (`int`): In a scene.
-    """
+    """A stage of the curriculum: its share of all scenes, the kinds of answers, and the most objects in a scene."""
 
     share: float
     answers: tuple[str, ...]
     max_objects: int
 
 
-# Few objects and few kinds of question first. All at once, one way to look something up was learned soon (by color),
-# and the other (by shape) not within 29,000 scenes; in this order, both within 10,000.
+# A curriculum: few objects and few kinds of questions first. Without it, the model soon learned to look objects up by
+# color, but not by shape within 29,000 scenes; with it, it learned both within 10,000.
 LESSONS = (
     Lesson(0.12, ("color", "shape"), 4),
     Lesson(0.07, ("color", "shape", "reading"), 6),
@@ -61,25 +66,23 @@ LESSONS = (
 EVERYTHING = LESSONS[-1:]
 
 
-class ToldScenes(Dataset):
-    """Told scenes with questions about them, each a conversation of its own.
+class OracleScenes(Dataset):
+    """`count` scenes with questions about them, each a conversation of its own, for a tokenizer that has `<image>`.
 
-    Conversations about a scene share what is in front of them, so that the scene is computed once for ten questions.
-    They must not see each other: an answer has to come from the scene, not from what was said before.
+    The conversations about a scene share a prefix, so that the scene is computed once for ten questions. They must not
+    attend to each other: an answer must come from the scene, not from another answer.
 
-    Items have `input_ids` (what is shared, with a placeholder for each told token, then the conversations),
-    `conversations` (the number of the conversation of each id, 0 for what is shared), `labels` (-100 where nothing is
-    learned), `kinds` (index in `ANSWERS` for each id of an answer, else -1), `attributes` (`(num_objects, 4)`, see
-    [`object_attributes`]), `cells` (`(num_objects,)`: the cell that an object has its center in, see
-    [`cells_of_centers`]), `margin` (`(GRID * GRID,)`: which share of the cell lies outside of the picture, which is in
-    the middle of the square) and `found` (indices of the objects that have a token, best first as a detector gives
-    them: in no order that means anything, with some missing and some twice).
+    Items have
 
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): Knows the placeholder `<image>`.
-        split (`str`): See [`make_scene`].
-        count (`int`): Number of scenes.
-        lessons (`Sequence[Lesson]`, *optional*): One after the other; by default everything at once.
+    - `input_ids`: the prefix, with a placeholder for each oracle token, then the conversations;
+    - `conversations`: the number of the conversation of each id, 0 for the prefix;
+    - `labels`: -100 for ids that are not learned;
+    - `kinds`: index in `ANSWERS` for each id of an answer, else -1;
+    - `attributes` `(num_objects, 4)`: see [`object_attributes`];
+    - `cells` `(num_objects,)`: the cell that contains the center of the object, see [`cells_of_centers`];
+    - `margin` `(GRID * GRID,)`: the share of the cell that lies outside of the picture, which is centered;
+    - `found`: indices of the objects that have a token, in random order, with some missing and some twice, as from a
+      detector.
     """
 
     def __init__(
@@ -101,13 +104,12 @@ class ToldScenes(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         scene, turns = self._scene(index)
         objects, found = reading_order(scene), _found(scene)
-        told = GRID**2 + len(found)
         ids, answers, kinds, conversations = [], [], [], []
         for number, turn in enumerate(turns):
             of_turn, learned = self._encode(turn)
             position = of_turn.index(self.processor.image_token_id)
             if number == 0:
-                ids = of_turn[:position] + [of_turn[position]] * told
+                ids = of_turn[:position] + [of_turn[position]] * (GRID**2 + len(found))
                 answers, conversations, kinds = [0] * len(ids), [0] * len(ids), [-1] * len(ids)
             ids += of_turn[position + 1 :]
             answers += learned[position + 1 :]
@@ -127,7 +129,7 @@ class ToldScenes(Dataset):
         }
 
     def _scene(self, index: int) -> tuple[Scene, list[Question]]:
-        """Take the first scene of a range that suits the lesson, and what is asked about it."""
+        """Return the first scene of a range that suits the lesson, with the questions about it."""
         progress = index / self.count * self._ends[-1]
         lesson = self.lessons[bisect_right(self._ends, progress)]
         first = _FIRST_SCENE + index * _SCENES_TO_CHOOSE_FROM
@@ -140,10 +142,10 @@ class ToldScenes(Dataset):
             turns = [question for question in ask(scene) if question.kind in lesson.answers]
             if turns:
                 return scene, turns[:_QUESTIONS]
-        raise RuntimeError(f"nothing for {lesson} in {self.split}/{first} and the scenes behind it")
+        raise RuntimeError(f"no scene for {lesson} in {self.split}/{first} and the scenes after it")
 
     def _encode(self, turn: Question) -> tuple[list[int], list[int]]:
-        """Encode a conversation of one question: its ids with one placeholder, and which are learned."""
+        """Encode a conversation of one question: its ids with one placeholder, and which of them are learned."""
         question = [{"type": "image"}, {"type": "text", "text": turn.text}]
         answer = [{"type": "text", "text": turn.answer}]
         conversation = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -153,7 +155,7 @@ class ToldScenes(Dataset):
 
 
 def _found(scene: Scene) -> list[int]:
-    """Draw the boxes that a detector might find, at least one."""
+    """Choose objects at random as a detector might find them, at least one."""
     rng = random.Random(f"{scene.id}/found")
     found = [index for index in range(len(scene.objects)) for _ in range(rng.choices((0, 1, 2), (1, 18, 1))[0])]
     rng.shuffle(found)
@@ -173,22 +175,12 @@ def _margin(scene: Scene) -> torch.Tensor:
     return 1 - (rows[:, None] * columns[None]).flatten()
 
 
-def collate_told(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Make a batch of `ToldScenes`. Conversation -1 is padding."""
-
-    def padded(name: str, value: int) -> torch.Tensor:
-        return pad_sequence([sample[name] for sample in samples], batch_first=True, padding_value=value)
-
+def collate_oracle_scenes(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Make a batch of `OracleScenes`."""
     return {
-        "input_ids": padded("input_ids", 0),
-        "conversations": padded("conversations", -1),
-        "labels": padded("labels", -100),
-        "kinds": padded("kinds", -1),
-        "attributes": padded("attributes", -1),
-        "cells": padded("cells", 0),
-        "margin": padded("margin", 0),
-        "found": padded("found", -1),
+        name: pad_sequence([sample[name] for sample in samples], batch_first=True, padding_value=value)
+        for name, value in _PADDING.items()
     }
 
 
-__all__ = ["ANSWERS", "CAPTION", "EVERYTHING", "LESSONS", "Lesson", "ToldScenes", "collate_told"]
+__all__ = ["ANSWERS", "CAPTION", "EVERYTHING", "LESSONS", "Lesson", "OracleScenes", "collate_oracle_scenes"]
