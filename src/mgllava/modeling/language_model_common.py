@@ -247,7 +247,7 @@ class ImageTextCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 @dataclass
 class SeenImageFeatures(BaseModelOutputWithPooling):
-    """Features of images of which `generate` has dropped what the language model does not see."""
+    """Image features after `generate` has dropped placeholders, which must not be dropped again."""
 
 
 def _must_be_touched(modules: list[nn.Module]) -> bool:
@@ -317,7 +317,7 @@ class ImageTextModel(ImageTextPreTrainedModel):
         self.post_init()
 
     def dummy_images(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """Return the arguments of `get_image_features` for one empty image."""
+        """Return the arguments of `get_image_features` for one dummy image."""
         raise NotImplementedError
 
     def embed(
@@ -432,7 +432,8 @@ class ImageTextModel(ImageTextPreTrainedModel):
                 expected.all() | plain.all(),
                 lambda: (
                     "`position_ids` must count the tokens of one prompt per row, got others. This model drops tokens "
-                    "of images and counts again, which packed prompts do not allow. Leave them out, and pad instead."
+                    "of images and counts again, which is impossible for packed prompts. Leave `position_ids` out, "
+                    "and pad instead."
                 ),
             )
         dropped = self.placeholders_to_drop(is_placeholder=is_placeholder, attention_mask=attention_mask, **arguments)
@@ -647,10 +648,10 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
     def _without_dropped_placeholders(
         self, inputs: torch.Tensor | None, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor | None, dict[str, Any], dict[str, Any], "_WholePrompts | None"]:
-        """Encode the images and drop placeholders: for `generate` they were never there.
+        """Encode the images, and remove dropped placeholders from the prompts for `generate`.
 
-        Where its result would not be the same, they stay, and are only masked. Also returns what its output tells
-        about the images.
+        If `generate` would depend on their removal, they stay and are only masked. Also returns the fields that are
+        added to its output.
         """
         images = {name: kwargs[name] for name in self.image_arguments if kwargs.get(name) is not None}
         features = kwargs.get("mm_encoder_outputs")
@@ -769,7 +770,7 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
 
 
 def _counts_prompt(kwargs: dict[str, Any], configs: tuple[GenerationConfig | None, ...]) -> bool:
-    """Whether a limit on the length of an answer counts the tokens of the prompt."""
+    """Tell whether a limit on the length of answers counts the tokens of the prompt."""
 
     def value(name: str) -> Any:
         values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
@@ -779,14 +780,14 @@ def _counts_prompt(kwargs: dict[str, Any], configs: tuple[GenerationConfig | Non
 
 
 class _WholePrompts:
-    """Prompts of which `generate` is given a part, aligned to the right."""
+    """The whole prompts, of which `generate` gets only the tokens that are not dropped, padded on the left."""
 
     def __init__(self, ids: torch.LongTensor, mask: torch.BoolTensor):
         self.ids, self.mask = ids, mask
         self.width = int(mask.sum(-1).max())
 
     def without_dropped(self, values: torch.Tensor) -> torch.Tensor:
-        """Take the part out of ids, or out of their attention mask."""
+        """Remove dropped tokens from ids or their attention mask."""
         padding = values[:, :1].new_zeros(len(values), self.width)
         for row, (source, mask) in enumerate(zip(values, self.mask, strict=True)):
             seen = source[mask]
@@ -794,12 +795,12 @@ class _WholePrompts:
         return padding
 
     def restore(self, sequences: torch.LongTensor) -> torch.LongTensor:
-        """Put the whole prompts in front of the answers of all their sequences."""
+        """Replace the prompts in front of answers by the whole prompts."""
         prompts = self.ids.repeat_interleave(len(sequences) // len(self.ids), dim=0)
         return torch.cat([prompts.to(sequences.device), sequences[:, self.width :]], dim=1)
 
     def give_to(self, rule: Callable[..., Any]) -> Callable[..., Any]:
-        """Let a rule on sequences, a processor of scores or a criterion to stop, see the whole prompts."""
+        """Wrap a logits processor or stopping criterion, so that it sees the whole prompts."""
         return lambda ids, *args, **kwargs: rule(self.restore(ids), *args, **kwargs)
 
 

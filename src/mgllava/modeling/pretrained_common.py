@@ -189,7 +189,7 @@ def _leave_unpackable_layers(model: nn.Module) -> None:
 
 
 def _keep_applied_conversions(model: PreTrainedModel) -> None:
-    """Keep, of the renamings that `save_pretrained` reverts, those that changed a name while the model was loaded.
+    """Keep only those renamings for `save_pretrained` to revert that changed a name while the model was loaded.
 
     transformers (5.24) keeps all of them under ZeRO-3: the model would be saved with names of older releases.
     """
