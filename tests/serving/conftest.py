@@ -51,23 +51,20 @@ class Site:
         self.seen, self.picture = [], picture
         site = self
 
+        answers = {
+            "/picture.png": (200, picture, {}),
+            "/text.png": (200, b"<html>no picture</html>", {}),
+            "/to-picture": (302, b"", {"Location": "/picture.png"}),
+            "/to-file": (302, b"", {"Location": "file:///etc/hostname"}),
+            "/compressed": (200, picture, {"Content-Encoding": "gzip"}),
+            "/announced": (200, picture, {"Content-Length": "99999999999"}),
+        }
+
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
                 site.seen.append(self.path)
-                if self.path == "/picture.png":
-                    self.answer(200, picture)
-                elif self.path == "/text.png":
-                    self.answer(200, b"<html>no picture</html>")
-                elif self.path == "/to-picture":
-                    self.answer(302, b"", Location="/picture.png")
-                elif self.path == "/to-private":
-                    self.answer(302, b"", Location=f"http://127.0.0.1:{site.port}/secret")
-                elif self.path == "/to-file":
-                    self.answer(302, b"", Location="file:///etc/hostname")
-                elif self.path == "/compressed":
-                    self.answer(200, picture, **{"Content-Encoding": "gzip"})
-                elif self.path == "/announced":
-                    self.answer(200, picture, **{"Content-Length": "99999999999"})
+                if self.path == "/to-private":
+                    self.answer(302, b"", {"Location": f"http://127.0.0.1:{site.port}/secret"})
                 elif self.path == "/endless":
                     self.send_response(200)
                     self.end_headers()
@@ -76,9 +73,9 @@ class Site:
                 elif self.path == "/slow":
                     time.sleep(20)
                 else:
-                    self.answer(404, b"")
+                    self.answer(*answers.get(self.path, (404, b"", {})))
 
-            def answer(self, status, body, **headers):
+            def answer(self, status, body, headers):
                 self.send_response(status)
                 for name, value in {"Content-Length": str(len(body)), **headers}.items():
                     self.send_header(name, value)
