@@ -3,7 +3,7 @@
 import torch
 from transformers import CONFIG_MAPPING
 
-from mgllava import MGLlavaConfig, MGLlavaForConditionalGeneration
+from mgllava import MGLlavaConfig, MGLlavaForConditionalGeneration, SlimeConfig, SlimeForConditionalGeneration
 
 IMAGE_TOKEN_ID, VOCAB_SIZE = 100, 128
 IMAGE_SIZE, NUM_FUSED_TOKENS = 96, 9
@@ -35,20 +35,23 @@ _TEXT_SIZES = {
 }
 
 
+_VISION_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 42,
+    "patch_size": 14,
+}
+
+
 def tiny_config(llm: str = "llama", text_config: dict | None = None, **kwargs) -> MGLlavaConfig:
     sizes = {**_TEXT_SIZES, **({"head_dim": 8} if llm == "qwen3" else {}), **(text_config or {})}
     kwargs.setdefault("image_token_id", IMAGE_TOKEN_ID)
     kwargs.setdefault("unpadded_vocab_size", IMAGE_TOKEN_ID)
     return MGLlavaConfig(
         text_config=CONFIG_MAPPING[llm](**sizes),
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 42,
-            "patch_size": 14,
-        },
+        vision_config=_VISION_SIZES,
         high_res_vision_config={"depths": [1, 1, 1, 1], "hidden_sizes": [8, 12, 16, 24], "image_size": IMAGE_SIZE},
         box_multi_level_size=20,
         **kwargs,
@@ -112,4 +115,66 @@ def one_prompt(inputs: dict, box_counts: list[list[int]], index: int) -> dict[st
         most = max(box_counts[index])
         single |= {"pixel_values": inputs["pixel_values"][images], "boxes": inputs["boxes"][images, :most]}
         single["num_boxes"] = inputs["num_boxes"][images]
+    return single
+
+
+# Tokens of a tile of the small SliME model, before the router.
+NUM_LOCAL_TOKENS = 4
+
+
+def tiny_slime(llm: str = "llama", text_config: dict | None = None, seed: int = 0, **kwargs):
+    """Build a SliME model with random parameters: views of 42 px, 9 tokens of the whole image, 4 of each tile."""
+    torch.manual_seed(seed)
+    sizes = {**_TEXT_SIZES, **({"head_dim": 8} if llm == "qwen3" else {}), **(text_config or {})}
+    values = {
+        "image_token_id": IMAGE_TOKEN_ID,
+        "unpadded_vocab_size": IMAGE_TOKEN_ID,
+        "separator_token_id": 5,
+        "num_local_queries": NUM_LOCAL_TOKENS,
+        "router_top_p": 0.6,
+        **kwargs,
+    }
+    config = SlimeConfig(text_config=CONFIG_MAPPING[llm](**sizes), vision_config=_VISION_SIZES, **values)
+    model = SlimeForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith(("model.language_model", "lm_head")):
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+def slime_inputs(tile_counts: list[list[int]], padding_side: str = "left", seed: int = 0) -> dict[str, torch.Tensor]:
+    """Batch of prompts: `tile_counts[i]` lists the number of tiles of each image in prompt i, 0 for one view."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for index, prompt in enumerate(tile_counts):
+        ids = [1, *torch.randint(3, 90, (2 + index,), generator=generator).tolist()]
+        for count in prompt:
+            ids += [IMAGE_TOKEN_ID] * (NUM_FUSED_TOKENS + (1 + NUM_LOCAL_TOKENS * count if count else 0))
+            ids += torch.randint(3, 90, (3,), generator=generator).tolist()
+        rows.append(torch.tensor(ids))
+    pad = {"batch_first": True, "padding_side": padding_side}
+    inputs = {
+        "input_ids": torch.nn.utils.rnn.pad_sequence(rows, **pad),
+        "attention_mask": torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], **pad),
+    }
+    if counts := [count for prompt in tile_counts for count in prompt]:
+        size = _VISION_SIZES["image_size"]
+        pixels = torch.randn(sum(1 + count for count in counts), 3, size, size, generator=generator)
+        grids = torch.tensor([[1, count] if count else [0, 0] for count in counts])
+        inputs |= {"pixel_values": pixels, "image_grids": grids}
+    return inputs
+
+
+def one_slime_prompt(inputs: dict, tile_counts: list[list[int]], index: int) -> dict[str, torch.Tensor]:
+    """Cut one prompt out of a batch of `slime_inputs`, without its padding."""
+    mask = inputs["attention_mask"][index].bool()
+    single = {"input_ids": inputs["input_ids"][index : index + 1, mask]}
+    single["attention_mask"] = torch.ones_like(single["input_ids"])
+    if tile_counts[index]:
+        first = sum(len(prompt) for prompt in tile_counts[:index])
+        view = sum(1 + count for prompt in tile_counts[:index] for count in prompt)
+        views = sum(1 + count for count in tile_counts[index])
+        single["pixel_values"] = inputs["pixel_values"][view : view + views]
+        single["image_grids"] = inputs["image_grids"][first : first + len(tile_counts[index])]
     return single

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from mgllava import BoxDetector, MGLlavaProcessor
 from mgllava.conversion import convert_ram_plus
 from mgllava.hub import export_repository
-from tests.hub.repositories import FAMILIES, save_family
+from tests.hub.repositories import FAMILIES, save_family, save_slime
 from tests.processing.detectors import OWLV2
 from tests.ram_plus.golden import SOURCES
 
@@ -28,6 +28,13 @@ def families(tmp_path_factory):
         family: export_repository(save_family(folder / f"{family}-saved", family, seed), folder / family, verify=False)
         for seed, family in enumerate(FAMILIES)
     }
+
+
+@pytest.fixture(scope="session")
+def slime_repository(tmp_path_factory):
+    """An exported repository of SliME."""
+    folder = tmp_path_factory.mktemp("slime")
+    return export_repository(save_slime(folder / "saved"), folder / "slime", verify=False)
 
 
 @pytest.fixture(scope="session")

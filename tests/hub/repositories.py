@@ -4,10 +4,10 @@ import shutil
 
 from transformers import AutoTokenizer
 
-from mgllava import MGLlavaImageProcessor, MGLlavaProcessor
-from mgllava.processing import CHAT_TEMPLATES
+from mgllava import MGLlavaImageProcessor, MGLlavaProcessor, SlimeImageProcessor, SlimeProcessor
+from mgllava.processing import CHAT_TEMPLATES, SLIME_CHAT_TEMPLATES
 from tests.golden_cases import GOLDEN
-from tests.tiny import IMAGE_SIZE, tiny_model
+from tests.tiny import IMAGE_SIZE, NUM_FUSED_TOKENS, NUM_LOCAL_TOKENS, tiny_model, tiny_slime
 
 # Chat template and language model of each family.
 FAMILIES = {"vicuna": "llama", "llama3": "llama", "phi3": "phi3", "yi": "llama"}
@@ -35,6 +35,26 @@ def save_family(folder, family, seed=0, **options):
         chat_template=CHAT_TEMPLATES[family],
     )
     model.save_pretrained(folder, **options)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def save_slime(folder):
+    """Save a random SliME model with its processor."""
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "llm")
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.padding_side = "left"
+    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    model = tiny_slime(text_config={"vocab_size": 448}, image_token_id=image_token_id, unpadded_vocab_size=420)
+    size = {"height": 42, "width": 42}
+    processor = SlimeProcessor(
+        SlimeImageProcessor(size={"shortest_edge": 42}, crop_size=size),
+        tokenizer,
+        num_global_tokens=NUM_FUSED_TOKENS,
+        num_local_tokens=NUM_LOCAL_TOKENS,
+        chat_template=SLIME_CHAT_TEMPLATES["v1"],
+    )
+    model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 

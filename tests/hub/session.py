@@ -31,15 +31,15 @@ from transformers import (
 )
 
 REMOTE = {"trust_remote_code": True}
-CONVERSATION = [
-    {
-        "role": "user",
-        "content": [
-            {"type": "image", "boxes": [[0, 10, 70, 60], [20, 0, 50, 80]]},
-            {"type": "text", "text": "What is it?"},
-        ],
-    }
-]
+BOXES = [[0, 10, 70, 60], [20, 0, 50, 80]]
+
+
+def conversation_for(processor):
+    """A question about the picture, with boxes if the model has any."""
+    image = {"type": "image", "image": picture()}
+    if hasattr(type(processor), "box_detector"):
+        image["boxes"] = BOXES
+    return [{"role": "user", "content": [image, {"type": "text", "text": "What is it?"}]}]
 
 
 def picture():
@@ -65,8 +65,8 @@ def load(name, **options):
 @torch.no_grad()
 def answers(model, processor):
     """Pixels, boxes, logits and greedy answers of a picture, and of a batch with a text that has none."""
-    conversations = [CONVERSATION, [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]]
-    conversations[0][0]["content"][0]["image"] = picture()
+    hello = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+    conversations = [conversation_for(processor), hello]
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     results = {}
     for name, conversation in (("single", conversations[0]), ("batch", conversations)):
@@ -122,9 +122,12 @@ def other_classes(name, **options):
     assert ids[0] == ids[1] == ids[2]
     # `datasets.map` does this with what its function uses.
     assert Hasher.hash(processor) == Hasher.hash(processor)
-    CONVERSATION[0]["content"][0]["image"] = picture()
     answer = pipeline("image-text-to-text", model=name, device="cpu", **REMOTE, **options)
-    said = answer(text=CONVERSATION, return_full_text=False, generate_kwargs={"max_new_tokens": 4, "do_sample": False})
+    said = answer(
+        text=conversation_for(processor),
+        return_full_text=False,
+        generate_kwargs={"max_new_tokens": 4, "do_sample": False},
+    )
     loaded = (*models, processor, processor.image_processor, answer.model)
     return {}, {"classes": classes(*loaded), "pipeline": said[0]["generated_text"]}
 

@@ -43,7 +43,7 @@ def auto_maps(folder):
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_all_repositories_load_and_compute_the_same(
-    python, families, tagger_repository, with_detector, without_package, tmp_path
+    python, families, slime_repository, tagger_repository, with_detector, without_package, tmp_path
 ):
     peft = pytest.importorskip("peft")
     model = MGLlavaForConditionalGeneration.from_pretrained(families["vicuna"])
@@ -62,10 +62,13 @@ def test_all_repositories_load_and_compute_the_same(
     jobs = {family: ("mgllava", {"name": folder, "again": tmp_path / family}) for family, folder in families.items()}
     jobs |= {
         "other classes": ("other_classes", {"name": families["llama3"]}),
+        "slime": ("mgllava", {"name": slime_repository, "again": tmp_path / "slime"}),
+        "other classes of slime": ("other_classes", {"name": slime_repository}),
         "ram_plus": ("ram_plus", {"name": tagger_repository, "again": tmp_path / "ram_plus"}),
         "detection": ("detection", {"name": with_detector, "again": tmp_path / "detection"}),
         "adapter": ("adapter", {"name": families["vicuna"], "path": tmp_path / "adapter"}),
         "card": ("card", {"name": families["phi3"], "folder": families["phi3"].parent}),
+        "slime card": ("card", {"name": slime_repository, "folder": slime_repository.parent}),
         "tagger card": ("card", {"name": exported_tagger, "folder": exported_tagger.parent}),
         "pinned": ("mgllava", {"name": "org/mg-llava.tiny", "revision": "v0.1.0"}),
         "pinned pipeline": ("other_classes", {"name": "org/mg-llava.tiny", "revision": "v0.1.0"}),
@@ -105,6 +108,23 @@ def test_all_repositories_load_and_compute_the_same(
                 assert auto_maps(arguments["again"]) == auto_maps(folder), name
     for word in ("offline", "Connection", "huggingface.co/api", "not installed"):
         assert word not in said, said
+
+
+def test_a_saved_model_carries_the_code_of_its_family_only(families, slime_repository):
+    assert sorted(path.name for path in slime_repository.glob("*.py")) == [
+        "adapters_slime.py",
+        "configuration_slime.py",
+        "image_processing_slime.py",
+        "image_text_processor_common.py",
+        "images_common.py",
+        "language_model_common.py",
+        "modeling_slime.py",
+        "pretrained_common.py",
+        "processing_slime.py",
+        "text_chunks_common.py",
+    ]
+    names = [path.name for path in families["vicuna"].glob("*.py")]
+    assert len(names) <= 14 and all(name.endswith(("_mgllava.py", "_common.py")) for name in names)
 
 
 def test_the_processor_remembers_that_code_may_run(with_detector):

@@ -14,6 +14,7 @@ SLIME = Family(
     base_model="mgllava.modeling:SlimeModel",
     processor="mgllava.processing:SlimeProcessor",
     chat_templates="mgllava.processing:SLIME_CHAT_TEMPLATES",
+    card="mgllava.hub.slime_card:slime_card",
     trained_whole=("multi_modal_projector", "local_compressor"),
     # 2,048 tokens less those of a global view.
     max_text_length=1472,

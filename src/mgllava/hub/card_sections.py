@@ -28,6 +28,10 @@ LICENSES = {
 }
 
 
+# Bytes for each quantized weight. 4 bits: one 8-bit scale per 64 weights, and one 32-bit scale per 256 of those.
+_QUANTIZED_BYTES = {8: 1.0, 4: 0.5 + 1 / 64 + 4 / (64 * 256)}
+
+
 @dataclass(frozen=True)
 class Contents:
     """What a card is made from.
@@ -86,6 +90,26 @@ def storage_note(config: Any) -> str:
     return f"The weights are stored as {str(config.dtype).removeprefix('torch.')}." if config.dtype else ""
 
 
+def memory_note(contents: Contents) -> str:
+    """Say how much memory the weights take, whole and quantized, and how they are stored."""
+    total = sum(map(prod, contents.shapes.values()))
+    quantized = sum(
+        prod(shape)
+        for name, shape in contents.shapes.items()
+        if name.startswith("model.language_model.") and len(shape) == 2 and "embed_tokens" not in name
+    )
+    memory = {"bf16": 2.0 * total}
+    for bits, size in _QUANTIZED_BYTES.items():
+        memory[f"{bits} bits"] = 2 * (total - quantized) + size * quantized
+    unit, divisor = ("GB", 1e9) if total > 1e8 else ("MB", 1e6)
+    listed = ", ".join(f"{size / divisor:.2f} {unit} in {name}" for name, size in memory.items())
+    return (
+        f"Memory of the weights alone, computed from the number of parameters, not measured: {listed}. In 8 and 4 "
+        "bits only the layers of the language model are quantized, as `mgllava.quantization_config` does it.\n"
+        f"{storage_note(contents.config)}"
+    )
+
+
 def is_hub_id(name: str) -> bool:
     """Tell whether this may be the name of a model repository on the Hub."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
@@ -110,6 +134,38 @@ def terms(name: str | None) -> str:
     """Name the license of a published model."""
     license = LICENSES.get(name or "")
     return license.text if license else "unknown: see where it comes from"
+
+
+def usage(contents: Contents, image: str, note: str, packages: str) -> str:
+    """Show how to use the model: `image` is the content block of an image."""
+    return f"""\
+## Use
+
+With the code in this repository (read it first; `revision` pins it):
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+name, options = "{contents.repo_id}", {{"revision": "{contents.tag}", "trust_remote_code": True}}
+model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto", **options)
+processor = AutoProcessor.from_pretrained(name, **options)
+
+conversation = [{{"role": "user", "content": [
+    {image},
+    {{"type": "text", "text": "What is in the image?"}},
+]}}]
+inputs = processor.apply_chat_template(
+    conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+).to(model.device)
+output = model.generate(**inputs, max_new_tokens=100)
+print(processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1]:])[0])
+```
+
+{note}
+
+This needs `pip install "transformers>=5.16.1,<6" {packages}`. With the package mgllava
+installed, write `import mgllava` first and leave out `trust_remote_code`; its code is then used instead of the code
+here."""
 
 
 def checks(contents: Contents) -> str:
@@ -143,9 +199,11 @@ __all__ = [
     "citation",
     "hub_ids",
     "is_hub_id",
+    "memory_note",
     "parameter_table",
     "place",
     "storage_note",
     "table",
     "terms",
+    "usage",
 ]

@@ -1,7 +1,5 @@
 """The card of an MG-LLaVA model."""
 
-from math import prod
-
 from huggingface_hub import ModelCardData
 
 from .card_sections import (
@@ -10,11 +8,12 @@ from .card_sections import (
     checks,
     citation,
     hub_ids,
+    memory_note,
     parameter_table,
     place,
-    storage_note,
     table,
     terms,
+    usage,
 )
 
 # Arguments of the converter, and what people call the models.
@@ -25,9 +24,6 @@ _MODULES = {
     "vision_tower": "CLIP",
     "high_res_vision_tower": "ConvNeXt",
 }
-# Bytes for each quantized weight. 4 bits: one 8-bit scale per 64 weights, and one 32-bit scale per 256 of those.
-_QUANTIZED_BYTES = {8: 1.0, 4: 0.5 + 1 / 64 + 4 / (64 * 256)}
-
 _BENCHMARKS = (
     "MMBench-dev",
     "MMBench-test",
@@ -95,48 +91,12 @@ def _use(contents: Contents) -> str:
     else:
         image = '{"type": "image", "path": "photo.jpg", "boxes": [[10, 20, 110, 70]]}'
         boxes = "Boxes are `[x1, y1, x2, y2]` in pixels of the upright image. Without boxes, answers get worse."
-    return f"""\
-## Use
-
-With the code in this repository (read it first; `revision` pins it):
-
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-name, options = "{contents.repo_id}", {{"revision": "{contents.tag}", "trust_remote_code": True}}
-model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto", **options)
-processor = AutoProcessor.from_pretrained(name, **options)
-
-conversation = [{{"role": "user", "content": [
-    {image},
-    {{"type": "text", "text": "What is in the image?"}},
-]}}]
-inputs = processor.apply_chat_template(
-    conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-).to(model.device)
-output = model.generate(**inputs, max_new_tokens=100)
-print(processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1]:])[0])
-```
-
-{boxes}
-
-This needs `pip install "transformers>=5.16.1,<6" torch torchvision timm accelerate pillow`. With the package mgllava
-installed, write `import mgllava` first and leave out `trust_remote_code`; its code is then used instead of the code
-here."""
+    return usage(contents, image, boxes, "torch torchvision timm accelerate pillow")
 
 
 def _numbers(contents: Contents) -> str:
     config = contents.config
     text, clip, high_res = config.text_config, config.vision_config, config.high_res_vision_config
-    total = sum(map(prod, contents.shapes.values()))
-    quantized = sum(
-        prod(shape)
-        for name, shape in contents.shapes.items()
-        if name.startswith("model.language_model.") and len(shape) == 2 and "embed_tokens" not in name
-    )
-    memory = {"bf16": 2.0 * total}
-    for bits, size in _QUANTIZED_BYTES.items():
-        memory[f"{bits} bits"] = 2 * (total - quantized) + size * quantized
     sizes = {
         "language model": f"{text.model_type}, {text.num_hidden_layers} layers, width {text.hidden_size}, "
         f"{text.num_attention_heads} heads, {text.vocab_size} rows of embeddings",
@@ -147,8 +107,6 @@ def _numbers(contents: Contents) -> str:
         f"{config.box_feature_type}",
         "tokens per image": f"{config.image_seq_length}, and {config.num_tokens_per_box} for each box",
     }
-    unit, divisor = ("GB", 1e9) if total > 1e8 else ("MB", 1e6)
-    listed = ", ".join(f"{size / divisor:.2f} {unit} in {name}" for name, size in memory.items())
     return f"""\
 ## Numbers
 
@@ -156,9 +114,7 @@ def _numbers(contents: Contents) -> str:
 
 {table(("", "size"), sizes.items())}
 
-Memory of the weights alone, computed from the number of parameters, not measured: {listed}. In 8 and 4 bits only the
-layers of the language model are quantized, as `mgllava.quantization_config` does it.
-{storage_note(config)}"""
+{memory_note(contents)}"""
 
 
 def _paper_results(contents: Contents) -> list[str]:

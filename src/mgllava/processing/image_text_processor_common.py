@@ -309,6 +309,8 @@ class ImageTextProcessor(ProcessorMixin):
             return self.private_characters.sub("", value)
         if isinstance(value, Mapping):
             block = image_block(value) if is_image_block(value) else value
+            if block.get("boxes") is not None and is_image_block(value):
+                raise ValueError(f"`boxes` of an image block must be left out: {type(self).__name__} takes no boxes.")
             return {key: self._clean(item) for key, item in block.items()}
         return [self._clean(item) for item in value] if isinstance(value, list | tuple) else value
 
