@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from .language_model_common import must_be_touched
+
 # Width of an attention head of the query adapters.
 _HEAD_SIZE = 128
 # Standard deviation of the noise on the router's scores in training.
@@ -84,15 +86,25 @@ class SlimeProjector(nn.Module):
         """Project tokens of any view to the width of the language model."""
         return self.linear_2(F.gelu(self.linear_1(tokens)))
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Project the tokens of global views, `(num_views, num_tokens, width)`."""
-        if self.forced_expert == 0:
+    def forward(self, tokens: torch.Tensor, is_compressed: bool = False) -> torch.Tensor:
+        """Project the tokens of global views, `(num_views, num_tokens, width)`, or those of compressed tiles.
+
+        Both pass through `forward`, where FSDP gathers the weights and accelerate moves inputs to their device.
+        """
+        if is_compressed:
             return self.project(tokens)
-        attended = self.project(self.query_adapter(tokens))
-        if self.forced_expert == 1:
-            return attended
-        weights = self.gate_weights(tokens)
-        return weights[..., :1] * self.project(tokens) + weights[..., 1:] * attended
+        if self.forced_expert is None:
+            weights = self.gate_weights(tokens)
+            attended = self.project(self.query_adapter(tokens))
+            return weights[..., :1] * self.project(tokens) + weights[..., 1:] * attended
+        output = self.project(tokens if self.forced_expert == 0 else self.query_adapter(tokens))
+        if not must_be_touched([self]):
+            return output
+        # Other processes wait for the gradients of all trained parameters: what is not used has one of zero.
+        unused = self.gate_weights(tokens).sum()
+        if self.forced_expert == 0:
+            unused = unused + self.query_adapter(tokens).sum()
+        return output + 0 * torch.nan_to_num(unused, posinf=0.0, neginf=0.0)
 
     def gate_weights(self, tokens: torch.Tensor) -> torch.Tensor:
         """Weights of the two experts for each token; in training with the original's noise."""

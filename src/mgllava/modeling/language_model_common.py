@@ -250,7 +250,7 @@ class SeenImageFeatures(BaseModelOutputWithPooling):
     """Image features after `generate` has dropped placeholders, which must not be dropped again."""
 
 
-def _must_be_touched(modules: list[nn.Module]) -> bool:
+def must_be_touched(modules: list[nn.Module]) -> bool:
     """Tell whether every process must run these modules, even if its batch has no image.
 
     This is needed if their gradients are reduced across processes, or if each process holds a shard of their weights
@@ -277,6 +277,15 @@ class _UnusedTokens(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         ids = self.ids[self.ids < scores.shape[-1]]  # some language models remove the padding themselves
         return scores.index_fill(-1, ids.to(scores.device), -torch.inf)
+
+
+def _next_labels(labels: torch.LongTensor, is_seen: torch.BoolTensor) -> torch.LongTensor:
+    """Shift labels: a position predicts the label of the next one that is not a dropped placeholder."""
+    length = labels.shape[1]
+    places = torch.arange(length, device=labels.device).masked_fill(~is_seen, length)
+    following = places.flip(-1).cummin(-1).values.flip(-1)[:, 1:]  # the next place from each on, itself included
+    following = nn.functional.pad(following, (0, 1), value=length)
+    return nn.functional.pad(labels, (0, 1), value=-100).gather(-1, following).masked_fill(~is_seen, -100)
 
 
 def _keep(hidden_states: torch.FloatTensor, logits_to_keep: int | torch.Tensor) -> torch.FloatTensor:
@@ -346,7 +355,7 @@ class ImageTextModel(ImageTextPreTrainedModel):
             image_outputs = self.get_image_features(**images, return_dict=True)
         # Other processes may have images in their batches, and run these modules now. This one runs them on a dummy
         # image, whose embeddings are multiplied by zero below.
-        is_unseen = image_outputs is None and cache is None and _must_be_touched(self.vision_modules())
+        is_unseen = image_outputs is None and cache is None and must_be_touched(self.vision_modules())
         if is_unseen:
             device = input_ids.device if inputs_embeds is None else inputs_embeds.device
             image_outputs = self.get_image_features(**self.dummy_images(device), return_dict=True)
@@ -560,7 +569,15 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
             return type(outputs)(**{**outputs, "last_hidden_state": kept})
 
         def loss_function(logits: torch.FloatTensor, *_, **__) -> torch.FloatTensor:
-            return self._loss(logits, labels, input_ids, **loss_arguments)
+            kept = seen[0].get("kept_tokens")
+            if kept is None or loss_arguments.get("shift_labels") is not None:
+                return self._loss(logits, labels, input_ids, **loss_arguments)
+            is_placeholder = self.model.find_placeholders(input_ids, arguments.get("inputs_embeds"))
+            is_seen = torch.ones_like(is_placeholder).masked_scatter(is_placeholder, kept)
+            # The language model sees these tokens next to each other.
+            learned = labels.masked_fill(is_placeholder.to(labels.device), -100)
+            shifted = _next_labels(learned, is_seen.to(labels.device))
+            return self._loss(logits, labels, input_ids, **{**loss_arguments, "shift_labels": shifted})
 
         arguments = {name: value for name, value in arguments.items() if value is not None}
         scored = self._head.score(self, body, loss_function, **arguments, **kwargs, return_dict=True)
@@ -826,4 +843,5 @@ __all__ = [
     "UnsupportedLanguageModelError",
     "language_model_class",
     "load_language_model",
+    "must_be_touched",
 ]

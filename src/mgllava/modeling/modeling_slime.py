@@ -164,7 +164,11 @@ class SlimeModel(SlimePreTrainedModel, ImageTextModel):
         if self.local_compressor is None:
             return global_tokens, self.multi_modal_projector(local_tokens), vision_outputs
         compressed = self.local_compressor(local_tokens)
-        return global_tokens, self.multi_modal_projector.project(compressed), vision_outputs
+        local_tokens = self.multi_modal_projector(compressed, is_compressed=True)
+        if not len(local_tokens):
+            # Other processes may have tiles, and wait for the gradients of the compressor: here they are zero.
+            global_tokens = global_tokens + 0 * local_tokens.sum()
+        return global_tokens, local_tokens, vision_outputs
 
     @can_return_tuple
     def get_image_features(
