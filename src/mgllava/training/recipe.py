@@ -64,6 +64,10 @@ class DataOptions:
     on_bad_sample: str = "error"
     # None: the limit of the model family.
     max_text_length: int | None = None
+    # Name of the chat template that renders the samples; None: that of the model's processor, which is saved anyway.
+    prompt_template: str | None = None
+    # Learn nothing from samples whose answers the original loses, as it does.
+    original_labels: bool = False
     streaming: bool = False
     # Processes that tokenize the samples before training starts.
     processes: int | None = None
@@ -79,6 +83,7 @@ class Recipe:
         data: Samples to train on.
         evaluation: Samples to evaluate on.
         lora: Arguments of `peft.LoraConfig`; `None` for no adapters.
+        learning_rates: Learning rates of modules, by names as in `train`; all others have `training.learning_rate`.
         global_batch_size: Samples of a step over all devices; gradients are accumulated to it.
         training: Arguments of `transformers.TrainingArguments`.
     """
@@ -88,6 +93,7 @@ class Recipe:
     data: DataOptions = field(default_factory=DataOptions)
     evaluation: DataOptions | None = None
     lora: dict[str, Any] | None = None
+    learning_rates: dict[str, float] | None = None
     global_batch_size: int | None = None
     training: dict[str, Any] = field(default_factory=dict)
 

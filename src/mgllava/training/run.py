@@ -1,5 +1,6 @@
 """Train from a recipe: load the model and the samples that it names, train, and save the result."""
 
+import copy
 import difflib
 import logging
 import shutil
@@ -36,7 +37,7 @@ from .run_record import (
     write_start,
 )
 from .starting_model import write_starting_model
-from .trainable import check_trained, describe_trained, freeze_all_but, part_of
+from .trainable import check_trained, describe_trained, freeze_all_but, matching_pattern, part_of
 from .trainer import MGLlavaTrainer
 
 logger = logging.getLogger(__name__)
@@ -93,8 +94,13 @@ def _train(recipe: Recipe, args: TrainingArguments, output: Path, resume: bool) 
         processor.box_detector = None  # boxes come from files
     else:
         _refuse_boxes(recipe, family)
-    data = _open_data(recipe.data, processor, args, "data")
-    evaluation = None if recipe.evaluation is None else _open_data(recipe.evaluation, processor, args, "evaluation")
+    data_processor = _with_template(processor, recipe.data, family, "data")
+    data = _open_data(recipe.data, data_processor, args, "data")
+    evaluation = eval_collator = None
+    if recipe.evaluation is not None:
+        eval_processor = _with_template(processor, recipe.evaluation, family, "evaluation")
+        evaluation = _open_data(recipe.evaluation, eval_processor, args, "evaluation")
+        eval_collator = _collator(recipe.evaluation, eval_processor)
     if checkpoint is None:
         refuse_other_files(output)
     samples = _samples_digest(recipe, data)
@@ -109,9 +115,10 @@ def _train(recipe: Recipe, args: TrainingArguments, output: Path, resume: bool) 
             args=args,
             train_dataset=data,
             eval_dataset=evaluation,
-            data_collator=_collator(recipe.data, processor),
-            eval_data_collator=None if recipe.evaluation is None else _collator(recipe.evaluation, processor),
+            data_collator=_collator(recipe.data, data_processor),
+            eval_data_collator=eval_collator,
             processing_class=processor,
+            learning_rates=recipe.learning_rates,
         )
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         # For example, a package that `report_to` names is not installed.
@@ -119,7 +126,11 @@ def _train(recipe: Recipe, args: TrainingArguments, output: Path, resume: bool) 
     if args.deepspeed and not trainer.is_deepspeed_enabled:
         raise TrainingError("`training.deepspeed` was ignored by accelerate. Start with `accelerate launch`.")
     if args.should_log:
-        Console(file=sys.stderr).print(describe_trained(model))
+        console = Console(file=sys.stderr)
+        console.print(describe_trained(model))
+        if recipe.model.config:
+            values = ", ".join(f"{name}={value}" for name, value in recipe.model.config.items())
+            console.print(f"Set in the model's configuration, and saved with the result: {values}")
     if isinstance(data, ConversationDataset) and len(trainer.get_train_dataloader()) == 0:
         raise TrainingError(
             f"Nothing would be trained: {len(data)} samples do not fill a batch of {args.train_batch_size} for each "
@@ -195,6 +206,21 @@ def _refuse_boxes(recipe: Recipe, family: Family) -> None:
         for name in ("boxes", "detector", "allow_other_boxes", "missing_boxes"):
             if options is not None and getattr(options, name) != getattr(DataOptions, name):
                 raise TrainingError(f"`{section}.{name}` must not be set: {family.title} takes no boxes.")
+
+
+def _with_template(processor: Any, options: DataOptions, family: Family, section: str) -> Any:
+    """Return a processor that renders samples by the template of the recipe; the given one is saved with the model."""
+    if options.prompt_template is None:
+        return processor
+    templates = resolve(family.chat_templates) if family.chat_templates else {}
+    if options.prompt_template not in templates:
+        raise TrainingError(
+            f"`{section}.prompt_template` must be null or a template of {family.title} ({', '.join(templates)}), got "
+            f"{options.prompt_template!r}."
+        )
+    processor = copy.copy(processor)
+    processor.chat_template = templates[options.prompt_template]
+    return processor
 
 
 def _samples_digest(recipe: Recipe, data: Any) -> str | None:
@@ -339,6 +365,10 @@ def load_model(recipe: Recipe, start: str, args: TrainingArguments, family: Fami
         except Exception as error:  # peft raises errors of many types
             raise TrainingError(f"`lora` cannot be used: {' '.join(str(error).split())}") from error
     check_trained(model, recipe.train, lora=recipe.lora is not None)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for pattern in recipe.learning_rates or ():
+        if not any(matching_pattern(name, [pattern]) for name in trained):
+            raise TrainingError(f"`learning_rates.{pattern}` matches no parameter that is trained.")
     if (args.bf16 or args.fp16) and not (args.deepspeed or args.fsdp):
         # Small updates would be lost in 16 bits. DeepSpeed and FSDP keep a float32 copy themselves.
         for parameter in model.parameters():

@@ -2,7 +2,7 @@
 
 import difflib
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -50,6 +50,23 @@ def freeze_all_but(model: nn.Module, patterns: Sequence[str]) -> None:
             )
 
 
+def short_name(name: str) -> str:
+    """Return the name of a parameter as `train` has it, also in a model that peft or DistributedDataParallel wrapped.
+
+    Names of adapters keep their `lora_A` and the like.
+    """
+    wrappers = ("base_model", "modules_to_save", "module", "_orig_mod")
+    short = ".".join(piece for piece in name.split(".") if piece not in wrappers).replace(".default.", ".")
+    while short.startswith("model."):
+        short = short.removeprefix("model.")
+    return short
+
+
+def matching_pattern(name: str, patterns: Iterable[str]) -> str | None:
+    """Return the first pattern that the name of a parameter matches, whatever wraps the model."""
+    return next((pattern for pattern in patterns if _matches(short_name(name), pattern)), None)
+
+
 def _matches(name: str, pattern: str) -> bool:
     return name == pattern or name.startswith(pattern + ".") or fnmatch.fnmatchcase(name, pattern)
 
@@ -68,10 +85,7 @@ def check_trained(model: nn.Module, patterns: Sequence[str], lora: bool = False)
     """
     wrong = []
     for name, parameter in model.named_parameters():
-        short = ".".join(piece for piece in name.split(".") if piece not in ("base_model", "modules_to_save"))
-        short = short.replace(".default.", ".")
-        while short.startswith("model."):
-            short = short.removeprefix("model.")
+        short = short_name(name)
         if "original_module" in name:
             declared = False
         elif lora and short.startswith(("language_model.", "lm_head.")):
@@ -123,4 +137,12 @@ def describe_trained(model: nn.Module) -> Table:
     return table
 
 
-__all__ = ["check_trained", "describe_trained", "freeze_all_but", "part_of", "trained_parameters"]
+__all__ = [
+    "check_trained",
+    "describe_trained",
+    "freeze_all_but",
+    "matching_pattern",
+    "part_of",
+    "short_name",
+    "trained_parameters",
+]

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from .checkpoints import clear_incomplete, last_complete_checkpoint, mark_complete
 from .errors import TrainingError
 from .sampler import ModalityLengthSampler
+from .trainable import matching_pattern
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +80,8 @@ class MGLlavaTrainer(Trainer):
     Args:
         *args: See the base class; `data_collator` is an [`MGLlavaDataCollator`] with `return_sample_ids=True`.
         eval_data_collator ([`MGLlavaDataCollator`], *optional*): Collator of evaluations; by default `data_collator`.
+        learning_rates (`Mapping[str, float]`, *optional*): Learning rates of modules, by their names without the
+            leading `model.`; all others have `args.learning_rate`.
         **kwargs: See the base class.
 
     Attributes:
@@ -85,8 +89,15 @@ class MGLlavaTrainer(Trainer):
         empty_steps (`int`): Steps in which all samples were skipped.
     """
 
-    def __init__(self, *args: Any, eval_data_collator: Any = None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        eval_data_collator: Any = None,
+        learning_rates: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
+        self._learning_rates = dict(learning_rates or {})
         self._eval_data_collator = eval_data_collator
         self._sample_ids: list[str] = []
         # Tokens, images and skipped samples since the last log.
@@ -108,6 +119,26 @@ class MGLlavaTrainer(Trainer):
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return ModalityLengthSampler(lengths, batch_size, seed)
+
+    def create_optimizer(self, model: Any = None, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Create the optimizer, with groups of parameters for `learning_rates`."""
+        is_new = self.optimizer is None
+        given = () if model is None else (model, *args)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*given, **kwargs)
+        if not (is_new and self._learning_rates):
+            return optimizer
+        names = {id(parameter): name for name, parameter in (model or self.model).named_parameters()}
+        for group in list(optimizer.param_groups):
+            by_pattern: dict[str | None, list[Any]] = {None: []}
+            for parameter in group["params"]:
+                pattern = matching_pattern(names.get(id(parameter), ""), self._learning_rates)
+                by_pattern.setdefault(pattern, []).append(parameter)
+            group["params"] = by_pattern.pop(None)
+            for pattern, parameters in by_pattern.items():
+                rate = self._learning_rates[str(pattern)]
+                optimizer.add_param_group({**group, "params": parameters, "lr": rate})
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         # In the order of the dataset: grouping by length is for training.

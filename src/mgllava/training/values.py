@@ -45,6 +45,7 @@ _INTERVAL = _Range(
 )
 _RANGES = {
     "global_batch_size": _COUNT,
+    "learning_rates": _Range(lambda value: all(rate > 0 for rate in value.values()), "numbers greater than 0"),
     "model.bits": _Range(lambda value: value in (4, 8), "4 or 8"),
     "data.max_text_length": _COUNT,
     "data.processes": _COUNT,
@@ -170,6 +171,8 @@ def _as_it_is(value: Any, kind: Any) -> Any:
         items = (typing.get_args(kind) or (Any,))[0]
         return [_read(item, items) for item in value]
     if origin in (dict, Mapping) and isinstance(value, Mapping):
+        if (items := (*typing.get_args(kind), Any, Any)[1]) is not Any:
+            return {key: _read(item, items) for key, item in value.items()}
         _refuse_words(value)
         return dict(value)
     if origin is tuple and isinstance(value, list | tuple):
