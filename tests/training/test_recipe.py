@@ -7,13 +7,21 @@ from mgllava.training import Recipe, TrainingError, load_recipe, recipe_names, t
 from mgllava.training.recipe import checked_recipe
 
 OVERLAYS = {"fsdp2.yaml", "lora.yaml", "qlora.yaml", "zero2.yaml", "zero3.yaml"}
+SLIME_STAGES = ("1a", "1b", "2", "3")
+SLIME_MODELS = ("vicuna_7b", "vicuna_13b", "llama3_8b", "llama3_70b")
 MODELS = ("phi3_mini", "vicuna_7b", "vicuna_13b", "llama3_8b", "yi_34b")
 NEW_PARTS = ["fusion", "multi_modal_projector", "box_projector", "object_attention"]
 
 
 def test_the_package_has_both_stages_for_every_language_model():
     stages = {f"stage_{stage}_{model}.yaml" for stage in (1, 2) for model in MODELS}
-    assert set(recipe_names()) == stages | OVERLAYS | {"stage_1.yaml", "stage_2.yaml", "finetune.yaml"}
+    slime = {
+        f"slime_stage_{stage}{model}.yaml"
+        for stage in SLIME_STAGES
+        for model in ("", *(f"_{model}" for model in SLIME_MODELS))
+    }
+    others = {"stage_1.yaml", "stage_2.yaml", "finetune.yaml", "slime_lora.yaml"}
+    assert set(recipe_names()) == stages | OVERLAYS | slime | others
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -38,6 +46,51 @@ def test_settings_are_the_papers(stage, model):
         assert parts["llm"] and parts["prompt_template"] in ("vicuna", "llama3", "phi3", "yi")
         following = load_recipe(f"stage_2_{model}.yaml")
         assert following.model.name == training["output_dir"]
+
+
+# What a stage of SliME trains, and the configuration that it trains with.
+SLIME = {
+    "1a": (["multi_modal_projector.linear_1", "multi_modal_projector.linear_2"], ("global", 0, 1.0)),
+    "1b": (["multi_modal_projector.query_adapter"], ("global", 1, 1.0)),
+    "2": (["local_compressor"], ("local", None, 1.0)),
+    "3": (["multi_modal_projector", "local_compressor", "language_model", "lm_head"], ("both", None, 0.95)),
+}
+
+
+@pytest.mark.parametrize("model", SLIME_MODELS)
+@pytest.mark.parametrize("stage", SLIME)
+def test_settings_of_slime_are_the_papers(stage, model):
+    if not FAMILIES["slime"].build:
+        pytest.skip("conversion is missing")
+    recipe = load_recipe(f"slime_stage_{stage}_{model}.yaml")
+    training, (trained, config) = recipe.training, SLIME[stage]
+    has_adapters = (stage, model) == ("3", "llama3_70b")
+    assert recipe.train == (trained[:2] if has_adapters else trained)
+    # Every stage says all that any stage sets, since a result is saved with it.
+    names = ("branch", "forced_expert", "router_top_p")
+    assert recipe.model.config == {**dict(zip(names, config, strict=True)), "router_sees_answers": True}
+    assert recipe.data.prompt_template == (None if stage == "3" else "plain")
+    assert recipe.data.max_text_length == 2048
+    is_llama3 = model.startswith("llama3")
+    if has_adapters:
+        assert training["learning_rate"] == 1e-4
+        assert recipe.learning_rates == {"multi_modal_projector": 2e-5, "local_compressor": 2e-5}
+        assert (recipe.lora["r"], recipe.lora["lora_alpha"], recipe.lora["lora_dropout"]) == (128, 256, 0.05)
+    else:
+        learning_rate = {True: 1e-5, False: 2e-5}[is_llama3] if stage == "3" else {True: 5e-4, False: 1e-3}[is_llama3]
+        assert training["learning_rate"] == learning_rate
+        assert recipe.learning_rates is recipe.lora is None
+    assert recipe.global_batch_size == (128 if stage == "3" else 256)
+    assert recipe.global_batch_size % (8 * training["per_device_train_batch_size"]) == 0
+    common = {"weight_decay": 0, "max_grad_norm": 1, "warmup_steps": 0.03, "lr_scheduler_type": "cosine"}
+    assert {name: training[name] for name in common} == common
+    assert training["num_train_epochs"] == 1 and training["bf16"] is True
+    assert ("deepspeed" in training) == (model == "llama3_70b")
+    if stage == "1a":
+        assert recipe.model.parts["prompt_template"] == ("llama3" if is_llama3 else "v1")
+    else:
+        before = {"1b": "1a", "2": "1b", "3": "2"}[stage]
+        assert recipe.model.name == load_recipe(f"slime_stage_{before}_{model}.yaml").training["output_dir"]
 
 
 @pytest.mark.parametrize("overlay", sorted(OVERLAYS))
@@ -115,7 +168,7 @@ REFUSED = [
     ("data.samples=3", "must be text or a list of texts or null, got 3. Write it in quotes if it is meant as text"),
     ("data.detector.threshold=2", "must be from 0 to 1, got 2"),
     ("data.detector.detector=3", "must be text or null, got 3"),
-    ("model.family=ram_plus", "must be mgllava or null, got 'ram_plus'"),
+    ("model.family=ram_plus", "or null, got 'ram_plus'"),
     ("model.parts.prompt_template=alpaca", "must be vicuna, llama3, phi3 or yi or null, got 'alpaca'"),
     ("model.parts.config=none", "must be keys and values, got 'none'"),
     ("evaluation.on_bad_sample=x", "must be error or skip, got 'x'"),
