@@ -127,7 +127,8 @@ class MGLlavaTrainer(Trainer):
         optimizer: torch.optim.Optimizer = super().create_optimizer(*given, **kwargs)
         if not (is_new and self._learning_rates):
             return optimizer
-        names = {id(parameter): name for name, parameter in (model or self.model).named_parameters()}
+        trained: Any = self.model if model is None else model
+        names = {id(parameter): name for name, parameter in trained.named_parameters()}
         for group in list(optimizer.param_groups):
             by_pattern: dict[str | None, list[Any]] = {None: []}
             for parameter in group["params"]:
