@@ -283,7 +283,7 @@ class BoxDetector:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The plain values that describe this detector; `./box_detector/...` stands for a model given as an object."""
+        """The plain values that describe this detector; `./box_detector/...` means a model given in memory."""
         return dict(self._config)
 
     @property

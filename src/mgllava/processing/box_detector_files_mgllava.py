@@ -63,7 +63,7 @@ def is_bundled(source: str) -> bool:
 def known_commit(
     repo_id: str, revision: str | None, cache_dir: str | os.PathLike | None = None, file: str = "config.json"
 ) -> str | None:
-    """Return the commit that a revision stands for, if the local cache has this file of it."""
+    """Return the commit of a revision, if the local cache has this file of it."""
     folder = None if cache_dir is None else os.fspath(cache_dir)
     path = try_to_load_from_cache(repo_id, file, cache_dir=folder, revision=revision)
     return Path(path).parents[len(PurePosixPath(file).parts) - 1].name if isinstance(path, str) else None

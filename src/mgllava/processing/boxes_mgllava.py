@@ -151,7 +151,7 @@ def read_boxes_of_image(
     The boxes of a detector (with scores) are kept unchanged, as in the original. Regions that a user chose must lie in
     the image (`image_size` is `(height, width)`): a box that crosses its edge by a pixel or more is clipped with a
     warning. Integers may lie in the first pixel, but fractions between 0 and 1 there mean relative coordinates. The
-    box [0, 0, 0, 0] stands for "no object" and is kept.
+    box [0, 0, 0, 0] means "no object" and is kept.
     """
     boxes, labels, scores = read_boxes(entry, name)
     if scores is None:
@@ -183,8 +183,8 @@ def _check_regions(boxes: torch.Tensor, image_size: tuple[int, int], name: str, 
     if (index := _first(outside)) is not None:
         raise ValueError(
             f"`{name}` must lie in the upright image ({size}, width x height), got {boxes[index].tolist()} at index "
-            f"{index}, which is outside of it ({int(outside.sum())} such boxes). Pass pixels of the image as it is "
-            "given here, after its EXIF orientation is applied and before any resizing; remove what is outside."
+            f"{index}, which is outside of it ({int(outside.sum())} such boxes). Pass pixels of the image that is "
+            "given here, after its EXIF orientation is applied and before any resizing; remove boxes outside of it."
         )
     clipped = boxes.clamp(min=0).minimum(edges)
     over = ((boxes - clipped).abs() >= 1).any(dim=1)
@@ -279,7 +279,7 @@ def boxes_of_block(boxes: Any) -> Any:
     """Check that the `boxes` of an image block of a conversation are those of one image, and return them."""
     boxes = as_lists(boxes)
     if levels := _entry_levels(boxes) - {0}:
-        advice = "Wrap it: [[x1, y1, x2, y2]]." if min(levels) < 0 else "Take lists away, or give each image a block."
+        advice = "Wrap it: [[x1, y1, x2, y2]]." if min(levels) < 0 else "Remove lists, or give each image a block."
         raise ValueError(
             f"`boxes` of an image block must be a list of boxes x1, y1, x2, y2, or a mapping, got {_cut(boxes)}. "
             + advice

@@ -41,7 +41,7 @@ class MGLlavaImageProcessorKwargs(ImagesKwargs, total=False):
         boxes (`list`, *optional*):
             One entry per image, xyxy in pixels of the original image after its EXIF orientation is applied: a mapping
             with `boxes`, `scores` and `labels` (detector output, filtered as below), or a bare `(num_boxes, 4)` array
-            (regions that are kept as they are), or `None` (no boxes). May be nested per prompt as the images may be.
+            (regions that are all kept), or `None` (no boxes). May be nested per prompt like the images.
         iou_threshold (`float`, *optional*, defaults to 0.2):
             IoU from which the lower-scored of two detected boxes with one label is dropped.
         box_limit_mode (`str`, *optional*, defaults to `"per_category"`):
