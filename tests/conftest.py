@@ -1,5 +1,6 @@
 """Fixtures that several folders use: the golden checkpoints, converted once."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,8 +16,19 @@ from transformers import AutoModel, AutoProcessor
 
 from mgllava.conversion import convert_checkpoint
 from mgllava.families import FAMILIES
+from tests import processes
 from tests.golden_cases import GOLDEN
 from tests.stand_in_family import FAMILY, StandInConfig, StandInImageProcessor, StandInProcessor, make_model
+
+
+def pytest_configure():
+    processes.SERVER.set_forkserver_preload(processes.IMPORTED)
+
+
+def pytest_collection_finish():
+    """Spare the garbage collector the objects of imported modules: every training collects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

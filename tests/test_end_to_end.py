@@ -1,9 +1,8 @@
 """Convert a checkpoint with the command, and answer questions in a new process."""
 
 import json
-import subprocess
-import sys
 
+from tests import processes
 from tests.golden_cases import GOLDEN, case
 
 ANSWER = """
@@ -12,7 +11,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 import mgllava
 
-repository, questions = json.loads(sys.stdin.read())
+repository, questions = json.loads(sys.argv[1])
 model = AutoModel.from_pretrained(repository, dtype=torch.float32)
 processor = AutoProcessor.from_pretrained(repository, backend="pil")
 answers = []
@@ -24,22 +23,19 @@ print(json.dumps(answers))
 """
 
 
-def run(*command, **kwargs):
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, **kwargs)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_converted_model_gives_the_original_answers_in_a_new_process(tmp_path):
-    run(
+    log = tmp_path / "log.txt"
+    convert = (
         *("-m", "mgllava", "convert"),
         *("--checkpoint", GOLDEN / "xtuner" / "iter_10.pth", "--llm", GOLDEN / "llm"),
         *("--vision-tower", GOLDEN / "clip", "--high-res-tower", GOLDEN / "convnext"),
         *("--prompt-template", "vicuna", "--output", tmp_path / "model"),
     )
+    assert processes.run(*convert, output=log) == 0, log.read_text()
     cases, questions = [case(name) for name in ("portrait_odd", "square_empty")], []
     for golden in cases:
         detections = {"boxes": golden["raw_boxes"], "labels": golden["raw_labels"], "scores": golden["raw_scores"]}
         questions.append([str(GOLDEN / golden["image"]), golden["prompt"], detections])
-    answers = json.loads(run("-c", ANSWER, input=json.dumps([str(tmp_path / "model"), questions])).splitlines()[-1])
-    assert answers == [golden["generated_ids"] for golden in cases]
+    answer = ("-c", ANSWER, json.dumps([str(tmp_path / "model"), questions]))
+    assert processes.run(*answer, output=log) == 0, log.read_text()
+    assert json.loads(log.read_text().splitlines()[-1]) == [golden["generated_ids"] for golden in cases]

@@ -12,6 +12,7 @@ import pytest
 from mgllava.box_files import BoxFileError, detect_images, read_boxes
 from mgllava.box_files.slices import Batch, SliceFolder
 from mgllava.folder_lock import FolderLock, FolderLockedError
+from tests import processes
 from tests.box_files.stub_detector import StubDetector
 
 OPTIONS = {"shard_size": 2, "batch_size": 1, "workers": 1}
@@ -20,13 +21,13 @@ OPTIONS = {"shard_size": 2, "batch_size": 1, "workers": 1}
 def start(images, output, **options):
     """A job in a process of its own, slow enough to be met."""
     arguments = [str(images), str(output), {"seconds": 0.3}, {**OPTIONS, **options}]
-    command = [sys.executable, "-m", "tests.box_files.stub_detector", json.dumps(arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log = output.with_name("log.txt")
+    process = processes.start("-m", "tests.box_files.stub_detector", json.dumps(arguments), output=log)
     shards = output.with_name(output.name + ".shards")
     deadline = time.monotonic() + 120
-    while not any(shards.glob("shard-*")) and process.poll() is None and time.monotonic() < deadline:
+    while not any(shards.glob("shard-*")) and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert process.poll() is None, process.stderr.read()
+    assert process.is_alive(), log.read_text()
     return process
 
 
@@ -42,7 +43,8 @@ def test_second_job_leaves_and_the_first_one_finishes(some_images, tmp_path, exp
     for options in ({}, {"resume": True}, {"overwrite": True}, {"array_task": (0, 2), "resume": True}):
         with pytest.raises(FolderLockedError, match=r"written by another run: detecting boxes \(process \d+ on"):
             detect_images(some_images, output, StubDetector(), **OPTIONS, **options)
-    assert first.wait(60) == 0
+    first.join(60)
+    assert first.exitcode == 0
     assert output.read_text() == expected
     assert not output.with_name("boxes.json.lock").exists()
 
@@ -94,7 +96,7 @@ def test_killed_job_leaves_a_lock_that_the_next_one_takes_over(some_images, tmp_
     output = tmp_path / "boxes.json"
     first = start(some_images, output)
     first.kill()
-    first.wait(60)
+    first.join(60)
     assert output.with_name("boxes.json.lock").exists()
     detect_images(some_images, output, StubDetector(), resume=True, **OPTIONS)
     assert output.read_text() == expected and "Took over the lock" in caplog.text

@@ -2,12 +2,9 @@
 
 import json
 import logging
-import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from mgllava.box_files import (
     read_boxes,
     slices,
 )
+from tests import processes
 from tests.box_files.conftest import NUMBER
 from tests.box_files.stub_detector import StubDetector
 
@@ -157,13 +155,11 @@ def test_show_draws_every_image(some_images, tmp_path):
 
 def _killed_runs(many_images, output, kills, seconds, seed):
     """Run the job in processes that are killed at random moments; the last one may finish."""
-    # A server that has imported everything forks each process, so that kills hit the work and not the imports.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.box_files.stub_detector"])
+    # Forked with everything imported, so that kills hit the work and not the imports.
     moments = random.Random(seed)
     log = output.parent / "log"
     for kill in range(kills + 1):
-        process = context.Process(
+        process = processes.SERVER.Process(
             target=detect_images,
             args=(str(many_images), str(output), StubDetector(seconds=seconds, log=str(log))),
             kwargs={**OPTIONS, "resume": True},
@@ -278,19 +274,27 @@ def test_progress_counts_what_an_earlier_run_did(many_images, tmp_path, monkeypa
 # Several processes
 
 
+# accelerate forms groups of processes on CPUs only where it is told to.
+ON_CPUS = """
+import functools, runpy, accelerate
+accelerate.PartialState = functools.partial(accelerate.PartialState, cpu=True)
+runpy.run_module("tests.box_files.stub_detector", run_name="__main__")
+"""
+
+
 def test_two_processes_make_the_same_file(many_images, undisturbed, tmp_path):
     output = tmp_path / "boxes.parquet"
-    log = tmp_path / "log"
-    arguments = json.dumps([str(many_images), str(output), {"log": str(log)}, OPTIONS])
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    subprocess.run(
-        [sys.executable, "-m", *launch, "-m", "tests.box_files.stub_detector", arguments],
-        check=True,
-        cwd=Path(__file__).parents[2],
-    )
+    said, logs = ([tmp_path / f"{name}.{rank}" for rank in (0, 1)] for name in ("said", "log"))
+    pair = []
+    for rank, environment in enumerate(processes.group(2)):
+        arguments = json.dumps([str(many_images), str(output), {"log": str(logs[rank])}, OPTIONS])
+        pair.append(processes.start("-c", ON_CPUS, arguments, output=said[rank], **environment))
+    for process in pair:
+        process.join(300)
+    assert [process.exitcode for process in pair] == [0, 0], said[0].read_text() + said[1].read_text()
     assert files_of(output) == files_of(undisturbed["parquet"])
-    assert len(log.read_text().split()) == NUMBER - 3
+    detected = [len(log.read_text().split()) for log in logs]
+    assert sum(detected) == NUMBER - 3 and min(detected) > NUMBER / 3
     assert leftovers(output) == []
 
 

@@ -1,9 +1,6 @@
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +11,7 @@ from mgllava import MGLlavaConfig, MGLlavaForConditionalGeneration, MGLlavaProce
 from mgllava.conversion import ConversionError, convert_checkpoint
 from mgllava.conversion.xtuner.key_mapping import to_xtuner
 from mgllava.processing import CHAT_TEMPLATES
+from tests import processes
 
 from .zero_folders import write_zero
 
@@ -486,8 +484,7 @@ convert_checkpoint(checkpoint, llm, clip, convnext, "vicuna", output, max_shard_
 def test_killed_run_looks_incomplete_and_is_continued(tmp_path, golden, sources):
     checkpoint, output = golden / "xtuner" / "iter_10.pth", tmp_path / "out"
     arguments = [checkpoint, golden / "llm", golden / "clip", golden / "convnext", output]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, arguments)], env=os.environ)
-    assert killed.returncode == -signal.SIGKILL
+    assert processes.run("-c", KILLED, *arguments) == -signal.SIGKILL
     assert not output.exists()
     staging = tmp_path / "out.incomplete"
     finished = {path.name: path.stat() for path in staging.glob("*.safetensors")}
@@ -511,7 +508,7 @@ def test_killed_run_looks_incomplete_and_is_continued(tmp_path, golden, sources)
 def test_rest_of_another_conversion_is_not_used(tmp_path, golden, sources):
     checkpoint, output = golden / "xtuner" / "iter_10.pth", tmp_path / "out"
     arguments = [checkpoint, golden / "llm", golden / "clip", golden / "convnext", output]
-    subprocess.run([sys.executable, "-c", KILLED, *map(str, arguments)], env=os.environ)
+    assert processes.run("-c", KILLED, *arguments) == -signal.SIGKILL
     other = golden / "xtuner" / "iter_5_pretrain.pth"
     convert_checkpoint(other, **sources, output=output, max_shard_size="200KB")
     whole = convert_checkpoint(other, **sources, output=tmp_path / "whole", max_shard_size="200KB")

@@ -191,7 +191,7 @@ def test_the_detector_is_not_loaded_if_boxes_are_given(saved):
     assert loaded._box_detector is None
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", "forkserver"])
 def test_workers_find_the_same_boxes(saved, start):
     loaded = MGLlavaProcessor.from_pretrained(saved)
     here = boxes_of([IMAGE, IMAGE], loaded)

@@ -151,10 +151,10 @@ def test_a_detector_that_replaces_the_configured_one_survives_copies_and_pickles
         assert other.detect(picture()) == wanted
 
 
-def test_a_detector_reaches_spawned_workers(processor):
+def test_a_detector_reaches_workers_that_are_not_forked_from_here(processor):
     images = [picture(seed=0), picture(seed=1)]
     here = boxes_of(images, processor)
-    assert torch.equal(boxes_from_worker(images, processor, "spawn"), here) and here.any()
+    assert torch.equal(boxes_from_worker(images, processor, "forkserver"), here) and here.any()
 
 
 def test_a_detector_that_cannot_be_copied_is_named():

@@ -1,10 +1,7 @@
 """Several processes on the CPU (gloo): what they compute together is what one process computes."""
 
 import json
-import multiprocessing
-import os
 import shutil
-import socket
 
 import pytest
 import torch
@@ -13,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from mgllava.training import TrainingError, load_recipe, train
-from tests.training import worker
+from tests import processes
 from tests.training.conftest import losses
 
 # Samples 3, 7 and 11 are text alone: taken one by one in order, the second process meets steps in which one of its
@@ -29,38 +26,19 @@ RUNS = {
 }
 
 
-# Workers are forked from a process that has imported all that they need.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.training.worker"])
-
-
-def start(environment, said, arguments):
-    """Be one process of a group, as `torchrun` starts it."""
-    os.environ.update(environment)
-    with said.open("w") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-    torch.set_num_threads(1)
-    worker.main(*arguments)
-
-
 def launch(kind, recipe, output, *changes):
     """Train in two processes, and check that `kind` is what they ran; the losses, and what each noted."""
     report = output.with_suffix(".json")
     overlays = [] if kind == "ddp" else [f"{kind}.yaml"]
-    arguments = [str(report), str(recipe), *overlays, *changes, f"training.output_dir={output}"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1"}
-    shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    processes, said = [], [output.with_suffix(f".log.{rank}") for rank in (0, 1)]
-    for rank, log in enumerate(said):
-        environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(SERVER.Process(target=start, args=(environment, log, arguments), daemon=True))
-        processes[-1].start()
-    for process in processes:
+    command = ["-m", "tests.training.worker", report, recipe, *overlays, *changes, f"training.output_dir={output}"]
+    said = [output.with_suffix(f".log.{rank}") for rank in (0, 1)]
+    workers = [
+        processes.start(*command, output=log, **environment)
+        for log, environment in zip(said, processes.group(2), strict=True)
+    ]
+    for process in workers:
         process.join(400)
-    failed = [log.read_text()[-3000:] for process, log in zip(processes, said, strict=True) if process.exitcode != 0]
+    failed = [log.read_text()[-3000:] for process, log in zip(workers, said, strict=True) if process.exitcode != 0]
     assert not failed, failed[0]
     reports = [json.loads(output.with_suffix(f".json.{rank}").read_text()) for rank in (0, 1)]
     for rank, found in enumerate(reports):

@@ -26,6 +26,7 @@ from mgllava.training import (
     train,
 )
 from mgllava.training.checkpoints import last_complete_checkpoint
+from tests import processes
 from tests.golden_cases import GOLDEN
 from tests.training.conftest import losses, write_samples
 
@@ -109,9 +110,8 @@ train(load_recipe(sys.argv[1], "training.save_total_limit=1"))
 
 def test_a_save_that_was_killed_is_not_resumed_from(cpu_recipe, tmp_path):
     # Another number of threads would add up in another order.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, str(cpu_recipe)], env=environment, check=False)
-    assert killed.returncode == -signal.SIGKILL
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    assert processes.run("-c", KILLED_WHILE_SAVING, cpu_recipe, **threads) == -signal.SIGKILL
     output = tmp_path / "out"
     # With one checkpoint to keep, the older one is still there.
     assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
