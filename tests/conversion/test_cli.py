@@ -8,7 +8,7 @@ from mgllava import MGLlavaForConditionalGeneration
 from mgllava.cli import app
 from mgllava.conversion.detect import presets, prompt_templates, source_formats
 from mgllava.model_files.vocabulary import STOP_WORDS
-from mgllava.processing import CHAT_TEMPLATES
+from mgllava.processing import CHAT_TEMPLATES, SLIME_CHAT_TEMPLATES
 
 
 def _run(*arguments):
@@ -54,7 +54,7 @@ def test_convert_to_original(tmp_path, converted, golden_state):
             ["--checkpoint", "x", "--output", "y", "--to-original", "--llm", "z"],
             "takes --checkpoint and --output only",
         ),
-        (["--checkpoint", "x", "--output", "y", "--to-original"], "must be the folder of an MG-LLaVA model"),
+        (["--checkpoint", "x", "--output", "y", "--to-original"], "must be the folder of an MG-LLaVA or SliME model"),
     ],
 )
 def test_wrong_use_is_one_message(arguments, said):
@@ -77,7 +77,7 @@ def test_help_lists_commands():
 
 
 def test_templates_are_the_processors():
-    assert set(prompt_templates()) == CHAT_TEMPLATES.keys() == STOP_WORDS.keys()
+    assert set(prompt_templates()) == CHAT_TEMPLATES.keys() | SLIME_CHAT_TEMPLATES.keys() == STOP_WORDS.keys()
 
 
 def test_presets_and_templates_of_a_new_family_are_taken(tmp_path, monkeypatch):

@@ -98,5 +98,5 @@ def test_way_back_is_that_of_the_family(tmp_path, converted, golden_state):
     written = export_original(converted, tmp_path / "back.pth")
     assert torch.load(written, weights_only=True)["state_dict"].keys() == golden_state("iter_10.pth").keys()
     for model in (_model_folder(tmp_path / "tagger", model_type="ram_plus"), tmp_path):
-        with pytest.raises(ConversionError, match="`checkpoint` must be the folder of an MG-LLaVA model"):
+        with pytest.raises(ConversionError, match="`checkpoint` must be the folder of an MG-LLaVA or SliME model"):
             export_original(model, tmp_path / "other.pth")

@@ -18,11 +18,15 @@ from mgllava.modeling import (
     MGLlavaForConditionalGeneration,
     MGLlavaHighResVisionConfig,
     MGLlavaHighResVisionModel,
+    SlimeConfig,
+    SlimeForConditionalGeneration,
 )
 from mgllava.modeling.language_model_common import LanguageModelHead
-from mgllava.processing import MGLlavaProcessor
+from mgllava.processing import MGLlavaProcessor, SlimeProcessor
 from mgllava.processing.text_chunks_common import IMAGE_TOKEN
 
+from .slime.processor import make_processor as make_slime_processor
+from .slime.processor import separator_of
 from .xtuner.open_clip import HIGH_RES_TOWER, open_high_res_tower
 from .xtuner.processor import make_processor
 
@@ -40,6 +44,17 @@ _CONFIG_ARGUMENTS = (
     "box_multi_level_size",
     "projector_hidden_act",
     "initializer_range",
+)
+_SLIME_ARGUMENTS = (
+    "separator_token_id",
+    "num_local_queries",
+    "local_order",
+    "router_top_p",
+    "router_temperature",
+    "router_sees_answers",
+    "branch",
+    "forced_expert",
+    "attn_implementation",
 )
 # Arguments of `from_pretrained` that need a complete model folder.
 _WHOLE_ARGUMENTS = (
@@ -126,53 +141,21 @@ def build_from_parts(
     high_res_size = kwargs.pop("high_res_image_size", 768)
     _refuse_arguments(kwargs)
 
-    language_model = _load(AutoModelForCausalLM, "llm", llm, dtype=dtype, **location, **llm_options)
-    # The weights of a GGUF file are dequantized, although the model keeps its quantization config.
-    if getattr(language_model, "is_quantized", False):
-        raise ValueError(
-            f"`llm`: {llm} is quantized. Pass its weights in 16 or 32 bits; save the model that is built, and load "
-            "that with a `quantization_config`."
-        )
+    language_model = _load_language_model(llm, dtype=dtype, **location, **llm_options)
     weights_dtype: torch.dtype = language_model.dtype
-    tower = _load(CLIPVisionModel, "vision_tower", vision_tower, dtype=weights_dtype, **location)
-    # The model reads the hidden state before the last layer.
-    del tower.encoder.layers[-1]
-    tower.config.num_hidden_layers -= 1
-    tower.post_layernorm = nn.Identity()
+    tower = _load_clip(vision_tower, dtype=weights_dtype, **location)
     high_res = _load_high_res_tower(high_res_tower, high_res_size, weights_dtype, location)
 
     if image_token_id is None:
         tokenizer_options = {name: llm_options[name] for name in _TOKENIZER_ARGUMENTS if name in llm_options}
         tokenizer: Any = AutoTokenizer.from_pretrained(llm, **location, **tokenizer_options)
         image_token_id = tokenizer.get_vocab().get(IMAGE_TOKEN, len(tokenizer))
-    vocabulary = plan_vocabulary(image_token_id, language_model.config.vocab_size)
-    language_model.resize_token_embeddings(vocabulary.padded_rows, mean_resizing=False)
-    language_model.config.name_or_path = ""
+    shared = _add_placeholder(language_model, image_token_id)
     config = MGLlavaConfig(
-        text_config=language_model.config,
-        vision_config=tower.config,
-        high_res_vision_config=high_res.config,
-        image_token_id=image_token_id,
-        unpadded_vocab_size=vocabulary.original_rows,
-        dtype=weights_dtype,
-        **kwargs,
+        **shared, vision_config=tower.config, high_res_vision_config=high_res.config, dtype=weights_dtype, **kwargs
     )
-    # On the meta device, to save memory: almost all weights are loaded already.
-    with torch.device("meta"):
-        model: Any = MGLlavaForConditionalGeneration(config)
-    model.generation_config = copy.deepcopy(language_model.generation_config)
-    suppressed = set(model.generation_config.suppress_tokens or ())
-    model.generation_config.suppress_tokens = sorted(suppressed | set(config.unused_token_ids))
-    parts = model.model
-    parts.language_model, model.lm_head = LanguageModelHead(language_model).take_parts()
-    parts.vision_tower = tower
-    if parts.high_res_vision_tower is not None:
-        parts.high_res_vision_tower = high_res
-    for part in (parts.fusion, parts.multi_modal_projector, parts.box_projector, parts.object_attention):
-        if part is not None:
-            for module in part.to_empty(device="cpu").to(weights_dtype).modules():
-                model._init_weights(module)
-    model.tie_weights()
+    towers = {"vision_tower": tower, "high_res_vision_tower": high_res}
+    model = _join(MGLlavaForConditionalGeneration, config, language_model, towers)
     if attention is not None:
         model.set_attn_implementation(attention)
     if device is not None:
@@ -223,6 +206,58 @@ def _load(model_class: Any, argument: str, name: str | os.PathLike[str], **optio
     return model
 
 
+def _load_language_model(name: str | os.PathLike[str], **options: Any) -> Any:
+    """Load a language model that is not quantized."""
+    language_model = _load(AutoModelForCausalLM, "llm", name, **options)
+    # The weights of a GGUF file are dequantized, although the model keeps its quantization config.
+    if getattr(language_model, "is_quantized", False):
+        raise ValueError(
+            f"`llm`: {name} is quantized. Pass its weights in 16 or 32 bits; save the model that is built, and load "
+            "that with a `quantization_config`."
+        )
+    return language_model
+
+
+def _load_clip(name: str | os.PathLike[str], **options: Any) -> Any:
+    """Load a CLIP vision tower without its last layer: the model reads the hidden state before it."""
+    tower = _load(CLIPVisionModel, "vision_tower", name, **options)
+    del tower.encoder.layers[-1]
+    tower.config.num_hidden_layers -= 1
+    tower.post_layernorm = nn.Identity()
+    return tower
+
+
+def _add_placeholder(language_model: Any, image_token_id: int) -> dict[str, Any]:
+    """Add rows to the embedding table, and return what the configuration says about the language model."""
+    vocabulary = plan_vocabulary(image_token_id, language_model.config.vocab_size)
+    language_model.resize_token_embeddings(vocabulary.padded_rows, mean_resizing=False)
+    language_model.config.name_or_path = ""
+    return {
+        "text_config": language_model.config,
+        "image_token_id": image_token_id,
+        "unpadded_vocab_size": vocabulary.original_rows,
+    }
+
+
+def _join(model_class: Any, config: Any, language_model: Any, towers: dict[str, nn.Module]) -> Any:
+    """Build a model from loaded parts; its other modules are initialized."""
+    # On the meta device, to save memory: almost all weights are loaded already.
+    with torch.device("meta"):
+        model: Any = model_class(config)
+    model.generation_config = copy.deepcopy(language_model.generation_config)
+    suppressed = set(model.generation_config.suppress_tokens or ())
+    model.generation_config.suppress_tokens = sorted(suppressed | set(config.unused_token_ids))
+    model.model.language_model, model.lm_head = LanguageModelHead(language_model).take_parts()
+    for name, part in list(model.model.named_children()):
+        if name in towers:
+            setattr(model.model, name, towers[name])
+        elif name != "language_model":
+            # Children first: a module may initialize its layers in a way of its own.
+            part.to_empty(device="cpu").to(config.dtype).apply(model._init_weights)
+    model.tie_weights()
+    return model
+
+
 def _load_high_res_tower(
     name: str | os.PathLike[str], image_size: int, dtype: torch.dtype, location: dict[str, Any]
 ) -> MGLlavaHighResVisionModel:
@@ -266,4 +301,31 @@ def build_mgllava(
     return model, make_processor(model.config, tokenizer, image_settings, prompt_template)
 
 
-__all__ = ["build_from_parts", "build_mgllava"]
+def build_slime(
+    *, llm: str | Path, vision_tower: str | Path, prompt_template: str, dtype: Any, **config: Any
+) -> tuple[SlimeForConditionalGeneration, SlimeProcessor]:
+    """Build a model and its processor for the start of a training run."""
+    if unknown := [name for name in config if name not in _SLIME_ARGUMENTS]:
+        raise TypeError(
+            f"A SliME model is not built with {unknown[0]!r}. In addition to the parts it takes "
+            f"{', '.join(_SLIME_ARGUMENTS)}."
+        )
+    attention = config.pop("attn_implementation", None)
+    text_config, llm_folder = language_model_config(llm)
+    _, image_settings = clip_config(vision_tower)
+    tokenizer = load_tokenizer(llm_folder, pad_token_id=getattr(text_config, "pad_token_id", None))
+    language_model = _load_language_model(llm, dtype=dtype)
+    tower = _load_clip(vision_tower, dtype=language_model.dtype)
+    shared = _add_placeholder(language_model, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    config = {"separator_token_id": separator_of(tokenizer), **config}
+    model_config = SlimeConfig(**shared, vision_config=tower.config, dtype=language_model.dtype, **config)
+    model = _join(SlimeForConditionalGeneration, model_config, language_model, {"vision_tower": tower})
+    model.generation_config = generation_config(
+        llm_folder, text_config, tokenizer, prompt_template, model_config.unused_token_ids
+    )
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    return model.eval(), make_slime_processor(model_config, tokenizer, image_settings, prompt_template)
+
+
+__all__ = ["build_from_parts", "build_mgllava", "build_slime"]

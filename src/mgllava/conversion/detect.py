@@ -1,7 +1,7 @@
 """Find a checkpoint and its source format."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mgllava.families import FAMILIES, resolve
@@ -35,11 +35,17 @@ def find_source(
     checkpoint: str | Path, formats: Sequence[SourceFormat], options: Mapping[str, Any], trust_pickle: bool
 ) -> tuple[Path, SourceFormat]:
     """Find or download a checkpoint, and return its path and its format."""
-    convertible = [one for one in formats if options.keys() >= set(one.needs)]
-    if len(convertible) == 1 and not Path(checkpoint).exists():
-        # Before a download.
-        _check_options(convertible[0], f"{checkpoint} can only be {convertible[0].title}", options)
-    path = fetch_checkpoint(checkpoint, formats, options)
+
+    def check(fitting: Sequence[SourceFormat], folder: Path | None) -> None:
+        convertible = [one for one in fitting if options.keys() >= set(one.needs)]
+        if folder is not None and not any(one.recognizes(folder) for one in fitting):
+            raise ConversionError(_unknown(folder, formats, trust_pickle))
+        if len(convertible) == 1:
+            _check_options(convertible[0], f"{checkpoint} can only be {convertible[0].title}", options)
+
+    if not Path(checkpoint).exists():
+        check([one for one in formats if one.find([PurePosixPath(checkpoint)])], None)
+    path = fetch_checkpoint(checkpoint, formats, options, check)
     if not path.is_file() and not path.is_dir():
         raise ConversionError(f"`checkpoint` must be a file or a folder, but {path} is neither.")
     if len(formats) == 1:  # its reader reports what is wrong with other checkpoints

@@ -1,7 +1,7 @@
 """Checkpoints on disk or on the Hub."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,11 +18,21 @@ _HUB_PATH = re.compile(
 _LISTED = 40
 
 
-def fetch_checkpoint(name: str | Path, formats: Sequence[SourceFormat], options: Mapping[str, Any]) -> Path:
+def _accept(fitting: Sequence[SourceFormat], folder: Path | None) -> None:
+    """Accept every checkpoint."""
+
+
+def fetch_checkpoint(
+    name: str | Path,
+    formats: Sequence[SourceFormat],
+    options: Mapping[str, Any],
+    check: Callable[[Sequence[SourceFormat], Path | None], None] = _accept,
+) -> Path:
     """Find a checkpoint on disk, or download it from the Hub.
 
     A Hub id is `owner/name`, or `owner/name/path` with the path of the checkpoint in the repository. A revision may
-    follow the name: `owner/name@revision`.
+    follow the name: `owner/name@revision`. Before a download, `check` is called with the formats that the checkpoint
+    may have by the names of its files, and with a folder that holds those that tell the format, if such files exist.
     """
     if str(name) and Path(name).exists():
         return Path(name)
@@ -40,19 +50,27 @@ def fetch_checkpoint(name: str | Path, formats: Sequence[SourceFormat], options:
         patterns = sorted({pattern for source_format in formats for pattern in source_format.patterns})
         folder = fetch(repository, "checkpoint", patterns, revision)
         files = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
-    if files is None:
-        chosen = inside
-    else:
+    chosen = inside
+    if files is not None:
         paths = [PurePosixPath(file) for file in files]
         full_name = f"{repository}{f'@{revision}' if revision else ''}"
         chosen = _choose_checkpoint(paths, inside, full_name, formats, options)
+        fitting = [one for one in formats if chosen in one.find(paths)]
+        telling = [_escape(str(chosen / file)) for one in fitting for file in one.told_by]
+        is_told = bool(fitting) and all(one.told_by for one in fitting)
+        check(fitting, fetch(repository, "checkpoint", telling, revision) / chosen if is_told else None)
     if not chosen.parts:
         return fetch(repository, "checkpoint", ["*"], revision)
-    escaped = [re.sub(r"([*?\[])", r"[\1]", text) for text in (str(chosen), f"{chosen}/")]
-    found = fetch(repository, "checkpoint", [escaped[0], escaped[1] + "*"], revision) / chosen
+    escaped = _escape(str(chosen))
+    found = fetch(repository, "checkpoint", [escaped, f"{escaped}/*"], revision) / chosen
     if not found.exists():
         raise ConversionError(f"`checkpoint`: {repository} has no {chosen}.")
     return found
+
+
+def _escape(name: str) -> str:
+    """Turn a name into a pattern that matches nothing else."""
+    return re.sub(r"([*?\[])", r"[\1]", name)
 
 
 def _list_repository(repository: str, revision: str | None) -> list[str] | None:

@@ -1,8 +1,11 @@
 """Weights of the parts that complete a checkpoint: the language model and CLIP."""
 
+import copy
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from transformers import PreTrainedConfig
 
 from mgllava.model_files.errors import ConversionError
 from mgllava.model_files.lazy_tensor import LazyTensor
@@ -96,6 +99,13 @@ def drop_reason(name: str, drops: Rules) -> str | None:
     return next((reason for pattern, reason in drops if re.match(pattern, name)), None)
 
 
+def stored_vision_config(published: PreTrainedConfig) -> PreTrainedConfig:
+    """Return a CLIP config without the last layer, which the model does not use."""
+    stored = copy.deepcopy(published)
+    stored.num_hidden_layers -= 1
+    return stored
+
+
 def model_drop_reason(name: str, stored_clip_layers: int) -> str | None:
     """Return why a model with this many layers of CLIP does not use a renamed tensor; `None` if it does."""
     # The model does not use the last layer of the published tower, and does not store it.
@@ -116,4 +126,5 @@ __all__ = [
     "model_drop_reason",
     "rename",
     "sort_tensors",
+    "stored_vision_config",
 ]

@@ -111,6 +111,7 @@ class SourceFormat:
     patterns: tuple[str, ...]
     gather: Callable[[Path, Mapping[str, Any], bool, Path], Gathered]
     problem: str
+    told_by: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
     advice: str = ""

@@ -14,7 +14,14 @@ SLIME = Family(
     base_model="mgllava.modeling:SlimeModel",
     processor="mgllava.processing:SlimeProcessor",
     chat_templates="mgllava.processing:SLIME_CHAT_TEMPLATES",
+    source_formats=(
+        "mgllava.conversion.slime:SLIME",
+        "mgllava.conversion.slime:SLIME_LORA",
+        "mgllava.conversion.slime:SLIME_STAGE",
+    ),
     card="mgllava.hub.slime_card:slime_card",
+    parts=("llm", "vision_tower"),
+    build="mgllava.conversion.build:build_slime",
     trained_whole=("multi_modal_projector", "local_compressor"),
     # 2,048 tokens less those of a global view.
     max_text_length=1472,

@@ -14,19 +14,22 @@ _CONFIG_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
 _SAFETENSORS_FILES = ["model*.safetensors"]
 _PICKLED_FILES = ["pytorch_model*.bin"]
 
+# In front of a Hub id that is never a folder, whatever lies here.
+HUB_PREFIX = "hf://"
+
 
 def fetch(name: str | Path, argument: str, patterns: list[str], revision: str | None = None, **location: Any) -> Path:
-    """Return a folder on disk, or download the files of a Hub repository that match the patterns.
+    """Return a folder on disk, or download the files of a Hub repository (`owner/name`) that match the patterns.
 
     `location` holds further arguments of `huggingface_hub.snapshot_download`, such as `cache_dir` and `token`.
     """
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).startswith("."):
+    hub_id = str(name).removeprefix(HUB_PREFIX)
+    if hub_id == str(name) and Path(name).is_dir():
+        return Path(name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id) or hub_id.startswith("."):
         raise UnreadableSourceError(f"`{argument}` must be a folder or a Hub id (owner/name), but {name} is neither.")
     try:
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns, **location))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, **location))
     except Exception as error:  # the errors of the HTTP library differ between versions of huggingface_hub
         raise UnreadableSourceError(
             f"`{argument}`: {name} is not a folder here, and it cannot be fetched from the Hub ({one_line(error)})."
@@ -62,7 +65,7 @@ def _read_config(folder: Path, name: str | Path, argument: str) -> PreTrainedCon
     return config
 
 
-def _check_sizes(config: PreTrainedConfig, names: tuple[str, ...], name: str | Path, argument: str) -> None:
+def check_sizes(config: PreTrainedConfig, names: tuple[str, ...], name: str | Path, argument: str) -> None:
     """Check the sizes that a model is built from: building one with absurd sizes would take forever."""
     for size in names:
         value = getattr(config, size, None)
@@ -83,7 +86,7 @@ def language_model_config(name: str | Path) -> tuple[PreTrainedConfig, Path]:
     config = _read_config(folder, name, "llm")
     if not hasattr(config, "vocab_size") or not hasattr(config, "hidden_size"):
         raise ConversionError(f"`llm`: {name} has model type {config.model_type!r}, which is not a language model.")
-    _check_sizes(config, ("vocab_size", "hidden_size", "num_hidden_layers"), name, "llm")
+    check_sizes(config, ("vocab_size", "hidden_size", "num_hidden_layers"), name, "llm")
     return config, folder
 
 
@@ -95,7 +98,7 @@ def clip_config(name: str | Path) -> tuple[PreTrainedConfig, dict[str, Any]]:
         config = config.vision_config
     if config.model_type != "clip_vision_model":
         raise ConversionError(f"`vision_tower` must be a CLIP, but {name} has model type {config.model_type!r}.")
-    _check_sizes(config, ("hidden_size", "num_hidden_layers", "image_size", "patch_size"), name, "vision_tower")
+    check_sizes(config, ("hidden_size", "num_hidden_layers", "image_size", "patch_size"), name, "vision_tower")
     path = folder / "preprocessor_config.json"
     settings = read_json(path, "vision_tower") if path.is_file() else {}
     for statistic in ("image_mean", "image_std"):
@@ -106,4 +109,12 @@ def clip_config(name: str | Path) -> tuple[PreTrainedConfig, dict[str, Any]]:
     return config, settings
 
 
-__all__ = ["clip_config", "fetch", "fetch_weights", "language_model_config", "refuse_revision_of_folder"]
+__all__ = [
+    "HUB_PREFIX",
+    "check_sizes",
+    "clip_config",
+    "fetch",
+    "fetch_weights",
+    "language_model_config",
+    "refuse_revision_of_folder",
+]

@@ -19,6 +19,8 @@ from .tensor_files import LazyTensor
 _ROW_MULTIPLE = 64
 # Rows read at a time, which bounds the memory of the mean over a table.
 _ROW_BLOCK = 4096
+# Name of a padding token of which only the id is known.
+_PAD_TOKEN = "[PAD]"
 
 # What ends an answer in each chat template, besides the end-of-sequence token of the language model.
 STOP_WORDS: dict[str, tuple[str, ...]] = {
@@ -26,6 +28,8 @@ STOP_WORDS: dict[str, tuple[str, ...]] = {
     "llama3": ("<|eot_id|>",),
     "phi3": ("<|end|>", "<|endoftext|>"),
     "yi": ("<|im_end|>", "<|endoftext|>"),
+    "v1": (),
+    "plain": (),
 }
 
 
@@ -44,8 +48,11 @@ class Vocabulary:
     padded_rows: int
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Load a language model's tokenizer and add the placeholder and what generation in batches needs."""
+def load_tokenizer(folder: Path, argument: str = "llm", pad_token_id: int | None = None) -> Any:
+    """Load a language model's tokenizer and add the placeholder and what generation in batches needs.
+
+    `pad_token_id` is used if the tokenizer does not name a padding token; the id after the last one is added.
+    """
     try:
         if (folder / "tokenizer.json").is_file():
             tokenizer = _read_as_it_is(folder)
@@ -55,14 +62,19 @@ def load_tokenizer(folder: Path) -> Any:
                 tokenizer = _read_as_it_is(Path(built))
     except Exception as error:  # the tokenizers library raises `Exception` itself
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConversionError(f"`llm`: the tokenizer in {folder} cannot be read ({reason}).") from error
+        raise ConversionError(f"`{argument}`: the tokenizer in {folder} cannot be read ({reason}).") from error
+    if tokenizer.pad_token is None and pad_token_id is not None:
+        if pad_token_id == max(tokenizer.get_vocab().values(), default=-1) + 1:
+            tokenizer.add_tokens([AddedToken(_PAD_TOKEN, special=True, normalized=False)], special_tokens=True)
+        if 0 <= pad_token_id < len(tokenizer):
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_token_id)
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ConversionError(
-            f"`llm`: the tokenizer in {folder} has no padding token and neither unknown nor end-of-sequence token to "
-            "pad with. Set `pad_token` in its tokenizer_config.json."
+            f"`{argument}`: the tokenizer in {folder} has no padding token and neither unknown nor end-of-sequence "
+            "token to pad with. Set `pad_token` in its tokenizer_config.json."
         )
     return tokenizer
 
@@ -114,7 +126,12 @@ def grow_table(table: LazyTensor, rows: int) -> LazyTensor:
 
 
 def generation_config(
-    folder: Path, config: PreTrainedConfig, tokenizer: Any, prompt_template: str, suppress_tokens: list[int]
+    folder: Path,
+    config: PreTrainedConfig,
+    tokenizer: Any,
+    prompt_template: str,
+    suppress_tokens: list[int],
+    argument: str = "llm",
 ) -> GenerationConfig:
     """Write down how to generate: greedily, as the reference evaluates, until the template's stop words."""
     # Only the ids: sampling settings of the bare language model are not part of MG-LLaVA.
@@ -123,12 +140,14 @@ def generation_config(
         own = GenerationConfig.from_pretrained(folder) if has_own else config
     except Exception as error:  # a config may be wrong in many ways
         reason = " ".join(str(error).split())
-        raise ConversionError(f"`llm`: generation_config.json in {folder} cannot be read ({reason}).") from error
+        raise ConversionError(
+            f"`{argument}`: generation_config.json in {folder} cannot be read ({reason})."
+        ) from error
     stop_ids: list[int] = []
     for ids in (own.eos_token_id, tokenizer.eos_token_id):
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
         if not all(type(number) is int and number >= 0 for number in ids):
-            raise ConversionError(f"`llm`: `eos_token_id` of {folder} must be whole numbers, got {ids}.")
+            raise ConversionError(f"`{argument}`: `eos_token_id` of {folder} must be whole numbers, got {ids}.")
         stop_ids += ids
     vocabulary = tokenizer.get_vocab()
     stop_ids += [vocabulary[word] for word in STOP_WORDS[prompt_template] if word in vocabulary]

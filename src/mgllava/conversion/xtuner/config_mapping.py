@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from mgllava.conversion.parts import stored_vision_config
 from mgllava.model_files.errors import ConversionError
 from mgllava.model_files.tensor_files import LazyTensor
 from mgllava.model_files.vocabulary import Vocabulary
@@ -79,13 +80,6 @@ def read_image_size(config_text: str) -> int:
     if len(match[1]) > _MAX_DIGITS or not int(match[1]):
         raise ConversionError(f"The checkpoint's config text has an impossible `image_size_aux`: {match[1][:30]}.")
     return int(match[1])
-
-
-def stored_vision_config(published: PreTrainedConfig) -> PreTrainedConfig:
-    """Return a CLIP config without the last layer, which the model does not use."""
-    stored = copy.deepcopy(published)
-    stored.num_hidden_layers -= 1
-    return stored
 
 
 def build_config(
@@ -166,5 +160,4 @@ __all__ = [
     "detect_box_feature_type",
     "detect_fusion_type",
     "read_image_size",
-    "stored_vision_config",
 ]
