@@ -86,7 +86,7 @@ class BoxDetector:
       has no boxes.
 
     Both modes prepare images for OWLv2 as the authors did (gray padding, see `square_pixels`). For the tagger,
-    faithful mode resizes them with the Pillow algorithm of that time, and clean mode with the tagger's image
+    faithful mode resizes them with Pillow's algorithm of 2024, and clean mode with the tagger's image
     processor. Boxes are in the order of OWLv2's patches; the processor applies non-maximum suppression to them. Images
     are turned upright by their EXIF orientation first, as everywhere in this package. The authors ignored it, so their
     box files agree only for images without an EXIF orientation.
