@@ -29,6 +29,7 @@ class Family:
             `dtype` and arguments of the configuration; it returns the model and its processor.
         trained_whole: Children of the base model that are trained completely when LoRA trains the language model.
         max_text_length: Longest training text in tokens, where an image counts as one token.
+        original_labels: Class that tells from which samples the original learns nothing, if there are such.
         images_depend_on_text: Whether the embeddings of an image depend on the text of the prompt. The KV cache
             after the first image can then not be used for another prompt.
     """
@@ -47,6 +48,7 @@ class Family:
     build: str | None = None
     trained_whole: tuple[str, ...] = ()
     max_text_length: int | None = None
+    original_labels: str | None = None
     images_depend_on_text: bool = False
 
 

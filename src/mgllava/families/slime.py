@@ -25,6 +25,7 @@ SLIME = Family(
     trained_whole=("multi_modal_projector", "local_compressor"),
     # 2,048 tokens less those of a global view.
     max_text_length=1472,
+    original_labels="mgllava.training.slime_labels:SlimeLabels",
     images_depend_on_text=True,
 )
 

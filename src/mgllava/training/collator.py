@@ -11,7 +11,16 @@ from torch.nn.utils.rnn import pad_sequence
 from mgllava.families import takes_boxes
 
 from .errors import SampleError
-from .samples import BadSamples, MissingBoxes, longest_text, sample_id, sample_images, to_conversation
+from .samples import (
+    BadSamples,
+    MissingBoxes,
+    ends_with_question,
+    labels_of,
+    longest_text,
+    sample_id,
+    sample_images,
+    to_conversation,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +36,8 @@ class _Row:
     input_ids: torch.Tensor
     labels: torch.Tensor
     images: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    # Whether the original loses its labels.
+    is_lost: bool = False
 
 
 class MGLlavaDataCollator:
@@ -61,12 +72,15 @@ class MGLlavaDataCollator:
             `"error"`, or take it for an image without objects (`"empty"`). The box detector does not run here.
             Ignored for models that take no boxes.
         pad_to_multiple_of (`int`, *optional*): Pad the rows to a multiple of this length.
-        return_sample_ids (`bool`, *optional*, defaults to `False`): Whether to add `sample_ids` and `skipped_samples`
-            (a number) to a batch. [`MGLlavaTrainer`] removes them before it calls the model.
+        return_sample_ids (`bool`, *optional*, defaults to `False`): Whether to add `sample_ids`, `skipped_samples`
+            and `lost_samples` (numbers) to a batch. [`MGLlavaTrainer`] removes them before it calls the model.
+        original_labels (`bool`, *optional*, defaults to `False`): For SliME, whether nothing is learned from the
+            samples whose labels the original loses: a text holds the end token or the words that open an answer, an
+            unknown character, or no answer. By default their answers are learned.
 
     Raises:
-        ValueError: If the chat template does not mark answers, or the family of the processor is not known and
-            `max_text_length` is not given.
+        ValueError: If the chat template does not mark answers, the family of the processor is not known and
+            `max_text_length` is not given, or `original_labels` does not apply to this family or chat template.
     """
 
     def __init__(
@@ -77,6 +91,7 @@ class MGLlavaDataCollator:
         missing_boxes: MissingBoxes = "error",
         pad_to_multiple_of: int | None = None,
         return_sample_ids: bool = False,
+        original_labels: bool = False,
     ):
         if "generation" not in str(processor.chat_template or ""):
             raise ValueError(
@@ -89,6 +104,8 @@ class MGLlavaDataCollator:
         self.missing_boxes: MissingBoxes | None = missing_boxes if takes_boxes(processor) else None
         self.pad_to_multiple_of = pad_to_multiple_of
         self.return_sample_ids = return_sample_ids
+        self.original_labels = original_labels
+        self._labels = labels_of(processor, must_be_known=original_labels)
         self._has_seen_boxes = self._has_warned = False
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -125,7 +142,11 @@ class MGLlavaDataCollator:
             rows = [_Row(torch.tensor([self._pad_id]), torch.tensor([_IGNORED]))]
         batch: dict[str, Any] = {**self._pad(rows), **self.processor.join_images([row.images for row in rows])}
         if self.return_sample_ids:
-            batch |= {"sample_ids": ids, "skipped_samples": len(samples) - len(ids)}
+            batch |= {
+                "sample_ids": ids,
+                "skipped_samples": len(samples) - len(ids),
+                "lost_samples": sum(row.is_lost for row in rows),
+            }
         return batch
 
     @property
@@ -142,7 +163,9 @@ class MGLlavaDataCollator:
                     "No sample so far has the key `boxes`, so all images are treated as images without objects. If "
                     "the dataset has boxes, the trainer dropped them: pass it `remove_unused_columns=False`."
                 )
-        conversation = to_conversation(sample, self.missing_boxes)
+        conversation = given = to_conversation(sample, self.missing_boxes)
+        if self._labels is not None:
+            conversation = self._labels.clean(given)
         encoded = self._process(conversation)
         runs = self.processor.num_image_tokens(encoded)
         text_length = len(encoded["input_ids"][0]) - sum(runs) + len(runs)
@@ -154,11 +177,18 @@ class MGLlavaDataCollator:
         kept, num_images = self._cut(ids, runs)
         input_ids = torch.tensor(ids[:kept])
         labels = input_ids.masked_fill(~torch.tensor(learned[:kept]).bool(), _IGNORED)
-        if not bool((labels != _IGNORED).any()):
+        is_empty = not bool((labels != _IGNORED).any())
+        images = self.processor.take_images(encoded, 0, num_images)
+        if self.original_labels:
+            text_ids, _ = self.processor.encode_text(conversation)
+            is_lost = ends_with_question(sample) or self._labels.are_lost(given, text_ids, self.max_text_length)
+            if is_lost or is_empty:
+                return _Row(input_ids, torch.full_like(labels, _IGNORED), images, is_lost=True)
+        if is_empty:
             raise SampleError(
                 f"Sample {sample_id(sample)} has no answer to learn within {self.max_text_length} tokens of text."
             )
-        return _Row(input_ids, labels, self.processor.take_images(encoded, 0, num_images))
+        return _Row(input_ids, labels, images)
 
     def _process(self, conversation: list[dict[str, Any]], **options: Any) -> Mapping[str, Any]:
         encoded: Mapping[str, Any] = self.processor.apply_chat_template(

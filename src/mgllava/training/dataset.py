@@ -17,7 +17,7 @@ from mgllava.extras import import_extra
 from mgllava.families import takes_boxes
 
 from .errors import SampleError, TrainingError
-from .samples import BadSamples, MissingBoxes, longest_text, sample_images, to_conversation
+from .samples import BadSamples, MissingBoxes, labels_of, longest_text, sample_images, to_conversation
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
         missing_boxes (`str`, *optional*, defaults to `"error"`): How to treat an image without boxes: raise an
             `"error"`, or take it for an image without objects (`"empty"`). Ignored for models that take no boxes.
         processes (`int`, *optional*): Number of processes that tokenize; by default only this one.
+        original_labels (`bool`, *optional*, defaults to `False`): See [`MGLlavaDataCollator`].
 
     Attributes:
         lengths (`list[int]`): Tokens of each text, where an image counts as one; negative if there is no image.
@@ -87,6 +88,7 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
         on_bad_sample: BadSamples = "error",
         missing_boxes: MissingBoxes = "error",
         processes: int | None = None,
+        original_labels: bool = False,
     ):
         datasets = import_extra("datasets", "train", "Training")
         self.sources = list(sources)
@@ -113,7 +115,8 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
                 "stamps": stamps,
             },
         )
-        measure = _Measure(processor, longest_text(processor) if max_text_length is None else max_text_length)
+        longest = longest_text(processor) if max_text_length is None else max_text_length
+        measure = _Measure(processor, longest, original_labels)
         rows = rows.map(
             measure,
             num_proc=processes,
@@ -300,8 +303,10 @@ def _stamp(path: Path) -> str:
 class _Measure:
     """Return the `length` of a row, whether it `has_boxes`, and `kind` and `problem` of a bad sample (else empty)."""
 
-    def __init__(self, processor: Any, max_text_length: int):
+    def __init__(self, processor: Any, max_text_length: int, original_labels: bool):
         self.processor, self.max_text_length = processor, max_text_length
+        self.original_labels = original_labels
+        self._labels = labels_of(processor, must_be_known=original_labels)
         self._missing_boxes: MissingBoxes | None = "empty" if takes_boxes(processor) else None
 
     @property
@@ -309,15 +314,21 @@ class _Measure:
         tokenizer = self.processor.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         words = backend.to_str() if backend is not None else str(sorted(tokenizer.get_vocab().items()))
-        return f"{words}{self.processor.chat_template}{self.max_text_length}{self._missing_boxes}"
+        options = f"{self.max_text_length}{self._missing_boxes}{self.original_labels}"
+        return f"{words}{self.processor.chat_template}{options}"
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         sample = {"id": row["id"], **json.loads(row["turns"]), "images": row["image"]}
         length, kind, problem = 1, "", ""
         try:
-            ids, learned = self.processor.encode_text(to_conversation(sample, self._missing_boxes))
+            conversation = to_conversation(sample, self._missing_boxes)
+            if self._labels is not None:
+                conversation = self._labels.clean(conversation)
+            ids, learned = self.processor.encode_text(conversation)
             length = min(len(ids), self.max_text_length)
-            if learned is not None and not any(learned[: self.max_text_length]):
+            # In the original, samples without an answer take part, and nothing is learned from them.
+            has_answer = self.original_labels or learned is None or any(learned[: self.max_text_length])
+            if not has_answer:
                 kind = "without an answer"
                 problem = f"Sample {row['id']} has no answer to learn within {self.max_text_length} tokens of text."
         except SampleError as error:

@@ -36,6 +36,7 @@ from .run_record import (
     write_end,
     write_start,
 )
+from .samples import labels_of
 from .starting_model import write_starting_model
 from .trainable import check_trained, describe_trained, freeze_all_but, matching_pattern, part_of
 from .trainer import MGLlavaTrainer
@@ -237,6 +238,7 @@ def _collator(options: DataOptions, processor: Any) -> MGLlavaDataCollator:
         on_bad_sample=options.on_bad_sample,  # type: ignore[arg-type]  # checked
         missing_boxes=options.missing_boxes,  # type: ignore[arg-type]  # checked
         return_sample_ids=True,
+        original_labels=options.original_labels,
     )
 
 
@@ -271,6 +273,10 @@ def _open_data(options: DataOptions, processor: Any, args: TrainingArguments, se
         for number, path in enumerate(samples)
     ]
     _check_detector(options, processor, sources, section)
+    try:
+        labels_of(processor, must_be_known=options.original_labels)
+    except ValueError as error:
+        raise TrainingError(f"`{section}`: {error}") from error
     if options.streaming:
         if args.max_steps <= 0:
             raise TrainingError("`training.max_steps` must be given if `data.streaming` is true.")
@@ -283,6 +289,7 @@ def _open_data(options: DataOptions, processor: Any, args: TrainingArguments, se
             options.on_bad_sample,  # type: ignore[arg-type]  # checked
             options.missing_boxes,  # type: ignore[arg-type]  # checked
             options.processes,
+            options.original_labels,
         )
 
 

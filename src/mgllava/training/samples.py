@@ -1,13 +1,16 @@
 """Turn a sample, in LLaVA's or TRL's format, into the conversation that a chat template takes."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from mgllava.families import FAMILIES
+from mgllava.families import FAMILIES, Family, resolve
 from mgllava.processing.boxes_mgllava import flatten_boxes
 from mgllava.processing.text_chunks_common import IMAGE_TOKEN
 
 from .errors import SampleError
+
+logger = logging.getLogger(__name__)
 
 BadSamples = Literal["error", "skip"]
 MissingBoxes = Literal["error", "empty"]
@@ -16,14 +19,42 @@ _IMAGE_BLOCKS = ("image", "image_url")
 
 def longest_text(processor: Any) -> int:
     """Return the longest training text, in tokens, of the family that a processor belongs to."""
+    family = _family_of_processor(processor)
+    if family is None or not family.max_text_length:
+        raise ValueError(
+            f"`max_text_length` must be given for a processor of type {type(processor).__name__}, whose family is "
+            "unknown."
+        )
+    return family.max_text_length
+
+
+def labels_of(processor: Any, must_be_known: bool) -> Any:
+    """Return the object that knows the original's labels, `None` if the family of a processor has none.
+
+    `must_be_known`: raise `ValueError` if there is none, or if it does not know the processor's chat template.
+    """
+    family = _family_of_processor(processor)
+    labels: Any = None
+    if family is not None and family.original_labels:
+        labels = resolve(family.original_labels)(processor)
+    if must_be_known and labels is None:
+        raise ValueError(
+            "`original_labels` must be false for a model whose original learns from every answer, got true for a "
+            f"processor of type {type(processor).__name__}."
+        )
+    if must_be_known and labels.template is None:
+        raise ValueError(
+            "`original_labels` needs a chat template of the original, got another one. Set `prompt_template`, or "
+            "leave `original_labels` out."
+        )
+    return labels
+
+
+def _family_of_processor(processor: Any) -> Family | None:
     # Classes are compared by name, because remote code has its own copies of them.
     names = {kind.__name__ for kind in type(processor).__mro__}
-    for family in FAMILIES.values():
-        if family.processor and family.max_text_length and family.processor.partition(":")[2] in names:
-            return family.max_text_length
-    raise ValueError(
-        f"`max_text_length` must be given for a processor of type {type(processor).__name__}, whose family is unknown."
-    )
+    families = (family for family in FAMILIES.values() if family.processor)
+    return next((family for family in families if str(family.processor).partition(":")[2] in names), None)
 
 
 def sample_id(sample: Mapping[str, Any]) -> str:
@@ -76,6 +107,11 @@ def to_conversation(sample: Mapping[str, Any], missing_boxes: MissingBoxes | Non
             "A trainer drops columns that the model does not take, unless `remove_unused_columns=False`."
         )
 
+    if next((role for role, _ in turns if role != "system"), "") == "assistant":
+        _say_once(
+            "leading answer",
+            f"Sample {name} starts with an answer, which is dropped, as in the original. Others are not named.",
+        )
     turns = _in_turn(turns)
     if not turns:
         raise SampleError(f"Sample {name} has no answer to learn.")
@@ -147,6 +183,22 @@ def _split(text: str) -> list[dict[str, Any]]:
     return [*blocks, {"type": "text", "text": text.replace(IMAGE_TOKEN, "")}]
 
 
+# What was said already, in this process and in those that were forked from it afterwards.
+_SAID: set[str] = set()
+
+
+def _say_once(kind: str, message: str) -> None:
+    if kind not in _SAID:
+        _SAID.add(kind)
+        logger.warning(message)
+
+
+def ends_with_question(sample: Mapping[str, Any]) -> bool:
+    """Whether the last turn of a sample is a question, which [`to_conversation`] leaves out."""
+    last = ((sample.get("messages") or sample.get("conversations")) or [{}])[-1]
+    return last.get("role", last.get("from")) in ("user", "human")
+
+
 def _in_turn(turns: Sequence[tuple[str, list[dict[str, Any]]]]) -> list[tuple[str, list[dict[str, Any]]]]:
     """Make questions and answers alternate and end with an answer; two answers in a row get an empty question."""
     result: list[tuple[str, list[dict[str, Any]]]] = []
@@ -168,6 +220,8 @@ def _in_turn(turns: Sequence[tuple[str, list[dict[str, Any]]]]) -> list[tuple[st
 __all__ = [
     "BadSamples",
     "MissingBoxes",
+    "ends_with_question",
+    "labels_of",
     "longest_text",
     "sample_id",
     "sample_images",

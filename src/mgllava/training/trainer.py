@@ -20,13 +20,13 @@ from .trainable import matching_pattern
 logger = logging.getLogger(__name__)
 
 # The collator adds these, but the model does not take them.
-_NOT_INPUTS = ("sample_ids", "skipped_samples")
+_NOT_INPUTS = ("sample_ids", "skipped_samples", "lost_samples")
 
 
 def _number_of_samples(inputs: dict[str, Any]) -> int:
-    """Return how many samples of a batch were not skipped."""
+    """Return from how many samples of a batch is learned: those that were not skipped, and have labels."""
     ids = inputs.get("sample_ids")
-    return len(inputs["attention_mask"]) if ids is None else len(ids)
+    return len(inputs["attention_mask"]) if ids is None else len(ids) - int(inputs.get("lost_samples", 0))
 
 
 class _Learning(TrainerCallback):
@@ -49,7 +49,13 @@ class _Learning(TrainerCallback):
         self._greatest_rate = max(self._greatest_rate, *rates)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Warn if the training ended before the warm-up raised the learning rate above 0."""
+        """Report lost samples, and warn if training ended before the warm-up raised the learning rate above 0."""
+        self._trainer.count_tokens_and_images()
+        if self._trainer.lost_samples:
+            logger.warning(
+                "Nothing was learned from %d samples, whose labels the original loses (`original_labels`).",
+                self._trainer.lost_samples,
+            )
         steps = state.global_step - self._trainer._first_step
         if steps and not self._greatest_rate:
             logger.warning(
@@ -86,6 +92,7 @@ class MGLlavaTrainer(Trainer):
 
     Attributes:
         skipped_samples (`int`): Samples that all processes skipped in training until the last log.
+        lost_samples (`int`): Samples without labels, see `original_labels` of [`MGLlavaDataCollator`].
         empty_steps (`int`): Steps in which all samples were skipped.
     """
 
@@ -100,14 +107,14 @@ class MGLlavaTrainer(Trainer):
         self._learning_rates = dict(learning_rates or {})
         self._eval_data_collator = eval_data_collator
         self._sample_ids: list[str] = []
-        # Tokens, images and skipped samples since the last log.
-        self._counts = torch.zeros(3, dtype=torch.float64)
+        # Tokens, images, skipped samples and lost ones since the last log.
+        self._counts = torch.zeros(4, dtype=torch.float64)
         self._device_tokens: torch.Tensor | None = None
         self._counting_since = time.perf_counter()
         self._learned_samples = 0
         # Loss and number of samples of each batch of an evaluation.
         self._evaluated: list[tuple[torch.Tensor, int]] | None = None
-        self.skipped_samples = 0
+        self.skipped_samples = self.lost_samples = 0
         self.empty_steps = 0
         self.add_callback(_Learning(self))
 
@@ -163,6 +170,7 @@ class MGLlavaTrainer(Trainer):
         self._device_tokens = tokens if self._device_tokens is None else self._device_tokens + tokens
         self._counts[1] += self._count_images(inputs)
         self._counts[2] += inputs.get("skipped_samples", 0)
+        self._counts[3] += inputs.get("lost_samples", 0)
         self._learned_samples += _number_of_samples(inputs)
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         if not bool(torch.isfinite(loss)):
@@ -264,21 +272,29 @@ class MGLlavaTrainer(Trainer):
         """Log values and the speed since the last log, see [`Trainer.log`]."""
         if "loss" in logs and self._device_tokens is not None:
             self._counts[0] = self._device_tokens.double().cpu()
-            total = self.accelerator.reduce(self._counts.to(self.args.device, torch.float32), "sum")
-            tokens, images, skipped = total.tolist()
+            tokens, images = self.count_tokens_and_images()
             seconds = max(time.perf_counter() - self._counting_since, 1e-9)
             logs |= {"tokens_per_second": round(tokens / seconds, 1), "images_per_second": round(images / seconds, 2)}
             if torch.cuda.is_available():
                 logs["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-            self.skipped_samples += int(skipped)
             if self.skipped_samples:
                 logs["skipped_samples"] = self.skipped_samples
+            if self.lost_samples:
+                logs["lost_samples"] = self.lost_samples
             if self.empty_steps:
                 logs["empty_steps"] = self.empty_steps
-            self._counts.zero_()
             self._device_tokens = None
             self._counting_since = time.perf_counter()
         super().log(logs, start_time)
+
+    def count_tokens_and_images(self) -> tuple[float, float]:
+        """Return the tokens and images of all processes since the last log, and add up the samples without labels."""
+        total = self.accelerator.reduce(self._counts.to(self.args.device, torch.float32), "sum")
+        tokens, images, skipped, lost = total.tolist()
+        self.skipped_samples += int(skipped)
+        self.lost_samples += int(lost)
+        self._counts.zero_()
+        return tokens, images
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, see [`Trainer.train`]; `resume_from_checkpoint=True` resumes from the last complete checkpoint.
