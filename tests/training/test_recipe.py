@@ -60,8 +60,6 @@ SLIME = {
 @pytest.mark.parametrize("model", SLIME_MODELS)
 @pytest.mark.parametrize("stage", SLIME)
 def test_settings_of_slime_are_the_papers(stage, model):
-    if not FAMILIES["slime"].build:
-        pytest.skip("conversion is missing")
     recipe = load_recipe(f"slime_stage_{stage}_{model}.yaml")
     training, (trained, config) = recipe.training, SLIME[stage]
     has_adapters = (stage, model) == ("3", "llama3_70b")
