@@ -74,31 +74,31 @@ class UnsupportedLanguageModelError(ValueError):
 
 def language_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Return the class that `AutoModelForCausalLM` builds, or raise `UnsupportedLanguageModelError`."""
-    kind = config.model_type
+    model_type = config.model_type
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedLanguageModelError(
-            kind,
+            model_type,
             "this release of transformers has no causal language model for it (register third-party classes with "
             "`AutoConfig.register` and `AutoModelForCausalLM.register`)",
         )
     if config.is_encoder_decoder:
-        raise UnsupportedLanguageModelError(kind, "it is an encoder-decoder")
+        raise UnsupportedLanguageModelError(model_type, "it is an encoder-decoder")
     if config.get_text_config(decoder=True) is not config:
         raise UnsupportedLanguageModelError(
-            kind, "it is the configuration of a multimodal model: pass that of its language model"
+            model_type, "it is the configuration of a multimodal model: pass that of its language model"
         )
-    if kind in _REFUSED_TYPES:
-        raise UnsupportedLanguageModelError(kind, _REFUSED_TYPES[kind])
-    if read := [name for name in _READS_IDS_IF if getattr(config, name, None)]:
-        raise UnsupportedLanguageModelError(kind, f"{_READS_IDS} (`{read[0]}`)")
+    if model_type in _REFUSED_TYPES:
+        raise UnsupportedLanguageModelError(model_type, _REFUSED_TYPES[model_type])
+    if id_readers := [name for name in _READS_IDS_IF if getattr(config, name, None)]:
+        raise UnsupportedLanguageModelError(model_type, f"{_READS_IDS} (`{id_readers[0]}`)")
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if not issubclass(model_class, GenerationMixin):
-        raise UnsupportedLanguageModelError(kind, "it does not generate")
+        raise UnsupportedLanguageModelError(model_type, "it does not generate")
     arguments = _forward_arguments(model_class)
     if missing := [name for name in _ARGUMENTS if name not in arguments]:
-        raise UnsupportedLanguageModelError(kind, f"its `forward` takes no {' and no '.join(missing)}")
+        raise UnsupportedLanguageModelError(model_type, f"its `forward` takes no {' and no '.join(missing)}")
     if own := [name for name in _own_hooks(model_class) if name not in _DELEGATED_HOOKS]:
-        raise UnsupportedLanguageModelError(kind, f"it overrides how transformers generates ({', '.join(own)})")
+        raise UnsupportedLanguageModelError(model_type, f"it overrides how transformers generates ({', '.join(own)})")
     return model_class
 
 
@@ -115,9 +115,9 @@ def _own_hooks(model_class: type) -> list[str]:
 
 def _forward_arguments(model_class: type) -> list[str]:
     """Names of the arguments of `forward`: of the first class in the MRO whose signature names them."""
-    for kind in model_class.__mro__:
-        if "forward" in vars(kind):
-            arguments = inspect.signature(kind.forward).parameters
+    for base in model_class.__mro__:
+        if "forward" in vars(base):
+            arguments = inspect.signature(base.forward).parameters
             if not any(argument.kind is inspect.Parameter.VAR_POSITIONAL for argument in arguments.values()):
                 return list(arguments)
     return []
@@ -132,25 +132,25 @@ class LanguageModelHead:
     """
 
     def __init__(self, model: PreTrainedModel):
-        kind = model.config.model_type
+        model_type = model.config.model_type
         try:
-            body = _part_with(model, model.get_input_embeddings())
+            body = _child_containing(model, model.get_input_embeddings())
         except NotImplementedError:
             body = None
         head = model.get_output_embeddings()
         children = dict(model.named_children())
         names = [name for name, child in children.items() if child is head]
         if body is None or not isinstance(children[body], PreTrainedModel):
-            raise UnsupportedLanguageModelError(kind, "it has no body apart from its head")
+            raise UnsupportedLanguageModelError(model_type, "it has no body apart from its head")
         if "inputs_embeds" not in _forward_arguments(type(children[body])):
-            raise UnsupportedLanguageModelError(kind, "its body takes no inputs_embeds")
+            raise UnsupportedLanguageModelError(model_type, "its body takes no inputs_embeds")
         with_weights = {name for name, child in children.items() if [*child.parameters(), *child.buffers()]}
         if not names or with_weights - {body, names[0]} or model._parameters or model._buffers:
-            raise UnsupportedLanguageModelError(kind, "its head is not a single layer")
+            raise UnsupportedLanguageModelError(model_type, "its head is not a single layer")
         width, hidden_size = model.get_input_embeddings().embedding_dim, model.config.hidden_size
         if width != hidden_size:
             raise UnsupportedLanguageModelError(
-                kind, f"its token embeddings ({width}) and its layers ({hidden_size}) differ in width"
+                model_type, f"its token embeddings ({width}) and its layers ({hidden_size}) differ in width"
             )
         self.body_name, self.head_name = body, names[0]
         self.tied_weights_keys = {
@@ -178,12 +178,12 @@ class LanguageModelHead:
 
     def score(self, owner: nn.Module, body: Callable[..., Any], loss_function: Callable[..., Any], **kwargs) -> Any:
         """Run the class's `forward` with `lm_head` of `owner`, and with functions for its body and its loss."""
-        model = self.stand_in(owner)
-        vars(model)[self.body_name] = _Body(body, owner.model.language_model)
+        model = self.bind(owner)
+        vars(model)[self.body_name] = _FunctionAsBody(body, owner.model.language_model)
         model.loss_function = loss_function
         return model.forward(**kwargs)
 
-    def stand_in(self, owner: nn.Module) -> PreTrainedModel:
+    def bind(self, owner: nn.Module) -> PreTrainedModel:
         """Make an instance without a body for one call, so that threads and replicas of `owner` do not share it."""
         model = object.__new__(type(self.rest))
         parts = {**self.rest._modules, self.head_name: owner.lm_head}
@@ -191,7 +191,7 @@ class LanguageModelHead:
         return model
 
 
-def _part_with(model: nn.Module, wanted: nn.Module) -> str | None:
+def _child_containing(model: nn.Module, wanted: nn.Module) -> str | None:
     """Return the name of the child of `model` that contains a module."""
     for name, child in model.named_children():
         if any(module is wanted for module in child.modules()):
@@ -199,7 +199,7 @@ def _part_with(model: nn.Module, wanted: nn.Module) -> str | None:
     return None
 
 
-class _Body:
+class _FunctionAsBody:
     """A function in place of a module, with the module's attributes.
 
     A submodule is the function again: OPT calls `decoder` of its body, not the body.
@@ -288,7 +288,7 @@ def _next_labels(labels: torch.LongTensor, is_seen: torch.BoolTensor) -> torch.L
     return nn.functional.pad(labels, (0, 1), value=-100).gather(-1, following).masked_fill(~is_seen, -100)
 
 
-def _keep(hidden_states: torch.FloatTensor, logits_to_keep: int | torch.Tensor) -> torch.FloatTensor:
+def _select_positions(hidden_states: torch.FloatTensor, logits_to_keep: int | torch.Tensor) -> torch.FloatTensor:
     """Select the hidden states whose logits are wanted; a mask selects them into a single row."""
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
@@ -355,17 +355,17 @@ class ImageTextModel(ImageTextPreTrainedModel):
             image_outputs = self.get_image_features(**images, return_dict=True)
         # Other processes may have images in their batches, and run these modules now. This one runs them on a dummy
         # image, whose embeddings are multiplied by zero below.
-        is_unseen = image_outputs is None and cache is None and must_be_touched(self.vision_modules())
-        if is_unseen:
+        is_dummy = image_outputs is None and cache is None and must_be_touched(self.vision_modules())
+        if is_dummy:
             device = input_ids.device if inputs_embeds is None else inputs_embeds.device
             image_outputs = self.get_image_features(**self.dummy_images(device), return_dict=True)
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         image_features = None
-        if is_unseen or image_outputs is None:
+        if is_dummy or image_outputs is None:
             self._check_no_placeholders(input_ids, inputs_embeds)
-        if is_unseen:
+        if is_dummy:
             # The product must be zero even if the dummy image overflows.
             total = torch.nan_to_num(torch.cat(list(image_outputs.pooler_output)), posinf=0.0, neginf=0.0).sum()
             inputs_embeds = inputs_embeds + (0 * total).to(inputs_embeds.device, inputs_embeds.dtype)
@@ -391,7 +391,7 @@ class ImageTextModel(ImageTextPreTrainedModel):
             "position_ids": position_ids,
             CACHE_NAME: cache,
         }
-        return arguments, image_features, None if is_unseen else image_outputs
+        return arguments, image_features, None if is_dummy else image_outputs
 
     def embed_and_run(
         self, images: dict[str, Any], arguments: dict[str, Any], **kwargs
@@ -565,7 +565,7 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
         def body(input_ids: torch.LongTensor | None = None, **body_arguments) -> ImageTextModelOutputWithPast:
             outputs = self.model(input_ids=input_ids, **images, **{**body_arguments, "return_dict": True})
             seen.append(outputs)
-            kept = _keep(outputs.last_hidden_state, logits_to_keep)
+            kept = _select_positions(outputs.last_hidden_state, logits_to_keep)
             return type(outputs)(**{**outputs, "last_hidden_state": kept})
 
         def loss_function(logits: torch.FloatTensor, *_, **__) -> torch.FloatTensor:
@@ -639,10 +639,10 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
         **kwargs,
     ) -> GenerateOutput | torch.LongTensor:
         """Generate, but never the placeholder or the padding of the embedding table, whatever options are passed."""
-        if gone := [name for name in _GENERATION_HOOKS if not hasattr(GenerationMixin, name)]:
+        if missing := [name for name in _GENERATION_HOOKS if not hasattr(GenerationMixin, name)]:
             raise RuntimeError(
-                f"The installed transformers has no `GenerationMixin.{gone[0]}`, which generation from images needs. "
-                "Install an older transformers, or a newer mgllava."
+                f"The installed transformers has no `GenerationMixin.{missing[0]}`, which generation from images "
+                "needs. Install an older transformers, or a newer mgllava."
             )
         seen, prompts, rules = {}, None, list(logits_processor or ())
         if self.model.placeholders_to_drop is not None:
@@ -710,7 +710,7 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
         if type(rest).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation:
             prepare = super().prepare_inputs_for_generation
         else:
-            prepare = self._head.stand_in(self).prepare_inputs_for_generation
+            prepare = self._head.bind(self).prepare_inputs_for_generation
         inputs = prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         # transformers passes images to the first step only. But Phi-3 computes the whole prompt again when its
         # position embeddings change, and an assistant model has no first step.
@@ -719,7 +719,7 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
         ids = inputs.get("input_ids")
         is_left_out = ids is not None and ids.shape[1] > 1 and not images.keys() <= inputs.keys()
         if is_left_out and (ids == self.config.image_token_id).any():
-            inputs |= self._own_images(images)
+            inputs |= self._images_of_own_width(images)
         # Releases before 5.24 pass `mm_encoder_outputs` to every step.
         if ids is not None and ids.shape[1] == 1 and not kwargs.get("is_first_iteration"):
             inputs.pop("mm_encoder_outputs", None)
@@ -727,7 +727,7 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
             inputs.pop("position_ids", None)
         return inputs
 
-    def _own_images(self, images: dict) -> dict:
+    def _images_of_own_width(self, images: dict) -> dict:
         """Replace image features of another width by zeros: an assistant gets those of the model that it assists."""
         features = (images.get("mm_encoder_outputs") or {}).get("image")
         width = self.config.text_config.hidden_size
