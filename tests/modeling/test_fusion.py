@@ -1,6 +1,7 @@
 """Fusion variants: the original's numbers if they exist, else the properties that define a variant."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,19 +16,12 @@ RENAMED = {"slow": "high_res", "fast": "low_res"}
 GOLDEN_VARIANTS = {"conv_gate": 0, "conv_gate_concat": 1, "channel_concat": 2, "plain_channel_concat": 3}
 
 
-class GoldenSizes:
-    """Configuration of the golden fusion modules: 64 low and 48 high channels on an 8x8 grid."""
-
-    class vision_config:  # noqa: N801
-        hidden_size = 64
-
-    class high_res_vision_config:  # noqa: N801
-        hidden_sizes = (48,)
-
-    token_grid_size = 8
-
-    def __init__(self, fusion_type):
-        self.fusion_type = fusion_type
+# Configuration of the golden fusion modules: 64 low and 48 high channels on an 8x8 grid.
+GOLDEN_SIZES = {
+    "vision_config": SimpleNamespace(hidden_size=64),
+    "high_res_vision_config": SimpleNamespace(hidden_sizes=(48,)),
+    "token_grid_size": 8,
+}
 
 
 @pytest.mark.parametrize("fusion_type", GOLDEN_VARIANTS)
@@ -41,7 +35,7 @@ def test_fusion_equals_golden(fusion_type):
             for old, new in RENAMED.items():
                 key = key.replace(old, new)
             state[key] = value
-    fusion = FUSIONS[fusion_type](GoldenSizes(fusion_type))
+    fusion = FUSIONS[fusion_type](SimpleNamespace(fusion_type=fusion_type, **GOLDEN_SIZES))
     fusion.load_state_dict(state, strict=True)
     with torch.no_grad():
         output = fusion(tensors["low"], (tensors["high"],))
@@ -49,28 +43,26 @@ def test_fusion_equals_golden(fusion_type):
     torch.testing.assert_close(output, tensors[f"{name}.out"], rtol=0, atol=5e-5)
 
 
-def maps_and_tokens(config, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+def fusion_and_inputs(model):
+    """Return the fusion of a model, low-resolution tokens, and maps of the high-resolution tower."""
+    generator, config = torch.Generator().manual_seed(0), model.config
     widths, side = config.high_res_vision_config.hidden_sizes, config.high_res_vision_config.image_size
     maps = tuple(
         torch.randn(2, width, side // stride, side // stride, generator=generator)
         for width, stride in zip(widths, (4, 8, 16, 32), strict=True)
     )
-    return torch.randn(2, config.image_seq_length, config.vision_config.hidden_size, generator=generator), maps
+    tokens = torch.randn(2, config.image_seq_length, config.vision_config.hidden_size, generator=generator)
+    return model.model.fusion, tokens, maps
 
 
 @pytest.mark.parametrize("fusion_type", ["conv_gate", "resampler", "none"])
 def test_fusion_starts_as_the_identity(fusion_type):
-    config = tiny_config(fusion_type=fusion_type)
-    fusion = MGLlavaForConditionalGeneration(config).model.fusion
-    tokens, maps = maps_and_tokens(config)
+    fusion, tokens, maps = fusion_and_inputs(MGLlavaForConditionalGeneration(tiny_config(fusion_type=fusion_type)))
     assert torch.equal(fusion(tokens, maps), tokens)
 
 
 def test_patch_info_mining_equals_attention_cell_by_cell():
-    config = tiny_config(fusion_type="patch_info_mining")
-    fusion = tiny_model(fusion_type="patch_info_mining").model.fusion
-    tokens, maps = maps_and_tokens(config)
+    fusion, tokens, maps = fusion_and_inputs(tiny_model(fusion_type="patch_info_mining"))
     pyramid = torch.cat([F.interpolate(m, size=24, mode="bilinear", align_corners=False) for m in maps], dim=1)
     output = fusion(tokens, maps)
     for row in range(3):
@@ -83,9 +75,7 @@ def test_patch_info_mining_equals_attention_cell_by_cell():
 
 
 def test_patch_info_mining_never_mixes_cells():
-    config = tiny_config(fusion_type="patch_info_mining")
-    fusion = tiny_model(fusion_type="patch_info_mining").model.fusion
-    tokens, maps = maps_and_tokens(config)
+    fusion, tokens, maps = fusion_and_inputs(tiny_model(fusion_type="patch_info_mining"))
     changed = (maps[0].clone(), *maps[1:])
     changed[0][:, :, 8:16, 16:24] += 1.0  # row 1, column 2
     difference = (fusion(tokens, changed) - fusion(tokens, maps)).abs().amax((0, 2))
@@ -94,9 +84,7 @@ def test_patch_info_mining_never_mixes_cells():
 
 
 def test_resampler_depends_on_positions():
-    config = tiny_config(fusion_type="resampler")
-    fusion = tiny_model(fusion_type="resampler").model.fusion
-    tokens, maps = maps_and_tokens(config)
+    fusion, tokens, maps = fusion_and_inputs(tiny_model(fusion_type="resampler"))
     output = fusion(tokens, maps)
     assert output.shape == tokens.shape
     moved = (*maps[:-1], maps[-1].flip(-1))

@@ -154,12 +154,9 @@ class RamPlusConfig(PreTrainedConfig):
             raise ValueError(f"`suppressed_tags` must hold indices of tags, 0 to {num_tags - 1}, got {outside}.")
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save the configuration, with all Auto classes in `auto_map`, where transformers itself writes only one.
+        """Save the configuration: see [`PreTrainedConfig.save_pretrained`].
 
-        Args:
-            save_directory (`str` or `os.PathLike`): The folder.
-            push_to_hub (`bool`, *optional*, defaults to `False`): Whether to upload it.
-            **kwargs: See the base class.
+        `auto_map` gets all Auto classes, where transformers itself writes only one.
         """
         if self._auto_class is not None:
             self.auto_map = {**_REMOTE_CLASSES, **(getattr(self, "auto_map", None) or {})}
