@@ -1,26 +1,28 @@
-"""Memory that a conversion takes, on a checkpoint with a language model of more than 6 GB.
+"""Measure the memory that a conversion takes, on a checkpoint with a language model of more than 6 GB.
 
     python benchmarks/convert_memory.py [--directory DIR] [--layers N]
 
-Every case runs in a process of its own. What counts is anonymous memory (`RssAnon`) beyond that of the imports: pages
-of mapped files are the kernel's to take back. Takes about three times the size of the checkpoint on the disk, which is
-cleaned up; `--layers 1` tries the script out.
+Every case runs in a process of its own. Only anonymous memory (`RssAnon`) in addition to that of the imports counts:
+the kernel can reclaim the pages of mapped files. Needs disk space for about three checkpoints, which is freed at the
+end; `--layers 1` tries the script out.
 """
 
-import argparse
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
+from fresh_process import run_alone
+from golden_model import GOLDEN
 from memory_watch import MemoryWatch
 from random_checkpoints import save_random
 from report import report
 
-GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
+from mgllava.conversion import convert_checkpoint, export_xtuner
+
 HIDDEN, INTERMEDIATE, VOCABULARY = 4096, 11008, 32001
 
 CASES = {
@@ -32,7 +34,7 @@ CASES = {
 
 
 def language_model_shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    """Name the parameters of a Llama with some layers of the 7B model."""
+    """Return the shapes of the parameters of a Llama with some layers of the 7B model, by name."""
     shapes: dict[str, tuple[int, ...]] = {"llm.model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
     for layer in range(layers):
         prefix = f"llm.model.layers.{layer}"
@@ -69,9 +71,7 @@ def write_sources(directory: Path, layers: int) -> None:
 
 
 def run_case(case: str, directory: Path) -> dict[str, float]:
-    """Run one case in this process and watch its memory."""
-    from mgllava.conversion import convert_checkpoint, export_xtuner
-
+    """Run one case in this process and measure its memory."""
     with MemoryWatch() as watch:
         if case == "back to XTuner":
             export_xtuner(directory / "out", directory / "back.pth")
@@ -89,24 +89,18 @@ def run_case(case: str, directory: Path) -> dict[str, float]:
     return {"extra": watch.extra_gb, "mapped": watch.mapped_gb, "seconds": watch.seconds}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--directory", type=Path, help="where to put the files; default: temporary")
-    parser.add_argument("--layers", type=int, default=14, help="layers of the language model; default: 14")
-    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.case:
-        print(json.dumps(run_case(arguments.case, arguments.directory)))
-        return
+def main(
+    directory: Annotated[Path | None, typer.Option(help="folder for the files; by default a temporary one")] = None,
+    layers: Annotated[int, typer.Option(help="layers of the language model")] = 14,
+) -> None:
+    """Run every case, and print and store the table."""
     rows = []
-    with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="mgllava-memory-") as name:
-        directory = Path(name)
-        write_sources(directory, arguments.layers)
-        size = (directory / "iter.pth").stat().st_size / 1e9
+    with tempfile.TemporaryDirectory(dir=directory, prefix="mgllava-memory-") as name:
+        folder = Path(name)
+        write_sources(folder, layers)
+        size = (folder / "iter.pth").stat().st_size / 1e9
         for case, options in CASES.items():
-            command = [sys.executable, __file__, "--case", case, "--directory", name]
-            finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            figures = json.loads(finished.stdout.splitlines()[-1])
+            figures = run_alone(run_case, case, folder)
             shard = float(options["max_shard_size"].removesuffix("GB")) if options else None
             rows.append(
                 {
@@ -119,7 +113,7 @@ def main() -> None:
                 }
             )
         # The round trip must keep every value.
-        _compare(directory / "iter.pth", directory / "back.pth")
+        _compare(folder / "iter.pth", folder / "back.pth")
     report("convert_memory", "Memory beyond imports while converting", rows)
 
 
@@ -131,4 +125,4 @@ def _compare(first: Path, second: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

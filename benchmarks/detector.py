@@ -1,8 +1,9 @@
-"""Tags and boxes of a batch of images: the `BoxDetector` against a path of the original's shape, with random weights.
+"""Compare the speed of `BoxDetector` with the original's algorithm, with random weights.
 
-The reference is float32, one image at a time, with eager attention; it runs the text tower for every image, and every
-head, with transformers' own preprocessing. It uses our tagger, without the original's large temporaries, which favors
-the reference. Sizes are those of RAM++ Swin-L/384 and OWLv2-L/14 on a GPU and small ones on a CPU.
+Like the original, the reference processes one image at a time in float32, with eager attention and transformers'
+preprocessing, and runs the text tower and all heads for every image. It uses our tagger, which needs less memory than
+the original's; this favors the reference. Sizes are those of RAM++ Swin-L/384 and OWLv2-L/14 on a GPU, and small ones
+on a CPU.
 Usage: `python benchmarks/detector.py [--device cuda] [--batch-size 8]`.
 """
 
@@ -49,7 +50,7 @@ STAGES = ("preprocessing", "tagger", "image tower", "text", "heads")
 
 
 class Clock:
-    """Adds up the seconds of functions, without those of the timed functions inside them."""
+    """Adds up the time of functions, without that of timed functions that they call."""
 
     def __init__(self, device: str):
         self.seconds: dict[str, float] = defaultdict(float)
@@ -57,7 +58,7 @@ class Clock:
         self._wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def timed(self, stage: str, function):
-        """Wrap a function."""
+        """Return a function with a clock."""
 
         def run(*args, **kwargs):
             self._wait()
@@ -73,12 +74,12 @@ class Clock:
         return run
 
     def wrap(self, stage: str, owner, *names: str) -> None:
-        """Time methods of an object."""
+        """Put a clock on methods of an object."""
         for name in names:
             setattr(owner, name, self.timed(stage, getattr(owner, name)))
 
     def best_of(self, runs: int, function) -> dict[str, float]:
-        """Seconds of each stage in the fastest run; `other` is the rest of `total`."""
+        """Return the seconds of each stage in the fastest run; `other` is the rest of `total`."""
         results = []
         for _ in range(runs):
             self.seconds.clear()
@@ -92,7 +93,7 @@ class Clock:
 
 
 def make_models(sizes: dict) -> tuple[RamPlusForImageTagging, Owlv2ForObjectDetection, Owlv2Processor]:
-    """Build both models with random weights that differ from each other enough for scores to differ."""
+    """Build tagger and detector with random weights, and the detector's processor."""
     torch.manual_seed(0)
     tagger_sizes = dict(sizes["tagger"])
     tagger_sizes.setdefault("id2label", {index: f"tag {index}" for index in range(4585)})
@@ -109,7 +110,7 @@ def make_models(sizes: dict) -> tuple[RamPlusForImageTagging, Owlv2ForObjectDete
 
 
 def make_images(count: int) -> list[PIL.Image.Image]:
-    """Draw landscape and portrait images of the usual size."""
+    """Draw landscape and portrait images of 640x480 pixels."""
     generator = np.random.default_rng(0)
     shapes = [(480, 640, 3) if index % 2 else (640, 480, 3) for index in range(count)]
     coarse = [generator.integers(0, 256, (shape[0] // 16, shape[1] // 16, 3), dtype=np.uint8) for shape in shapes]
@@ -121,7 +122,7 @@ def make_images(count: int) -> list[PIL.Image.Image]:
 
 @torch.no_grad()
 def find_like_the_original(images, tagger, tagger_processor, detector, processor, threshold: float, clock: Clock):
-    """Tag and detect one image at a time, with everything that the original computes."""
+    """Tag and detect one image at a time, and compute everything that the original computes."""
     preprocess_tags = clock.timed("preprocessing", tagger_processor)
     preprocess = clock.timed("preprocessing", processor)
     tag = clock.timed("tagger", lambda pixels: tagger.post_process_image_tagging(tagger(pixels))[0]["labels"])
@@ -138,7 +139,7 @@ def find_like_the_original(images, tagger, tagger_processor, detector, processor
 
 
 def calibrate(detector: BoxDetector, images: list[PIL.Image.Image]) -> float:
-    """Set tag thresholds, and return a score threshold, that let about the usual numbers of tags and boxes through."""
+    """Set tag thresholds and return a score threshold such that an image has a usual number of tags and boxes."""
     tagger = detector._tagger
     pixels = tagger.pixel_values([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images[:2]])
     with torch.no_grad():
@@ -150,7 +151,7 @@ def calibrate(detector: BoxDetector, images: list[PIL.Image.Image]) -> float:
 
 
 def image_tower_flop(sizes: dict) -> float:
-    """Count the matrix products of OWLv2's image tower for one image, 2 per multiply-add."""
+    """Return the FLOP of the matrix products in OWLv2's image tower for one image, 2 per multiply-add."""
     width, inner, layers = (
         sizes["vision"][name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")
     )
@@ -161,7 +162,7 @@ def image_tower_flop(sizes: dict) -> float:
 
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
-    """Measure what a large matrix product reaches, in FLOP per second."""
+    """Return the measured FLOP per second of a large matrix product."""
     side = 8192 if device == "cuda" else 1024
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     clock = Clock(device)
@@ -174,7 +175,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu (small sizes) or cuda (real sizes)")] = "cpu",
     batch_size: Annotated[int, typer.Option(help="images at a time")] = 8,
 ) -> None:
-    """Compare seconds per image, in all and of each stage."""
+    """Compare the seconds per image, in total and of each stage."""
     sizes, dtype = (REAL, torch.bfloat16) if device == "cuda" else (SMALL, torch.float32)
     tagger, owlv2, processor = make_models(sizes)
     tagger_processor = RamPlusImageProcessorPil(

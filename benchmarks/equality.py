@@ -1,6 +1,6 @@
-"""Distance from the original: the greatest absolute difference of each stage over the golden cases.
+"""Measure the greatest absolute difference from the original in each stage, over the golden cases.
 
-Usage: `python benchmarks/equality.py` from the root of the git repository.
+Usage: `python benchmarks/equality.py` in the root folder of the git repository.
 """
 
 import sys
@@ -8,27 +8,19 @@ import tempfile
 from pathlib import Path
 
 import torch
+from golden_model import convert_golden
 from report import report
 from transformers import AutoModel, AutoProcessor
 
-from mgllava.conversion import convert_checkpoint
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tests.golden_cases import GOLDEN, cases, load_tensors, process, run, stage_pairs
+from tests.golden_cases import cases, load_tensors, process, run, stage_pairs
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        repository = convert_checkpoint(
-            checkpoint=GOLDEN / "xtuner" / "iter_10.pth",
-            llm=GOLDEN / "llm",
-            vision_tower=GOLDEN / "clip",
-            high_res_tower=GOLDEN / "convnext",
-            prompt_template="vicuna",
-            output=Path(folder) / "model",
-        )
-        model = AutoModel.from_pretrained(repository, dtype=torch.float32).eval()
-        processor = AutoProcessor.from_pretrained(repository, backend="pil")
+        model_folder = convert_golden(Path(folder) / "model")
+        model = AutoModel.from_pretrained(model_folder, dtype=torch.float32).eval()
+        processor = AutoProcessor.from_pretrained(model_folder, backend="pil")
 
     differences: dict[str, float] = {}
     for golden in cases("image"):

@@ -1,7 +1,7 @@
-"""Memory, time to the first token and tokens per second at real size, with random weights made on the device.
+"""Measure memory, time to the first token and tokens per second at real size, with random weights.
 
-One image with 10 boxes and 100 text tokens per prompt; boxes are given, so no detector runs. Every way of loading is
-measured in a process of its own, as written ("eager") and by the recipe of `docs/running.md` ("compiled").
+A prompt has one image with 10 boxes and 100 text tokens; boxes are given, so no detector runs. Each type of weights is
+measured in a process of its own, without compilation ("eager") and compiled as in `docs/running.md` ("compiled").
 Usage: `python benchmarks/generation.py` on a GPU; `--preset tiny --device cpu` tries the script out.
 """
 
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from pooling import run_alone
+from fresh_process import run_alone
 from random_models import make_config, make_model
 from report import report
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,7 +25,7 @@ TEXT_TOKENS, BOXES = 100, 10
 WEIGHTS = ("bf16", "bitsandbytes-8", "bitsandbytes-4", "torchao-8")
 # Memory bandwidth in TB/s and dense bf16 rate in TFLOP/s, from the data sheets.
 DEVICES = {"H200": (4.8, 989), "H100": (3.35, 989), "A100": (2.0, 312)}
-# A figure that reaches this share of what the hardware could do is limited by the hardware.
+# A measured speed above this share of the hardware's limit counts as limited by the hardware.
 NEAR_ROOFLINE = 0.6
 
 
@@ -48,11 +48,11 @@ def make_inputs(config: MGLlavaConfig, batch_size: int, device: str) -> dict[str
 
 
 def weight_bytes(model: MGLlavaForConditionalGeneration) -> int:
-    """Count the bytes of weights that every new token reads: the language model and the head, not the embeddings."""
+    """Return the bytes of weights that every new token reads: the language model and the head, not the embeddings."""
     embeddings = model.get_input_embeddings()
     modules = [model.lm_head, *(child for child in model.model.language_model.children() if child is not embeddings)]
     parameters = {id(p): p for module in modules for p in module.parameters()}
-    # Tensor subclasses of torchao answer with the type they stand for, so they are asked for their parts.
+    # Tensor subclasses of torchao report the unquantized dtype, so the sizes of their inner tensors are added up.
     return sum(_stored_bytes(parameter) for parameter in parameters.values())
 
 
@@ -64,7 +64,7 @@ def _stored_bytes(tensor: torch.Tensor) -> int:
 
 
 def count_flops(config: MGLlavaConfig) -> tuple[float, float]:
-    """Count the TFLOP of the vision flow and of the prefill for one prompt, in bf16 and on paper: on meta tensors."""
+    """Return the TFLOP of the vision towers and of the prefill for one prompt, counted on meta tensors."""
     with torch.device("meta"), torch.inference_mode():
         model = MGLlavaForConditionalGeneration._from_config(config, dtype=torch.bfloat16).eval()
         inputs = make_inputs(config, 1, "meta")
@@ -76,13 +76,13 @@ def count_flops(config: MGLlavaConfig) -> tuple[float, float]:
 
 
 class Clock:
-    """Seconds on the device, and the part of the decoding steps that is spent in the model."""
+    """Measures the time of calls, and the time of decoding steps that is spent in the model."""
 
     def __init__(self, model: MGLlavaForConditionalGeneration, device: str):
         self.is_cuda = device.startswith("cuda")
         self.seconds_in_model = 0.0
         self._started = 0.0
-        # `generate` calls these right before and right after the model in every step, compiled or not.
+        # `generate` calls these immediately before and after the model in every step, compiled or not.
         prepare, update = model.prepare_inputs_for_generation, model._update_model_kwargs_for_generation
         self.is_on = False
 
@@ -101,13 +101,13 @@ class Clock:
         model._update_model_kwargs_for_generation = stop_and_update
 
     def now(self) -> float:
-        """Read the clock once the device has nothing left to do."""
+        """Return the time when the device has finished its work."""
         if self.is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def median(self, function: Callable[[], Any], repetitions: int) -> float:
-        """Time a call, after one that is not counted."""
+        """Return the median time of a call, after a first one that is not counted."""
         seconds = []
         for _ in range(repetitions + 1):
             start = self.now()
@@ -116,7 +116,7 @@ class Clock:
         return sorted(seconds[1:])[repetitions // 2]
 
     def in_model(self, answer: Callable[[int], Any], tokens: int) -> float:
-        """Add up the time in the model over one answer, which waits for the device in every step and so is slower."""
+        """Return the time in the model over one answer, in which every step waits for the device."""
         self.seconds_in_model, self.is_on = 0.0, True
         answer(tokens)
         self.is_on = False
@@ -124,8 +124,8 @@ class Clock:
 
 
 @torch.inference_mode()
-def measure(preset: str, weights: str, batches: list[int], modes: list[str], steps: int, device: str, connection):
-    """Send one row per mode and batch size: what was measured, without what follows from it."""
+def measure(preset: str, weights: str, batches: list[int], modes: list[str], steps: int, device: str) -> list[dict]:
+    """Return one row of measured values for each mode and batch size."""
     logging.set_verbosity_error()
     config = make_config(preset)
     model = make_model(config, weights, device)
@@ -138,7 +138,7 @@ def measure(preset: str, weights: str, batches: list[int], modes: list[str], ste
         for batch_size in batches:
             is_compiled = mode == "compiled"
             torch.compiler.reset()
-            # Compiling vision takes minutes, and the time to the first token is asked for one prompt.
+            # Compiling the vision towers takes minutes, so it is done only for the smallest batch.
             compiles_vision = is_compiled and batch_size == min(batches)
             # transformers compiles decoding on accelerators, unless the quantization method rules it out.
             quantizer = getattr(model, "hf_quantizer", None)
@@ -184,11 +184,11 @@ def measure(preset: str, weights: str, batches: list[int], modes: list[str], ste
                     "GB per step": weight_bytes(model) / 1e9,
                 }
             )
-    connection.send(rows)
+    return rows
 
 
 def judge(row: dict, bandwidth: float | None, rate: float | None, flops: tuple[float, float]) -> dict:
-    """Add what follows from the measured figures: tokens per second, the roofline, and what limits."""
+    """Add the values that follow from the measured ones: tokens per second, the roofline, and the limiting factor."""
     vision, prefill, step = row["vision ms"] / 1e3, row["prefill ms"] / 1e3, row["step ms"] / 1e3
     row = {**row, "tokens/s": row["batch"] / step}
     if bandwidth is None or rate is None:

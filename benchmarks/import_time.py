@@ -1,15 +1,16 @@
-"""Time that `import mgllava` takes in addition to torch and transformers, by stage.
+"""Measure the time that `import mgllava` takes in addition to torch and transformers.
 
-`import transformers` alone loads almost nothing: classes are imported when they are first accessed. So there are
-stages, each in fresh interpreters that take turns: the two packages; the Auto classes, which a package must load to
-register its models; a vision-language model of transformers and its processor (what any model of that kind costs); and
-mgllava. Wall clock and processor time, the minimum of all runs.
+`import transformers` alone loads almost nothing: classes are imported when they are first accessed. So several imports
+are compared: the two packages; the Auto classes, which a package must load to register its models; a vision-language
+model of transformers with its processor, the minimum for any such model; and mgllava. Each runs several times in a new
+interpreter, in turns; wall clock and processor time are the minima of all runs.
 """
 
-import argparse
 import subprocess
 import sys
+from typing import Annotated
 
+import typer
 from report import report
 
 PACKAGES = "import torch, transformers"
@@ -32,17 +33,15 @@ print(time.perf_counter() - wall, time.process_time() - processor, len(sys.modul
 
 
 def measure(statements: str) -> list[float]:
-    """Run statements in a new interpreter; seconds of wall clock and processor, and the number of modules."""
+    """Run statements in a new interpreter, and return wall clock and processor seconds and the number of modules."""
     code = MEASURE.format(statements=statements)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return [float(value) for value in done.stdout.split()[-3:]]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=7, help="runs of each stage")
-    repeats = parser.parse_args().repeats
-    measure(STAGES["+ LLaVA + mgllava"])  # compiles what is not compiled yet, and fills the page cache
+def main(repeats: Annotated[int, typer.Option(help="runs of each import")] = 7) -> None:
+    """Measure every import, and print and store the table."""
+    measure(STAGES["+ LLaVA + mgllava"])  # compiles modules to bytecode, and fills the page cache
     runs: dict[str, list[list[float]]] = {stage: [] for stage in STAGES}
     for _ in range(repeats):
         for stage, statements in STAGES.items():
@@ -65,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

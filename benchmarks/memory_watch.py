@@ -1,4 +1,4 @@
-"""Peak memory and time of a part of this process; needs Linux."""
+"""Measure the peak memory and the time of a block of code; needs Linux."""
 
 import threading
 import time
@@ -9,7 +9,7 @@ _INTERVAL = 0.005
 
 
 class MemoryWatch:
-    """A context manager that watches this process.
+    """A context manager that measures this process.
 
     Attributes:
         extra_gb: Peak of the anonymous memory beyond what was in use at the start.
@@ -19,7 +19,7 @@ class MemoryWatch:
     """
 
     def __enter__(self) -> "MemoryWatch":
-        self._before = _memory("RssAnon")
+        self._before = process_memory("RssAnon")
         self._peaks = {"RssAnon": self._before, "RssFile": 0, "VmRSS": 0}
         self._done = threading.Event()
         self._watcher = threading.Thread(target=self._watch)
@@ -37,10 +37,11 @@ class MemoryWatch:
     def _watch(self) -> None:
         while not self._done.wait(_INTERVAL):
             for kind in self._peaks:
-                self._peaks[kind] = max(self._peaks[kind], _memory(kind))
+                self._peaks[kind] = max(self._peaks[kind], process_memory(kind))
 
 
-def _memory(kind: str) -> int:
+def process_memory(kind: str) -> int:
+    """Return a value of the process status (`VmRSS`, `VmHWM`, …), in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(kind):
             return int(line.split()[1]) * 1024

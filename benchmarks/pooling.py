@@ -1,17 +1,19 @@
-"""Box pooling at real size: the separable form of `mgllava` against upsampling, RoI-align and mean.
+"""Compare box pooling at real size: the separable form of `mgllava` with upsampling, RoI-align and mean.
 
-Both run in this one command, on the same maps and boxes, each in a process of its own so that peaks do not mix.
+Both get the same maps and boxes, each in a process of its own.
 Usage: `python benchmarks/pooling.py [--device cuda]`.
 """
 
-import multiprocessing
 import os
 import time
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
+from fresh_process import run_alone
+from memory_watch import process_memory
 from report import report
 from torch.nn import functional as F  # noqa: N812
 from torchvision.ops import roi_align
@@ -19,7 +21,7 @@ from torchvision.ops import roi_align
 from mgllava.modeling.vision_mgllava import pool_boxes
 
 WIDTHS, SIDES, IMAGE_SIZE, POOLED_SIZE = (192, 384, 768, 1536), (192, 96, 48, 24), 768, 56
-# The kernel counts pages per thread and adds them up now and then: what is less than this counts as this much.
+# The kernel updates its page counts with a delay, so smaller differences are reported as this.
 CPU_RESOLUTION = 1_000_000
 
 
@@ -35,12 +37,6 @@ def separable(maps: list[torch.Tensor], boxes: torch.Tensor) -> torch.Tensor:
     return torch.cat(pool_boxes(maps, boxes, IMAGE_SIZE, POOLED_SIZE), dim=-1).flatten(0, 1)
 
 
-def _memory(key: str) -> int:
-    """Read a line of the process status (`VmRSS`, `VmHWM`), in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
 def make_inputs(num_boxes: int, device: str) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Draw the same maps and boxes in every process."""
     generator = torch.Generator().manual_seed(0)
@@ -53,8 +49,8 @@ def make_inputs(num_boxes: int, device: str) -> tuple[list[torch.Tensor], torch.
 
 
 @torch.inference_mode()
-def measure_seconds(method, num_boxes: int, device: str, connection) -> None:
-    """Send the seconds of the best of several runs, and the result."""
+def measure_seconds(method, num_boxes: int, device: str) -> tuple[float, np.ndarray]:
+    """Return the seconds of the fastest of several runs, and the pooled features."""
     maps, boxes = make_inputs(num_boxes, device)
     result = method(maps, boxes)
     seconds = []
@@ -64,40 +60,27 @@ def measure_seconds(method, num_boxes: int, device: str, connection) -> None:
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    connection.send((min(seconds), result.cpu().numpy()))
+    return min(seconds), result.cpu().numpy()
 
 
 @torch.inference_mode()
-def measure_bytes(method, num_boxes: int, device: str, connection) -> None:
-    """Send the extra peak memory of one run."""
+def measure_bytes(method, num_boxes: int, device: str) -> int:
+    """Return the additional peak memory of one run."""
     maps, boxes = make_inputs(num_boxes, device)
-    method([level[:, :8] for level in maps], boxes[:, :1])  # libraries loaded, threads started
+    method([level[:, :8] for level in maps], boxes[:, :1])  # loads libraries and starts threads
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         method(maps, boxes)
-        connection.send(torch.cuda.max_memory_allocated() - before)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
-        before = _memory("VmRSS")
-        method(maps, boxes)
-        connection.send(max(_memory("VmHWM") - before, CPU_RESOLUTION))
-
-
-def run_alone(measure, *args):
-    """Run a measurement in a fresh process."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=measure, args=(*args, sender))
-    process.start()
-    sender.close()
-    result = receiver.recv()
-    process.join()
-    return result
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = process_memory("VmRSS")
+    method(maps, boxes)
+    return max(process_memory("VmHWM") - before, CPU_RESOLUTION)
 
 
 def run_without_heap_reuse(measure, *args):
-    """Run a measurement in a fresh process whose blocks all come from the system, so that the peak counts them."""
+    """Run a measurement in a process that gets every block from the system, so that the peak includes it."""
     os.environ["MALLOC_MMAP_THRESHOLD_"] = os.environ["MALLOC_TRIM_THRESHOLD_"] = "65536"
     try:
         return run_alone(measure, *args)

@@ -1,12 +1,11 @@
-"""Speed of data preparation: images per second and core, from file to batch, compared with what training needs.
+"""Measure data preparation: images per second and core, from file to batch, compared with the speed of training.
 
-That is the `MGLlavaDataCollator` in worker processes, on a `ConversationDataset`: JPEG files decoded, turned into
-squares of 768 px (the 336 px input is made of these on the device, by the model), boxes from Parquet filtered and
-moved along, conversations tokenized, all of it stacked into batches and handed over. Both image processors are
-measured, torchvision's and PIL's, with one worker and with one for each core.
+A run reads a `ConversationDataset` with `MGLlavaDataCollator` in worker processes: they decode JPEG files, resize and
+pad images to 768 px, filter and transform boxes from Parquet, tokenize conversations and build batches. Both backends
+of the image processor are measured, torchvision's and PIL's, with one worker and with one for each core.
 
-What training needs is read from the results of `benchmarks/training.py`, where there are any at real size. A column
-`times lora` of 2 means that workers make twice as many images as that row of training takes from them.
+The speed of training is read from the results of `benchmarks/training.py` at real size, if there are any. 2 in the
+column `times lora` means that the workers prepare twice as many images as that training uses.
 Usage: `python benchmarks/processor.py [--workers 8]`.
 """
 
@@ -16,12 +15,12 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import PIL.Image
 import torch
 import typer
-from pooling import run_alone
+from fresh_process import run_alone
 from report import RESULTS, report
 from torch.utils.data import DataLoader, RandomSampler
 from training_data import make_parts, open_data, start_workers_as_usual, write_data
@@ -31,12 +30,12 @@ from mgllava.training import MGLlavaDataCollator
 
 PHOTO_SIZES, PHOTOS, SAMPLES = ((640, 480), (1920, 1080)), 12, 240
 BACKENDS = ("torchvision", "pil")
-# Small, so that workers finish batches often: a run counts whole ones.
+# Small, because a run counts only complete batches.
 BATCH_SIZE = 4
 
 
 def decoding_seconds(folder: Path) -> float:
-    """Time the decoding alone of an image, on one core."""
+    """Return the seconds that decoding alone takes for an image, on one core."""
     files = [path.read_bytes() for path in sorted(folder.iterdir())]
     start = time.perf_counter()
     for content in files:
@@ -44,8 +43,8 @@ def decoding_seconds(folder: Path) -> float:
     return (time.perf_counter() - start) / len(files)
 
 
-def measure(folder: Path, backend: str, workers: list[int], seconds: float, connection: Any) -> None:
-    """Send seconds of decoding, tokens per sample, and images per second with each number of workers."""
+def measure(folder: Path, backend: str, workers: list[int], seconds: float) -> tuple[float, list[float]]:
+    """Return the seconds of decoding an image, and the images per second with each number of workers."""
     start_workers_as_usual()
     torch.set_num_threads(1)
     _, processor = make_parts("7b", "vicuna")
@@ -59,7 +58,7 @@ def measure(folder: Path, backend: str, workers: list[int], seconds: float, conn
         sampler = RandomSampler(data, replacement=True, num_samples=10**9, generator=torch.Generator().manual_seed(0))
         loader = DataLoader(data, BATCH_SIZE, sampler=sampler, collate_fn=collator, num_workers=count)
         batches = iter(loader)
-        # Until each has started and none has a lead.
+        # Wait until all workers have started and used up their lead.
         for _ in range(4 * count):
             next(batches)
         start, images = time.perf_counter(), 0
@@ -67,11 +66,11 @@ def measure(folder: Path, backend: str, workers: list[int], seconds: float, conn
             images += len(next(batches)["num_boxes"])
         speeds.append(images / (time.perf_counter() - start))
         del batches
-    connection.send((decoding_seconds(folder / "images"), speeds))
+    return decoding_seconds(folder / "images"), speeds
 
 
 def needs() -> dict[str, float]:
-    """Read how many images a second each row of `benchmarks/training.py` takes at real size, of all GPUs the most."""
+    """Return the images per second of each row of `benchmarks/training.py` at real size, on the fastest GPU."""
     found: dict[str, float] = {}
     for path in sorted(RESULTS.glob("training_*.json")):
         for row in json.loads(path.read_text())["rows"]:

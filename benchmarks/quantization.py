@@ -1,7 +1,7 @@
-"""Accuracy and memory of quantized small models: logits and next tokens compared with float32.
+"""Measure accuracy and memory of quantized small models: logits and next tokens compared with float32.
 
-Every model is loaded in each form from the same folder: as it is stored, with the default list of modules that stay in
-half precision, and with every possible module quantized. All are given the float32 model's answers.
+Every model is loaded from the same folder in float32 and bfloat16, and quantized in two ways: with the modules that
+stay in half precision by default, and with all modules quantized. All get the answers of the float32 model as input.
 Usage: `python benchmarks/quantization.py`.
 """
 
@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 import typer
+from golden_model import GOLDEN, convert_golden
 from report import report
 from transformers import CONFIG_MAPPING, AutoModel, AutoProcessor, BitsAndBytesConfig
 
 from mgllava import MGLlavaConfig, MGLlavaForConditionalGeneration, quantization_config
-from mgllava.conversion import convert_checkpoint
 
-GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
 FAMILIES = ("llama", "phi3", "qwen2", "mistral")
 ANSWER = 16
 FORMS: dict[str, dict[str, Any]] = {
@@ -41,15 +40,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 def save_shipped(folder: Path) -> dict[str, torch.Tensor]:
     """Convert the small checkpoint of the tests, and return prompts about its images."""
-    convert_checkpoint(
-        checkpoint=GOLDEN / "xtuner" / "iter_10.pth",
-        llm=GOLDEN / "llm",
-        vision_tower=GOLDEN / "clip",
-        high_res_tower=GOLDEN / "convnext",
-        prompt_template="vicuna",
-        output=folder,
-    )
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(convert_golden(folder))
     images = sorted((GOLDEN / "images").glob("*.png"))[:2]
     texts = ["USER: <image>\nWhat is on the table? ASSISTANT:"] * len(images)
     boxes = [[[2 * i, i, 60 + i, 50 + 3 * i] for i in range(1, 6)]] * len(images)
@@ -71,7 +62,7 @@ def save_random(family: str, folder: Path) -> dict[str, torch.Tensor]:
     )
     model = MGLlavaForConditionalGeneration(config)
     for parameter in model.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)  # also what starts at zero
+        parameter.data += 0.05 * torch.randn_like(parameter)  # so that none is zero
     model.save_pretrained(folder)
     text = torch.randint(3, 500, (2, 24))
     input_ids = torch.cat([text[:, :4], torch.full((2, 9 + 5), 500), text[:, 4:]], dim=1)
@@ -117,7 +108,7 @@ def compare(name: str, folder: Path, inputs: dict[str, torch.Tensor]) -> list[di
 
 def main() -> None:
     """Compare all forms of the shipped checkpoint and of one random model per family."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it has a line for every cast of every layer
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs every cast of every layer
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         shipped = Path(temporary) / "shipped"

@@ -10,9 +10,9 @@ _BLOCK = 1 << 24
 
 
 def save_random(path: Path, shapes: Mapping[str, Sequence[int]], scale: float = 1.0, **rest: Any) -> None:
-    """Write a `.pth` file with random bfloat16 tensors of these shapes under `state_dict`, with little memory.
+    """Write a `.pth` file with random bfloat16 tensors of these shapes under `state_dict`, using little memory.
 
-    Values repeat after 2**24. `rest` is saved next to them; its `state_dict` is added to the tensors.
+    Values repeat after 2**24. `rest` is saved as well; its `state_dict` is merged with the random tensors.
     """
     numels = [torch.Size(shape).numel() for shape in shapes.values()]
     raw = path.with_suffix(".raw")
@@ -20,7 +20,7 @@ def save_random(path: Path, shapes: Mapping[str, Sequence[int]], scale: float = 
     with raw.open("wb") as file:
         for _ in range(-(-sum(numels) // _BLOCK)):
             file.write(block)
-    # Mapped from the disk. Each tensor owns its part of the storage.
+    # The file is mapped into memory. Each tensor has its own part of the storage, so that only that part is saved.
     storage = torch.UntypedStorage.from_file(str(raw), shared=True, nbytes=raw.stat().st_size)
     state, start = {}, 0
     for (name, shape), numel in zip(shapes.items(), numels, strict=True):

@@ -1,4 +1,4 @@
-"""Models with random weights at real size, drawn on the device: no copy goes through the memory of the CPU."""
+"""Models with random weights at real size, created on the device without a copy in the memory of the CPU."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ def make_config(preset: str, **options: Any) -> MGLlavaConfig:
 
 
 def make_model(config: MGLlavaConfig, weights: str, device: str) -> MGLlavaForConditionalGeneration:
-    """Draw bf16 weights on the device and load them as a user would load a repository, quantizing as they arrive."""
+    """Create bfloat16 weights on the device; if they are to be quantized, load them with `from_pretrained`."""
     if weights == "bf16":
         return _draw(config, device, torch.bfloat16)
     method, bits = weights.split("-")
@@ -43,18 +43,13 @@ def make_model(config: MGLlavaConfig, weights: str, device: str) -> MGLlavaForCo
         from transformers import TorchAoConfig
 
         quantization = TorchAoConfig(Int8WeightOnlyConfig())
-    return _load(
-        MGLlavaForConditionalGeneration.from_pretrained,
-        config,
-        device,
-        torch.bfloat16,
-        quantization_config=quantization,
-    )
+    load = MGLlavaForConditionalGeneration.from_pretrained
+    return _load(load, config, device, torch.bfloat16, quantization_config=quantization)
 
 
 @contextmanager
 def random_weights(config: MGLlavaConfig, device: str) -> Iterator[None]:
-    """Let `from_pretrained` draw the weights of a configuration on a device, whatever it is asked to load."""
+    """Make `from_pretrained` create random weights for a configuration on a device, instead of reading a folder."""
     original = MGLlavaForConditionalGeneration.from_pretrained
 
     def load(name: str, *, dtype: torch.dtype, **options: Any) -> MGLlavaForConditionalGeneration:
@@ -76,11 +71,5 @@ def _load(
     from_pretrained: Callable[..., Any], config: MGLlavaConfig, device: str, dtype: torch.dtype, **options: Any
 ) -> MGLlavaForConditionalGeneration:
     model = _draw(config, device, dtype)
-    return from_pretrained(
-        None,
-        config=model.config,
-        state_dict=model.state_dict(),
-        dtype=dtype,
-        device_map={"": device},
-        **options,
-    )
+    weights = {"config": model.config, "state_dict": model.state_dict(), "dtype": dtype}
+    return from_pretrained(None, **weights, device_map={"": device}, **options)

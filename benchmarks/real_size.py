@@ -1,25 +1,25 @@
-"""MG-LLaVA-Vicuna-7B at real size on a CPU, with random weights: conversion, loading and prefill.
+"""Measure MG-LLaVA-Vicuna-7B at real size on a CPU, with random weights: conversion, loading and prefill.
 
     python benchmarks/real_size.py [--layers 32] [--directory DIR]
 
-The prefill is compared with that of transformers' LLaVA with the same language model, whose weights both share. Takes
-two to three times the size of the checkpoint on the disk (cleaned up), and memory for one bfloat16 model and its CLIP.
-Every step runs in a process of its own. `--layers 2` tries the script out.
+The prefill is compared with that of transformers' LLaVA; both share the weights of the language model. Needs disk
+space for two to three checkpoints (freed at the end), and memory for one bfloat16 model and its CLIP. Every step runs
+in a process of its own. `--layers 2` tries the script out.
 """
 
-import argparse
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import timm
 import torch
+import typer
+from fresh_process import run_alone
+from golden_model import GOLDEN
 from memory_watch import MemoryWatch
 from random_checkpoints import save_random
 from random_models import make_config
@@ -31,7 +31,6 @@ from mgllava import MGLlavaForConditionalGeneration
 from mgllava.conversion import convert_checkpoint
 from mgllava.conversion.xtuner.key_mapping import to_xtuner
 
-GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 ROWS, TEXT_TOKENS, BOXES, SCALE, REPEATS = 32001, 100, 10, 0.02, 2
 
 
@@ -51,7 +50,7 @@ def write_sources(directory: Path, layers: int) -> None:
     (directory / "llm" / "config.json").write_text(json.dumps(sizes))
 
     published = config.vision_config
-    published.num_hidden_layers += 1  # the converter takes the last layer off
+    published.num_hidden_layers += 1  # the converter drops the last layer
     CLIPVisionModel._from_config(published, dtype=torch.bfloat16).save_pretrained(directory / "clip")
     shutil.copy(GOLDEN / "clip" / "preprocessor_config.json", directory / "clip")
 
@@ -120,7 +119,7 @@ def prefill(directory: Path) -> dict[str, Any]:
     theirs = prompt(config.image_seq_length) | {
         "pixel_values": torch.randn(1, 3, low_res_size, low_res_size, dtype=torch.bfloat16)
     }
-    # In turns, so that both meet the machine in the same state. Weights are read from the disk by the first run.
+    # In turns, so that changes of the machine's load affect both. The first run reads the weights from the disk.
     times = []
     for _ in range(REPEATS):
         with MemoryWatch() as running:
@@ -144,27 +143,17 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-STEPS = {"convert": convert, "prefill": prefill}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--layers", type=int, default=32, help="layers of the language model; 32 is the real size")
-    parser.add_argument("--directory", type=Path, help="where to put about 45 GB for a while; default: temporary")
-    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.step:
-        print(json.dumps(STEPS[arguments.step](arguments.directory)))
-        return
-    row: dict[str, Any] = {"layers": arguments.layers}
-    with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="mgllava-real-size-") as name:
-        write_sources(Path(name), arguments.layers)
-        for step in STEPS:
-            command = [sys.executable, __file__, "--step", step, "--directory", name]
-            finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            row |= json.loads(finished.stdout.splitlines()[-1])
+def main(
+    layers: Annotated[int, typer.Option(help="layers of the language model; 32 is the real size")] = 32,
+    directory: Annotated[Path | None, typer.Option(help="folder for about 45 GB; by default a temporary one")] = None,
+) -> None:
+    """Run both steps, and print and store the table."""
+    with tempfile.TemporaryDirectory(dir=directory, prefix="mgllava-real-size-") as name:
+        folder = Path(name)
+        write_sources(folder, layers)
+        row = {"layers": layers, **run_alone(convert, folder), **run_alone(prefill, folder)}
     report("real_size", "A 7B model at real size on this CPU", [row])
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

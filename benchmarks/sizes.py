@@ -1,8 +1,8 @@
-"""Disk and memory that the published models need, computed from their configurations: nothing is downloaded or run.
+"""Compute the disk space and memory of the published models from their configurations, without running them.
 
     python benchmarks/sizes.py
 
-Weights only. A prompt needs its KV cache in addition, and generation its activations.
+The figures are for weights only; a prompt also needs memory for its KV cache, and generation for activations.
 """
 
 from math import ceil

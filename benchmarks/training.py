@@ -1,20 +1,18 @@
-"""Speed, use of the hardware and memory of training at real size: stage 2 of the recipes on random weights.
+"""Measure speed, hardware utilization and memory of training at real size: stage 2 of the recipes on random weights.
 
-LoRA and QLoRA of the 7B model, and all of the 3.8B one (Phi-3-mini) but its towers. Each uses the package's recipe:
-batches, optimizer, gradient checkpointing and workers are those of `mgllava train`, and can be changed in the same
-way. Only the weights are drawn on the device, and the photographs are drawn too. The first step is not counted.
+Rows: LoRA and QLoRA of the 7B model, and full training of the 3.8B model (Phi-3-mini) except its towers. Each row uses
+the package's recipe: batches, optimizer, gradient checkpointing and workers are those of `mgllava train`, and can be
+changed in the same way. Only the weights and the photographs are random. The first step is not counted.
 
-- tokens/s: of text, image and boxes; padding does not count.
-- MFU, model FLOP utilization: FLOP that the counted samples need / seconds / dense bf16 rate of the data sheet. FLOP
-  are those of matrix products and convolutions in one forward pass and in the backward pass to everything that is
-  trained, counted by `torch.utils.flop_counter` on meta tensors, 2 per multiply-add. The forward pass of the frozen
-  towers counts, and so do the gradients that only pass through frozen layers; those of frozen weights themselves are
-  not needed and do not count. Neither do recomputation (gradient checkpointing), padding, dequantization or the
-  optimizer. Attention counts as if no position were masked.
-- waiting for data: share of the time in which the device has nothing to do because batches are not there yet, or are
-  being copied to it.
+- tokens/s: tokens of text, image and boxes, without padding.
+- MFU, model FLOP utilization: FLOP of the counted samples / seconds / dense bf16 rate of the data sheet. FLOP are
+  those of matrix products and convolutions in one forward pass and in the backward pass to all trained parameters,
+  counted by `torch.utils.flop_counter` on meta tensors, 2 per multiply-add. The forward pass of the frozen towers
+  counts, and so do gradients that pass through frozen layers. Gradients of frozen weights, recomputation (gradient
+  checkpointing), padding, dequantization and the optimizer do not. Attention counts as if no position were masked.
+- waiting for data: share of the time in which the device is idle because a batch is not ready or is being copied.
 
-Usage: `python benchmarks/training.py` on a GPU, or `--row lora` for one of them; without a GPU it runs small shapes.
+Usage: `python benchmarks/training.py` on a GPU, or `--row lora` for one row; without a GPU it runs small shapes.
 """
 
 import dataclasses
@@ -28,8 +26,8 @@ from unittest import mock
 
 import torch
 import typer
+from fresh_process import run_alone
 from generation import DEVICES
-from pooling import run_alone
 from random_models import random_weights
 from report import report
 from torch.utils.flop_counter import FlopCounterMode
@@ -51,12 +49,11 @@ ROWS: dict[str, tuple[list[str], str, dict[str, str]]] = {
     "full": (["stage_2_phi3_mini.yaml"], "phi3", {"real": "3.8b", "tiny": "tiny phi3"}),
 }
 TINY_CHANGES = ["global_batch_size=4", "training.per_device_train_batch_size=2", "training.dataloader_num_workers=1"]
-# Nothing is kept, and nobody watches.
 CHANGES = ["training.save_strategy=no", "training.disable_tqdm=true", "training.num_train_epochs=1"]
 
 
 class Stopwatch(TrainerCallback):
-    """Times whole steps of the optimizer after the first, notes what was in them, and ends the training in time."""
+    """Measures all optimizer steps after the first, records their contents, and stops training at the time limit."""
 
     def __init__(self, seconds: float, is_cuda: bool):
         self.limit, self.is_cuda = seconds, is_cuda
@@ -66,18 +63,18 @@ class Stopwatch(TrainerCallback):
         self._started: float | None = None
 
     def now(self) -> float:
-        """Read the clock once the device has nothing left to do."""
+        """Return the time when the device has finished its work."""
         if self.is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Forget the memory that loading took."""
+        """Reset the peak memory, which loading has raised."""
         if self.is_cuda:
             torch.cuda.reset_peak_memory_stats()
 
-    def note(self, batches: list[dict[str, Any]], waited: float) -> None:
-        """Note the batches of the next step."""
+    def record(self, batches: list[dict[str, Any]], waited: float) -> None:
+        """Record the batches of the next step."""
         if self._started is not None:
             self.waited += waited
             for batch in batches:
@@ -86,7 +83,7 @@ class Stopwatch(TrainerCallback):
                 self.boxes += batch["num_boxes"].tolist()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start after the first step; later ones count."""
+        """Start the clock after the first step, and count all later steps."""
         now = self.now()
         if self._started is None:
             self._started = now
@@ -96,36 +93,30 @@ class Stopwatch(TrainerCallback):
 
 
 class TimedTrainer(MGLlavaTrainer):
-    """The trainer, with a clock where it takes the batches of a step."""
+    """The trainer, with a clock around the loading of batches."""
 
     def __init__(self, *args: Any, stopwatch: Stopwatch, **kwargs: Any):
         super().__init__(*args, callbacks=[stopwatch], **kwargs)
         self.stopwatch = stopwatch
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Take the batches of a step, which are on the device then."""
+        """Load the batches of a step onto the device."""
         start = self.stopwatch.now()
         batches, count = super().get_batch_samples(*args, **kwargs)
-        self.stopwatch.note(batches, self.stopwatch.now() - start)
+        self.stopwatch.record(batches, self.stopwatch.now() - start)
         return batches, count
 
 
 def count_flops(recipe: Recipe, args: Any, config: MGLlavaConfig) -> tuple[list[float], list[float]]:
-    """Count the FLOP of training on one image and on one text: polynomials in the number of boxes and of tokens.
+    """Count the FLOP of training on one image and on one text, as polynomials in the numbers of boxes and tokens.
 
-    Args:
-        recipe (`Recipe`): Says what is trained.
-        args (`TrainingArguments`): Its arguments.
-        config (`MGLlavaConfig`): The model.
-
-    Returns:
-        `tuple`: Coefficients of an image (1, boxes) and of a text (tokens, tokens squared).
+    The result has the coefficients of an image (1, boxes) and of a text (tokens, tokens squared).
     """
-    # 4 bits have the products of 16.
+    # A 4-bit model has the same matrix products as one in 16 bits.
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, bits=None))
     with random_weights(config, "meta"):
         trained = load_model(recipe, "random weights", args, FAMILIES["mgllava"])
-    # Not in training mode, where a text alone has an empty image.
+    # Not in training mode, in which text alone runs the towers on a dummy image.
     trained.to(torch.bfloat16).eval()
     model = trained.get_base_model() if recipe.lora is not None else trained
     side, width = config.high_res_vision_config.image_size, config.text_config.hidden_size
@@ -139,11 +130,10 @@ def count_flops(recipe: Recipe, args: Any, config: MGLlavaConfig) -> tuple[list[
         return counter.get_total_flops()
 
     def text(length: int) -> float:
-        # Gradients go on to the images.
+        # With gradients, which flow on to the image tokens.
         embeds = torch.empty(1, length, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
-        # A finished mask: making one looks at values.
+        # Creating a mask and checking for placeholders would read values, which meta tensors do not have.
         mask = torch.empty(1, 1, length, length, dtype=torch.bfloat16, device="meta")
-        # The check for placeholders reads values, which the meta device does not have.
         unchecked = mock.patch.object(model.model, "_check_no_placeholders")
         with unchecked, FlopCounterMode(display=False) as counter:
             model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits.sum().backward()
@@ -157,9 +147,9 @@ def count_flops(recipe: Recipe, args: Any, config: MGLlavaConfig) -> tuple[list[
 
 
 def measure(
-    row: str, size: str, device: str, changes: list[str], steps: int, seconds: float, folder: Path, connection: Any
-) -> None:
-    """Send what was measured in one training."""
+    row: str, size: str, device: str, changes: list[str], steps: int, seconds: float, folder: Path
+) -> dict[str, Any]:
+    """Run one training, and return its row of the table."""
     start_workers_as_usual()
     recipes, template, shapes = ROWS[row]
     shape = shapes[size]
@@ -168,7 +158,7 @@ def measure(
     recipe = load_recipe(*recipes, *small, *CHANGES, *where, *changes)
     args = training_arguments(recipe)
     config, processor = make_parts(shape, template)
-    # An epoch, so that all lengths have their share whatever the order.
+    # The data is one epoch, so that all lengths occur in any order of samples.
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     data_folder = folder / f"data-{(1 + steps) * per_step}"
     if not data_folder.exists():
@@ -188,28 +178,26 @@ def measure(
     )
     trainer.train()
     if not stopwatch.steps:
-        raise RuntimeError("No step was counted: `--steps` must be at least 1, and only the first was run.")
+        raise RuntimeError("No step was counted, because only the first one was run. Increase `--steps`.")
     tokens, images, took = sum(stopwatch.lengths), len(stopwatch.boxes), stopwatch.seconds
     flop = sum(of_text[0] * length + of_text[1] * length**2 for length in stopwatch.lengths)
     flop += sum(of_image[0] + of_image[1] * boxes for boxes in stopwatch.boxes)
-    connection.send(
-        {
-            "row": row,
-            "shape": shape,
-            "trained M": sum(count for _, count, _, _ in trained_parameters(model)) / 1e6,
-            "batch": f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps}",
-            "steps": stopwatch.steps,
-            "s/step": took / stopwatch.steps,
-            "tokens/sample": tokens / len(stopwatch.lengths),
-            "boxes/image": sum(stopwatch.boxes) / images,
-            "padding": 1 - tokens / stopwatch.padded,
-            "tokens/s": tokens / took,
-            "images/s": images / took,
-            "TFLOP/s": flop / took / 1e12,
-            "peak GB": torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None,
-            "waiting for data": stopwatch.waited / took,
-        }
-    )
+    return {
+        "row": row,
+        "shape": shape,
+        "trained M": sum(count for _, count, _, _ in trained_parameters(model)) / 1e6,
+        "batch": f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps}",
+        "steps": stopwatch.steps,
+        "s/step": took / stopwatch.steps,
+        "tokens/sample": tokens / len(stopwatch.lengths),
+        "boxes/image": sum(stopwatch.boxes) / images,
+        "padding": 1 - tokens / stopwatch.padded,
+        "tokens/s": tokens / took,
+        "images/s": images / took,
+        "TFLOP/s": flop / took / 1e12,
+        "peak GB": torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None,
+        "waiting for data": stopwatch.waited / took,
+    }
 
 
 def main(
@@ -222,7 +210,7 @@ def main(
         Literal["auto", "real", "tiny"], typer.Option(help="shapes; auto: real on a GPU, tiny on a CPU")
     ] = "auto",
     steps: Annotated[int, typer.Option(min=1, help="steps of the optimizer to measure")] = 6,
-    seconds: Annotated[float, typer.Option(help="measure no further step of a row after so many seconds")] = 120,
+    seconds: Annotated[float, typer.Option(help="stop a row after this number of seconds")] = 120,
     rate: Annotated[float | None, typer.Option(help="dense bf16 TFLOP/s; by default from the data sheet")] = None,
 ) -> None:
     """Train each row in a process of its own, and print and store the table."""
@@ -236,7 +224,6 @@ def main(
     known = next((key for key in DEVICES if key in name), None)
     rate = rate or (DEVICES[known][1] if known else None)
     os.environ.setdefault("COLUMNS", "240")  # more columns than a terminal has
-    # Several GPUs are another benchmark.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -248,7 +235,7 @@ def main(
                 print(json.dumps(measured), flush=True)
                 rows.append(measured)
         finally:
-            # What was measured is worth keeping when a later row fails.
+            # If a row fails, the earlier ones are still reported.
             if rows:
                 label = (known or name).lower().replace(" ", "_")
                 parts = ["training", *(["tiny"] if size == "tiny" else []), label]

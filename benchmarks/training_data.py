@@ -1,8 +1,8 @@
 """Data of the training benchmarks: generated photographs as JPEG, conversations as LLaVA's JSON, boxes as Parquet.
 
-The photographs are noise that is about as strong in every octave, weaker in the finest, as in those of a camera: so
-that their files are about as large, and take as long to decode. Their size is reported. The small tokenizer in
-`tests/golden` makes more tokens of a word than that of a real language model.
+The photographs are noise of about equal strength in every octave but the finest, like those of a camera: their files
+have about the same size and decoding time. The size is reported. The small tokenizer in `tests/golden` makes more
+tokens of a word than the tokenizer of a real language model.
 """
 
 import json
@@ -25,30 +25,15 @@ from mgllava.training import ConversationDataset, open_source
 TOKENIZER = Path(__file__).parents[1] / "tests" / "golden" / "llm"
 QUALITY = 90
 MAX_TURNS, QUESTION_WORDS, ANSWER_WORDS, MAX_BOXES = 4, (5, 15), (3, 40), 25
-NOUNS = ("cup", "spoon", "table", "window", "person", "dog", "street")
-WORDS = (
-    *NOUNS,
-    "the",
-    "a",
-    "three",
-    "red",
-    "green",
-    "small",
-    "is",
-    "are",
-    "lies",
-    "beside",
-    "behind",
-    "under",
-    "left",
-)
+WORDS = ["cup", "spoon", "table", "window", "person", "dog", "street", "the", "a", "three"]
+WORDS += ["red", "green", "small", "is", "are", "lies", "beside", "behind", "under", "left"]
 LABELS = ("person", "cup", "table", "dog", "bicycle", "tree", "sign", "window", "chair", "bottle", "car", "book")
 # Standard deviations, in 8-bit levels.
 _CONTRAST, _COLOR, _FINEST = 22, 10, 6
 
 
 def draw_photo(size: tuple[int, int], generator: np.random.Generator) -> Image.Image:
-    """Draw noise of all octaves; colors have none of the finer ones, as the eye and cameras have it."""
+    """Draw noise of all octaves; the finer ones have no color, as in photographs."""
     width, height = size
     pixels = np.full((height, width, 3), 118, dtype=np.float32)
 
@@ -68,16 +53,9 @@ def draw_photo(size: tuple[int, int], generator: np.random.Generator) -> Image.I
 
 
 def write_data(folder: Path, sizes: Sequence[tuple[int, int]], num_photos: int, num_samples: int) -> float:
-    """Write `samples.json`, `images/` and `boxes.parquet`; samples share photographs, with boxes of their own.
+    """Write `samples.json`, `images/` and `boxes.parquet`, and return the mean size of an image file in bytes.
 
-    Args:
-        folder (`Path`): Where to.
-        sizes (`Sequence[tuple[int, int]]`): Width and height of photographs in pixels, taken in turn.
-        num_photos (`int`): Files.
-        num_samples (`int`): Conversations, all with an image.
-
-    Returns:
-        `float`: Mean size of a file in bytes.
+    Photographs have the `sizes` (width, height) in turn. Samples share photographs, but each has its own boxes.
     """
     generator = np.random.default_rng(0)
     images = folder / "images"
@@ -117,22 +95,21 @@ def write_data(folder: Path, sizes: Sequence[tuple[int, int]], num_photos: int, 
 
 
 def start_workers_as_usual() -> None:
-    """Forget, in a process that was spawned for a measurement, that its own children are to be spawned too.
+    """Reset the start method in a spawned process, so that it starts DataLoader workers like `mgllava train` does.
 
-    A command's workers are forked on Linux (Python up to 3.13); spawned ones would first import everything again.
+    On Linux they are forked (Python up to 3.13); spawned ones would import everything again.
     """
     multiprocessing.set_start_method(None, force=True)
 
 
 def open_data(folder: Path, processor: MGLlavaProcessor) -> ConversationDataset:
-    """Open what [`write_data`] has written, as a training does."""
-    return ConversationDataset(
-        [open_source(folder / "samples.json", folder / "images", folder / "boxes.parquet")], processor
-    )
+    """Open the data of [`write_data`] like `mgllava train` does."""
+    source = open_source(folder / "samples.json", folder / "images", folder / "boxes.parquet")
+    return ConversationDataset([source], processor)
 
 
 def make_parts(preset: str, prompt_template: str) -> tuple[MGLlavaConfig, MGLlavaProcessor]:
-    """Make the configuration of a model whose placeholder is the tokenizer's, and its processor."""
+    """Return the configuration and the processor of a model."""
     tokenizer = load_tokenizer(TOKENIZER)
     config = make_config(preset, image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
     return config, make_processor(config, tokenizer, {}, prompt_template)
