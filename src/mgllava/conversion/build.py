@@ -223,6 +223,7 @@ def _load_clip(name: str | os.PathLike[str], **options: Any) -> Any:
     tower = _load(CLIPVisionModel, "vision_tower", name, **options)
     del tower.encoder.layers[-1]
     tower.config.num_hidden_layers -= 1
+    tower.config.name_or_path = ""
     tower.post_layernorm = nn.Identity()
     return tower
 

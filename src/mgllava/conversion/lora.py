@@ -6,6 +6,7 @@ import torch
 
 from mgllava.model_files.errors import ConversionError
 from mgllava.model_files.lazy_tensor import LazyTensor
+from mgllava.model_files.tensor_matching import FLOAT_DTYPES
 
 
 def is_positive_number(value: object) -> bool:
@@ -27,7 +28,7 @@ def scaling_of(alpha: float, rank: int, use_rslora: bool) -> float:
 
 
 def merge_lora(base: LazyTensor, low_a: LazyTensor, low_b: LazyTensor, scaling: float) -> LazyTensor:
-    """Return `W + scaling * B @ A`, computed in float32 and cast to the dtype of `W`.
+    """Return `W + scaling * B @ A`, in float32, so that it is rounded once, to the dtype of the model.
 
     `W` has shape `(out, in)`, `A` has shape `(rank, in)`, `B` has shape `(out, rank)`.
     """
@@ -42,11 +43,14 @@ def merge_lora(base: LazyTensor, low_a: LazyTensor, low_b: LazyTensor, scaling: 
             f"{base.origin} of shape {base.shape}. Is `llm` the model that the adapter was trained on?"
         )
 
+    # The dtype of packed weights is refused later.
+    dtype = torch.float32 if base.dtype in FLOAT_DTYPES else base.dtype
+
     def load() -> torch.Tensor:
         update = low_b.load().float() @ low_a.load().float()
-        return base.load().float().add(update, alpha=scaling).to(base.dtype)
+        return base.load().float().add(update, alpha=scaling)
 
-    return LazyTensor(base.shape, base.dtype, f"{base.origin} + {scaling:g} * LoRA of {low_a.origin}", load)
+    return LazyTensor(base.shape, dtype, f"{base.origin} + {scaling:g} * LoRA of {low_a.origin}", load)
 
 
 __all__ = ["check_lora_alpha", "is_positive_number", "merge_lora", "scaling_of"]

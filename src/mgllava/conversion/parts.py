@@ -103,6 +103,7 @@ def stored_vision_config(published: PreTrainedConfig) -> PreTrainedConfig:
     """Return a CLIP config without the last layer, which the model does not use."""
     stored = copy.deepcopy(published)
     stored.num_hidden_layers -= 1
+    stored.name_or_path = ""  # a path of this machine
     return stored
 
 

@@ -39,7 +39,7 @@ _OWN_NAMES = re.compile(
 )
 # Only an export writes these, so only in an unfinished folder they are surely its own.
 _OWN_NAMES_IN_STAGING = re.compile(
-    rf"{_OWN_NAMES.pattern}|box_detector|additional_chat_templates|README\.md|\.gitattributes"
+    rf"{_OWN_NAMES.pattern}|box_detector|vision_tower|additional_chat_templates|README\.md|\.gitattributes"
 )
 
 

@@ -75,7 +75,7 @@ class Adapter:
         if not isinstance(targets, list) or chosen:
             return
         endings = tuple(f".{target}.weight" for target in targets)
-        lost = [name for name in base if name.endswith(endings) and name not in self.factors | self.whole]
+        lost = [name for name in base if f".{name}".endswith(endings) and name not in self.factors | self.whole]
         if lost:
             raise ConversionError(
                 f"{self.files[0]} lacks the updates of {len(lost)} of the modules that `target_modules` in "

@@ -1,10 +1,13 @@
 """From the `config.json` of a SliME checkpoint to a `SlimeConfig`, and back."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from transformers import LlamaConfig, PreTrainedConfig
 
 from mgllava.conversion.parts import stored_vision_config
@@ -13,6 +16,8 @@ from mgllava.model_files.sources import check_sizes
 from mgllava.model_files.vocabulary import Vocabulary
 from mgllava.modeling import SlimeConfig
 
+ORIGINAL_TYPE = "llava_llama"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Fields of which other values need code that no published model uses: what the original takes them to be if they are
 # absent, and the values that are converted.
 _FIXED: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
@@ -31,6 +36,29 @@ _TILED, _OTHER_VIEWS = "anyres", ("pad", "pad_then_devide", "any_res")
 _NUMBERS = ("mm_resampler_topp", "mm_resampler_temp")
 _MOST = 1e9
 _BRANCHES = ("use_global_only", "use_local_only")
+# What the original's training writes next to all else, for models that no checkpoint was converted to.
+_CONSTANTS: Mapping[str, Any] = {
+    "architectures": ["LlavaLlamaForCausalLM"],
+    "image_aspect_ratio": _TILED,
+    "image_grid_pinpoints": [
+        [672, 672],
+        [336, 672],
+        [672, 336],
+        [336, 1008],
+        [1008, 336],
+        [336, 1344],
+        [1344, 336],
+    ],
+    "mm_projector_type": "gated",
+    "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False,
+    "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2,
+    "model_type": ORIGINAL_TYPE,
+    "tokenizer_model_max_length": 2048,
+    "tokenizer_padding_side": "right",
+    "use_mm_proj": True,
+}
 # Fields that are read elsewhere.
 _OTHERS = (
     *("model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path"),
@@ -48,7 +76,7 @@ _TEXT = tuple(
 
 def is_slime(original: Mapping[str, Any]) -> bool:
     """Tell the configuration of SliME from that of LLaVA, which has the same model type."""
-    if original.get("model_type") != "llava_llama":
+    if original.get("model_type") != ORIGINAL_TYPE:
         return False
     is_gated = original.get("mm_projector_type") == "gated"
     return is_gated or "mm_resampler_type" in original or "mm_learnable_gated" in original
@@ -154,10 +182,53 @@ def build_config(
         raise ConversionError(f"`checkpoint`: its config.json does not describe a SliME model ({reason}).") from error
 
 
+def _text_fields(config: Any) -> dict[str, Any]:
+    """Return the fields of a language model by the original's names."""
+    rope = dict(config.rope_parameters)
+    theta, kind = rope.pop("rope_theta", None), rope.get("rope_type", "default")
+    values = {name: getattr(config, name) for name in _TEXT}
+    return values | {"rope_theta": theta, "rope_scaling": None if kind == "default" else rope}
+
+
+def _slime_fields(config: Any, converted: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the other fields by the original's names, from a configuration or from what it is converted to."""
+    queries = config.num_local_queries
+    separator = config.separator_token_id if converted is None else converted.get("seperator")
+    return {
+        "mm_resampler_type": "identity" if queries is None else "cosine",
+        **({} if queries is None else {"mm_resampler_dim": queries}),
+        "mm_resampler_topp": getattr(config, "router_top_p", SlimeConfig.router_top_p),
+        "mm_resampler_temp": getattr(config, "router_temperature", SlimeConfig.router_temperature),
+        "mm_patch_merge_type": config.local_order,
+        "mm_learnable_gated": -1 if config.forced_expert is None else config.forced_expert,
+        **{name: name == f"use_{config.branch}_only" for name in _BRANCHES},
+        "seperator": separator,
+    }
+
+
+def original_config(
+    config: SlimeConfig, converted: Mapping[str, Any], rows: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return the original's configuration of a model: the converted one, with what is different by now."""
+    text, slime = _text_fields(config.text_config), _slime_fields(config)
+    old: dict[str, Any] = {}
+    if converted:
+        check_original(converted)
+        old_text = read_text_config(converted, Path("the report of the conversion"))
+        old = _text_fields(old_text) | _slime_fields(SimpleNamespace(**slime_arguments(converted)), converted)
+    new = {**text, **slime, "vocab_size": rows, "mm_hidden_size": config.vision_config.hidden_size}
+    changed = {name: value for name, value in new.items() if name not in old or old[name] != value}
+    dtype_name = str(dtype).removeprefix("torch.")
+    return {**(converted or _CONSTANTS), **changed, "torch_dtype": dtype_name}
+
+
 __all__ = [
+    "HUB_ID",
+    "ORIGINAL_TYPE",
     "build_config",
     "check_original",
     "is_slime",
+    "original_config",
     "read_text_config",
     "slime_arguments",
     "tiles_images",

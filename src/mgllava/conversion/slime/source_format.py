@@ -41,6 +41,7 @@ from mgllava.processing.text_chunks_common import IMAGE_TOKEN
 
 from .adapter import ADAPTER_CONFIG, open_adapter
 from .config_mapping import (
+    HUB_ID,
     build_config,
     check_original,
     is_slime,
@@ -250,7 +251,8 @@ def _complete(
             f"`vision_tower` is not the one of the training: {tower} is {vision_config.hidden_size} channels wide, "
             f"while `mm_hidden_size` in config.json of the checkpoint is {original['mm_hidden_size']}."
         )
-    if not any(name.startswith(VISION_TOWER) for name in tensors.used):
+    has_tower = any(name.startswith(VISION_TOWER) for name in tensors.used)
+    if not has_tower:
         tensors.use(clip_weights(tower), "vision_tower")
     for name in list(tensors.used):
         if (reason := model_drop_reason(name, vision_config.num_hidden_layers - 1)) is not None:
@@ -315,7 +317,9 @@ def _complete(
                 "config": original,
                 "unused_config": unused_fields(original),
                 "vision_tower": str(tower),
+                "has_vision_tower": has_tower,
                 "table_rows": rows,
+                "used_rows": config.unpadded_vocab_size,
                 "prompt_template": template,
                 **report,
             },
@@ -341,7 +345,7 @@ def _vision_tower(folder: Path, original: Mapping[str, Any], given: str | Path |
             found = folder / inside
             if found.is_dir() and found.resolve().is_relative_to(folder.resolve()):
                 return found
-        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not (folder / inside).exists():
+        if HUB_ID.fullmatch(name) and not (folder / inside).exists():
             return HUB_PREFIX + name
     raise ConversionError(
         f"`checkpoint`: `mm_vision_tower` in its config.json must be a folder in {folder} or a Hub id (owner/name), "

@@ -1,7 +1,6 @@
 """Export an MG-LLaVA model folder to an XTuner checkpoint."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +8,14 @@ import torch
 
 import mgllava
 from mgllava.atomic_files import remove_partial, replacing
+from mgllava.conversion.model_folder import check_weights, read_model_config, read_report
 from mgllava.conversion.parts import rename
 from mgllava.folder_lock import FolderLock, FolderLockedError
-from mgllava.model_files.errors import ConversionError, one_line
-from mgllava.model_files.json_files import read_json
+from mgllava.model_files.errors import ConversionError
 from mgllava.model_files.shard_writer import check_disk_space
 from mgllava.model_files.staging import REPORT_NAME
 from mgllava.model_files.tensor_files import LazyTensor, open_weights
-from mgllava.model_files.tensor_matching import build_on_meta, match_tensors, stored_shapes
-from mgllava.modeling import MGLlavaConfig, MGLlavaForConditionalGeneration
+from mgllava.modeling import MGLlavaConfig
 
 from .key_mapping import XTUNER_TO_MODEL, to_xtuner
 
@@ -47,45 +45,30 @@ def export_xtuner(repository: str | Path, output: str | Path, *, overwrite: bool
             that XTuner's MG-LLaVA does not know; or if the output exists.
     """
     repository, output = Path(repository), Path(output).absolute()
-    if not repository.is_dir():
-        raise ConversionError(f"`checkpoint` must be an MG-LLaVA model folder, but {repository} is not one.")
-    if not (repository / "config.json").is_file():
-        raise ConversionError(f"{repository} is not an MG-LLaVA model folder: it has no config.json.")
-    content = read_json(repository / "config.json")
-    if content.get("model_type") != MGLlavaConfig.model_type:
-        raise ConversionError(
-            f"{repository} is not an MG-LLaVA model folder: its config.json has model type "
-            f"{content.get('model_type')!r}."
-        )
-    _refuse_quantized(content, repository)
+    config = read_model_config(repository, MGLlavaConfig.model_type)
     # The target of a link is written.
     target = Path(os.path.realpath(output))
     if target.is_dir():
         raise ConversionError(f"{output} is a folder. Choose a file as `output`.")
     try:
         with FolderLock(target, f"writing {target.name}") as lock:
-            _export(repository, target, overwrite, lock)
+            _export(repository, config, target, overwrite, lock)
     except FolderLockedError as error:
         raise ConversionError(str(error)) from error
     return output
 
 
-def _export(repository: Path, output: Path, overwrite: bool, lock: FolderLock) -> None:
+def _export(repository: Path, config: MGLlavaConfig, output: Path, overwrite: bool, lock: FolderLock) -> None:
     if output.is_symlink():
         raise ConversionError(f"{output} is a link that leads nowhere. Choose another `output`.")
     if output.is_dir() or (os.path.lexists(output) and not overwrite):
         raise ConversionError(f"{output} exists. Choose another `output`, or pass `overwrite=True` to replace a file.")
-    try:
-        config = MGLlavaConfig.from_pretrained(repository)
-    except Exception as error:  # a config may be wrong in many ways
-        reason = one_line(error.__cause__ or error)
-        raise ConversionError(f"config.json of {repository} cannot be read ({reason}).") from error
     report = _read_report(repository)
     tensors, files = open_weights(repository)
     if any(path.resolve() == output.resolve() for path in files):
         raise ConversionError(f"{output} holds weights of the model folder. Choose another `output`.")
     renamed = _rename(tensors, config)
-    _check(tensors, config, repository)
+    check_weights(tensors, config, repository)
     keys = _keys(renamed, report)
 
     state = {key: _rows(renamed[key], config) for key in keys}
@@ -96,45 +79,14 @@ def _export(repository: Path, output: Path, overwrite: bool, lock: FolderLock) -
         lock.check()
 
 
-def _refuse_quantized(content: Mapping[str, Any], repository: Path) -> None:
-    parts = [content, *(part for part in content.values() if isinstance(part, dict))]
-    for part in parts:
-        for name in ("quantization_config", "compression_config"):
-            if part.get(name) is not None:
-                method = part[name].get("quant_method") if isinstance(part[name], dict) else None
-                raise ConversionError(
-                    f"{repository} is quantized ({method or name}): its weights are packed numbers, which XTuner "
-                    "cannot read. Export the model that it was quantized from."
-                )
-
-
-def _check(tensors: Mapping[str, LazyTensor], config: MGLlavaConfig, repository: Path) -> None:
-    """Check that names, shapes and dtypes of the weights are those of the model."""
-    try:
-        model = build_on_meta(MGLlavaForConditionalGeneration, config)
-    except Exception as error:  # a config may be wrong in many ways
-        raise ConversionError(f"No model can be built from config.json of {repository}: {error}") from error
-    untied = {name: tensor for name, tensor in tensors.items() if name not in (model.all_tied_weights_keys or {})}
-    match_tensors(untied, stored_shapes(model), [], f"The weights in {repository} are not those of its config.json.")
-
-
 def _read_report(repository: Path) -> dict[str, Any]:
-    path = repository / REPORT_NAME
-    if not path.is_file():
-        return {}
-    checkpoint = read_json(path).get("checkpoint")
-    if (
-        not isinstance(checkpoint, dict)
-        or not isinstance(checkpoint.get("keys"), list)
-        or not all(isinstance(key, str) for key in checkpoint["keys"])
-        or not isinstance(checkpoint.get("kind"), str)
-        or not isinstance(checkpoint.get("meta"), dict)
-    ):
+    consequence = "all tensors of the language model"
+    report = read_report(repository, {"keys": list, "kind": str, "meta": dict}, consequence)
+    if not all(isinstance(key, str) for key in report.get("keys", ())):
         raise ConversionError(
-            f"{path} is not the report of a conversion, or is damaged. Remove it to export all tensors of the "
-            "language model."
+            f"{repository / REPORT_NAME} is damaged: `keys` must be text. Remove it to export {consequence}."
         )
-    return checkpoint
+    return report
 
 
 def _rename(tensors: dict[str, LazyTensor], config: MGLlavaConfig) -> dict[str, tuple[str, LazyTensor]]:
