@@ -36,11 +36,11 @@ def convert(
     checkpoint: Annotated[
         str,
         typer.Option(
-            help="Original checkpoint: a .pth file, a DeepSpeed folder, or a Hub id (owner/name, or "
+            help="Original checkpoint: a .pth or .bin file, a folder, or a Hub id (owner/name, or "
             "owner/name/path if it has several). With --to-original: a model folder."
         ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder to write. With --to-original: the .pth file to write.")],
+    output: Annotated[Path, typer.Option(help="Folder to write. With --to-original: a .pth file; of SliME a folder.")],
     preset: Annotated[
         str | None,
         typer.Option(

@@ -38,15 +38,17 @@ def convert_checkpoint(
     interrupted run leaves `OUTPUT.incomplete`, which the same call resumes.
 
     Args:
-        checkpoint (`str` or `Path`): An mmengine `.pth` file or a DeepSpeed ZeRO folder, fine-tuned, from the
-            pretrain stage, or LoRA; or a Hub id: `owner/name`, or `owner/name/path` if the repository has several.
+        checkpoint (`str` or `Path`): Of MG-LLaVA an mmengine `.pth` file or a DeepSpeed ZeRO folder, fine-tuned, from
+            the pretrain stage, or LoRA. Of SliME a release, a LoRA release, or `mm_projector.bin` and `sampler.bin`,
+            one of them or the folder. Or a Hub id: `owner/name`, or `owner/name/path` if the repository has several.
             A tower that the checkpoint holds is used instead of `vision_tower` or `high_res_tower`.
         llm (`str` or `Path`, *optional*): Folder or Hub id of the language model: tokenizer, config and, for
             pretrain-stage and LoRA checkpoints, the weights. [`PRESETS`] has this and the next three arguments for
             each size of the paper.
-        vision_tower (`str` or `Path`, *optional*): Folder or Hub id of the CLIP model.
+        vision_tower (`str` or `Path`, *optional*): Folder or Hub id of the CLIP model. Checkpoints of SliME name one.
         high_res_tower (`str` or `Path`, *optional*): Folder, Hub id or open_clip name of the ConvNeXt CLIP.
-        prompt_template (`str`, *optional*): `"vicuna"`, `"llama3"`, `"phi3"` or `"yi"`.
+        prompt_template (`str`, *optional*): `"vicuna"`, `"llama3"`, `"phi3"` or `"yi"`; of SliME `"v1"`, `"llama3"` or
+            `"plain"`, by default that of the tokenizer.
         output (`str` or `Path`): Folder to write. Required.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): Dtype of all weights. `"auto"`: tensors of
             the checkpoint keep theirs, all others get the language model's.
@@ -132,8 +134,8 @@ def export_original(model: str | Path, output: str | Path, *, overwrite: bool = 
 
     Args:
         model (`str` or `Path`): A model folder.
-        output (`str` or `Path`): The file to write.
-        overwrite (`bool`, *optional*, defaults to `False`): Replace a file at `output`.
+        output (`str` or `Path`): The file to write; of SliME the folder.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace a checkpoint at `output`.
 
     Returns:
         `Path`: The output.
