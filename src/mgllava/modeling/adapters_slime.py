@@ -53,15 +53,17 @@ class SlimeQueryAdapter(nn.Module):
         """Position embeddings of the tokens of a view: the table, resized if the grids differ."""
         size = round(num_tokens**0.5)
         if size == self.grid_size:
-            return self.positions
+            return self.positions.to(self.queries.dtype)
         table = self.positions.float().unflatten(0, (self.grid_size, self.grid_size)).permute(2, 0, 1)
         resized = F.interpolate(table[None], size=(size, size), mode="bicubic", align_corners=False)[0]
-        return resized.permute(1, 2, 0).flatten(0, 1).to(self.positions.dtype)
+        return resized.permute(1, 2, 0).flatten(0, 1).to(self.queries.dtype)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Compress tokens of shape `(num_views, num_tokens, width)` to `(num_views, num_queries, width)`."""
         context = self.context_norm(tokens)
-        queries = self.q_proj(self.query_norm(self.queries) + self.positions).expand(len(tokens), -1, -1)
+        # `from_pretrained` leaves a table that a file lacks in float32.
+        positions = self.positions.to(self.queries.dtype)
+        queries = self.q_proj(self.query_norm(self.queries) + positions).expand(len(tokens), -1, -1)
         keys = self.k_proj(context + self.key_positions(tokens.shape[1]))
         values = self.v_proj(context)
         queries, keys, values = (
