@@ -16,7 +16,7 @@ ABLATION := --world $(ABLATION_WORLD) --alignment 0.5 --tuning 0.5 --bf16 --jobs
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all test-mixins hub-check wheel-check lint format bench bench-pooling bench-convert bench-detector \
-	bench-quantization bench-generation bench-train bench-import bench-real-size bench-sizes refresh-code small-model ablation clean
+	bench-quantization bench-generation bench-train bench-import bench-real-size bench-sizes bench-slime refresh-code small-model ablation clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -106,6 +106,9 @@ bench-train: setup  ## measure training on a GPU (a tiny model without one), and
 
 bench-sizes: setup  ## compute the disk and memory that the published models need
 	$(BIN)/python benchmarks/sizes.py
+
+bench-slime: setup  ## compare SliME's views, router and prefill at real size with the original's way
+	$(BIN)/python benchmarks/slime.py
 
 bench-import: setup  ## measure the import time in addition to torch and transformers
 	$(BIN)/python benchmarks/import_time.py

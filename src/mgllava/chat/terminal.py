@@ -18,7 +18,7 @@ from rich.table import Table
 from mgllava.atomic_files import replacing
 from mgllava.box_files import BoxFile
 from mgllava.visualization import draw_boxes, kept_tokens
-from mgllava.visualization.kept_tokens import kept_cells
+from mgllava.visualization.token_map import kept_cells
 
 from .session import ChatError, ChatSession
 
