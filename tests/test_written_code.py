@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from mgllava.box_files import write_boxes
 from mgllava.cli import app
+from mgllava.conversion import convert_checkpoint
 from mgllava.training import load_recipe
 from tests.test_docstrings import OBJECTS
 
@@ -39,7 +40,7 @@ FOLDERS = {
     "openai/clip-vit-large-patch14-336": GOLDEN / "clip",
     "laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup": GOLDEN / "convnext",
 }
-PICTURES = ("table.jpg", "photo.jpg", "cup.jpg", "images/coco/000000039769.jpg")
+PICTURES = ("table.jpg", "photo.jpg", "cup.jpg", "street.jpg", "images/coco/000000039769.jpg")
 # Replacements in the code of a page, to run it faster.
 REPLACED = {
     "docs/detect.md": {"task in range(64)": "task in [0]", "num_shards=64": "num_shards=2"},
@@ -81,6 +82,10 @@ def desk(tmp_path_factory):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "examples" / "coffee.jpg", folder / name)
     shutil.copy(GOLDEN / "xtuner" / "iter_10.pth", folder / "iter_10805.pth")
+    convert_checkpoint(
+        ROOT / "tests" / "golden_slime" / "checkpoint", output=folder / "slime-vicuna-7b", dtype="float32"
+    )
+    (folder / "path" / "to" / "slime-vicuna-7b").symlink_to(folder / "slime-vicuna-7b")
     return folder
 
 
@@ -120,6 +125,14 @@ def scope(names, desk, monkeypatch):
     return {**names, "model": AutoModel.from_pretrained("mg-llava-vicuna7b", dtype="float32")}
 
 
+@pytest.fixture
+def slime_scope(scope):
+    """Return a new namespace with a SliME model."""
+    image = Image.open("street.jpg").resize((600, 800))
+    model = AutoModel.from_pretrained("slime-vicuna-7b")
+    return {**scope, "model": model, "processor": AutoProcessor.from_pretrained("slime-vicuna-7b"), "image": image}
+
+
 def python_pages():
     for page in PAGES:
         name = str(page.relative_to(ROOT))
@@ -130,13 +143,14 @@ def python_pages():
 
 
 @pytest.mark.parametrize("name, blocks", python_pages())
-def test_python_of_a_page_runs_from_top_to_bottom(name, blocks, scope):
+def test_python_of_a_page_runs_from_top_to_bottom(name, blocks, request):
+    scope = request.getfixturevalue("slime_scope" if "slime" in name else "scope")
     # Pages read the output of commands that they print before.
     record = {"id": "coco/000000039769.jpg", "boxes": [[172, 17, 410, 308]], "labels": ["cup"], "scores": [0.9]}
     from mgllava.box_files import detection_settings
 
-    settings = detection_settings(scope["processor"].box_detector_config, repository="mg-llava-vicuna7b")
-    write_boxes("boxes.parquet", [record], settings)
+    if (detector := getattr(scope["processor"], "box_detector_config", None)) is not None:
+        write_boxes("boxes.parquet", [record], detection_settings(detector, repository="mg-llava-vicuna7b"))
     for block in blocks:
         for old, new in REPLACED.get(name, {}).items():
             block = block.replace(old, new)
@@ -150,8 +164,9 @@ def docstring_examples():
 
 
 @pytest.mark.parametrize("module, block", docstring_examples())
-def test_example_of_a_docstring_runs(module, block, scope):
-    scope = {**vars(module), **scope}
+def test_example_of_a_docstring_runs(module, block, request):
+    names = request.getfixturevalue("slime_scope" if "slime" in module.__name__ else "scope")
+    scope = {**vars(module), **names}
     if not block.startswith(">>>"):
         exec(compile(block, module.__name__, "exec"), scope)
         return
