@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
-from mgllava.families import family_of, takes_boxes
+from mgllava.families import family_of, resolve, takes_boxes
 from mgllava.model_files.sources import refuse_revision_of_folder
 from mgllava.quantization import quantization_of
 
@@ -47,8 +47,8 @@ def load(
             processor.box_detector = None
     else:
         given = {"use_box_detector=False": None if use_box_detector else True, **box_options}
-        if family.images_depend_on_text:
-            given.pop("picture_folder", None)  # what a question keeps of an image is drawn there
+        if getattr(resolve(family.base_model or family.model), "placeholders_to_drop", None) is not None:
+            given.pop("picture_folder", None)  # the tokens that a question keeps of an image are drawn there
         if refused := [f"`{name}`" for name, value in given.items() if value is not None]:
             raise ValueError(f"{', '.join(refused)} must be left out: {family.title} has no boxes.")
     loaded = AutoModelForImageTextToText.from_pretrained(

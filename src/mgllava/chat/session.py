@@ -118,7 +118,9 @@ class ChatSession:
         self.generation_config = deepcopy(generation_config or model.generation_config)
         # Each turn sets the length of its answer and continues the session's cache.
         self.max_new_tokens = self.generation_config.max_new_tokens or _MAX_NEW_TOKENS
-        self.generation_config.update(max_length=None, max_new_tokens=None, cache_implementation=None)
+        self.generation_config.update(
+            max_length=None, max_new_tokens=None, cache_implementation=None, return_dict_in_generate=True
+        )
         self.detection_threshold = detection_threshold
         family = family_of(model.config)
         self._images_depend_on_text = family.images_depend_on_text
@@ -240,7 +242,6 @@ class ChatSession:
                 **{name: value.to(self.model.device) for name, value in arguments.items()},
                 generation_config=self.generation_config,
                 streamer=streamer,
-                return_dict_in_generate=True,
                 **{CACHE_NAME: self._cache},
             )
         except KeyboardInterrupt:
