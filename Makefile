@@ -48,7 +48,7 @@ test-all: setup  ## run all tests: also slow ones and, on a GPU, those that need
 test-mixins: setup  ## run transformers' own test mixins, from its git tag or TRANSFORMERS_SOURCE
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.transformers_mixins -n 2
 
-hub-check: setup $(FLOOR)/.installed  ## load exported models without the package, on two releases of transformers
+hub-check: setup $(FLOOR)/.installed  ## load exported models without the package, on two releases of transformers (up to half an hour)
 	MGLLAVA_OTHER_PYTHON=$(FLOOR)/bin/python $(PYTEST) -n 2 tests/hub tests/test_structure.py
 	HF_HUB_OFFLINE=1 MGLLAVA_OTHER_PYTHON=$(BIN)/python $(FLOOR)/bin/python -m pytest -n 2 tests/hub tests/test_structure.py
 
