@@ -154,7 +154,7 @@ def test_complete_shard_that_was_damaged_later_is_continued(some_images, tmp_pat
 def test_folder_of_somebody_else_is_left_alone(some_images, tmp_path, name, options):
     (tmp_path / name).mkdir()
     (tmp_path / name / "thesis.txt").write_text("years of work")
-    with pytest.raises(BoxFileError, match=r"is in the way: it holds what is not of a detection job \(thesis\.txt"):
+    with pytest.raises(BoxFileError, match=r"is in the way: it is not the folder of a detection job \(thesis\.txt"):
         detect_images(some_images, tmp_path / "boxes.json", StubDetector(), **OPTIONS, **options)
     assert (tmp_path / name / "thesis.txt").read_text() == "years of work"
 
@@ -162,7 +162,7 @@ def test_folder_of_somebody_else_is_left_alone(some_images, tmp_path, name, opti
 def test_link_in_place_of_the_folder_is_left_alone(some_images, tmp_path):
     (tmp_path / "precious").mkdir()
     os.symlink(tmp_path / "precious", tmp_path / "boxes.json.shards")
-    with pytest.raises(BoxFileError, match=r"not of a detection job \(a link\)"):
+    with pytest.raises(BoxFileError, match=r"not the folder of a detection job \(a link\)"):
         detect_images(some_images, tmp_path / "boxes.json", StubDetector(), overwrite=True, **OPTIONS)
     assert (tmp_path / "precious").is_dir()
 

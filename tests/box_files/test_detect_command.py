@@ -2,11 +2,9 @@
 
 import logging
 import os
-import random
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 from PIL import Image
@@ -187,43 +185,3 @@ def test_command_under_accelerate_is_the_same_as_without(images, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Wrote") == 1
     assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
-
-
-@pytest.mark.slow
-def test_killed_command_goes_on_and_makes_the_same_file(tmp_path):
-    """500 images, 20 kills at random moments of the real command with a real detector."""
-    generator = random.Random(0)
-    folder = tmp_path / "images"
-    folder.mkdir()
-    with Image.open(COFFEE) as coffee:
-        for index in range(500):
-            left, top = generator.randrange(480), generator.randrange(280)
-            coffee.crop((left, top, left + 120, top + 90)).save(folder / f"{index:03}.png")
-
-    def command(name):
-        options = ["--detector", OWLV2, "--labels", "cat,dog", "--threshold", "0.01", "--shard-size", "50"]
-        arguments = ["detect", folder, "--output", tmp_path / name, *options, "--resume"]
-        return [sys.executable, "-m", "mgllava", *map(str, arguments)]
-
-    start = time.monotonic()
-    subprocess.run(command("undisturbed.json"), check=True, capture_output=True)
-    duration = time.monotonic() - start
-    kills = 0
-    while kills < 20:
-        process = subprocess.Popen(command("boxes.json"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            # The later two thirds: before, the command imports its libraries.
-            assert process.wait(generator.uniform(duration / 3, duration)) == 0
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-        else:
-            # Complete before the kills were used up: once more from the start.
-            assert (tmp_path / "boxes.json").read_bytes() == (tmp_path / "undisturbed.json").read_bytes()
-            for path in tmp_path.glob("boxes.*"):
-                path.unlink()
-    subprocess.run(command("boxes.json"), check=True, capture_output=True)
-    assert (tmp_path / "boxes.json").read_bytes() == (tmp_path / "undisturbed.json").read_bytes()
-    assert len(read_boxes(tmp_path / "boxes.json")) == 500
-    assert not (tmp_path / "boxes.json.shards").exists()

@@ -71,7 +71,7 @@ def test_link_to_an_outer_folder_is_not_followed_for_ever(tmp_path, caplog):
     os.symlink(tmp_path / "elsewhere", inner / "other")
     names = [entry.image for entry in list_images(tmp_path / "images").entries]
     assert names == ["inner/a.png", "inner/other/b.png"]
-    assert "a link to a folder that it lies in" in caplog.text
+    assert "a link to a folder that it is in" in caplog.text
 
 
 def test_samples_with_several_images_have_a_record_for_each(some_images, tmp_path):

@@ -1,12 +1,28 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from mgllava.cli import app
 from mgllava.conversion import convert_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def run(*arguments):
+    """Run a command of `mgllava`."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert "Traceback" not in result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+    return result
+
+
+def options_of(arguments):
+    """Turn arguments of a function into options of its command."""
+    return [part for name, value in arguments.items() for part in (f"--{name.replace('_', '-')}", value)]
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +32,7 @@ def golden():
 
 @pytest.fixture(scope="session")
 def sources():
-    """All that a conversion needs besides the checkpoint and the output."""
+    """The arguments of a conversion, except for checkpoint and output."""
     return {
         "llm": GOLDEN / "llm",
         "vision_tower": GOLDEN / "clip",
@@ -34,7 +50,7 @@ def converted(tmp_path_factory, sources):
 
 @pytest.fixture(scope="session")
 def golden_state():
-    """Give the state dict of a golden checkpoint, by the name of its file."""
+    """Load the state dict of a golden checkpoint by the name of its file."""
 
     def load(name):
         return torch.load(GOLDEN / "xtuner" / name, weights_only=True)["state_dict"]
@@ -45,7 +61,6 @@ def golden_state():
 @pytest.fixture
 def edit_folder(tmp_path):
     """Copy a folder and change its config."""
-    import shutil
 
     def edit(folder, file="config.json", **changes):
         copy = tmp_path / folder.name

@@ -27,14 +27,6 @@ def test_mmengine_file_is_read_lazily_with_its_meta(golden, golden_state):
     assert "image_size_aux = 768" in checkpoint.config_text
 
 
-def test_bare_and_old_state_dicts_are_read(tmp_path, golden_state):
-    state = golden_state("iter_5_pretrain.pth")
-    torch.save(state, tmp_path / "bare.pth")
-    torch.save({"state_dict": state}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    _assert_same(read_checkpoint(tmp_path / "bare.pth").tensors, state)
-    _assert_same(read_checkpoint(tmp_path / "old.pth").tensors, state)
-
-
 def test_pickled_objects_are_refused_by_name(golden):
     with pytest.raises(
         ConversionError, match=r"mmengine\.logging\.history_buffer\.HistoryBuffer.*`trust_pickle=True`"
@@ -66,15 +58,6 @@ def test_code_in_a_pickle_never_runs(tmp_path, zipped):
         read_checkpoint(path)
     _assert_same(read_checkpoint(path, trust_pickle=True).tensors, state)
     assert not fuse.exists()
-
-
-@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.9])
-def test_truncated_checkpoint_is_named(tmp_path, golden, fraction):
-    whole = (golden / "xtuner" / "iter_10.pth").read_bytes()
-    path = tmp_path / "cut.pth"
-    path.write_bytes(whole[: int(len(whole) * fraction)])
-    with pytest.raises(ConversionError, match=r"cut\.pth cannot be read"):
-        read_checkpoint(path)
 
 
 @pytest.mark.parametrize("content", [[1, 2], {}, {"state_dict": {"weight": 3}}])
@@ -148,12 +131,6 @@ def test_missing_deepspeed_names_the_extra(tmp_path, golden_state, monkeypatch):
         read_checkpoint(folder)
 
 
-def test_index_with_lost_shard_is_refused(tmp_path):
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
-    with pytest.raises(ConversionError, match=r"model-00001-of-00001\.safetensors"):
-        open_weights(tmp_path)
-
-
 def test_truncated_safetensors_is_named(tmp_path, golden):
     whole = (golden / "llm" / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:-1])
@@ -161,8 +138,8 @@ def test_truncated_safetensors_is_named(tmp_path, golden):
         open_weights(tmp_path)
 
 
-def test_package_import_leaves_deepspeed_to_the_reader():
-    # transformers imports deepspeed by itself where it is installed, so only our own modules are judged.
+def test_package_imports_without_deepspeed():
+    # transformers imports an installed deepspeed, so only the modules of this package are tested.
     code = (
         "import sys; sys.modules['deepspeed'] = None\n"
         "import mgllava.cli, mgllava.conversion\n"
@@ -184,6 +161,6 @@ def test_zero_partitions_are_joined_on_disk(tmp_path, golden_state, monkeypatch)
         read_checkpoint(folder, scratch=scratch)
     monkeypatch.undo()
     checkpoint = read_checkpoint(folder, scratch=scratch)
-    # No file is left, while the mapping still gives the values.
+    # The temporary file has no name, but its mapping still has the values.
     assert not list(scratch.iterdir())
     _assert_same(checkpoint.tensors, state)

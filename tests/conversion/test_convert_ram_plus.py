@@ -1,4 +1,4 @@
-"""From the original files of RAM++ to a repository, and every way in which that can go wrong."""
+"""Conversion of the original files of RAM++ to a model folder, and its errors."""
 
 import argparse
 import json
@@ -7,12 +7,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from mgllava import RamPlusForImageTagging
-from mgllava.cli import app
 from mgllava.conversion import ConversionError, convert_ram_plus
 from tests.ram_plus.golden import NUM_TAGS, SOURCES, original_state
+
+from .conftest import options_of, run
 
 BUFFERS = ("relative_position_index", "attn_mask")
 
@@ -31,12 +31,12 @@ def written(tmp_path, text, name="file.txt"):
     return tmp_path / name
 
 
-def thresholds_of(repository):
-    return json.loads((repository / "config.json").read_text())["thresholds"]
+def thresholds_of(folder):
+    return json.loads((folder / "config.json").read_text())["thresholds"]
 
 
 def failure(tmp_path, **changes):
-    """Convert, expect one message, and check that no file is left."""
+    """Return the error of a conversion, and check that no file is left."""
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ConversionError) as raised:
         convert(tmp_path, **changes)
@@ -44,7 +44,7 @@ def failure(tmp_path, **changes):
     return str(raised.value)
 
 
-def test_every_weight_arrives_and_the_report_says_from_where(tmp_path):
+def test_every_weight_is_that_of_its_source_and_in_the_report(tmp_path):
     output = convert(tmp_path)
     _, info = RamPlusForImageTagging.from_pretrained(output, output_loading_info=True)
     assert not any(info.values())
@@ -133,7 +133,7 @@ def test_short_threshold_file_leaves_the_default(tmp_path):
     assert report["tags"]["thresholds_by_default"] == 18
 
 
-def test_long_threshold_file_is_another_models(tmp_path):
+def test_threshold_file_with_more_lines_than_tags_is_refused(tmp_path):
     message = failure(tmp_path, thresholds=written(tmp_path, "0.5\n" * (NUM_TAGS + 1)))
     assert "has 21 lines and the tag list has 20 tags" in message
 
@@ -167,7 +167,7 @@ def test_tag_list_in_another_encoding(tmp_path):
     assert "must be UTF-8" in failure(tmp_path, tag_list=tmp_path / "tags.txt")
 
 
-def test_line_ends_and_byte_order_mark_are_no_part_of_tags(tmp_path):
+def test_line_ends_and_byte_order_mark_are_not_part_of_tags(tmp_path):
     tags = SOURCES["tag_list"].read_text(encoding="utf-8").split("\n")
     (tmp_path / "tags.txt").write_bytes(("\ufeff" + "\r\n".join(tags) + "\r\n").encode())
     output = convert(tmp_path, tag_list=tmp_path / "tags.txt")
@@ -199,30 +199,7 @@ def test_dtype_and_shards(tmp_path):
     assert "must be auto, float32" in failure(tmp_path, dtype="int8", output=tmp_path / "other")
 
 
-def test_interrupted_conversion_shows_nothing_and_goes_on(tmp_path, monkeypatch):
-    from mgllava.conversion import pipeline as engine
-
-    write, count = engine.write_shard, 0
-
-    def write_two(*args):
-        nonlocal count
-        count += 1
-        if count == 3:
-            raise KeyboardInterrupt
-        write(*args)
-
-    options = {"max_shard_size": "200KB"}
-    monkeypatch.setattr(engine, "write_shard", write_two)
-    with pytest.raises(KeyboardInterrupt):
-        convert(tmp_path, **options)
-    assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(engine, "write_shard", write)
-    output, undisturbed = convert(tmp_path, **options), convert(tmp_path, output=tmp_path / "other", **options)
-    for path in undisturbed.glob("*.safetensors"):
-        assert (output / path.name).read_bytes() == path.read_bytes()
-
-
-def test_output_is_replaced_only_if_it_is_a_tagger_and_on_request(tmp_path):
+def test_output_is_replaced_only_if_it_is_a_tagger_and_overwrite_is_set(tmp_path):
     output = convert(tmp_path)
     assert "pass `overwrite=True`" in failure(tmp_path)
     convert(tmp_path, overwrite=True, thresholds=written(tmp_path, "0.5"))
@@ -236,28 +213,21 @@ def test_output_is_replaced_only_if_it_is_a_tagger_and_on_request(tmp_path):
 def test_sources_inside_the_output_are_not_lost(tmp_path):
     output = convert(tmp_path)
     shutil.copy(SOURCES["tag_list"], output / "tags.txt")
-    assert "Choose another `output`" in failure(tmp_path, overwrite=True, tag_list=output / "tags.txt")
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, ["convert-ram-plus", *map(str, arguments)])
-
-
-def options(**changes):
-    sources = {name: value for name, value in {**SOURCES, **changes}.items() if value is not None}
-    return [part for name, value in sources.items() for part in (f"--{name.replace('_', '-')}", value)]
+    assert "tags.txt is inside" in failure(tmp_path, overwrite=True, tag_list=output / "tags.txt")
+    assert (output / "tags.txt").exists()
 
 
 def test_command(tmp_path):
-    result = run(*options(), "--output", tmp_path / "out", "--dtype", "float16", "--max-shard-size", "1MB")
+    command = ["convert-ram-plus", *options_of(SOURCES), "--output", tmp_path / "out"]
+    result = run(*command, "--dtype", "float16", "--max-shard-size", "1MB")
     assert result.exit_code == 0, result.output
     assert f'AutoModel.from_pretrained("{tmp_path / "out"}")' in result.output
     assert RamPlusForImageTagging.from_pretrained(tmp_path / "out").dtype == torch.float16
-    assert run(*options(), "--output", tmp_path / "out", "--overwrite").exit_code == 0
+    assert run(*command, "--overwrite").exit_code == 0
 
 
 def test_command_reports_an_error_in_one_message(tmp_path):
-    result = run(*options(swin_config=None), "--output", tmp_path / "out")
-    assert result.exit_code == 1
-    assert "error: The checkpoint does not match the model" in result.output and "Traceback" not in result.output
+    sources = {name: path for name, path in SOURCES.items() if name != "swin_config"}
+    result = run("convert-ram-plus", *options_of(sources), "--output", tmp_path / "out")
+    assert result.exit_code == 1 and "error: The checkpoint does not match the model" in result.output
     assert list(tmp_path.iterdir()) == []

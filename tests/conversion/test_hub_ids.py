@@ -1,4 +1,4 @@
-"""Checkpoints by their Hub ids, with a fake Hub, and the published models in one line each."""
+"""Checkpoints by their Hub ids, with a fake Hub, and the presets."""
 
 import fnmatch
 import http.server
@@ -10,10 +10,8 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
-from mgllava.cli import app
-from mgllava.conversion import PRESETS, ConversionError, fetch
+from mgllava.conversion import PRESETS, ConversionError, convert_ram_plus, fetch
 from mgllava.conversion.detect import presets
 from mgllava.conversion.ram_plus import TAG_LIST_URL, THRESHOLDS_URL
 from mgllava.conversion.xtuner import XTUNER
@@ -21,13 +19,15 @@ from mgllava.hub.card_sections import LICENSES
 from mgllava.model_files import sources as model_sources
 from tests.ram_plus.golden import SOURCES
 
+from .conftest import options_of, run
+
 
 def _fetch(name, preset=None):
     return fetch.fetch_checkpoint(name, [XTUNER], PRESETS[preset] if preset else {})
 
 
 class FakeHub:
-    """Repositories in folders: lists them, and downloads what is asked for, and nothing else."""
+    """Repositories in folders: lists their files, and records which ones are downloaded."""
 
     def __init__(self, root, cache):
         self.root, self.cache = root, cache
@@ -81,12 +81,6 @@ def hub(tmp_path, monkeypatch):
     return hub
 
 
-def _run(*arguments):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert "Traceback" not in result.output and (result.exception is None or isinstance(result.exception, SystemExit))
-    return result
-
-
 def test_only_checkpoint_of_a_repository_is_found(hub):
     hub.add("acme/model", {"README.md": b"", "sub/iter_10.pth": b"weights", "config.json": b"{}"})
     found = _fetch("acme/model")
@@ -113,7 +107,7 @@ def test_several_checkpoints_are_listed_and_nothing_is_downloaded(hub):
         "  PhoenixZ/MG-LLaVA/Vicuna_13B/pretrain.pth",
     ]
     assert hub.downloaded == []
-    # The name of a preset is enough where it fits one of them.
+    # The preset chooses one, if its name fits one only.
     assert _fetch("PhoenixZ/MG-LLaVA", "vicuna-7b").parent.name == "Vicuna-7B"
     with pytest.raises(ConversionError, match=r"several[^\n]*\n.*Vicuna_13B/iter_5\.pth\n.*/pretrain\.pth$"):
         _fetch("PhoenixZ/MG-LLaVA", "vicuna-13b")
@@ -128,7 +122,7 @@ def test_deepspeed_folder_is_one_checkpoint(hub):
     assert found.is_dir() and {path.name for path in found.iterdir()} >= set(names)
 
 
-def test_names_with_wildcards_and_paths_that_lead_out(hub, tmp_path):
+def test_wildcards_in_names_are_escaped_and_other_names_are_refused(hub, tmp_path):
     hub.add("acme/odd", {"a[1]/iter*.pth": b"star", "a[1]/iter_2.pth": b"two", "a1/iter_3.pth": b""})
     assert _fetch("acme/odd/a[1]/iter*.pth").read_bytes() == b"star"
     assert hub.downloaded == ["acme/odd/a[1]/iter*.pth"]
@@ -148,11 +142,11 @@ def test_hub_that_cannot_be_reached(hub):
         _fetch("acme/absent")
     _fetch("acme/model")
     hub.online = False
-    # What was downloaded before is found.
+    # Found in the cache.
     assert _fetch("acme/model").read_bytes() == _fetch("acme/model/iter_10.pth").read_bytes()
 
 
-def test_presets_are_the_published_models():
+def test_presets_are_the_models_of_the_paper():
     assert presets().items() >= PRESETS.items()
     named = {(values["llm"], values["prompt_template"]) for values in PRESETS.values()}
     assert named == {
@@ -172,11 +166,10 @@ def _add_preset(hub, golden, preset):
     hub.add("PhoenixZ/MG-LLaVA", {f"{preset}/iter_10.pth": golden / "xtuner" / "iter_10.pth", "other/a.pth": b""})
 
 
-def test_published_model_in_one_line(tmp_path, hub, golden, converted):
+def test_preset_converts_a_published_checkpoint(tmp_path, hub, golden, converted):
     _add_preset(hub, golden, "vicuna-7b")
-    result = _run(
-        "convert", "--checkpoint", "PhoenixZ/MG-LLaVA", "--preset", "vicuna-7b", "--output", tmp_path / "out"
-    )
+    arguments = {"checkpoint": "PhoenixZ/MG-LLaVA", "preset": "vicuna-7b", "output": tmp_path / "out"}
+    result = run("convert", *options_of(arguments))
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (converted / "model.safetensors").read_bytes()
     assert "PhoenixZ/MG-LLaVA/other/a.pth" not in hub.downloaded
@@ -184,25 +177,19 @@ def test_published_model_in_one_line(tmp_path, hub, golden, converted):
     assert f"{PRESETS['vicuna-7b']['llm']}/model.safetensors" not in hub.downloaded
 
 
-def test_what_is_given_wins_over_the_preset(tmp_path, hub, golden):
+def test_options_override_the_preset(tmp_path, hub, golden):
     _add_preset(hub, golden, "llama3-8b")
-    arguments = [
-        "--checkpoint",
-        golden / "xtuner" / "iter_10.pth",
-        "--preset",
-        "llama3-8b",
-        "--output",
-        tmp_path / "out",
-    ]
-    result = _run("convert", *arguments, "--llm", golden / "llm", "--prompt-template", "vicuna")
+    arguments = {"checkpoint": golden / "xtuner" / "iter_10.pth", "preset": "llama3-8b", "output": tmp_path / "out"}
+    # open_clip resolves the name to the preset's repository.
+    given = {"llm": golden / "llm", "high_res_tower": "convnext_large_d_320:laion2b_s29b_b131k_ft_soup"}
+    result = run("convert", *options_of({**arguments, **given, "prompt_template": "vicuna"}))
     assert result.exit_code == 0, result.output
     assert not [name for name in hub.downloaded if name.startswith("meta-llama")]
+    assert f"{PRESETS['llama3-8b']['high_res_tower']}/open_clip_pytorch_model.bin" in hub.downloaded
     assert "USER:" in (tmp_path / "out" / "chat_template.jinja").read_text()
 
 
-def test_unknown_preset_and_options_of_the_other_way():
-    result = _run("convert", "--checkpoint", "x", "--preset", "vicuna", "--output", "y")
-    assert result.exit_code == 2 and "vicuna-7b" in result.output
+def test_options_that_to_original_does_not_take():
     for option in (
         ["--preset", "yi-34b"],
         ["--dtype", "float16"],
@@ -210,11 +197,11 @@ def test_unknown_preset_and_options_of_the_other_way():
         ["--trust-pickle"],
         ["--max-shard-size", "1GB"],
     ):
-        result = _run("convert", "--checkpoint", "x", "--output", "y", "--to-original", *option)
+        result = run("convert", "--checkpoint", "x", "--output", "y", "--to-original", *option)
         assert result.exit_code == 1 and option[0] in result.output
 
 
-def test_tagger_in_one_line(tmp_path, hub):
+def test_tagger_from_the_hub_with_texts_from_urls(tmp_path, hub):
     hub.add("xinyu1205/recognize-anything-plus-model", {"ram_plus_swin_large_14m.pth": SOURCES["checkpoint"]})
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -227,35 +214,27 @@ def test_tagger_in_one_line(tmp_path, hub):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
-    sizes = ["--swin-config", SOURCES["swin_config"], "--decoder-config", SOURCES["decoder_config"]]
-    start = ["convert-ram-plus", "--checkpoint", "xinyu1205/recognize-anything-plus-model", *sizes]
-    texts = ["--tag-list", f"{url}/{SOURCES['tag_list'].name}", "--thresholds", f"{url}/{SOURCES['thresholds'].name}"]
+    sizes = {name: SOURCES[name] for name in ("swin_config", "decoder_config")}
+    start = {"checkpoint": "xinyu1205/recognize-anything-plus-model", **sizes}
+    texts = {name: f"{url}/{SOURCES[name].name}" for name in ("tag_list", "thresholds")}
+
+    def convert(output, **texts):
+        return run("convert-ram-plus", *options_of({**start, **texts, "output": tmp_path / output}))
+
     try:
-        result = _run(*start, *texts, "--output", tmp_path / "out")
+        result = convert("out", **texts)
         assert result.exit_code == 0, result.output
-        plain = _run(
-            "convert-ram-plus",
-            "--checkpoint",
-            SOURCES["checkpoint"],
-            *sizes,
-            "--output",
-            tmp_path / "plain",
-            "--tag-list",
-            SOURCES["tag_list"],
-            "--thresholds",
-            SOURCES["thresholds"],
-        )
-        assert plain.exit_code == 0, plain.output
-        first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "plain"))
+        plain = convert_ram_plus(**SOURCES, output=tmp_path / "plain")
+        first, second = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", plain))
         assert all(first[name].equal(second[name]) for name in second)
-        assert (tmp_path / "out" / "config.json").read_text() == (tmp_path / "plain" / "config.json").read_text()
-        result = _run(*start, "--tag-list", f"{url}/absent.txt", *texts[2:], "--output", tmp_path / "other")
+        assert (tmp_path / "out" / "config.json").read_text() == (plain / "config.json").read_text()
+        result = convert("other", **{**texts, "tag_list": f"{url}/absent.txt"})
         assert result.exit_code == 1 and "cannot be downloaded (HTTP Error 404" in result.output
     finally:
         server.shutdown()
-        server.server_close()  # or what connects waits for an answer
-    result = _run(*start, *texts, "--output", tmp_path / "other")
+        server.server_close()  # otherwise connections wait for an answer
+    result = convert("other", **texts)
     assert result.exit_code == 1 and "cannot be downloaded" in result.output
-    result = _run(*start, "--output", tmp_path / "other")
+    result = convert("other")
     assert result.exit_code == 1 and TAG_LIST_URL in result.output and THRESHOLDS_URL in result.output
     assert not (tmp_path / "other").exists()

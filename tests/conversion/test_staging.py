@@ -230,7 +230,7 @@ def test_link_as_output_leads_to_the_repository(tmp_path):
 
 @pytest.mark.parametrize("output", ["/", "/.", "//"])
 def test_root_is_not_an_output(output):
-    with pytest.raises(ConversionError, match="`output` must be a folder that can be made"):
+    with pytest.raises(ConversionError, match="`output` must be a folder that can be created"):
         _convert(output)
 
 

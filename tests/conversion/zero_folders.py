@@ -1,4 +1,4 @@
-"""Writes state dicts as DeepSpeed does, in the layout that its reader documents by reading it."""
+"""Write state dicts in the layout that DeepSpeed's reader expects."""
 
 import math
 from collections import OrderedDict
@@ -20,7 +20,7 @@ def _model_states(shapes, frozen, fragments, extra):
 
 
 def write_zero(folder, state, *, stage, world_size=2, frozen=None, extra=None):
-    """Write `state` (trained, fp32) and `frozen` as `world_size` processes would; stage 2 or 3."""
+    """Write `state` (trained, float32) and `frozen` as `world_size` processes would; stage 2 or 3."""
     folder.mkdir(parents=True)
     frozen, extra = frozen or {}, extra or {}
     shapes = {name: tuple(value.shape) for name, value in state.items()}
@@ -58,7 +58,7 @@ def _pad(flat, multiple):
 
 
 def _loss_scaler():
-    # An object of deepspeed's, which lies in all its files.
+    # Every file of deepspeed has such an object.
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
 
     return LossScaler(1.0)

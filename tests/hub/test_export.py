@@ -99,10 +99,10 @@ def test_broken_repositories_are_refused_before_anything_is_written(change, copi
     message = {
         "missing": f"missing: 1\n  {name}",
         "shape": f"wrong shape: 1\n  {name}: expected",
-        "index": "names shards that are not there",
+        "index": "names shards that do not exist",
         "pickle": "must hold safetensors, got pytorch_model.bin",
         "config": "must be a model of MG-LLaVA, RAM\\+\\+ or SliME, got .* of type 'llava'",
-        "processor": "must hold what the model's processor is made of",
+        "processor": "must hold the model's processor",
     }[change]
     with pytest.raises(ConversionError, match=message):
         export_repository(copied, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Boxes computed once per image: the files that hold them, and the job that makes them."""
+"""Box files, which hold the boxes of many images, and the job that computes them."""
 
 from .box_file import BoxFile, settings_digest
 from .detection_job import DetectionSummary, detect_images

@@ -1,4 +1,4 @@
-"""A box file in memory: one record per image or video, found by its id."""
+"""A box file in memory: a mapping from ids to the records of images and videos."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
     """Identify the settings of a detector.
 
     Args:
-        settings (`Mapping`): Plain values, as JSON has them; the order of the keys does not matter.
+        settings (`Mapping`): Values that JSON can hold; the order of the keys does not matter.
 
     Returns:
         `str`: SHA-256 in hexadecimal.
@@ -31,10 +31,9 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
 class BoxFile(Mapping[Any, Record]):
     """Records of boxes by id.
 
-    An id is found as it is written in the file; if it is not there, the id whose text is the same is taken (`1` for
-    `"1"` and the other way round). So the file serves training, where the original turns all ids into text, as well
-    as evaluation, where ids are what the benchmark has. Where an id occurs several times the last record is used, as
-    the original does.
+    An id is looked up as it is; if the file does not have it, as text (`1` for `"1"` and vice versa). So a file works
+    for training, where the original turns all ids into text, and for evaluation, where ids are those of the benchmark.
+    If an id occurs several times, the last record is used, as in the original.
 
     Args:
         ids (`Iterable`): The id of each record.
@@ -43,13 +42,13 @@ class BoxFile(Mapping[Any, Record]):
         settings (`dict`, *optional*): Settings of the detector that made the boxes; `None` if unknown.
         inputs_digest (`str`, *optional*): Digest of the list of images that the file was made from.
         missing (`str`): What an unknown id returns: `"error"`, or `"empty"` for a record without boxes.
-        name (`str`): How error messages call the file.
+        name (`str`): Name of the file in error messages.
 
     Attributes:
-        duplicates (`dict`): Ids that occur more than once, and how often.
+        duplicates (`dict`): Number of occurrences of each id that occurs more than once.
 
     Raises:
-        BoxFileError: If `missing` is neither of the two.
+        BoxFileError: If `missing` has another value.
     """
 
     def __init__(
@@ -93,12 +92,12 @@ class BoxFile(Mapping[Any, Record]):
         known = ", ".join(repr(known) for known, _ in zip(self._rows, range(3), strict=False))
         raise MissingBoxesError(
             f"{self.name} has no boxes for id {key!r}; it holds {len(self)} ids, such as {known or 'none'}. An image "
-            "in which nothing was found needs a record with empty lists. Run the detector on this image, or pass "
+            "without objects needs a record with empty lists. Run the detector on this image, or pass "
             '`missing="empty"` to continue without boxes.'
         )
 
     def holds_frames(self, key: Any) -> bool:
-        """Tell whether the boxes of an id are those of the frames of a video, not of an image.
+        """Tell whether an id is that of a video, whose frames have boxes.
 
         Args:
             key: The id.
@@ -107,7 +106,7 @@ class BoxFile(Mapping[Any, Record]):
             `bool`: `False` also if there is no such id.
         """
         row = self._row(key)
-        # Only JSON holds videos, and its records are a list of dictionaries.
+        # Only JSON files, whose records are a list of dictionaries, hold videos.
         return row is not None and isinstance(self._records, list) and "frames" in self._records[row]
 
     def __contains__(self, key: object) -> bool:
@@ -125,14 +124,14 @@ class BoxFile(Mapping[Any, Record]):
         return None if self.settings is None else settings_digest(self.settings)
 
     def check_settings(self, expected: Mapping[str, Any], allow_other: bool = False) -> None:
-        """Refuse boxes that another detector made, or the same one with other settings.
+        """Refuse boxes of another detector or of other settings.
 
         Args:
-            expected (`Mapping`): Settings that the boxes must have been made with, see [`detection_settings`].
+            expected (`Mapping`): Settings that the boxes must have, see [`detection_settings`].
             allow_other (`bool`): Whether to accept other or unknown settings.
 
         Raises:
-            BoxFileError: If the settings differ or are unknown, and `allow_other` is not given. The message lists the
+            BoxFileError: If the settings differ or are unknown, and `allow_other` is not set. The message lists the
                 differences.
         """
         if allow_other:
@@ -150,7 +149,7 @@ class BoxFile(Mapping[Any, Record]):
 
 
 def _with_known_revisions(*settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Leave out revisions of the detector's parts that only one of them knows."""
+    """Remove revisions of the detector's parts that are not in both settings."""
     copies = [dict(values) for values in settings]
     parts = [dict(values["detector"]) if isinstance(values.get("detector"), Mapping) else {} for values in copies]
     for key in ("tagger_revision", "detector_revision"):
@@ -183,13 +182,13 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping) and value:
             flat.update(_flatten(value, f"{prefix}{key}."))
         else:
-            # Lists and tuples are one thing in JSON.
+            # JSON does not distinguish lists from tuples.
             flat[prefix + key] = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return flat
 
 
 def shorten(text: str) -> str:
-    """Cut a long text short, for an error."""
+    """Shorten a long text for an error message."""
     return text if len(text) <= 80 else text[:77] + "..."
 
 

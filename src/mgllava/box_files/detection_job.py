@@ -1,4 +1,4 @@
-"""Box detection for many images, by any number of processes, with any number of interruptions."""
+"""Box detection for many images, in one or many processes, which can be interrupted and resumed."""
 
 import json
 import logging
@@ -28,15 +28,15 @@ from .slices import Batch, SliceFolder
 
 logger = logging.getLogger(__name__)
 
-# Callback, called with how many images were just done (those of an earlier run at once) and how many there are.
+# Called with the number of images just done (those of an earlier run together) and the number of all.
 Progress = Callable[[int, int], None]
 _Detect = Callable[[list[Image.Image]], Sequence[Mapping[str, Any]]]
 
 DEFAULT_SHARD_SIZE = 512
-# Batches that are read while the detector is busy; more would only take memory.
+# Batches that are read ahead of the detector; more would only take memory.
 _BATCHES_AHEAD = 2
-# Processes wait at the end for the slowest one. The usual limit of minutes would end a job of days.
-_PATIENCE = timedelta(days=365)
+# Processes wait for the slowest one at the end. The default timeout of minutes would end a job of days.
+_TIMEOUT = timedelta(days=365)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class DetectionSummary:
         records (`int`): Number of its records.
         boxes (`int`): Number of its boxes.
         unreadable (`int`): Number of images that could not be read and have no record.
-        unreadable_list (`Path`): JSON lines with ids, path and reason of each; there is no file if all could be read.
+        unreadable_list (`Path`): JSON lines with ids, path and reason for each of these; no file if there are none.
         samples_without_image (`int`): Number of samples of a JSON list that have no image.
     """
 
@@ -70,7 +70,7 @@ class DetectionSummary:
 
 @dataclass(frozen=True)
 class _Work:
-    """Images of one batch, on their way from the disk to the detector."""
+    """A batch of images that are being read."""
 
     slice_number: int
     start: int
@@ -96,37 +96,37 @@ def detect_images(
 ) -> DetectionSummary | None:
     """Find the boxes of many images and write them to a box file.
 
-    Under `accelerate launch` every process calls this with a detector on its own device and takes every n-th slice
-    of the input; the main process merges. The result does not depend on the number of processes or interruptions: the
-    records have the order of the input, a record per id. Images that cannot be read are logged, listed in a file next
-    to the output and left out.
+    Under `accelerate launch` every process calls this with a detector on its own device and works on every n-th slice
+    of the input; the main process merges. The result does not depend on the number of processes or interruptions: it
+    has one record per id, in the order of the input. Images that cannot be read are logged, listed in a file next to
+    the output and skipped.
 
     Args:
         inputs (`str`, `Path`, list of them or `datasets.Dataset`): See [`list_images`].
         output (`str` or `Path`): The box file, `.json` or `.parquet`.
-        detector (`Detector`): What finds the boxes.
+        detector (`Detector`): The box detector.
         labels (`Sequence[str]`, *optional*): Labels to look for, instead of those that the tagger finds.
         threshold (`float`): Scores of boxes must be greater.
         batch_size (`int`): Images per call of the detector.
-        image_folder (`str` or `Path`, *optional*): Folder that the paths of a JSON list start from;
-            its own by default.
-        resume (`bool`): Whether to resume an interrupted job; it starts if there is none.
+        image_folder (`str` or `Path`, *optional*): Folder that the paths in a JSON list start from; by default the
+            folder of the list.
+        resume (`bool`): Whether to resume an interrupted job; without one, a job is started.
         overwrite (`bool`): Whether to start over, and to replace the output at the end.
         array_task (`tuple[int, int]`): `(i, n)`: work as array task i (from 0) of n, and do not merge. A last call
             without it, with `resume`, merges.
         shard_size (`int`): Images per slice. Processes work on one slice after another.
-        show (`str` or `Path`, *optional*): Folder to draw every image with its boxes in.
+        show (`str` or `Path`, *optional*): Folder for drawings of all images with their boxes.
         workers (`int`): Threads that read images.
-        progress (`Progress`, *optional*): Called again and again with the images just done and those of this process.
+        progress (`Progress`, *optional*): Called repeatedly with the number of images just done, and of all images of
+            this process.
 
     Returns:
-        `DetectionSummary`, *optional*: What was written; `None` in all processes that do not merge, and if the output
-        was complete before.
+        `DetectionSummary`, *optional*: What was written; `None` in processes that do not merge, and if the output was
+        complete before.
 
     Raises:
         BoxFileError: If there are no images or none can be read, the output exists and neither `resume` nor
-            `overwrite` is given, the job to be resumed is another one, the detector has no name, or an argument is
-            wrong.
+            `overwrite` is set, another job was interrupted there, the detector has no name, or an argument is wrong.
         FolderLockedError: If another run writes to the output.
         ImportError: If Parquet or a dataset needs a library that is not installed.
         OSError: If something cannot be read or written.
@@ -146,13 +146,13 @@ def detect_images(
         "shard_size": shard_size,
     }
 
-    # Imported here, as it is slow.
+    # Imported here, because it is slow.
     from accelerate import PartialState
 
-    state = PartialState(timeout=_PATIENCE)
+    state = PartialState(timeout=_TIMEOUT)
     folder = SliceFolder(output)
     with ExitStack() as stack:
-        # The other processes of a job belong to its main process, and end with it.
+        # The main process holds the lock for the other processes, which end with it.
         lock = stack.enter_context(_lock(output, part, parts)) if state.is_main_process else None
         if state.is_main_process:
             _prepare(output, folder, manifest, resume, overwrite, is_shared=_has_other_tasks(output, part, parts))
@@ -184,16 +184,16 @@ def detect_images(
 
 
 def _lock(output: Path, part: int, parts: int) -> FolderLock:
-    """Make the lock of a job, or of one array task; the other tasks write to the same folder."""
+    """Return the lock of a job or of an array task; the tasks of an array write to the same folder."""
     if parts == 1:
         return FolderLock(output, "detecting boxes")
     return FolderLock(output.with_name(f"{output.name}.task-{part}-of-{parts}"), f"detecting part {part} of {parts}")
 
 
 def _has_other_tasks(output: Path, part: int, parts: int) -> bool:
-    """Tell whether other array tasks are at work, and refuse those that would write the same slices.
+    """Tell whether other array tasks are running; raise if one of them would write the same slices.
 
-    Called with the own lock held: of two runs that start at the same time, at least one sees the other.
+    The caller holds its lock, so that of two runs that start at the same time at least one sees the other.
     """
     pattern = re.compile(re.escape(output.name) + r"\.task-(\d+)-of-(\d+)\.lock")
     found = False
@@ -231,29 +231,25 @@ def _check_arguments(
 
 
 def _check_ids(images: ImageList) -> None:
-    """Find out now, not after days, that Parquet cannot hold the ids."""
+    """Check that Parquet can hold the ids, before the work of days."""
     kinds = {type(key).__name__ for entry in images.entries for key in entry.ids}
     if len(kinds) > 1:
         raise BoxFileError(
             f"Parquet needs ids of one type, but the input has {' and '.join(sorted(kinds))}. Choose a .json output, "
             "or turn all ids into text."
         )
-    too_large = [key for entry in images.entries for key in entry.ids if isinstance(key, int) and not _fits(key)]
-    if too_large:
+    numbers = (key for entry in images.entries for key in entry.ids if isinstance(key, int))
+    if too_large := [key for key in numbers if not -(2**63) <= key < 2**63]:
         raise BoxFileError(
             f"Parquet holds integers of 64 bits, but {len(too_large)} ids are larger, such as {too_large[0]}. Choose "
             "a .json output, or turn all ids into text."
         )
 
 
-def _fits(key: int) -> bool:
-    return -(2**63) <= key < 2**63
-
-
 def _prepare(
     output: Path, folder: SliceFolder, manifest: dict[str, Any], resume: bool, overwrite: bool, is_shared: bool
 ) -> None:
-    """Decide between starting, resuming and refusing. Afterwards there is a manifest if there is something to do."""
+    """Start or resume a job, or raise. Afterwards there is a manifest, unless the output is complete."""
     if not is_shared:
         folder.clean()
     if overwrite:
@@ -313,13 +309,13 @@ def _run(
                 folder.append(work.slice_number, batch)
                 report(batch.stop - batch.start)
         except BaseException:
-            # Do not read the images ahead before the error is shown.
+            # Raise the error without reading the images ahead.
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
 def _ahead(items: Iterable[_Work], number: int) -> Iterator[_Work]:
-    """Pass items on, having asked for some more of them already."""
+    """Yield items, always a number of them behind."""
     waiting: deque[_Work] = deque()
     for item in items:
         waiting.append(item)
@@ -339,7 +335,7 @@ def _detect_batch(
     readable: list[tuple[int, Image.Image]] = []
     for number, future in enumerate(work.images, start=work.start):
         entry = images.entries[number]
-        # A decoder may raise anything when it meets a damaged file, and no such file may end a job of days.
+        # Decoders raise errors of any type for damaged files, which must not end the job.
         error = future.exception()
         if error is not None:
             batch.unreadable.append(_unreadable(entry.ids, entry.image, f"{type(error).__name__}: {error}"))
@@ -355,7 +351,7 @@ def _detect_batch(
         for record in _records(images.entries[number], image, detection):
             batch.records.append(check_record(record, f"The detector's result for {record['id']!r}"))
     if show is not None:
-        # Before the batch is noted as done: a kill must not cost pictures either.
+        # Before the batch counts as done, so that a kill loses no drawings.
         drawn = [
             pool.submit(_draw, show / _picture_name(number, images.entries[number]), image, detection)
             for (number, image), detection in zip(readable, detections, strict=True)
@@ -377,20 +373,16 @@ def _records(entry: ImageEntry, image: Image.Image, detection: Mapping[str, Any]
         yield {"id": key, "image": path, "width": image.width, "height": image.height, **plain}
 
 
-def _plain(values: Any) -> list[Any]:
-    plain: list[Any] = values.tolist() if hasattr(values, "tolist") else [_scalar(value) for value in values]
-    return plain
-
-
-def _scalar(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else value
+def _plain(values: Iterable[Any]) -> list[Any]:
+    """Turn tensors, arrays and their items into plain values."""
+    return [value.tolist() if hasattr(value, "tolist") else value for value in values]
 
 
 def _picture_name(number: int, entry: ImageEntry) -> str:
-    """Name a picture so that pictures sort as the input does, and none replaces another."""
+    """Name the drawing of an image: unique, and sorted like the input."""
     stem = Path(entry.image).stem if entry.image is not None else str(entry.ids[0])
     letters = "".join(letter if letter.isalnum() or letter in ".-_" else "_" for letter in stem)
-    # File systems take 255 bytes, of which a file that is being written needs some more.
+    # File systems allow 255 bytes, and the name while the file is written is longer.
     return f"{number:06d}_{letters.encode('utf-8', 'replace')[:200].decode('utf-8', 'ignore')}.jpg"
 
 
@@ -429,7 +421,7 @@ def _merge(output: Path, folder: SliceFolder, settings: dict[str, Any], images: 
     unreadable_list.unlink(missing_ok=True)
     if unreadable:
         with replacing(unreadable_list) as partial:
-            # Escaped where the name of a file is not text; as it is elsewhere.
+            # Only names that are not valid Unicode are escaped.
             lines = (
                 json.dumps(entry, ensure_ascii=not is_text(json.dumps(entry, ensure_ascii=False)))
                 for entry in unreadable

@@ -1,4 +1,4 @@
-"""The box detector of a job: identified by its settings, and loaded at the first image."""
+"""The box detector of a job: its settings, and loading at the first image."""
 
 import hashlib
 import inspect
@@ -17,16 +17,16 @@ from mgllava.processing.image_text_processor_common import ProcessLock
 
 from .errors import BoxFileError
 
-# What `--tagger` calls the fixed list of the paper's ablation.
+# Name of the fixed list of labels of the paper's ablation, as a tagger.
 COCO_TAGGER = "coco80"
 
 _PARTS = ("tagger", "detector")
-# Of large files only samples are read: weights that differ do so nearly everywhere, and the digest is needed often.
+# Only samples of large files are read: different weights differ almost everywhere, and the digest is needed often.
 _SAMPLES, _SAMPLE_SIZE = 64, 65_536
 
 
 class Detector(Protocol):
-    """What finds boxes: a [`BoxDetector`], or anything that has these two."""
+    """Protocol of box detectors: [`BoxDetector`], or any class with these members."""
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -42,8 +42,8 @@ class LazyDetector:
     """A [`BoxDetector`] that is loaded at the first image, on the device of this process.
 
     Args:
-        config (`Mapping`): What it is built from, see [`BoxDetector.from_config`]; without paths that start with `./`.
-        trust_remote_code (`bool`): Whether code of its repositories may run.
+        config (`Mapping`): Its configuration, see [`BoxDetector.from_config`]; without paths that start with `./`.
+        trust_remote_code (`bool`): Whether code from the repositories of its parts may run.
     """
 
     def __init__(self, config: Mapping[str, Any], trust_remote_code: bool = False):
@@ -71,7 +71,7 @@ class LazyDetector:
             OSError: If there is no such model.
         """
         if labels is None and self.config["tagger"] is None:
-            raise BoxFileError("Nothing says what to look for: pass `labels`, or a `tagger` that names it.")
+            raise BoxFileError("Nothing says what to look for: pass `labels` or a `tagger`.")
         with self._lock:
             if self._loaded is None:
                 from accelerate import PartialState
@@ -92,21 +92,21 @@ def open_detector(
     mode: str | None = None,
     trust_remote_code: bool = False,
 ) -> LazyDetector:
-    """Name a box detector: that of a model, or one made of a tagger and a zero-shot object detector.
+    """Return the box detector of a model, or one of a tagger and a zero-shot object detector.
 
     Args:
         processor (`str`, *optional*): Folder or Hub id of a model with a box detector.
-        detector (`str`, *optional*): Folder or Hub id of a zero-shot object detector; OWLv2-L by
-            default.
+        detector (`str`, *optional*): Folder or Hub id of a zero-shot object detector; OWLv2-L by default.
         tagger (`str`, *optional*): Folder or Hub id of an image tagger, or `"coco80"` for the 80 labels of COCO.
-        mode (`str`, *optional*): `"faithful"` or `"clean"`; by default that of the model, or else faithful.
-        trust_remote_code (`bool`): Whether code of the models may run.
+        mode (`str`, *optional*): `"faithful"` or `"clean"`; by default that of the model, else `"faithful"`.
+        trust_remote_code (`bool`): Whether code from the models' repositories may run.
 
     Returns:
         `LazyDetector`: The detector; no weights are read yet.
 
     Raises:
-        BoxFileError: If both are given, or the model has no box detector, or one outside its folder.
+        BoxFileError: If `processor` is given together with `detector` or `tagger`, or if the model has no box
+            detector, or one outside its folder.
         OSError: If the model cannot be read.
     """
     if processor is None:
@@ -131,17 +131,17 @@ def open_detector(
 
 
 def _absolute(name: str | None) -> str | None:
-    """Make the name of a folder absolute, so that it is not taken for one inside a processor's folder."""
+    """Make the path of a folder absolute, so that it is not taken for a path inside a processor's folder."""
     return os.path.abspath(name) if name is not None and os.path.isdir(name) else name
 
 
 def check_detector(detector: Any) -> None:
-    """Refuse a detector without a `config` of plain values, or whose `detect` takes no options."""
+    """Refuse a detector that does not follow the protocol."""
     kind = type(detector).__name__
     if not isinstance(getattr(detector, "config", None), Mapping):
         raise BoxFileError(
             f"`detector` must have `config`, a mapping of plain values that tell what made the boxes, got {kind} "
-            "without one. Give it what decides about its boxes, such as the name and version of its model."
+            "without one. Put the settings into it that its boxes depend on, such as name and version of its model."
         )
     options = ("labels", "threshold", "batch_size")
     parameters = inspect.signature(detector.detect).parameters
@@ -149,7 +149,7 @@ def check_detector(detector: Any) -> None:
     if not takes_all and (absent := [name for name in options if name not in parameters]):
         raise BoxFileError(
             f"`detector` must have `detect(images, labels, threshold, batch_size)`, but that of {kind} does not take "
-            f"{', '.join(absent)}. Let it take them, or `**kwargs`."
+            f"{', '.join(absent)}. Add these parameters, or `**kwargs`."
         )
 
 
@@ -159,27 +159,28 @@ def detection_settings(
     threshold: float = 0.2,
     repository: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Return what boxes depend on; box files hold it, and [`BoxFile.check_settings`] compares it.
+    """Return the settings that boxes depend on, for box files and [`BoxFile.check_settings`].
 
     Models in folders are identified by their contents, so that a folder may be moved or copied.
 
     Args:
-        detector (`Detector` or `Mapping`): The detector, or the configuration of one (`box_detector_config`).
+        detector (`Detector` or `Mapping`): The detector, or its configuration (`box_detector_config`).
         labels (`Sequence[str]`, *optional*): Labels to look for, instead of those that the tagger finds.
         threshold (`float`): Scores must be greater.
-        repository (`str` or `Path`, *optional*): The folder that paths of the configuration that start with `./` are
-            in: the processor's.
+        repository (`str` or `Path`, *optional*): The processor's folder, which paths such as `./box_detector` in the
+            configuration are in.
 
     Returns:
         `dict`: Plain values.
 
     Raises:
-        BoxFileError: If the detector was made of models in memory, which have no name, or lacks what a job needs.
+        BoxFileError: If the detector consists of models in memory, which have no name, or does not follow the
+            protocol [`Detector`].
     """
     if not isinstance(detector, Mapping):
         check_detector(detector)
     config = dict(detector if isinstance(detector, Mapping) else detector.config)
-    # Stored results of the text tower: they save time and change nothing.
+    # A cache of the text tower's results, which does not change the boxes.
     config.pop("prompt_embeds", None)
     for part in _PARTS:
         source = config.get(part)
@@ -189,13 +190,13 @@ def detection_settings(
             if repository is None:
                 raise BoxFileError(
                     f"`detector`: its {part} has no name, so a box file could not say what made it. Save the model, "
-                    "and make the detector with its folder."
+                    "and create the detector from its folder."
                 )
             source = str(Path(repository) / source)
         if os.path.isdir(source):
             config[part] = folder_digest(source)
     settings = {"detector": config, "labels": None if labels is None else list(labels), "threshold": threshold}
-    # As a file gives it back, so that the two compare equal.
+    # As they are read from a file, so that both compare equal.
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain
 

@@ -1,16 +1,16 @@
-"""The errors of box files."""
+"""Errors of box files."""
 
 from mgllava.errors import MGLlavaError
 
 
 class BoxFileError(MGLlavaError, ValueError):
-    """A box file cannot be read, written or made; the message says what to do about it."""
+    """A box file cannot be read, written or computed; the message says what to do about it."""
 
 
 class MissingBoxesError(BoxFileError, KeyError):
     """A box file has no record for an id."""
 
-    # KeyError would show the message in quotes.
+    # `KeyError.__str__` puts the message in quotes.
     __str__ = Exception.__str__
 
 

@@ -1,4 +1,4 @@
-"""Box files on disk: the JSON of the original project, and Parquet."""
+"""Box files on disk: the original's JSON, and Parquet."""
 
 import json
 import logging
@@ -22,29 +22,29 @@ logger = logging.getLogger(__name__)
 FORMATS = (".json", ".parquet")
 _BOX_KEYS = ("boxes", "scores", "labels")
 _METADATA_KEY = b"mgllava"
-# Rows that are turned into Arrow at a time: bounds the memory of writing, and is the row group of the file.
+# Rows of a row group: they are converted to Arrow together, which limits memory.
 _ROWS_AT_A_TIME = 10_000
-# Damaged records that an error names.
+# Number of damaged records that an error lists.
 _PROBLEMS = 5
 
 
 def read_boxes(path: str | Path, missing: Missing = "error") -> BoxFile:
     """Read a box file: JSON in any of the original's forms, or Parquet.
 
-    The JSON forms are a list of records with an `id`, a dictionary from ids to records, either of them with `frames`
-    instead of boxes, and the list with `video` (a file name) that the evaluation on videos uses; its ids are the
-    names without the extension.
+    The JSON forms are a list of records with an `id`; a dictionary from ids to records; either with `frames` instead
+    of boxes; and the list of the evaluation on videos, with `video` (a file name); its ids are these names without
+    the extension.
 
     Args:
         path (`str` or `Path`): A `.json` or `.parquet` file.
         missing (`str`): What an unknown id returns: `"error"`, or `"empty"` for a record without boxes.
 
     Returns:
-        `BoxFile`: The records by id, and the settings that they were made with, if the file (JSON: the
-        `NAME.settings.json` next to it) has them.
+        `BoxFile`: The records by id, and the settings of the detector, if the file has them (for JSON,
+        `NAME.settings.json` next to it).
 
     Raises:
-        BoxFileError: If the file is none of these, a record is damaged, or the settings belong to another file.
+        BoxFileError: If the file has another format, a record is damaged, or the settings belong to another file.
         ImportError: If the file is Parquet and pyarrow is not installed.
         OSError: If the file cannot be read.
     """
@@ -71,28 +71,29 @@ def write_boxes(
     layout: Literal["list", "dictionary"] = "list",
     integer_boxes: bool | None = None,
 ) -> Path:
-    """Write a box file; it gets its name when it is complete.
+    """Write a box file, which gets its name when it is complete.
 
     JSON has exactly the original's keys, and the settings go to `NAME.settings.json`. Parquet has the columns `id`,
-    `image`, `width`, `height`, `boxes`, `labels` and `scores`, and the settings are in its metadata.
+    `image`, `width`, `height`, `boxes`, `labels` and `scores`, and the settings in its metadata.
 
     Args:
         path (`str` or `Path`): The file, `.json` or `.parquet`.
-        records (`Iterable[Mapping]`): What to write, read once and in order. Each has `id` (text or integer) or, JSON
-            only, `video` (file name); and `boxes` (xyxy in pixels of the original image), `labels` and `scores` in
-            parallel or, JSON only, `frames`. `image`, `width` and `height` (pixels) go to Parquet.
+        records (`Iterable[Mapping]`): The records, which are read once and in order. Each has `id` (text or integer)
+            and the lists `boxes` (xyxy in pixels of the original image), `labels` and `scores` of one length. JSON
+            also takes `video` (a file name) instead of `id`, and `frames` instead of the lists; Parquet also takes
+            `image`, `width` and `height` (pixels).
         settings (`Mapping`, *optional*): Settings of the detector, see [`detection_settings`].
         inputs_digest (`str`, *optional*): Digest of the list of images.
         layout (`str`): JSON only: `"list"` for training and evaluation, `"dictionary"` for training alone.
-        integer_boxes (`bool`, *optional*): Parquet only: whether all coordinates are integers. `None`: find out,
-            which loads all records into memory.
+        integer_boxes (`bool`, *optional*): Parquet only: whether all coordinates are integers. By default all records
+            are loaded into memory to find out.
 
     Returns:
         `Path`: The file.
 
     Raises:
         BoxFileError: If the extension is unknown or a record cannot be written.
-        ImportError: If Parquet is asked for and pyarrow is not installed.
+        ImportError: If the file is Parquet and pyarrow is not installed.
         OSError: If the file cannot be written.
     """
     path = Path(path)
@@ -108,7 +109,7 @@ def write_boxes(
             _write_json(partial, checked, layout)
             side_file = settings_path(path)
             if metadata:
-                # The settings come first: killed in between, there are settings without boxes, never the reverse.
+                # The settings are written first, so that a kill in between never leaves boxes without settings.
                 with replacing(side_file) as partial_side_file:
                     metadata["bytes"] = partial.stat().st_size
                     text = json.dumps(metadata, indent=2, ensure_ascii=False) + "\n"
@@ -129,15 +130,15 @@ def check_extension(path: Path) -> str:
 
 
 def settings_path(path: Path) -> Path:
-    """Name the file with the settings of a JSON box file, which is next to it."""
+    """Return the path of the settings of a JSON box file."""
     return path.with_suffix(".settings.json")
 
 
 def check_record(record: Any, where: str) -> Record:
-    """Check that a record is one that the original and this package can use.
+    """Check a record, which is named by `where` in errors, and return it as a dictionary.
 
-    It is `{"boxes", "labels", "scores"}` in parallel, boxes as xyxy in pixels of the original image (they may lie
-    outside it); or `{"frames": [...]}` with one such dictionary per frame. `where` names it in errors.
+    It has the lists `boxes` (xyxy in pixels of the original image, also outside it), `labels` and `scores` of one
+    length, or `frames`, a list of such dictionaries.
     """
     if not isinstance(record, Mapping):
         raise BoxFileError(f"{where} must be a dictionary, got {_kind(record)}.")
@@ -175,7 +176,7 @@ def check_record(record: Any, where: str) -> Record:
 
 
 def _are_finite(values: Sequence[Any]) -> bool:
-    # By exact type, which leaves bool out and runs over millions of boxes in C.
+    # Exact types exclude bool, and `map` is fast for millions of boxes.
     if not set(map(type, values)) <= {int, float}:
         return False
     try:
@@ -189,7 +190,7 @@ def _kind(value: Any) -> str:
 
 
 def _check_all(records: Iterable[Any], names: Iterable[str], path: Path) -> list[Record]:
-    """Check the records of a file, and report all that are wrong at once."""
+    """Check the records of a file, and report all damaged ones in one error."""
     checked, problems = [], []
     for record, name in zip(records, names, strict=True):
         try:
@@ -288,7 +289,7 @@ def _parse_metadata(content: bytes, path: Path) -> dict[str, Any]:
 
 
 def require_pyarrow() -> None:
-    """Check that Parquet can be read and written; without pyarrow that is an ImportError."""
+    """Raise an `ImportError` if pyarrow is missing."""
     import_extra("pyarrow.parquet", "datasets", "Parquet")
 
 
@@ -337,12 +338,12 @@ def _write_parquet(
 
 
 def has_integer_boxes(record: Mapping[str, Any]) -> bool:
-    """Tell whether all coordinates of an image's boxes are integers; also true without boxes."""
+    """Tell whether all coordinates of a record are integers."""
     return all(isinstance(value, int) for box in record.get("boxes", ()) for value in box)
 
 
 class _ArrowRecords(Sequence[Record]):
-    """Rows of an Arrow table, which takes less memory than dictionaries; a row becomes one when it is asked for."""
+    """Rows of an Arrow table as dictionaries, which are created on access to save memory."""
 
     def __init__(self, table: "pyarrow.Table"):
         self._table = table
@@ -364,7 +365,7 @@ class _ArrowRecords(Sequence[Record]):
 
 
 def _is_clean(table: "pyarrow.Table") -> bool:
-    """Check all rows at once; `False` sends them to [`check_record`] one by one, which tells what is wrong."""
+    """Check all rows at once; if `False`, [`check_record`] finds the damaged ones."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc

@@ -1,4 +1,4 @@
-"""Lists of images from folders, image files, JSON lists of questions or conversations, and datasets."""
+"""List the images in folders, image files, JSON lists of questions or conversations, and datasets."""
 
 import hashlib
 import json
@@ -27,13 +27,13 @@ IMAGE_EXTENSIONS = frozenset(
     (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
 _ID_NAMES = ("question_id", "id", "index")
-# What `datasets.Dataset.save_to_disk` leaves.
+# Files of `datasets.Dataset.save_to_disk`.
 _DATASET_FILES = ("state.json", "dataset_dict.json")
 
 
 @dataclass(frozen=True)
 class ImageEntry:
-    """An image with its path, if it has one, and the ids (text or integers) of all records that get its boxes."""
+    """The ids (text or integers) of the records of an image, and its path, if it has one."""
 
     ids: tuple[Any, ...]
     image: str | None
@@ -41,12 +41,12 @@ class ImageEntry:
 
 @dataclass(frozen=True)
 class ImageList:
-    """Images in the order of the input, each of them once.
+    """Images in the order of the input, each one once.
 
     Attributes:
         entries (`list[ImageEntry]`): The images.
-        open (`Callable[[int], Any]`): Returns the image of a number: a path, or what a dataset stores.
-        source (`str`): Where they come from, part of the digest.
+        open (`Callable[[int], Any]`): Returns an image by its index in `entries`: a path, or what a dataset stores.
+        source (`str`): Origin of the images, which is part of the digest.
         samples_without_image (`int`): Samples of a JSON list that were left out: text only, or with a video.
     """
 
@@ -76,7 +76,7 @@ class ImageList:
             `PIL.Image.Image`: RGB, upright (its EXIF orientation is applied).
 
         Raises:
-            OSError: If it cannot be opened.
+            OSError: If the image cannot be opened.
             TypeError: If a dataset holds something that is not an image.
         """
         image: Image.Image = load_upright(self.open(number))
@@ -88,29 +88,29 @@ def list_images(
 ) -> ImageList:
     """List the images of an input.
 
-    What an id is depends on the input:
+    The ids depend on the input:
 
-    - a folder, read with all below it: the path below the folder;
+    - a folder with its subfolders: the path inside the folder;
     - image files: the path as given;
-    - JSON lines (`.jsonl`): `question_id`, `id` or `index`, as the benchmark has it;
-    - LLaVA's JSON (`.json`, a list of samples): `id` as text, as training looks it up;
-    - a dataset (of the datasets library, or its folder, or Parquet with an image column): the column `question_id`,
-      `id` or `index`, or else the number of the row.
+    - JSON lines (`.jsonl`): `question_id`, `id` or `index`, unchanged;
+    - LLaVA's JSON (`.json`, a list of samples): `id` as text, as in training;
+    - a dataset (of the datasets library, its folder, or Parquet with an image column): the column `question_id`, `id`
+      or `index`, or else the row number.
 
-    In JSON lists many ids may share an image; it is listed once. A sample with several images (`image` is a list)
-    has a record for each of them, whose id is the path of the image.
+    An image with several ids in a JSON list is listed once. A sample with several images (`image` is a list) has a
+    record for each of them, whose id is the path of the image.
 
     Args:
         inputs (`str`, `Path`, list of them or `datasets.Dataset`): One of the above.
-        image_folder (`str` or `Path`, *optional*): Folder that the paths of a JSON list start from; its
-            own by default.
-        exclude (`str` or `Path`, *optional*): A folder to leave out.
+        image_folder (`str` or `Path`, *optional*): Folder that the paths in a JSON list start from; by default the
+            folder of the list.
+        exclude (`str` or `Path`, *optional*): A folder to skip.
 
     Returns:
         `ImageList`: The images.
 
     Raises:
-        BoxFileError: If there is no image, or the input is none of the above.
+        BoxFileError: If there is no image, or the input is of another kind.
         ImportError: If a dataset is given and the datasets library is not installed.
         OSError: If the input cannot be read.
     """
@@ -136,14 +136,7 @@ def list_images(
 
 
 def is_text(value: Any) -> bool:
-    """Tell whether a value can be written to a file: names of files need not be text, and JSON may hold half a pair.
-
-    Args:
-        value: An id, a path or anything else.
-
-    Returns:
-        `bool`: `False` for a string with lone surrogates.
-    """
+    """Tell whether UTF-8 can encode a value: strings from file names and JSON may have lone surrogates."""
     try:
         if isinstance(value, str):
             value.encode()
@@ -153,14 +146,7 @@ def is_text(value: Any) -> bool:
 
 
 def is_image(path: Path) -> bool:
-    """Tell whether a path looks like an image.
-
-    Args:
-        path (`Path`): The path.
-
-    Returns:
-        `bool`: Whether its extension is that of an image.
-    """
+    """Tell whether a path has the extension of an image."""
     return path.suffix.lower() in IMAGE_EXTENSIONS
 
 
@@ -186,12 +172,12 @@ def _from_folder(folder: Path, exclude: str | Path | None) -> ImageList:
     images: list[str] = []
     parquet: list[Path] = []
     for parent, folders, names in os.walk(folder, followlinks=True):
-        # Pictures of an earlier run are not input, and a link to a folder that it lies in has no end.
+        # Skip the drawings of an earlier run, and links that would lead in circles.
         inside = Path(parent).resolve()
         targets = {name: (Path(parent) / name).resolve() for name in folders}
         loops = [name for name, target in targets.items() if target == inside or target in inside.parents]
         if loops:
-            logger.warning("Left out %s: a link to a folder that it lies in.", Path(parent) / loops[0])
+            logger.warning("Skipped %s: it is a link to a folder that it is in.", Path(parent) / loops[0])
         folders[:] = sorted(name for name, target in targets.items() if name not in loops and target != excluded)
         for name in names:
             path = Path(parent) / name
@@ -223,7 +209,7 @@ def _json_list(path: Path) -> list[Any]:
     try:
         samples = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise BoxFileError(f"{path} is not JSON ({error}). Name a file with one sample per line .jsonl.") from error
+        raise BoxFileError(f"{path} is not JSON ({error}). If it has one sample per line, name it .jsonl.") from error
     if not isinstance(samples, list):
         raise BoxFileError(f"{path} must hold a list of samples, got {type(samples).__name__}.")
     return samples
@@ -247,7 +233,7 @@ def _from_samples(samples: Iterable[Any], root: Path, path: Path, text_ids: bool
         if isinstance(key, bool) or not isinstance(key, (str, int)):
             raise BoxFileError(f"{where} must have {', '.join(_ID_NAMES)} as text or an integer, got {key!r}.")
         for name in paths:
-            # The id of a sample with several images cannot tell them apart, so each goes by its path.
+            # Images of one sample would share its id, so each has its path as id.
             own = name if len(paths) > 1 else str(key) if text_ids else key
             ids_by_image.setdefault(name, {})[own] = None
     entries = [ImageEntry(tuple(ids), image) for image, ids in ids_by_image.items()]
@@ -256,7 +242,7 @@ def _from_samples(samples: Iterable[Any], root: Path, path: Path, text_ids: bool
 
 
 def _report_ambiguous_ids(entries: Sequence[ImageEntry], source: str) -> None:
-    """Say which ids stand for several images: who looks one up gets the boxes of the last one."""
+    """Warn of ids that name several images."""
     seen: set[Any] = set()
     twice: dict[Any, None] = {}
     for entry in entries:
@@ -266,8 +252,8 @@ def _report_ambiguous_ids(entries: Sequence[ImageEntry], source: str) -> None:
             seen.add(key)
     if twice:
         logger.warning(
-            "%s: %d ids name several different images, such as %s. Whoever looks such an id up gets the boxes of the "
-            "last of its images; give each image an id of its own.",
+            "%s: %d ids name several different images, such as %s. Looking up such an id returns the boxes of "
+            "the last of its images; give each image an id of its own.",
             source,
             len(twice),
             ", ".join(repr(key) for key in list(twice)[:3]),
@@ -283,7 +269,7 @@ def _load_from_disk(folder: Path) -> Any:
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
         raise BoxFileError(
-            f"{folder} holds the splits {', '.join(splits)}; give one of them, as {folder / splits[0]}."
+            f"{folder} holds the splits {', '.join(splits)}; give one of them, such as {folder / splits[0]}."
         )
     return datasets.load_from_disk(str(folder))
 
@@ -304,7 +290,7 @@ def _from_dataset(dataset: Any, source: str) -> ImageList:
             f"{source} has no column of images, only {', '.join(features)}. Cast one: "
             'dataset.cast_column("image", datasets.Image()).'
         )
-    # The bytes as they are: decoding happens where a damaged image is noted and skipped.
+    # Not decoded here, but where damaged images are caught and skipped.
     dataset = dataset.cast_column(column, datasets.Image(decode=False))
     id_column = next((name for name in _ID_NAMES if name in features), None)
     ids = range(len(dataset)) if id_column is None else dataset[id_column][:]

@@ -1,4 +1,4 @@
-"""The progress of a detection job, in a folder that survives a kill at any moment."""
+"""The progress of a detection job, in a folder that stays consistent if the job is killed."""
 
 import errno
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mgllava.atomic_files import is_partial, replacing
+from mgllava.model_files.json_files import try_read_json
 
 from .box_file import describe_differences
 from .errors import BoxFileError
@@ -25,10 +26,10 @@ class Batch:
     """Results for consecutive images.
 
     Attributes:
-        start (`int`): Number of the first image in the input.
-        stop (`int`): Number of the image after the last one.
-        records (`list[dict]`): Records of the box file, in order.
-        unreadable (`list[dict]`): For each image that could not be read: `ids`, `image`, `reason`.
+        start: Index of the first image in the input.
+        stop: Index after the last image.
+        records: Records of the box file, in order.
+        unreadable: For each image that could not be read: `ids`, `image`, `reason`.
     """
 
     start: int
@@ -40,9 +41,9 @@ class Batch:
 class SliceFolder:
     """The folder `OUTPUT.shards` of a job: a manifest, and one file for each slice of the input.
 
-    The file of a slice has one line per batch. A batch is written as soon as it is computed, so a kill loses none; a
-    line that a kill or a full disk cut short is removed when the slice is resumed. A file without `.partial` in its
-    name was complete when it got its name.
+    The file of a slice has one line per batch, which is written as soon as the batch is computed. A line that is
+    incomplete, because of a kill or a full disk, is removed when the slice is resumed. A file without `.partial` in
+    its name was complete when it got its name.
     """
 
     def __init__(self, output: Path):
@@ -51,19 +52,19 @@ class SliceFolder:
         self._finished = self.path.with_name(self.path.name + ".finished")
 
     def read_manifest(self) -> dict[str, Any] | None:
-        """Read the manifest (`settings`, `inputs_digest`, `images` and `shard_size`); `None` if there is no job."""
+        """Read the manifest (`settings`, `inputs_digest`, `images` and `shard_size`); `None` if there is none."""
         self.manifest = _read_manifest(self.path)
         return self.manifest
 
     def has_begun(self) -> bool:
-        """Tell whether at least one batch of a job is done."""
+        """Tell whether at least one batch is done."""
         shards = self.path.glob("shard-*") if self.read_manifest() is not None else ()
         return any(path.stat().st_size > 0 for path in shards)
 
     def begin(self, manifest: dict[str, Any], is_shared: bool = False) -> None:
-        """Start a job or resume it; `is_shared` says that other array tasks work in the folder now."""
+        """Start or resume a job; `is_shared` says that other array tasks are using the folder."""
         earlier = self.read_manifest()
-        # As JSON has them: tuples come back as lists.
+        # JSON turns tuples into lists.
         if earlier == json.loads(json.dumps(manifest)):
             return
         if earlier is not None and (is_shared or self.has_begun()):
@@ -72,16 +73,16 @@ class SliceFolder:
                 "output, or pass `overwrite=True` to start again."
             )
         if earlier is None and os.path.lexists(self.path):
-            # Checked, not removed: another array task may have begun since the manifest was looked for.
+            # Not removed, because another array task may have started since the manifest was read.
             self._check_own()
         self.path.mkdir(parents=True, exist_ok=True)
-        # Array tasks may all get here first, so each writes a file of its own.
+        # Several array tasks may write the manifest at the same time; each renames a file of its own.
         with replacing(self.path / _MANIFEST) as partial:
             partial.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         self.read_manifest()
 
     def remove(self) -> None:
-        """Remove the folder. A kill leaves it whole or gone, but never a job with slices missing."""
+        """Remove the folder. A kill leaves it complete or removed, never with some slices."""
         self.clean()
         if os.path.lexists(self.path):
             self._check_own()
@@ -89,7 +90,7 @@ class SliceFolder:
             self.clean()
 
     def _check_own(self) -> None:
-        """Refuse a folder that is not of a job; slices without their manifest could be of any images."""
+        """Raise if the folder is not that of a job; slices without a manifest could be of any images."""
         _check_own(self.path, needs_manifest=any(self.path.glob("shard-*")))
 
     def clean(self) -> None:
@@ -105,7 +106,7 @@ class SliceFolder:
         return -(-self.manifest["images"] // self.manifest["shard_size"])
 
     def bounds(self, number: int) -> tuple[int, int]:
-        """Return the number of the first image of a slice, and of the one after its last."""
+        """Return the index of the first image of a slice, and the index after its last image."""
         assert self.manifest is not None
         start = number * self.manifest["shard_size"]
         return start, min(start + self.manifest["shard_size"], self.manifest["images"])
@@ -117,34 +118,34 @@ class SliceFolder:
         return self.path / f"shard-{number:06d}.jsonl.partial"
 
     def next_image(self, number: int) -> int:
-        """Return the first image of a slice that is not done, or the end; cut off what a kill left unfinished."""
+        """Return the index of the first image of a slice that is not done, and remove an incomplete line after it."""
         start, stop = self.bounds(number)
         complete, partial = self._complete(number), self._partial(number)
         if complete.is_file():
             if _check_lines(complete, start, stop)[1] == stop:
                 return stop
-            # Damaged after it was complete, by a disk that lost a write for example: what is whole of it is kept.
+            # Damaged after it was complete, for example by a disk that lost a write. Its first lines are kept.
             complete.rename(partial)
         if not partial.is_file():
             return start
         size, position = _check_lines(partial, start, stop)
         os.truncate(partial, size)
         if position == stop:
-            # Killed between the last batch and the new name.
+            # The job was killed between the last batch and the renaming.
             self._finish(number)
         return position
 
     def append(self, number: int, batch: Batch) -> None:
-        """Append a batch to a slice; the last batch completes it. Call [`next_image`] once before."""
+        """Append a batch to a slice; the last batch completes it. Call [`next_image`] once before the first batch."""
         partial = self._partial(number)
         line = json.dumps(vars(batch)).encode() + b"\n"
-        # Unbuffered: a batch is handed to the system by one call, and survives the death of this process.
+        # Unbuffered, so that a batch is not lost if the process is killed.
         with partial.open("ab", buffering=0) as file:
             before = os.fstat(file.fileno()).st_size
             try:
                 written = file.write(line)
                 if written != len(line):
-                    # A nearly full disk takes a part without an error.
+                    # A nearly full disk accepts a part of the line without an error.
                     raise OSError(
                         errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {written} of {len(line)} bytes", partial
                     )
@@ -157,7 +158,7 @@ class SliceFolder:
             self._finish(number)
 
     def _finish(self, number: int) -> None:
-        """Give a slice the name of a complete one, after its file was found whole."""
+        """Check that a slice is complete, and rename its file."""
         partial, (start, stop) = self._partial(number), self.bounds(number)
         position = _check_lines(partial, start, stop)[1]
         if position != stop:
@@ -188,7 +189,7 @@ class SliceFolder:
 
 
 def _check_lines(path: Path, start: int, stop: int) -> tuple[int, int]:
-    """Return how many bytes of a slice file are whole, and the number of the image after the last one in them."""
+    """Return the number of bytes of the intact lines of a slice file, and the index after their last image."""
     size, position = 0, start
     with path.open("rb") as file:
         for line in file:
@@ -200,16 +201,13 @@ def _check_lines(path: Path, start: int, stop: int) -> tuple[int, int]:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Read the manifest of a job; `None` if there is none, or something else of that name."""
-    try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return manifest if isinstance(manifest, dict) and manifest.keys() == _MANIFEST_KEYS else None
+    """Read the manifest of a job; `None` if there is none, or the file is something else."""
+    manifest = try_read_json(folder / _MANIFEST)
+    return manifest if manifest is not None and manifest.keys() == _MANIFEST_KEYS else None
 
 
 def _check_own(folder: Path, needs_manifest: bool) -> None:
-    """Refuse to delete what no job made."""
+    """Raise if a folder holds anything that no job wrote."""
     if folder.is_dir() and not folder.is_symlink():
         names = sorted(entry.name for entry in os.scandir(folder))
         others = [name for name in names if not _OWN_FILES.fullmatch(name) and not is_partial(name)]
@@ -220,13 +218,13 @@ def _check_own(folder: Path, needs_manifest: bool) -> None:
     else:
         others = ["a link" if folder.is_symlink() else "a file"]
     raise BoxFileError(
-        f"{folder} is in the way: it holds what is not of a detection job ({', '.join(others[:3])}). Move it, or "
+        f"{folder} is in the way: it is not the folder of a detection job ({', '.join(others[:3])}). Move it, or "
         "choose another output."
     )
 
 
 def _parse(line: bytes) -> Batch | None:
-    """Read a line; `None` if a kill cut it short."""
+    """Read a line; `None` if it is incomplete or damaged."""
     if not line.endswith(b"\n"):
         return None
     try:

@@ -24,7 +24,7 @@ from .options import (
 def chat(
     model: Model,
     images: Annotated[
-        list[str] | None, typer.Option("--image", help="Path or URL of an image; may be given several times.")
+        list[str] | None, typer.Option("--image", help="Path or URL of an image; can be given several times.")
     ] = None,
     revision: Revision = None,
     bits: Bits = None,
@@ -38,7 +38,7 @@ def chat(
     ] = None,
     box_file: Annotated[
         Path | None,
-        typer.Option("--boxes", help="Box file of `mgllava detect`; the detector looks at other images only."),
+        typer.Option("--boxes", help="Box file of `mgllava detect`; the box detector is used for other images only."),
     ] = None,
     picture_folder: Annotated[
         Path | None,
@@ -46,16 +46,16 @@ def chat(
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Longest answer, in tokens.", show_default="the model's, or 512")
+        int | None, typer.Option(help="Maximum length of an answer, in tokens.", show_default="the model's, or 512")
     ] = None,
     temperature: Annotated[
         float | None,
-        typer.Option(help="0: always the most probable token. More: sample.", show_default="the model's"),
+        typer.Option(help="0: always take the most probable token; above: sample.", show_default="the model's"),
     ] = None,
     top_p: Annotated[
         float | None,
         typer.Option(
-            help="Sample from the most probable tokens that reach this probability together.",
+            help="Sample from the most probable tokens whose probabilities add up to this.",
             show_default="the model's",
         ),
     ] = None,

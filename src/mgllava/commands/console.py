@@ -1,4 +1,4 @@
-"""What the commands share: errors as messages, progress bars, printable text."""
+"""Functions of all commands: errors as messages, progress bars, printable text."""
 
 import functools
 import os
@@ -26,7 +26,7 @@ _Command = TypeVar("_Command", bound=Callable[..., None])
 
 
 def errors_as_messages(*kinds: type[Exception]) -> Callable[[_Command], _Command]:
-    """Let a command print expected errors as one message and exit with 1; arguments are named as its options."""
+    """Let a command print expected errors as one message, with its options for arguments, and exit with 1."""
     expected: tuple[type[Exception], ...] = (MGLlavaError, OSError, *kinds)
 
     def decorate(command: _Command) -> _Command:
@@ -48,7 +48,7 @@ def errors_as_messages(*kinds: type[Exception]) -> Callable[[_Command], _Command
 
 
 def _words(command: Callable[..., None]) -> dict[str, str]:
-    """Map the names of a command's parameters to what users type for them."""
+    """Map the names of a command's parameters to its options."""
     app = typer.Typer(add_completion=False)
     app.command()(command)
     return {
@@ -61,17 +61,17 @@ def _words(command: Callable[..., None]) -> dict[str, str]:
 
 
 def say(text: str, stderr: bool = False, style: str | None = None) -> None:
-    """Print a text without markup, in lines of any length."""
+    """Print a text without markup or line breaks of its own."""
     Console(stderr=stderr).print(printable(text), style=style, soft_wrap=True, markup=False, highlight=False)
 
 
 def is_main_process() -> bool:
-    """Tell whether this is the process that prints, of those that `accelerate launch` started."""
+    """Tell whether this is the main process of `accelerate launch`, which prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def printable(text: str) -> str:
-    """Escape control characters and what a terminal cannot show: names in downloaded files may hold anything."""
+    """Escape control characters and invalid Unicode, which names in downloaded files may hold."""
     return "".join(
         letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape").decode("ascii")
         for letter in text
@@ -80,7 +80,7 @@ def printable(text: str) -> str:
 
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Show a bar for each stage."""
+    """Show a progress bar for each stage."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(file=sys.stderr)) as bars:
         tasks: dict[str, TaskID] = {}
@@ -95,7 +95,7 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
 
 @contextmanager
 def image_bar() -> Iterator[Callable[[int, int], None]]:
-    """Show the progress of the main process, which has as much to do as any other."""
+    """Show the progress of the main process, whose share of the images is as large as any other."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(file=sys.stderr), disable=not is_main_process()) as bars:
         processes = int(os.environ.get("WORLD_SIZE", "1"))

@@ -70,7 +70,7 @@ def convert(
     max_shard_size: MaxShardSize = DEFAULT_SHARD_SIZE,
     trust_pickle: TrustPickle = False,
     lora_alpha: Annotated[
-        float | None, typer.Option(help="lora_alpha of a LoRA checkpoint whose config text does not say it.")
+        float | None, typer.Option(help="lora_alpha of a LoRA checkpoint whose config text does not have it.")
     ] = None,
     overwrite: Overwrite = False,
     to_original: Annotated[
@@ -113,14 +113,15 @@ def convert_ram_plus(
     ] = None,
     thresholds: Annotated[
         str | None,
-        typer.Option(help="Text file with one number per line, those of the tags, or its URL.", show_default=False),
+        typer.Option(help="Text file with the threshold of one tag per line, or its URL.", show_default=False),
     ] = None,
     swin_config: Annotated[
         Path | None,
         typer.Option(help="JSON file with the sizes of the backbone.", show_default="Swin-L at 384 pixels"),
     ] = None,
     decoder_config: Annotated[
-        Path | None, typer.Option(help="JSON file with the sizes of the decoder.", show_default="the released ones")
+        Path | None,
+        typer.Option(help="JSON file with the sizes of the decoder.", show_default="the released model's"),
     ] = None,
     dtype: Dtype = "auto",
     max_shard_size: MaxShardSize = DEFAULT_SHARD_SIZE,
@@ -128,26 +129,14 @@ def convert_ram_plus(
     overwrite: Overwrite = False,
 ) -> None:
     """Convert a checkpoint of RAM++, the image tagger, into a model folder for `from_pretrained`."""
+    options = locals()
     if tag_list is None or thresholds is None:
         raise ConversionError(
             "A conversion needs `tag_list` and `thresholds`: files of the original git repository, or their URLs. "
             f"Those of the released model: --tag-list {TAG_LIST_URL} --thresholds {THRESHOLDS_URL}"
         )
     with progress_bars() as progress:
-        written = conversion.convert_ram_plus(
-            checkpoint,
-            tag_list,
-            thresholds,
-            output,
-            swin_config=swin_config,
-            decoder_config=decoder_config,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            trust_pickle=trust_pickle,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    _say_how_to_load(written)
+        _say_how_to_load(conversion.convert_ram_plus(**options, progress=progress))
 
 
 def _say_how_to_load(folder: Path) -> None:

@@ -42,7 +42,8 @@ def detect(
         str | None, typer.Option(help="Image tagger: folder or Hub id; coco80 for the labels of COCO.")
     ] = None,
     labels: Annotated[
-        str | None, typer.Option(help="What to look for, without a tagger: cup,spoon or a file with a label per line.")
+        str | None,
+        typer.Option(help="Labels, instead of a tagger: cup,spoon or a file with a label per line."),
     ] = None,
     mode: Annotated[
         DetectionMode | None,
@@ -51,7 +52,7 @@ def detect(
     threshold: Annotated[float, typer.Option(help=THRESHOLD_HELP)] = 0.2,
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 8,
     image_folder: Annotated[
-        Path | None, typer.Option(help="Folder that the paths of a JSON list start from.", show_default="its own")
+        Path | None, typer.Option(help="Folder that the paths in a JSON list start from.", show_default="its own")
     ] = None,
     show: Annotated[Path | None, typer.Option("--save-boxes", help=SAVE_BOXES_HELP)] = None,
     resume: Annotated[
@@ -72,7 +73,7 @@ def detect(
 
     Several GPUs: accelerate launch -m mgllava detect …
     """
-    # The bar of the images is enough; those of loading tagger and object detector would cut it up.
+    # The progress bars of loading tagger and object detector would interrupt the one of the images.
     logging.disable_progress_bar()
     with image_bar() as progress:
         summary = detect_images(
@@ -108,7 +109,7 @@ def parse_labels(text: str | None) -> list[str] | None:
 
 
 def parse_array_task(text: str | None) -> tuple[int, int]:
-    """Read `I/N`; without a text, the only task of one."""
+    """Read `I/N`; `None` is the only task of one."""
     if text is None:
         return 0, 1
     match = re.fullmatch(r"(\d+)/(\d+)", text)

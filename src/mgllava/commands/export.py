@@ -37,7 +37,7 @@ def export(
     verify: Annotated[bool, typer.Option(help="Load the result in a process that cannot import this package.")] = True,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a complete model folder: it loads without this package, and has a model card."""
+    """Write a complete model folder, which loads without this package and has a model card."""
     from mgllava.hub import export_repository, upload_repository
     from mgllava.hub.export import default_tag
     from mgllava.hub.upload import check_destination

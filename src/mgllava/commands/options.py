@@ -1,7 +1,7 @@
-"""Options that several commands share: one word, one help text and one default text for each.
+"""Options that several commands share, with one name, help text and default text each.
 
-A parameter has the name of the argument that it is passed on as, also where its option is another word: so
-[`errors_as_messages`] can name options where errors name arguments.
+A parameter of a command has the name of the Python argument that it becomes, even if its option is called differently.
+So [`errors_as_messages`] can replace argument names in errors by options.
 """
 
 from pathlib import Path
@@ -23,14 +23,10 @@ AttnImplementation = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python code of models that bring their own.")
 ]
-# Without a positive form, which could change nothing.
+# Without a positive form, which is the default.
 UseBoxDetector = Annotated[
     bool, typer.Option(" /--no-box-detector", help="Do not look for objects.", show_default=False)
 ]
-Detector = Annotated[
-    str | None, typer.Option(help="Zero-shot object detector: folder or Hub id.", show_default="OWLv2-L")
-]
-Tagger = Annotated[str | None, typer.Option(help="Image tagger: folder or Hub id.")]
 TrustPickle = Annotated[
     bool,
     typer.Option(
@@ -42,8 +38,8 @@ TrustPickle = Annotated[
 MaxShardSize = Annotated[str, typer.Option(help="Size of the largest weight file.")]
 Output = Annotated[Path, typer.Option(help="Folder to write.")]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what this command wrote there before; other files stay.")
+    bool, typer.Option("--overwrite", help="Replace what this command wrote there before; other files are kept.")
 ]
 
-SAVE_BOXES_HELP = "Folder to draw the images with their boxes in."
-THRESHOLD_HELP = "Scores of boxes must be greater."
+SAVE_BOXES_HELP = "Folder for drawings of the images with their boxes."
+THRESHOLD_HELP = "Lower limit of the boxes' scores."

@@ -29,7 +29,7 @@ def serve(
     ] = None,
     use_box_detector: UseBoxDetector = True,
     served_model_name: Annotated[
-        str | None, typer.Option(help="How clients call the model.", show_default="the folder's name, or the id")
+        str | None, typer.Option(help="Name of the model in requests.", show_default="the folder's name, or the id")
     ] = None,
     allowed_image_hosts: Annotated[
         str,
@@ -41,8 +41,8 @@ def serve(
     allowed_hosts: Annotated[
         list[str] | None,
         typer.Option(
-            help="Another name under which clients reach this server, for example through a proxy; may be given "
-            "several times. '*' allows all names, also those of web pages that resolve to this server (DNS rebinding)."
+            help="Further host name of this server, for example behind a proxy; can be given several times. '*' "
+            "allows all names, even of web pages that resolve to this server (DNS rebinding)."
         ),
     ] = None,
     api_keys: Annotated[
@@ -50,9 +50,9 @@ def serve(
         typer.Option(
             "--api-key",
             envvar="MGLLAVA_API_KEY",
-            help="Key of which requests must have one (Authorization: Bearer KEY); may be given several times. "
-            "Other users of this machine can see options, but not the environment.",
-            show_default="none: all may ask",
+            help="Requests need a key (Authorization: Bearer KEY); can be given several times. Other users of this "
+            "machine can see options, but not the environment.",
+            show_default="none: no key is needed",
         ),
     ] = None,
     request_bytes: Annotated[
@@ -68,14 +68,15 @@ def serve(
     pixels: Annotated[
         int,
         typer.Option(
-            "--max-pixels", help="Pixels of all images in a request, each counted as a square of its longer side."
+            "--max-pixels",
+            help="Pixels of all images in a request, each counted as a square of its longer side.",
         ),
     ] = ServingLimits.pixels,
     boxes: Annotated[int, typer.Option("--max-boxes", help="Boxes of an image.")] = ServingLimits.boxes,
     image_timeout: Annotated[float, typer.Option(help="Seconds to download an image.")] = ServingLimits.image_timeout,
     concurrent_requests: Annotated[
         int,
-        typer.Option("--max-concurrent-requests", help="Requests that may wait or be answered; more get status 429."),
+        typer.Option("--max-concurrent-requests", help="Requests that wait or are answered; others get status 429."),
     ] = ServingLimits.concurrent_requests,
     enable_cors: Annotated[
         bool, typer.Option("--enable-cors", help="Let web pages of all origins send requests.")
@@ -83,10 +84,10 @@ def serve(
     log_level: Annotated[str, typer.Option(help="Logging level (e.g. 'info', 'warning').")] = "warning",
     default_seed: Annotated[
         int | None,
-        typer.Option(help="Random seed for sampling in requests that have none.", show_default="random"),
+        typer.Option(help="Random seed of requests without one.", show_default="random"),
     ] = None,
 ) -> None:
-    """Serve a model through an OpenAI-compatible API, as `transformers serve` does, with boxes in requests.
+    """Serve a model through an OpenAI-compatible API like that of `transformers serve`, with boxes in requests.
 
     One answer is generated at a time. Needs the extra `serve`.
     """

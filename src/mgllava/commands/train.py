@@ -13,14 +13,14 @@ def train(
         list[str],
         typer.Argument(
             metavar="RECIPE.yaml [MORE.yaml|KEY=VALUE]...",
-            help="Recipes (files, or recipes of the package) and changes to them; later ones win.",
+            help="Recipes (files, or names of the package's recipes) and changes to them; later ones win.",
         ),
     ],
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume from the last complete checkpoint; start if there is none.")
     ] = False,
 ) -> None:
-    """Train a model as a recipe says.
+    """Train a model from a recipe.
 
     For example: mgllava train stage_1_vicuna_7b.yaml data.samples=llava.json
     data.images=images data.boxes=boxes.parquet data.detector.tagger=ram-plus

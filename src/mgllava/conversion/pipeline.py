@@ -1,7 +1,6 @@
 """The steps of a conversion from any source format: gather, check, write, report."""
 
 import datetime
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -13,9 +12,9 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from mgllava.families import FAMILIES, resolve
 from mgllava.model_files.errors import ConversionError, one_line
-from mgllava.model_files.json_files import write_json
+from mgllava.model_files.json_files import read_json, try_read_json, write_json
 from mgllava.model_files.lazy_tensor import LazyTensor
-from mgllava.model_files.shard_writer import Progress, ShardPlan, plan_shards, write_shard
+from mgllava.model_files.shard_writer import Progress, ShardPlan, check_disk_space, plan_shards, write_shard
 from mgllava.model_files.staging import REPORT_NAME, StagingFolder
 from mgllava.model_files.tensor_files import sha256
 from mgllava.model_files.tensor_matching import build_on_meta, match_tensors, stored_shapes
@@ -146,7 +145,7 @@ def _write_weights(
     contents = {f"{number}": digest for number, digest in enumerate(sorted(source_digests.values()))}
     done = staging.keep_finished({shard.filename: shard.digest(contents) for shard in plan.shards}, plan.shards)
     total = sum(shard.size for shard in plan.shards)
-    staging.check_space(sum(shard.size for shard in plan.shards if shard.filename not in done))
+    check_disk_space(staging.path, sum(shard.size for shard in plan.shards if shard.filename not in done))
     for shard in plan.shards:
         if shard.filename in done:
             progress("writing weights", shard.size, total)
@@ -159,13 +158,9 @@ def _write_weights(
 def _keep_box_detector(staging: StagingFolder) -> None:
     """Copy the box detector's settings from the processor that is replaced; the files of its parts stay."""
     name, key = "processor_config.json", "box_detector_config"
-    try:
-        old = json.loads((staging.output / name).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return
-    if isinstance(old, dict) and isinstance(old.get(key), dict):
-        new = json.loads((staging.path / name).read_bytes())
-        write_json(staging.path / name, {**new, key: old[key]})
+    old = (try_read_json(staging.output / name) or {}).get(key)
+    if isinstance(old, dict):
+        write_json(staging.path / name, {**read_json(staging.path / name), key: old})
 
 
 def _by_reason(gathered: Gathered) -> dict[str, dict[str, list[str]]]:

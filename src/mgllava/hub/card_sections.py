@@ -1,4 +1,4 @@
-"""What the cards of all families share."""
+"""Contents and sections that the model cards of all families share."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ class License:
     identifier: str | None = None
 
 
-# Of published models, as their model cards say.
+# As the model cards of published models state them.
 LICENSES = {
     "lmsys/vicuna-7b-v1.5": License("Llama 2 Community License", "llama2"),
     "lmsys/vicuna-13b-v1.5": License("Llama 2 Community License", "llama2"),
@@ -34,16 +34,16 @@ _QUANTIZED_BYTES = {8: 1.0, 4: 0.5 + 1 / 64 + 4 / (64 * 256)}
 
 @dataclass(frozen=True)
 class Contents:
-    """What a card is made from.
+    """The facts on a card.
 
     Attributes:
-        config (`PreTrainedConfig`): The model's configuration.
-        shapes (`Mapping[str, tuple[int, ...]]`): Shapes of the model's parameters by name; tied ones occur once.
-        report (`Mapping`): The conversion's report, or empty.
-        box_detector (`Mapping`, *optional*): The processor's `box_detector_config`.
-        repo_id (`str`): Name of the model repository on the Hub.
-        tag (`str`): Revision in the examples.
-        checked_with (`str`, *optional*): Release of transformers that loaded the model without this package.
+        config: The model's configuration.
+        shapes: Shapes of the model's parameters by name; tied ones occur once.
+        report: The conversion's report, or empty.
+        box_detector: The processor's `box_detector_config`.
+        repo_id: Name of the model repository on the Hub.
+        tag: Revision in the examples.
+        checked_with: Release of transformers that loaded the model without this package.
     """
 
     config: Any
@@ -60,13 +60,13 @@ class Contents:
         return self.repo_id.rsplit("/", maxsplit=1)[-1]
 
     def argument(self, name: str) -> str | None:
-        """What the conversion was given, as far as a report says so."""
+        """Return an argument of the conversion, if the report has it."""
         value: str | None = self.report.get("arguments", {}).get(name)
         return value
 
 
 def table(header: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
-    """Lay out a table in Markdown."""
+    """Format a Markdown table."""
     lines = [header, tuple("---" for _ in header), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
@@ -82,7 +82,7 @@ def parameter_table(contents: Contents, parts: Mapping[str, str], others: str) -
 
 
 def storage_note(config: Any) -> str:
-    """Say in which form the weights are stored."""
+    """Describe the dtype or the quantization of the stored weights."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = quantization["quant_method"] if isinstance(quantization, dict) else quantization.quant_method
@@ -111,7 +111,7 @@ def memory_note(contents: Contents) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Tell whether this may be the name of a model repository on the Hub."""
+    """Tell whether a name can be that of a model repository on the Hub."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
 
 
@@ -121,7 +121,7 @@ def hub_ids(names: Iterable[str | None]) -> list[str] | None:
 
 
 def place(name: str | None, revision: str | None = None) -> str:
-    """Say where something comes from, with a link if it is on the Hub."""
+    """Describe the origin of a part, with a link if it is on the Hub."""
     if not name:
         return "unknown"
     if name.startswith("./"):
@@ -132,8 +132,13 @@ def place(name: str | None, revision: str | None = None) -> str:
 
 def terms(name: str | None) -> str:
     """Name the license of a published model."""
-    license = LICENSES.get(name or "")
-    return license.text if license else "unknown: see where it comes from"
+    return LICENSES.get(name or "", License("unknown: see where it comes from")).text
+
+
+def license_section(rows: Iterable[tuple[str, str, str]]) -> str:
+    """List part, origin and license of all parts, and of the code."""
+    rows = [*rows, ("code", "mgllava", "Apache-2.0")]
+    return f"## License\n\nEach part keeps its own.\n\n{table(('part', 'from', 'license'), rows)}"
 
 
 def usage(contents: Contents, image: str, note: str, packages: str) -> str:
@@ -169,7 +174,7 @@ here."""
 
 
 def checks(contents: Contents) -> str:
-    """List what was checked when the repository was written."""
+    """List the checks that the export made."""
     lines = ["Weight files are safetensors and hold what their index names."]
     if getattr(contents.config, "quantization_config", None) is None:
         lines.append(f"Names and shapes of all {len(contents.shapes)} tensors are those of the model.")
@@ -187,7 +192,7 @@ def checks(contents: Contents) -> str:
 
 
 def citation(bibtex: str) -> str:
-    """Say what to cite."""
+    """Return the section with the citation."""
     return f"## Citation\n\n```bibtex\n{bibtex}\n```"
 
 
@@ -199,6 +204,7 @@ __all__ = [
     "citation",
     "hub_ids",
     "is_hub_id",
+    "license_section",
     "memory_note",
     "parameter_table",
     "place",

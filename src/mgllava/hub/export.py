@@ -1,9 +1,8 @@
-"""Make a model folder complete: it loads without this package and has a model card."""
+"""Write complete model folders, which load without this package and have a model card."""
 
-import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ from transformers.utils import logging
 from mgllava.families import FAMILIES, Family, resolve, takes_boxes
 from mgllava.model_files.errors import ConversionError, one_line
 from mgllava.model_files.json_files import read_json, write_json
-from mgllava.model_files.shard_writer import Progress
+from mgllava.model_files.shard_writer import Progress, check_disk_space
 from mgllava.model_files.sources import fetch, refuse_revision_of_folder
-from mgllava.model_files.staging import REPORT_NAME, StagingFolder
+from mgllava.model_files.staging import REPORT_NAME, StagingFolder, read_model_type
 from mgllava.model_files.tensor_files import open_weights
 from mgllava.model_files.tensor_matching import build_on_meta, match_tensors, stored_shapes
 from mgllava.processing.box_detection_mgllava import DEFAULT_DETECTOR
@@ -52,9 +51,8 @@ def export_repository(
     """Write a model folder that loads with `trust_remote_code=True` where this package is not installed.
 
     It holds the weights (their names and shapes are checked first), the configurations, the processor with tokenizer
-    and chat template, the code of all classes, the box detector, and a model card. Weights are copied in blocks, never
-    loaded, and never linked: saving over a link would change the original. The output appears under its name only
-    when it is complete.
+    and chat template, the code of all classes, the box detector, and a model card. Weights are copied, not loaded, and
+    not linked: saving over a link would change the original. The output gets its name when it is complete.
 
     Args:
         model (`str` or `Path`): Folder or Hub id of a model of this package.
@@ -64,13 +62,13 @@ def export_repository(
         detector (`str`, *optional*): Object detector, instead of the processor's: folder or Hub id.
         with_detector (`bool`, *optional*, defaults to `False`): Also copy a tagger and an object detector that are
             Hub ids. Those that are folders are always copied.
-        repo_id (`str`, *optional*): Future name of the model repository on the Hub, for the card.
+        repo_id (`str`, *optional*): Name that the model repository on the Hub will have, for the card.
         tag (`str`, *optional*): Revision in the examples of the card; by default `v` and the package's version.
         verify (`bool`, *optional*, defaults to `True`): Load the result in a process that cannot import this package.
         overwrite (`bool`, *optional*, defaults to `False`): Replace a model of the same type at `output`. Files there
-            that no export writes are kept, and so is a card that a person wrote.
-        progress (`Callable[[str, int, int], None]`, *optional*): Callback, called with the stage, the bytes just
-            copied and the bytes in total.
+            that no export writes are kept, and so is a hand-written card.
+        progress (`Callable[[str, int, int], None]`, *optional*): Called with the stage, the bytes just copied and the
+            bytes in total.
 
     Returns:
         `Path`: The output.
@@ -86,7 +84,7 @@ def export_repository(
     family = _read_family(source, model)
     with StagingFolder(output, overwrite, resolve(family.config).model_type) as staging:
         config = _read_config(source, family)
-        shapes = _shapes(config, family)
+        shapes = stored_shapes(build_on_meta(resolve(family.model), config))
         weight_files = _check_weights(source, config, shapes)
         processor = _read_processor(source, family)
         _check_box_detector(processor, source)
@@ -95,7 +93,7 @@ def export_repository(
         _pin_box_detector(processor)
 
         staging.keep_finished({}, [])
-        staging.check_space(sum(path.stat().st_size for path in weight_files))
+        check_disk_space(staging.path, sum(path.stat().st_size for path in weight_files))
         _copy_weights(source, weight_files, staging.path, progress or (lambda stage, done, total: None))
         if (source / "generation_config.json").is_file():
             shutil.copyfile(source / "generation_config.json", staging.path / "generation_config.json")
@@ -106,7 +104,7 @@ def export_repository(
         except ValueError as error:  # a link that leads out of a folder of the box detector
             raise ConversionError(f"The processor cannot be saved: {error}") from error
         for part in sorted((staging.path / BUNDLE_FOLDER).glob("*/config.json")):
-            _write_code(part.parent)
+            _update_code(part.parent)
         report = _read_report(source)
         if report:
             write_json(staging.path / REPORT_NAME, report)
@@ -127,7 +125,7 @@ def export_repository(
 
 
 def default_tag() -> str:
-    """Name the tag of what this version of the package exports."""
+    """Return the tag for exports of the installed version."""
     import mgllava
 
     return f"v{mgllava.__version__}"
@@ -137,7 +135,9 @@ def _read_family(folder: Path, name: str | Path) -> Family:
     path = folder / "config.json"
     if not path.is_file():
         hint = " It is an adapter: merge it into its model and save that." * (folder / "adapter_config.json").is_file()
-        raise ConversionError(f"`model`: {name} has no config.json, so it is not a transformers repository.{hint}")
+        raise ConversionError(
+            f"`model`: {name} has no config.json, so it is not a model folder of transformers.{hint}"
+        )
     model_type = read_json(path, "model").get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         *others, last = (family.title for family in FAMILIES.values())
@@ -147,18 +147,13 @@ def _read_family(folder: Path, name: str | Path) -> Family:
 
 
 def _refuse_links(folder: Path) -> None:
-    """Refuse texts that are links to files elsewhere, because they would be published."""
+    """Refuse texts that are links to files outside the folder, because they would be published."""
     for path in sorted(folder.iterdir()):
         if path.name == _TEMPLATES_FOLDER or any(path.match(pattern) for pattern in _TEXT_FILES):
-            _inside(path, folder)
-
-
-def _inside(path: Path, folder: Path) -> Path:
-    try:
-        check_links(path, folder)
-    except ValueError as error:
-        raise ConversionError(f"`model`: {error}") from error
-    return path
+            try:
+                check_links(path, folder)
+            except ValueError as error:
+                raise ConversionError(f"`model`: {error}") from error
 
 
 def _read_config(folder: Path, family: Family) -> Any:
@@ -170,10 +165,6 @@ def _read_config(folder: Path, family: Family) -> Any:
     # Saved models may lack `architectures`, and `auto_map` must name the code that is written here.
     config.architectures, config.auto_map = [resolve(family.model).__name__], None
     return config
-
-
-def _shapes(config: Any, family: Family) -> dict[str, tuple[int, ...]]:
-    return stored_shapes(build_on_meta(resolve(family.model), config))
 
 
 def _check_weights(folder: Path, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[Path]:
@@ -190,23 +181,23 @@ def _check_weights(folder: Path, config: Any, shapes: Mapping[str, tuple[int, ..
     return files
 
 
-def _processor(family: Family) -> str:
-    """Name what `from_pretrained` needs next to the model."""
-    return family.processor or family.image_processors["torchvision"]
+def _processor_class(family: Family) -> Any:
+    """Return the class of the processor or, without one, of the image processor."""
+    return resolve(family.processor or family.image_processors["torchvision"])
 
 
 def _read_processor(folder: Path, family: Family) -> Any:
     try:
-        return resolve(_processor(family)).from_pretrained(folder)
+        return _processor_class(family).from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
         raise ConversionError(
-            f"{folder} must hold what the model's processor is made of, but it cannot be loaded ({error}). "
+            f"{folder} must hold the model's processor, but it cannot be loaded ({error}). "
             "Save the processor there with `save_pretrained`."
         ) from error
 
 
 def _check_box_detector(processor: Any, source: Path) -> None:
-    """Refuse a detector that the repository names outside itself, before something is written."""
+    """Refuse a box detector outside the model folder, before anything is written."""
     try:
         if takes_boxes(processor):
             processor.locate_box_detector()
@@ -215,7 +206,7 @@ def _check_box_detector(processor: Any, source: Path) -> None:
 
 
 def _pin_box_detector(processor: Any) -> None:
-    """Note the commits of the parts that stay on the Hub."""
+    """Save the commits of the parts that stay on the Hub."""
     config = dict(getattr(processor, "box_detector_config", None) or {})
     for part in PARTS:
         name, key = config.get(part), f"{part}_revision"
@@ -225,17 +216,17 @@ def _pin_box_detector(processor: Any) -> None:
             config[key] = HfApi().model_info(name, revision=config.get(key)).sha
         except RepositoryNotFoundError as error:
             raise ConversionError(f"`{part}` must be a folder or a repository on the Hub: {error}") from error
-        except Exception:  # offline, with the errors of several HTTP libraries; saving looks in the cache
+        except Exception:  # offline, reported by errors of several HTTP libraries
             logger.warning(
                 f"The Hub cannot be asked for the commit of {name}, the {part} of the box detector: it is taken from "
-                "the local cache, or not noted at all if the cache has none."
+                "the local cache or, if the cache has none, not saved."
             )
         else:
             processor.box_detector_config = config
 
 
 def _set_box_detector(processor: Any, tagger: str | None, detector: str | None, with_detector: bool) -> None:
-    """Put tagger and detector into the processor's configuration; with `with_detector` as folders on this disk."""
+    """Set tagger and detector in the processor's configuration; with `with_detector` as folders on this disk."""
     if not takes_boxes(processor):
         raise ConversionError(
             "`tagger`, `detector` and `with_detector` are for models whose processor finds boxes, which "
@@ -257,11 +248,11 @@ def _set_box_detector(processor: Any, tagger: str | None, detector: str | None, 
             "or a Hub id."
         )
     if detector is not None:
-        config.pop("prompt_embeds", None)  # another text tower's
+        config.pop("prompt_embeds", None)  # of another text tower
     for name in ("tagger", "detector"):
         value = config[name]
         if name not in given and (not isinstance(value, str) or is_bundled(value)):
-            continue  # a list of labels, or in the source already
+            continue  # a list of labels, or a folder inside the source
         if with_detector or os.path.isdir(value):
             config[name] = str(_fetch_part(value, name, config.pop(f"{name}_revision", None)).absolute())
     processor.box_detector_config = config
@@ -277,29 +268,25 @@ def _fetch_part(name: str, argument: str, revision: str | None) -> Path:
 def _copy_weights(source: Path, files: list[Path], target: Path, progress: Progress) -> None:
     total = sum(path.stat().st_size for path in files)
     for path in files:
-        _copy(path, target / path.name, lambda done: progress("copying weights", done, total))
+        with path.open("rb") as reader, (target / path.name).open("wb") as writer:
+            while block := reader.read(_BLOCK):
+                writer.write(block)
+                progress("copying weights", len(block), total)
     if (source / _INDEX).is_file():
         shutil.copyfile(source / _INDEX, target / _INDEX)
 
 
-def _copy(source: Path, target: Path, on_bytes: Callable[[int], None]) -> None:
-    with source.open("rb") as reader, target.open("wb") as writer:
-        while block := reader.read(_BLOCK):
-            writer.write(block)
-            on_bytes(len(block))
-
-
-def _write_code(folder: Path) -> None:
-    """Bring the code of a repository up to date, if it is one of ours; of a part of the box detector, say."""
-    family = FAMILIES.get(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
+def _update_code(folder: Path) -> None:
+    """Write the installed version's code into a model folder, if the model is of this package."""
+    family = FAMILIES.get(read_model_type(folder) or "")
     if family is not None:
         _read_config(folder, family).save_pretrained(folder)
         custom_object_save(resolve(family.model), folder)
-        resolve(_processor(family)).from_pretrained(folder).save_pretrained(folder)
+        _processor_class(family).from_pretrained(folder).save_pretrained(folder)
 
 
 def _read_report(folder: Path) -> dict[str, Any]:
-    """Read the report of the conversion, if there is one, without the paths of the machine that converted."""
+    """Read the report of the conversion, if there is one, and cut paths down to their last names."""
     path = folder / REPORT_NAME
     if not path.is_file():
         return {}
@@ -315,7 +302,7 @@ def _read_report(folder: Path) -> dict[str, Any]:
 
 
 def _published(argument: Any) -> Any:
-    """Leave of a path its last name; Hub ids and other values stay."""
+    """Return the last name of a path; Hub ids and other values are unchanged."""
     if not isinstance(argument, str):
         return argument
     is_path = Path(argument).exists() or (os.sep in argument and not is_hub_id(argument))
@@ -323,7 +310,7 @@ def _published(argument: Any) -> Any:
 
 
 def _write_card(source: Path, staging: StagingFolder, contents: Contents) -> None:
-    """Write the card, or keep the one that a person wrote: in the source, or in the output that is replaced."""
+    """Generate the card, or keep a hand-written one of the source or of the output that is replaced."""
     for own in (source / CARD_NAME, staging.output / CARD_NAME):
         if own.is_file() and CARD_MARK not in own.read_text(encoding="utf-8", errors="replace"):
             shutil.copyfile(own, staging.path / CARD_NAME)

@@ -1,4 +1,4 @@
-"""Run by `verify.py` as a script: load a repository with remote code, where this package cannot be imported."""
+"""Script of `verify.py`: load a model folder by remote code, in a process that cannot import this package."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def check(folder: Path) -> None:
-    """Load everything that has code in a repository, and in the box detector inside it."""
+    """Load everything that has code in a model folder, and in the box detector inside it."""
     import torch
     import transformers
     from transformers import AutoConfig, AutoImageProcessor, AutoProcessor

@@ -1,13 +1,15 @@
-"""The card of an MG-LLaVA model."""
+"""The model card of MG-LLaVA."""
 
 from huggingface_hub import ModelCardData
 
 from .card_sections import (
     LICENSES,
     Contents,
+    License,
     checks,
     citation,
     hub_ids,
+    license_section,
     memory_note,
     parameter_table,
     place,
@@ -16,7 +18,7 @@ from .card_sections import (
     usage,
 )
 
-# Arguments of the converter, and what people call the models.
+# Arguments of the conversion, and the names of these parts on the card.
 _ORIGINS = {"llm": "language model", "vision_tower": "CLIP", "high_res_tower": "ConvNeXt"}
 _MODULES = {
     "language_model": "language model",
@@ -61,12 +63,11 @@ _CITATION = """\
 def mgllava_card(contents: Contents) -> tuple[ModelCardData, list[str]]:
     """Return the metadata and the sections of a card."""
     origins = [contents.argument(argument) for argument in _ORIGINS]
-    license = LICENSES.get(contents.argument("llm") or "")
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         base_model=hub_ids([*origins, contents.argument("checkpoint")]),
-        license=license.identifier if license else None,
+        license=LICENSES.get(contents.argument("llm") or "", License("")).identifier,
         tags=["mgllava", "custom_code", "arxiv:2406.17770"],
     )
     return data, [
@@ -118,7 +119,7 @@ def _numbers(contents: Contents) -> str:
 
 
 def _paper_results(contents: Contents) -> list[str]:
-    """Quote the paper's results, if this is the converted form of a model that has its parts and its variant."""
+    """Quote the paper's results, if the model was converted with the parts and the variant of the paper."""
     llm = contents.argument("llm")
     variant = {name: getattr(contents.config, name) for name in _PAPER_VARIANT}
     is_tuned = contents.report.get("checkpoint", {}).get("kind") == "sft"
@@ -136,18 +137,15 @@ def _paper_results(contents: Contents) -> list[str]:
 
 
 def _licenses(contents: Contents) -> str:
-    rows = []
-    for argument, part in _ORIGINS.items():
-        origin = contents.argument(argument)
-        rows.append((part, place(origin), terms(origin)))
+    origins = {part: contents.argument(argument) for argument, part in _ORIGINS.items()}
+    rows = [(part, place(origin), terms(origin)) for part, origin in origins.items()]
     checkpoint = place(contents.argument("checkpoint"))
     rows.append(("fusion, projectors, tuning", checkpoint, "unknown: ask where the checkpoint came from"))
     for part in ("tagger", "detector"):
         detector = contents.box_detector or {}
         if isinstance(source := detector.get(part), str):
             rows.append((part, place(source, detector.get(f"{part}_revision")), terms(source)))
-    rows.append(("code", "mgllava", "Apache-2.0"))
-    return f"## License\n\nEach part keeps its own.\n\n{table(('part', 'from', 'license'), rows)}"
+    return license_section(rows)
 
 
 def _limits(contents: Contents) -> str:

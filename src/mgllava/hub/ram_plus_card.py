@@ -1,10 +1,21 @@
-"""The card of a RAM++ model."""
+"""The model card of RAM++."""
 
 from huggingface_hub import ModelCardData
 
-from .card_sections import Contents, checks, citation, hub_ids, parameter_table, place, storage_note, table
+from .card_sections import (
+    Contents,
+    checks,
+    citation,
+    hub_ids,
+    license_section,
+    parameter_table,
+    place,
+    storage_note,
+    table,
+)
 
 _MODULES = {"vision_tower": "Swin", "decoder": "tag decoder and embeddings of the tags"}
+_UNKNOWN_LICENSE = "unknown: ask where the checkpoint came from (the original code is Apache-2.0)"
 
 _CITATION = """\
 @article{huang2023open,
@@ -30,7 +41,7 @@ def ram_plus_card(contents: Contents) -> tuple[ModelCardData, list[str]]:
         "of a fixed list apply to an image. The box detector of MG-LLaVA searches the image for these tags.",
         _use(contents),
         _numbers(contents),
-        _licenses(contents),
+        license_section([("weights and tags", place(contents.argument("checkpoint")), _UNKNOWN_LICENSE)]),
         "## Limits\n\n- It knows only its tags; each has a threshold of its own.\n"
         "- No benchmark was run on this model.",
         checks(contents),
@@ -70,15 +81,6 @@ def _numbers(contents: Contents) -> str:
     }
     parameters = parameter_table(contents, _MODULES, "projection and classifier")
     return f"## Numbers\n\n{parameters}\n\n{table(('', 'size'), sizes.items())}\n\n{storage_note(config)}"
-
-
-def _licenses(contents: Contents) -> str:
-    unknown = "unknown: ask where the checkpoint came from (the original code is Apache-2.0)"
-    rows = [
-        ("weights and tags", place(contents.argument("checkpoint")), unknown),
-        ("code", "mgllava", "Apache-2.0"),
-    ]
-    return f"## License\n\nEach part keeps its own.\n\n{table(('part', 'from', 'license'), rows)}"
 
 
 __all__ = ["ram_plus_card"]

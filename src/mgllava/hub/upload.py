@@ -14,7 +14,7 @@ from mgllava.processing.box_detector_files_mgllava import BUNDLE_FOLDER, PARTS
 
 logger = logging.get_logger(__name__)
 
-# What an export may hold, in the root and in the parts of the box detector.
+# Code and weights that an export writes, at the top and in the parts of the box detector.
 _OWN_PATHS = re.compile(
     rf"({BUNDLE_FOLDER}/({'|'.join(PARTS)})/)?"
     rf"({CODE_NAMES.pattern}|model(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index\.json)"
@@ -22,19 +22,19 @@ _OWN_PATHS = re.compile(
 
 
 def stale_files(uploaded: Iterable[str], folder: Path) -> list[str]:
-    """List the code and weights of an earlier export among the files on the Hub, which a new one does not have."""
+    """List code and weights of earlier exports among the files on the Hub that the folder does not have."""
     return sorted(path for path in uploaded if _OWN_PATHS.fullmatch(path) and not (folder / path).is_file())
 
 
 def check_destination(repo_id: str, tag: str, private: bool) -> None:
-    """Refuse what [`upload_repository`] could not do, before anything is written."""
+    """Check that [`upload_repository`] can upload there, before anything is written."""
     api = HfApi()
     try:
         is_private = api.repo_info(repo_id).private
         tags = {ref.name for ref in api.list_repo_refs(repo_id).tags}
     except RepositoryNotFoundError:
         return
-    except Exception as error:  # those of the HTTP library have other names in each version of huggingface_hub
+    except Exception as error:  # the errors of the HTTP library differ between versions of huggingface_hub
         raise ConversionError(
             f"`push`: the Hub cannot be asked about {repo_id} ({one_line(error)}). Check the name, the connection and "
             "the login, or leave `push` out and upload the folder later."
@@ -50,21 +50,21 @@ def check_destination(repo_id: str, tag: str, private: bool) -> None:
 def upload_repository(folder: str | Path, repo_id: str, tag: str, *, private: bool = False) -> str:
     """Upload a folder in one commit, and tag it.
 
-    The repository is created if there is none. Code of saved models (`*_mgllava.py`, `*_ram_plus.py`, `*_common.py`)
-    and model weights that the folder lacks are deleted there, with a warning that names them. All other files stay,
-    for example a `handler.py` or adapters.
+    The repository is created if it does not exist. Code of saved models (`*_mgllava.py`, `*_ram_plus.py`,
+    `*_common.py`) and model weights that the folder lacks are deleted there, with a warning that names them. All other
+    files stay, for example a `handler.py` or adapters.
 
     Args:
-        folder (`str` or `Path`): What [`export_repository`] wrote.
+        folder (`str` or `Path`): Model folder that [`export_repository`] wrote.
         repo_id (`str`): `ORGANIZATION/NAME`.
         tag (`str`): Name of the tag.
         private (`bool`, *optional*, defaults to `False`): Whether a new repository is private.
 
     Returns:
-        `str`: Where to see it.
+        `str`: URL of the repository.
 
     Raises:
-        ConversionError: If the repository has this tag, is public and should not be, or the upload fails.
+        ConversionError: If the repository has this tag, is public although `private` is set, or the upload fails.
     """
     check_destination(repo_id, tag, private)
     api = HfApi()
@@ -75,7 +75,7 @@ def upload_repository(folder: str | Path, repo_id: str, tag: str, *, private: bo
             repo_id=url.repo_id, folder_path=folder, commit_message=f"Export {tag}", delete_patterns=stale
         )
         api.create_tag(url.repo_id, tag=tag, revision=commit.oid)
-    except Exception as error:  # those of the HTTP library have other names in each version of huggingface_hub
+    except Exception as error:  # the errors of the HTTP library differ between versions of huggingface_hub
         raise ConversionError(
             f"`push`: {folder} is complete, but could not be uploaded to {repo_id} ({one_line(error)})."
         ) from error

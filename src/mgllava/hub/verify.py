@@ -13,16 +13,7 @@ _LINES_SHOWN = 15
 
 
 def verify_loading(folder: str | Path) -> None:
-    """Load everything that the `auto_map` of a model folder names, in a process that cannot import this package.
-
-    The model is built without its weights, to save memory. Nothing is downloaded.
-
-    Args:
-        folder (`str` or `Path`): The model folder.
-
-    Raises:
-        ConversionError: If something does not load.
-    """
+    """Load all classes that a model folder names, without weights, in a process that cannot import this package."""
     with tempfile.TemporaryDirectory() as modules:
         done = subprocess.run(
             [sys.executable, str(_SCRIPT), str(folder)],

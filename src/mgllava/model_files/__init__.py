@@ -1,1 +1,1 @@
-"""The ground floor for model files: weights, configurations and folders, read safely and written completely."""
+"""Safe reading and atomic writing of weights, configurations and model folders."""

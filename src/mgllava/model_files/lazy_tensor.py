@@ -1,4 +1,4 @@
-"""Tensors that stay in their files until they are wanted."""
+"""Tensors that are read from their files when they are needed."""
 
 import math
 from collections.abc import Callable
@@ -14,8 +14,8 @@ class LazyTensor:
     Attributes:
         shape: Its shape.
         dtype: Its dtype.
-        origin: Where the values come from and what is done to them, for reports and digests.
-        load: Gives the values. They may lie in a memory-mapped file: read only.
+        origin: The file and name of the values and the operations on them, for reports and digests.
+        load: Returns the values, which must not be modified: they may be mapped from a file.
     """
 
     shape: tuple[int, ...]

@@ -1,40 +1,40 @@
-"""Unpickling without code, for the pickles in files of `torch.save`.
+"""Unpickle files of `torch.save` without running their code.
 
-A pickle names classes and functions, and says what to call and whose attributes to set. Here it never gets hold of a
-real one: each name leads to a stand-in that is made for this one file and holds no state. Stand-ins for what tensors
-are built with make `LazyTensor`s; all others make placeholders that take anything and do nothing with it. So no code
-runs, no package is imported, and whatever the pickle does to the objects it names ends with it.
+A pickle names classes and functions, and tells the unpickler which to call and whose attributes to set. Here every
+name resolves to a substitute that is created for this file and holds no state. The substitutes of the functions that
+rebuild tensors create `StoredTensor`s; all others create objects that accept anything and ignore it. So no code of the
+file runs, no package is imported, and nothing that the pickle changes remains afterwards.
 """
 
 import io
 import pickle
 import pickletools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import torch
 
 from mgllava.errors import MGLlavaError
 
-# Python's own unpickler allocates a memo as long as the largest index in the pickle.
+# Python's unpickler allocates a memo as long as the largest index in the pickle.
 _MEMO_OPCODES = {"PUT", "BINPUT", "LONG_BINPUT"}
-# A checkpoint with a thousand tensors needs about ten thousand; scanning more than this takes long.
+# A checkpoint with a thousand tensors needs about ten thousand; a limit keeps the scan short.
 _MAX_OPERATIONS = 5_000_000
-# Numbers from a registry of this process, text ids and out-of-band buffers: nothing that `torch.save` writes.
+# `torch.save` writes no extension codes, text ids or out-of-band buffers.
 _UNUSED_OPCODES = {"EXT1", "EXT2", "EXT4", "PERSID", "NEXT_BUFFER", "READONLY_BUFFER"}
 
 
 class UnusableState:
-    """Base of the stand-ins: a pickle can neither set their attributes nor those of their classes."""
+    """Base of the substitutes: a pickle can set neither their attributes nor those of their classes."""
 
     __slots__ = ()
 
     def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("it sets attributes of what it did not make")
+        raise pickle.UnpicklingError("it sets attributes of an object that it did not create")
 
 
 class Function(UnusableState):
-    """Stands for a function: calls one of ours."""
+    """Substitute of a function: calls one of ours."""
 
     __slots__ = ("_function",)
 
@@ -47,42 +47,35 @@ class Function(UnusableState):
 
 
 class Dictionary(dict[Any, Any]):
-    """Stands for an `OrderedDict`, whose attributes (`_metadata` of a state dict) are not kept."""
+    """Substitute of an `OrderedDict`, without its attributes (`_metadata` of a state dict)."""
 
     __slots__ = ()
 
     def __setstate__(self, state: Any) -> None:
-        """Ignore the attributes."""
+        pass
 
 
 class InertObject:
-    """Stands for an object of a class that is not loaded. It takes any state and does nothing with it."""
+    """Substitute of an object of any other class; it ignores its arguments, state and items."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "InertObject":
-        """Make a placeholder from whatever the original would have been made from."""
+        """Ignore the arguments."""
         return super().__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any):
         pass
 
-    def __setstate__(self, state: Any) -> None:
-        pass
-
     def __setitem__(self, key: Any, value: Any) -> None:
         pass
 
-    def append(self, item: Any) -> None:
-        """Ignore an item, as of a pickled list subclass."""
+    def _ignore(self, value: Any) -> None:
+        pass
 
-    def extend(self, items: Any) -> None:
-        """Ignore items, as of a pickled list subclass."""
-
-    def add(self, item: Any) -> None:
-        """Ignore an item, as of a pickled set subclass."""
+    __setstate__ = append = extend = add = _ignore
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
-    # How protocol 2 writes bytes.
+    # Protocol 2 stores bytes as a call of `_codecs.encode`.
     if not isinstance(text, str) or encoding != "latin1":
         raise pickle.UnpicklingError("it encodes something that is not bytes")
     return text.encode("latin1")
@@ -95,25 +88,29 @@ def _bytearray(*args: Any) -> bytearray:
 
 
 def unpickle(
-    data: bytes, stand_ins: Mapping[str, Any], load_persistent: Callable[[Any], Any]
+    data: bytes, substitutes: Mapping[str, Any], load_persistent: Callable[[Any], Any]
 ) -> tuple[Any, list[str]]:
-    """Unpickle with stand-ins for every class and function; also list the names that became placeholders."""
-    _check_opcodes(data)
+    """Unpickle with substitutes for all classes and functions; also list the names that became inert objects."""
+    for opcode, argument in _operations(data):
+        if opcode in _UNUSED_OPCODES:
+            raise pickle.UnpicklingError(f"it uses {opcode}, which no file of weights does")
+        if opcode in _MEMO_OPCODES and not 0 <= int(argument or 0) <= len(data):
+            raise pickle.UnpicklingError("it numbers more objects than it has")
     known = {
         "collections.OrderedDict": type("OrderedDict", (Dictionary,), {"__slots__": ()}),
         "collections.Counter": type("Counter", (Dictionary,), {"__slots__": ()}),
         "_codecs.encode": Function(_encode),
         "builtins.bytearray": Function(_bytearray),
         "builtins.complex": Function(complex),
-        # C types, whose attributes a pickle cannot set.
+        # A pickle cannot set attributes of C types.
         "builtins.set": set,
         "builtins.frozenset": frozenset,
         "torch.Size": torch.Size,
         "torch.device": torch.device,
         **{f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
-        **stand_ins,
+        **substitutes,
     }
-    # Names of Python 2, as in files of protocol 2 by default.
+    # Protocol 2 writes the names of Python 2.
     known |= {name.replace("builtins.", "__builtin__."): value for name, value in known.items()}
     foreign: dict[str, Any] = {}
 
@@ -145,30 +142,26 @@ class ForeignNamesError(MGLlavaError, pickle.UnpicklingError):
         self.names = names
 
 
-def _check_opcodes(data: bytes) -> None:
-    for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+def _operations(pickled: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the operations of a pickle with their arguments, up to a limit."""
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(pickled)):
         if number > _MAX_OPERATIONS:
             raise pickle.UnpicklingError("its pickle has more operations than any file of weights")
-        if opcode.name in _UNUSED_OPCODES:
-            raise pickle.UnpicklingError(f"it uses {opcode.name}, which no file of weights does")
-        if opcode.name in _MEMO_OPCODES and not 0 <= int(argument or 0) <= len(data):
-            raise pickle.UnpicklingError("it numbers more objects than it has")
+        yield opcode.name, argument
 
 
 def read_pickle(file: BinaryIO, limit: int) -> bytes:
     """Read one of several consecutive pickles in a file, of at most `limit` bytes."""
     start = file.tell()
-    limited = _Limited(file, limit)
-    for number, _ in enumerate(pickletools.genops(limited)):  # type: ignore[arg-type]
-        if number > _MAX_OPERATIONS:
-            raise pickle.UnpicklingError("its pickle has more operations than any file of weights")
+    for _ in _operations(_Limited(file, limit)):
+        pass
     end = file.tell()
     file.seek(start)
     return file.read(end - start)
 
 
 class _Limited:
-    """A file that refuses to be read beyond a limit."""
+    """A file that raises when it is read beyond a limit."""
 
     def __init__(self, file: BinaryIO, limit: int):
         self._file = file

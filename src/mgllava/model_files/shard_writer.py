@@ -1,4 +1,4 @@
-"""Safetensors shards, planned first and written one tensor at a time."""
+"""Weight shards: safetensors files that are planned first and written one tensor at a time."""
 
 import hashlib
 import json
@@ -40,13 +40,7 @@ _UNITS = {"K": 3, "M": 6, "G": 9, "T": 12}
 
 @dataclass(frozen=True)
 class Shard:
-    """A file to be written.
-
-    Attributes:
-        filename: Its name.
-        tensors: What it holds, in order.
-        header: Length and header of the file.
-    """
+    """A weight shard that is to be written: its name, its tensors in order, and the bytes before their values."""
 
     filename: str
     tensors: dict[str, LazyTensor]
@@ -66,24 +60,19 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """All files of a model.
-
-    Attributes:
-        shards: The files.
-        index: Contents of the index; `None` when one file holds all.
-    """
+    """The weight shards of a model, and the contents of their index; `None` if one file holds all tensors."""
 
     shards: list[Shard]
     index: dict[str, Any] | None
 
 
 def plan_shards(tensors: Mapping[str, LazyTensor], max_shard_size: str | int) -> ShardPlan:
-    """Spread tensors over files, as transformers does."""
+    """Distribute tensors over files, as transformers does."""
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPE_NAMES:
             raise ConversionError(f"{name} has dtype {tensor.dtype}, expected one of {list(_DTYPE_NAMES)}.")
     size = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?) ?([KMGT])B", str(max_shard_size).strip(), re.IGNORECASE)
-    is_number = isinstance(max_shard_size, int) and not isinstance(max_shard_size, bool) and max_shard_size > 0
+    is_number = type(max_shard_size) is int and max_shard_size > 0
     if not is_number and (size is None or float(size[1]) * 10 ** _UNITS[size[2].upper()] < 1):
         raise ConversionError(f"`max_shard_size` must be like 5GB or 500MB, got {max_shard_size}.")
     try:
@@ -99,7 +88,7 @@ def plan_shards(tensors: Mapping[str, LazyTensor], max_shard_size: str | int) ->
         ) from error
     shards = []
     for filename, names in split.filename_to_tensors.items():
-        # Widest dtype first, so that every tensor is aligned to its items.
+        # Widest dtype first, so that every tensor is aligned to its item size.
         names = sorted(names, key=lambda name: -tensors[name].dtype.itemsize)
         chosen = {name: tensors[name] for name in names}
         shards.append(Shard(filename, chosen, _header(chosen)))
@@ -124,7 +113,7 @@ def _header(tensors: Mapping[str, LazyTensor]) -> bytes:
 
 
 def write_shard(shard: Shard, folder: Path, on_bytes: Callable[[int], None]) -> None:
-    """Write one file; it gets its name when it is complete."""
+    """Write one file, which gets its name when it is complete."""
     path = folder / shard.filename
     with replacing(path) as partial, partial.open("wb") as file:
         file.write(shard.header)
@@ -143,7 +132,7 @@ def write_shard(shard: Shard, folder: Path, on_bytes: Callable[[int], None]) -> 
 
 
 def check_disk_space(folder: Path, needed: int) -> None:
-    """Check that the disk under a folder has room."""
+    """Check that the disk of a folder has enough space, in bytes."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ConversionError(

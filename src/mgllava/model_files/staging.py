@@ -1,6 +1,5 @@
-"""A folder that shows its name only when it is complete, and what it may replace."""
+"""Output folders that get their name when they are complete, and the check of what they may replace."""
 
-import json
 import logging
 import os
 import re
@@ -17,8 +16,8 @@ from mgllava.families import FAMILIES
 from mgllava.folder_lock import FolderLock, FolderLockedError
 
 from .errors import ConversionError
-from .json_files import write_json
-from .shard_writer import Shard, check_disk_space
+from .json_files import try_read_json, write_json
+from .shard_writer import Shard
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +26,9 @@ REPORT_NAME = "conversion_report.json"
 _REPLACED_NAME = "conversion_replaced.json"
 _MARK = "mgllava conversion"
 
-# Code that a saved model carries, by the endings of the names, so that modules that are merged by now are included.
+# Code in a saved model, matched by suffix, so that modules of earlier versions are included.
 CODE_NAMES = re.compile(rf"\w+_({'|'.join([*FAMILIES, 'common'])})\.py|__init__\.py")
-# What a conversion or an export writes, so what the next one may remove. All other files are somebody else's.
+# Files that a conversion or an export writes, and the next one may remove. All other files are the user's.
 _OWN_NAMES = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|chat_template\.jinja"
     r"|(config|generation_config|processor_config|preprocessor_config|image_processor_config)\.json"
@@ -37,24 +36,23 @@ _OWN_NAMES = re.compile(
     r"|(conversion_report|conversion_progress|conversion_replaced)\.json"
     rf"|{CODE_NAMES.pattern}"
 )
-# Only an export writes these, so only in an unfinished folder they are surely its own.
+# Only an export writes these; users may add them to a finished folder, but not to an unfinished one.
 _OWN_NAMES_IN_STAGING = re.compile(
     rf"{_OWN_NAMES.pattern}|box_detector|vision_tower|additional_chat_templates|README\.md|\.gitattributes"
 )
 
 
 class StagingFolder:
-    """A folder `OUTPUT.incomplete` next to the output, for a `with` block; the output is locked meanwhile."""
+    """A folder `OUTPUT.incomplete` next to the output, which is locked inside the `with` block."""
 
-    # An interrupted run leaves its shards in the folder, and the next run finds them. If the output is a link, its
-    # target is written. Only folders with this package's mark are touched: any other folder of that name is an error.
-    # A replaced output (of one of `model_types`, with `overwrite`) keeps every file that no conversion writes, such as
-    # notes, or `box_detector/`.
+    # An interrupted run leaves its weight shards in the folder, for the next run. If the output is a link, its target
+    # is written. A folder of that name without the mark of this package is an error. With `overwrite`, an output of
+    # one of `model_types` is replaced, except for files that no conversion writes, such as notes or `box_detector/`.
 
     def __init__(self, output: Path, overwrite: bool, *model_types: str):
         self.output = Path(os.path.realpath(output))
         if not self.output.name:
-            raise ConversionError(f"`output` must be a folder that can be made, got {output}.")
+            raise ConversionError(f"`output` must be a folder that can be created, got {output}.")
         self.path = self.output.with_name(self.output.name + ".incomplete")
         self._replaced = self.output.with_name(self.output.name + ".replaced")
         self._lock = FolderLock(self.output, f"writing {self.output.name}")
@@ -93,23 +91,23 @@ class StagingFolder:
         if not self._overwrite:
             raise ConversionError(f"{output} exists. Choose another `output`, or pass `overwrite=True` to replace it.")
         if read_model_type(output) not in self._model_types:
-            # A mistyped path must not cost somebody's home folder.
+            # A mistyped path must not replace a home folder.
             raise ConversionError(
                 f"{output} is not a {' or '.join(self._model_types)} model folder, so `overwrite` does not replace it."
             )
 
     def narrow(self, model_type: str) -> None:
-        """Replace only outputs of one of the model types, now that it is known which one is written."""
+        """Restrict the model types that may be replaced to the one that is written."""
         self._model_types = [model_type]
         self._check_output()
 
     def _check_leftovers(self) -> None:
-        """Refuse to touch what has the name of our folder and is not ours."""
+        """Refuse an `OUTPUT.incomplete` that no interrupted run of this package left."""
         if _is_empty(self.path):
             return
         mark = _read_mark(self.path / PROGRESS_NAME) if _is_real_folder(self.path) else None
         if _is_real_folder(self.path) and all(is_partial(entry.name) for entry in self.path.iterdir()):
-            return  # killed while it wrote the mark
+            return  # the run was killed while it wrote the mark
         if mark is None:
             raise ConversionError(
                 f"{self.path} is in the way: no interrupted run of this package left it. Move it, or choose another "
@@ -121,18 +119,18 @@ class StagingFolder:
         if foreign:
             raise ConversionError(
                 f"{self.path} is the rest of an interrupted run, but holds also {', '.join(sorted(foreign)[:5])}. "
-                "Move that, or choose another `output`."
+                "Move these, or choose another `output`."
             )
 
     def _is_own(self, entry: Path) -> bool:
-        """Tell whether an entry of the unfinished folder may go."""
+        """Tell whether an entry of the unfinished folder may be removed."""
         if entry.name in self._kept:
-            # A copy, made for the folder that was to replace the output.
+            # A copy of a file in the output that was about to be replaced.
             return os.path.lexists(self.output / entry.name)
         return is_partial(entry.name) or _OWN_NAMES_IN_STAGING.fullmatch(entry.name) is not None
 
     def keep_finished(self, digests: Mapping[str, str], shards: Sequence[Shard]) -> set[str]:
-        """Delete what an earlier run left, except for shards of the same plan; return the names of those."""
+        """Delete the files of an earlier run, except for shards of the same plan; return the names of these."""
         done: set[str] = set()
         progress = self.path / PROGRESS_NAME
         earlier = (_read_mark(progress) or {}).get("shards")
@@ -144,19 +142,15 @@ class StagingFolder:
                     done.add(shard.filename)
         self.path.mkdir(parents=True, exist_ok=True)
         for entry in self.path.iterdir():
-            # The mark goes last: without it, the folder would not be ours.
+            # Without the mark, the next run would refuse the folder.
             if entry.name not in done and entry.name != PROGRESS_NAME:
                 _remove(entry)
-        # Names on disk are complete files, so the plan can be noted before they exist.
+        # The plan may be written first, because a shard gets its name when it is complete.
         write_json(progress, {"mark": _MARK, "shards": dict(digests), "kept": []})
         return done
 
-    def check_space(self, needed: int) -> None:
-        """Check that the disk has room."""
-        check_disk_space(self.path, needed)
-
     def publish(self) -> Path:
-        """Give the folder its name. Files of an earlier output that no conversion writes stay."""
+        """Rename the folder to the output. Files of an earlier output that no conversion writes are kept."""
         try:
             self._lock.check()
         except FolderLockedError as error:
@@ -175,10 +169,10 @@ class StagingFolder:
         return self.output
 
     def _keep_other_files(self) -> None:
-        """Put what is not ours into the folder that replaces the output: as hard links, or as copies."""
+        """Add the user's files of the output to the folder that replaces it: as hard links, or as copies."""
         if os.path.lexists(self._replaced):
             raise ConversionError(
-                f"{self._replaced} is in the way: it is not what a run of this package left. Move it, or choose "
+                f"{self._replaced} is in the way: no interrupted run of this package left it. Move it, or choose "
                 "another `output`."
             )
         others = [
@@ -190,13 +184,16 @@ class StagingFolder:
         self._kept = [entry.name for entry in others]
         write_json(self.path / PROGRESS_NAME, {**progress, "kept": self._kept})
         for entry in others:
-            _duplicate(entry, self.path / entry.name)
+            if _is_real_folder(entry):
+                shutil.copytree(entry, self.path / entry.name, symlinks=True, copy_function=_link_or_copy)
+            else:
+                _link_or_copy(entry, self.path / entry.name)
 
     def _finish_replacement(self) -> None:
-        """Finish what a run that was killed began when it replaced the output."""
+        """Finish the replacement of the output, which an earlier run may have been killed in."""
         mark = _read_mark(self._replaced / _REPLACED_NAME) if _is_real_folder(self._replaced) else None
         if mark is not None and not os.path.lexists(self.output):
-            logger.warning("%s was being replaced when a run was interrupted. It is back.", self.output)
+            logger.warning("%s was restored: a run was interrupted while it replaced it.", self.output)
             self._replaced.rename(self.output)
             mark = None
         elif mark is not None:
@@ -205,7 +202,7 @@ class StagingFolder:
             (self._replaced / _REPLACED_NAME).unlink()
             if any(self._replaced.iterdir()):
                 logger.warning(
-                    "%s holds what was added to %s while it was being replaced. Nothing of it was deleted.",
+                    "%s holds files that were added to %s while it was being replaced. They were not deleted.",
                     self._replaced,
                     self.output,
                 )
@@ -218,20 +215,13 @@ class StagingFolder:
 
 def read_model_type(folder: Path) -> str | None:
     """Read the model type of a model folder; `None` if it has none."""
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    model_type = config.get("model_type") if isinstance(config, dict) else None
+    model_type = (try_read_json(folder / "config.json") or {}).get("model_type")
     return model_type if isinstance(model_type, str) else None
 
 
 def _read_mark(path: Path) -> dict[str, Any] | None:
-    try:
-        content = None if path.is_symlink() else json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) and content.get("mark") == _MARK else None
+    content = None if path.is_symlink() else try_read_json(path)
+    return content if content is not None and content.get("mark") == _MARK else None
 
 
 def _is_real_folder(path: Path) -> bool:
@@ -239,7 +229,7 @@ def _is_real_folder(path: Path) -> bool:
 
 
 def _is_empty(path: Path) -> bool:
-    """Tell whether there is nothing, or an empty folder."""
+    """Tell whether a path is free or an empty folder."""
     return not os.path.lexists(path) or (_is_real_folder(path) and not any(path.iterdir()))
 
 
@@ -248,14 +238,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
-
-
-def _duplicate(source: Path, target: Path) -> None:
-    """Put a file, a link or a folder at a second place."""
-    if _is_real_folder(source):
-        shutil.copytree(source, target, symlinks=True, copy_function=_link_or_copy)
-    else:
-        _link_or_copy(source, target)
 
 
 def _link_or_copy(source: str | Path, target: str | Path) -> None:
@@ -268,7 +250,7 @@ def _link_or_copy(source: str | Path, target: str | Path) -> None:
 
 
 def _remove_replaced(old: Path, new: Path, written: Sequence[Any]) -> None:
-    """Remove what was written again, what was ours, and what the new folder has, too; leave the rest."""
+    """Remove the files that were written again or copied to the new folder; keep all others."""
     for entry in list(old.iterdir()):
         if entry.name == _REPLACED_NAME:
             continue
@@ -290,19 +272,13 @@ def _remove_duplicate(old: Path, new: Path) -> None:
 
 def _same_file(old: Path, new: Path) -> bool:
     first, second = old.lstat(), new.lstat()
-    if (first.st_dev, first.st_ino) == (second.st_dev, second.st_ino):
-        return True
-    # Copied, with its times, where the file system has no links.
-    same = (first.st_mode, first.st_size, int(first.st_mtime)) == (
-        second.st_mode,
-        second.st_size,
-        int(second.st_mtime),
-    )
-    return same and not stat.S_ISDIR(first.st_mode)
+    # A copy, where the file system has no hard links, keeps size, mode and time.
+    looks = [(found.st_mode, found.st_size, int(found.st_mtime)) for found in (first, second)]
+    return os.path.samestat(first, second) or (looks[0] == looks[1] and not stat.S_ISDIR(first.st_mode))
 
 
 def _sync(folder: Path) -> None:
-    """Write the names in a folder to the disk, where the system can."""
+    """Flush the entries of a folder to the disk, if the system can."""
     with suppress(OSError, AttributeError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

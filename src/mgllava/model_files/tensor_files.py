@@ -1,4 +1,4 @@
-"""Weight files: opening them with their tensors left on disk, and their digests."""
+"""Open weight files, with their tensors left on disk, and compute their digests."""
 
 import hashlib
 from collections.abc import Callable, Iterable
@@ -14,10 +14,10 @@ from .torch_files import StoredTensor, open_torch_file, range_check
 
 
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """Open a safetensors file, which is mapped into memory."""
+    """Open a safetensors file."""
     try:
         file: Any = safe_open(path, framework="pt")
-        # `safe_open` maps the file; its tensors cost address space, not memory.
+        # The file is mapped: tensors take address space, not memory.
         return {name: from_tensor(file.get_tensor(name), f"{path.name}:{name}") for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise ConversionError(
@@ -39,9 +39,9 @@ def tensors_of(state: Any, path: Path) -> dict[str, LazyTensor]:
 
 
 def open_weights(folder: Path) -> tuple[dict[str, LazyTensor], list[Path]]:
-    """Return the tensors of a model folder, in one file or in shards, safetensors first, and their files."""
+    """Return the tensors of a model folder and their files: safetensors if there are any, else pickled weights."""
     for name in ("model.safetensors", "pytorch_model.bin"):
-        # In this order, as transformers does it.
+        # In the order of transformers.
         if (folder / name).is_file():
             return _open_weight_file(folder / name), [folder / name]
         index_path = folder / f"{name}.index.json"
@@ -57,20 +57,20 @@ def _open_shards(index_path: Path) -> tuple[dict[str, LazyTensor], list[Path]]:
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConversionError(f"{index_path} must have a `weight_map` from names of tensors to files.")
-    # A file that came from elsewhere does not lead out of its folder.
+    # The index may come from a stranger: it must not lead out of its folder.
     strange = [name for name in weight_map.values() if not isinstance(name, str) or Path(name).name != name]
     if strange:
         raise ConversionError(f"{index_path} must name files next to it, got {_some(map(repr, strange))}.")
     files = [index_path.parent / name for name in sorted(set(weight_map.values()))]
     absent = [path.name for path in files if not path.is_file()]
     if absent:
-        raise ConversionError(f"{index_path} names shards that are not there: {_some(absent)}. Fetch them again.")
+        raise ConversionError(f"{index_path} names shards that do not exist: {_some(absent)}. Fetch them again.")
     tensors: dict[str, LazyTensor] = {}
     for path in files:
         opened = _open_weight_file(path)
         twice = sorted(opened.keys() & tensors.keys())
         if twice:
-            raise ConversionError(f"{path} holds tensors that another shard has, too: {_some(twice)}.")
+            raise ConversionError(f"{path} holds tensors that another shard also has: {_some(twice)}.")
         tensors.update(opened)
     lost = sorted(name for name in weight_map if name not in tensors)
     if lost:
@@ -85,7 +85,7 @@ def _open_weight_file(path: Path) -> dict[str, LazyTensor]:
 
 
 def sha256(path: Path, on_bytes: Callable[[int], None]) -> str:
-    """Compute the SHA-256 of a file; checksums in a torch file in use are compared on the way."""
+    """Compute the SHA-256 of a file; the checksums in an open torch file are verified along the way."""
     digest = hashlib.sha256()
     check = range_check(path)
     with path.open("rb") as file:

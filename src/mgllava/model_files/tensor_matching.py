@@ -1,4 +1,4 @@
-"""Whether the tensors of files are those of a model."""
+"""Check that the tensors of files match a model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,19 +8,19 @@ import torch
 from .errors import ConversionError
 from .lazy_tensor import LazyTensor
 
-# Weights of a model. Whole numbers and 8-bit floats are packed weights of a quantizer, and no values by themselves.
+# Dtypes of weights. Integers and 8-bit floats are packed values of a quantizer.
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SAMPLES = 10
 
 
 def build_on_meta(model_class: Any, config: Any) -> Any:
-    """Build a model without memory for its weights, to learn their names and shapes."""
+    """Build a model on the meta device, to get names and shapes of its weights without their memory."""
     with torch.device("meta"):
         return model_class(config)
 
 
 def stored_shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    """List the shapes of the parameters and buffers that are stored: of tied ones, the one that the others share."""
+    """Return the shapes of the parameters and buffers that are stored; of tied ones, the shared one."""
     tied = model.all_tied_weights_keys or {}
     return {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
 
@@ -33,7 +33,7 @@ def match_tensors(
 ) -> dict[str, LazyTensor]:
     """Check that tensors match a model by name, shape and dtype, and return them in the model's order.
 
-    `unexpected` lists what the sources hold in addition; `problem` starts the error, which has counts and samples.
+    `unexpected` describes further tensors of the sources; `problem` is the start of the error.
     """
     missing = [f"{name} {shape}" for name, shape in expected.items() if name not in tensors]
     unexpected = [

@@ -1,9 +1,9 @@
-"""Read files of `torch.save` without running their code; tensors stay on disk and are checked when they are read.
+"""Read files of `torch.save` without running their code; tensors stay on disk and are verified when they are read.
 
-`torch.load` has three properties that do not fit files from strangers: mapped into memory, compressed entries come out
-as garbage; checksums are never compared; and with pickled objects in a file it either reads nothing or runs their
-code. So the container is read here: a zip file with a pickle and one entry for each storage, or, from before torch
-1.6, pickles and storages one after the other.
+`torch.load` is not made for files from strangers: with `mmap=True` it returns garbage for compressed entries, it never
+verifies checksums, and with pickled objects in a file it either reads nothing or runs their code. So the container is
+read here: a zip file with a pickle and one entry for each storage or, before torch 1.6, a sequence of pickles followed
+by storages.
 """
 
 import math
@@ -23,13 +23,13 @@ from typing import Any, BinaryIO
 
 import torch
 
-from .errors import ConversionError
+from .errors import ConversionError, one_line
 from .lazy_tensor import LazyTensor
 from .restricted_pickle import ForeignNamesError, Function, InertObject, UnusableState, read_pickle, unpickle
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
-# Far more than the pickles of real checkpoints take, and little enough to read.
+# Far more than the pickles of real checkpoints have, and small enough to read.
 _MAX_PICKLE = 1 << 30
 _MAX_DIMENSIONS = 64
 _MAX_COUNT = 1 << 48
@@ -56,7 +56,7 @@ _STORAGE_DTYPES = {
 
 @dataclass(frozen=True)
 class _Entry:
-    """Bytes of a torch file: where they lie, or the compressed entry that they are in; checksum if there is one."""
+    """Bytes of a torch file, by their offset or as a compressed entry, with their checksum, if any."""
 
     name: str
     offset: int
@@ -73,23 +73,23 @@ def _damaged(path: Path, name: str) -> ConversionError:
 
 
 class _Archive:
-    """The bytes of a torch file by the names of their entries, mapped into memory, and checked once."""
+    """A torch file that is mapped into memory; each entry is verified once."""
 
     def __init__(self, path: Path, entries: Mapping[str, _Entry], swap_bytes: bool):
         self.path = path
         self.entries = entries
         self.swap_bytes = swap_bytes
-        self._verified: set[str] = set()
+        self.verified: set[str] = set()
         self._mapped: Any = None
 
     def storage(self, name: str, dtype: torch.dtype, verify: bool = True) -> torch.UntypedStorage:
-        """Give the bytes of an entry, in the order of this machine and aligned to items of a dtype."""
+        """Return the bytes of an entry in this machine's byte order, aligned to items of a dtype."""
         entry = self.entries[name]
         if entry.compressed is not None:
             storage = self._decompressed(entry)
         else:
             storage = self._map()[entry.offset : entry.offset + entry.size]
-            if verify and name not in self._verified:
+            if verify and name not in self.verified:
                 RangeCheck(self, [entry]).update(_view(storage), entry.offset)
             if entry.offset % dtype.itemsize:
                 storage = storage.clone()
@@ -99,22 +99,19 @@ class _Archive:
         return storage
 
     def checks(self) -> "RangeCheck":
-        """Start to compare the checksums of all entries that can be compared without decompressing."""
+        """Start to verify the checksums of all entries that are not compressed."""
         entries = [entry for entry in self.entries.values() if entry.compressed is None]
         return RangeCheck(self, sorted(entries, key=lambda entry: entry.offset))
 
-    def note_verified(self, name: str) -> None:
-        self._verified.add(name)
-
     def verify(self) -> None:
-        """Compare all checksums that were not compared yet."""
-        for name in self.entries.keys() - self._verified:
+        """Verify the checksums of all entries that are not compressed, except for those that were verified before."""
+        for name in self.entries.keys() - self.verified:
             if self.entries[name].compressed is None:
                 self.storage(name, torch.uint8)
 
     def _map(self) -> Any:
         if self._mapped is None:
-            # By Python, since torch opens only files whose names are UTF-8. Private, so that nothing changes the file.
+            # By Python, because torch opens only files with UTF-8 names. A private mapping, so the file cannot change.
             with self.path.open("rb") as file:
                 content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             self._mapped = torch.frombuffer(content, dtype=torch.uint8).untyped_storage()
@@ -125,7 +122,7 @@ class _Archive:
         storage = torch.UntypedStorage(entry.size)
         target, position = _view(storage), 0
         try:
-            # Compares the checksum, and gives no more bytes than the directory of the file announces.
+            # Verifies the checksum, and returns at most the size that the zip directory says.
             with zipfile.ZipFile(self.path) as archive, archive.open(entry.compressed) as file:
                 while block := file.read(_BLOCK):
                     target[position : position + len(block)] = block
@@ -141,14 +138,14 @@ class _Archive:
 
 
 def _view(storage: torch.UntypedStorage) -> Any:
-    """Give the bytes of a storage, not copied."""
+    """Return the bytes of a storage, without a copy."""
     if not storage.nbytes():
         return memoryview(b"")
     return torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data
 
 
 class RangeCheck:
-    """Compares the checksums of entries, sorted by offset, while the file is read from its start to its end."""
+    """Verifies the checksums of entries, sorted by offset, while the file is read from start to end."""
 
     def __init__(self, archive: _Archive, entries: Sequence[_Entry]):
         self._archive = archive
@@ -170,18 +167,18 @@ class RangeCheck:
                 return
             if entry.checksum is not None and self._checksum != entry.checksum:
                 raise _damaged(self._archive.path, entry.name)
-            self._archive.note_verified(entry.name)
+            self._archive.verified.add(entry.name)
             self._current += 1
             self._checksum = 0
 
     def finish(self) -> None:
-        """Check that the file was as long as its directory says."""
+        """Raise if the file ended before its last entry."""
         if self._current < len(self._entries):
             raise _damaged(self._archive.path, self._entries[self._current].name)
 
 
-# Archives whose tensors are in use. The digest of a file is computed by reading it whole, and its checksums are
-# compared on the way, so that no byte is read twice.
+# Archives whose tensors are in use. Their checksums are verified while the digest of the file is computed, so that no
+# byte is read twice.
 _OPEN: "weakref.WeakValueDictionary[tuple[Any, ...], _Archive]" = weakref.WeakValueDictionary()
 
 
@@ -191,13 +188,13 @@ def _identity(path: Path) -> tuple[Any, ...]:
 
 
 def range_check(path: Path) -> RangeCheck | None:
-    """Start to check a file that is read whole, if it is a torch file of which tensors are in use."""
+    """Start to verify a file that is about to be read from start to end, if it is a torch file in use."""
     archive = _OPEN.get(_identity(path))
     return None if archive is None else archive.checks()
 
 
 class _StorageType(UnusableState):
-    """Stands for a class of storages."""
+    """Substitute of a class of storages."""
 
     __slots__ = ("dtype",)
 
@@ -206,13 +203,13 @@ class _StorageType(UnusableState):
 
 
 class _TensorType(UnusableState):
-    """Stands for the class of tensors or of parameters, which pickles name in passing."""
+    """Substitute of `torch.Tensor` or `torch.nn.Parameter`, which pickles pass as an argument."""
 
     __slots__ = ()
 
 
 class _Storage(UnusableState):
-    """Stands for a storage: an entry of the archive, to be read as items of a dtype."""
+    """Substitute of a storage: an entry of the archive, and the dtype of its items."""
 
     __slots__ = ("archive", "dtype", "name")
 
@@ -223,7 +220,7 @@ class _Storage(UnusableState):
 
 
 class StoredTensor(UnusableState):
-    """Stands for a tensor: some of the items of a storage, still in the file."""
+    """Substitute of a tensor: items of a storage, still in the file."""
 
     __slots__ = ("archive", "dtype", "name", "offset", "shape", "strides")
 
@@ -250,7 +247,7 @@ class StoredTensor(UnusableState):
         return math.prod(self.shape) * self.dtype.itemsize
 
     def load(self, verify: bool = True) -> torch.Tensor:
-        """Read the values, mapped from the file where that is possible."""
+        """Read the values; they are mapped from the file if possible."""
         if 0 in self.shape:
             return torch.empty(self.shape, dtype=self.dtype)
         storage = self.archive.storage(self.name, self.dtype, verify)
@@ -273,9 +270,9 @@ def _rebuild_tensor(
     dtype: torch.dtype | None = None,
 ) -> StoredTensor:
     if not isinstance(storage, _Storage):
-        raise UnpicklingError("a tensor is made of something that is not a storage")
+        raise UnpicklingError("a tensor is built from something that is not a storage")
     if metadata:
-        # Bits for "negated" and "conjugated", which change the values.
+        # The bits "negated" and "conjugated" change the values.
         raise UnpicklingError(f"a tensor is stored as a lazy view ({metadata}); save it with `.resolve_neg()`")
     return StoredTensor(storage, dtype or storage.dtype, offset, shape, strides)
 
@@ -291,7 +288,7 @@ def _rebuild_tensor_v3(
     metadata: Any = None,
 ) -> StoredTensor:
     if not isinstance(dtype, torch.dtype):
-        raise UnpicklingError("a tensor has a dtype that is not one")
+        raise UnpicklingError("a tensor has an unknown dtype")
     return _rebuild_tensor(storage, offset, shape, strides, metadata=metadata, dtype=dtype)
 
 
@@ -301,11 +298,11 @@ def _rebuild_parameter(data: Any, requires_grad: Any, hooks: Any, state: Any = N
 
 def _rebuild_from_type(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
     if not isinstance(function, Function) or not isinstance(kind, _TensorType) or not isinstance(arguments, tuple):
-        raise UnpicklingError("a tensor is of a class of its own")
+        raise UnpicklingError("a tensor has a class of its own")
     return function(*arguments)
 
 
-def _stand_ins() -> dict[str, Any]:
+def _substitutes() -> dict[str, Any]:
     functions: dict[str, Callable[..., Any]] = {
         "torch._utils._rebuild_tensor": _rebuild_tensor,
         "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
@@ -328,7 +325,7 @@ def _stand_ins() -> dict[str, Any]:
 
 
 def open_torch_file(path: Path, trust_pickle: bool = False, inert_modules: tuple[str, ...] = ()) -> Any:
-    """Open a file of `torch.save`, with a [`StoredTensor`] for each tensor and placeholders for other objects."""
+    """Open a file of `torch.save`, with a [`StoredTensor`] for each tensor; classes in `inert_modules` are skipped."""
     try:
         with path.open("rb") as file:
             start = file.read(64)
@@ -344,10 +341,9 @@ def open_torch_file(path: Path, trust_pickle: bool = False, inert_modules: tuple
         raise ConversionError(_refusal(path, error.names)) from error
     except MemoryError as error:
         raise ConversionError(f"{path} cannot be read as a torch file: it asks for too much memory.") from error
-    except Exception as error:  # damaged files are reported with a dozen types
-        reason = " ".join(str(error).split()) or type(error).__name__
+    except Exception as error:  # damaged files cause errors of many types
         raise ConversionError(
-            f"{path} cannot be read as a torch file ({reason}). Is it truncated? Fetch it again."
+            f"{path} cannot be read as a torch file ({one_line(error)}). Is it truncated? Fetch it again."
         ) from error
     refused = [name for name in foreign if not trust_pickle and name.split(".")[0] not in inert_modules]
     if refused:
@@ -376,7 +372,7 @@ def _read_zip(path: Path, file: BinaryIO) -> tuple[Any, list[str]]:
         entries = {entry.name: entry for entry in _zip_entries(path, file, archive.infolist())}
         if not entries:
             raise UnpicklingError("it is an empty archive")
-        # All entries lie in one folder, which is named like the file once was.
+        # All entries are in one folder, which has the original name of the file.
         folder = next(iter(entries)).partition("/")[0] + "/"
         if folder + "constants.pkl" in entries:
             raise UnpicklingError("it is a TorchScript program, not a file of weights")
@@ -390,14 +386,11 @@ def _read_zip(path: Path, file: BinaryIO) -> tuple[Any, list[str]]:
         opened = _Archive(path, entries, order.decode() != sys.byteorder)
         data = _read_small(path, file, archive, entries[folder + "data.pkl"])
     opened = _OPEN.setdefault(_identity(path), opened)
-    return unpickle(data, _stand_ins(), partial(_zip_storage, opened, f"{folder}data/"))
+    return unpickle(data, _substitutes(), partial(_zip_storage, opened, f"{folder}data/"))
 
 
 def _zip_entries(path: Path, file: BinaryIO, infos: Sequence[zipfile.ZipInfo]) -> Iterator[_Entry]:
-    """List the entries, each with the place of its bytes.
-
-    Sizes, names and places are those of the directory at the end; the headers in front of the entries must agree.
-    """
+    """Yield the entries with the offsets of their bytes, from the directory at the end of the file."""
     names = [info.filename for info in infos]
     if len(set(names)) != len(names):
         raise UnpicklingError("it has two entries with the same name")
@@ -412,7 +405,7 @@ def _zip_entries(path: Path, file: BinaryIO, infos: Sequence[zipfile.ZipInfo]) -
         signature, name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
         offset = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
         if signature != b"PK\3\4" or info.header_offset < end:
-            raise UnpicklingError(f"its entry {info.filename} is not where its directory says")
+            raise UnpicklingError(f"its entry {info.filename} is not where the directory says")
         end = offset + info.compress_size
         if end > size:
             raise UnpicklingError(f"its entry {info.filename} is cut off")
@@ -428,7 +421,7 @@ def _read_small(path: Path, file: BinaryIO, archive: zipfile.ZipFile, entry: _En
     if entry.size > _MAX_PICKLE:
         raise UnpicklingError(f"its entry {entry.name} is too large")
     if entry.compressed is not None:
-        return archive.read(entry.compressed)  # compares the checksum
+        return archive.read(entry.compressed)  # verifies the checksum
     file.seek(entry.offset)
     data = file.read(entry.size)
     if entry.checksum is not None and zlib.crc32(data) != entry.checksum:
@@ -437,7 +430,7 @@ def _read_small(path: Path, file: BinaryIO, archive: zipfile.ZipFile, entry: _En
 
 
 def _storage_id(pid: Any) -> tuple[torch.dtype, str, int]:
-    """Check what a pickle says about a storage that lies outside it."""
+    """Read dtype, key and number of items from a pickle's reference to a storage."""
     if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[1], _StorageType):
         raise UnpicklingError("it refers to something that is not a storage")
     key, count = pid[2], pid[4]
@@ -458,10 +451,10 @@ def _zip_storage(archive: _Archive, folder: str, pid: Any) -> _Storage:
 
 def _read_legacy(path: Path, file: BinaryIO) -> tuple[Any, list[str]]:
     def next_object(load: Callable[[Any], Any]) -> tuple[Any, list[str]]:
-        return unpickle(read_pickle(file, _MAX_PICKLE), _stand_ins(), load)
+        return unpickle(read_pickle(file, _MAX_PICKLE), _substitutes(), load)
 
     def nothing(pid: Any) -> Any:
-        raise UnpicklingError("it refers to a storage where there is none")
+        raise UnpicklingError("it refers to a storage outside the state dict")
 
     if next_object(nothing)[0] != _LEGACY_MAGIC or next_object(nothing)[0] != _LEGACY_PROTOCOL:
         raise UnpicklingError("it does not start like a torch file")
@@ -476,14 +469,14 @@ def _read_legacy(path: Path, file: BinaryIO) -> tuple[Any, list[str]]:
 
     def load(pid: Any) -> Any:
         if isinstance(pid, tuple) and len(pid) > 1 and pid[0] == "module":
-            # A class, with its source code for comparison. Neither is looked at.
+            # A class with its source code, which torch compares; here the code is ignored.
             return pid[1] if isinstance(pid[1], type) and issubclass(pid[1], InertObject) else None
         dtype, key, count = _storage_id(pid)
         if len(pid) > 5 and pid[5] is not None:
             raise UnpicklingError("it has views of storages, which are not supported")
         if found.setdefault(key, (dtype, count)) != (dtype, count):
             raise UnpicklingError(f"its storage {key} has two sizes")
-        # Where it lies is known at the end.
+        # The offset follows the pickles.
         entries.setdefault(key, _Entry(key, 0, count * dtype.itemsize))
         return _Storage(archive, key, dtype)
 
@@ -504,14 +497,14 @@ def _read_legacy(path: Path, file: BinaryIO) -> tuple[Any, list[str]]:
 
 
 def materialize(content: Any, archives: list[Any], depth: int = 0) -> Any:
-    """Copy an object with mapped, unverified tensors, and add the files that they lie in to `archives`."""
+    """Copy an object with mapped, unverified tensors, and add their files to `archives`."""
     if depth > _MAX_DEPTH:
-        raise ConversionError("Its objects are nested too deeply for a checkpoint.")
+        raise ConversionError("The objects of the checkpoint are nested too deeply.")
     if isinstance(content, StoredTensor):
         if content.archive.entries[content.name].compressed is not None:
             raise ConversionError(
-                f"{content.archive.path} is compressed, which torch does not do, and which DeepSpeed's folders must "
-                "not be. Unpack it with unzip, and pack it again with zip -0."
+                f"{content.archive.path} is compressed, which torch never does, and which is not supported in "
+                "DeepSpeed folders. Unpack it with unzip, and pack it again with zip -0."
             )
         if content.archive not in archives:
             archives.append(content.archive)

@@ -1,4 +1,4 @@
-"""Tokenizer and embedding table with a place for the `<image>` placeholder."""
+"""Tokenizer, embedding table and generation config with the `<image>` placeholder."""
 
 import tempfile
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ from transformers import AddedToken, AutoTokenizer, GenerationConfig, PreTrained
 
 from mgllava.processing.text_chunks_common import IMAGE_TOKEN
 
-from .errors import ConversionError
+from .errors import ConversionError, one_line
 from .json_files import read_json
 from .tensor_files import LazyTensor
 
-# Tensor cores and tensor-parallel engines like tables of this granularity, as other LLaVA repositories have.
+# Tables with a multiple of 64 rows suit tensor cores and tensor parallelism; other LLaVA models have them too.
 _ROW_MULTIPLE = 64
-# Rows read at a time, which bounds the memory of the mean over a table.
+# Rows that are read at a time, to limit the memory of the mean of a table.
 _ROW_BLOCK = 4096
 # Name of a padding token of which only the id is known.
 _PAD_TOKEN = "[PAD]"
 
-# What ends an answer in each chat template, besides the end-of-sequence token of the language model.
+# Tokens that end an answer in each chat template, in addition to EOS of the language model.
 STOP_WORDS: dict[str, tuple[str, ...]] = {
     "vicuna": (),
     "llama3": ("<|eot_id|>",),
@@ -35,13 +35,7 @@ STOP_WORDS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Sizes of the vocabulary.
-
-    Attributes:
-        image_token_id: Id of the placeholder.
-        original_rows: Rows of the language model's own embedding table.
-        padded_rows: Rows of the table in the saved model.
-    """
+    """Id of the placeholder, rows of the language model's embedding table, and of the one in the saved model."""
 
     image_token_id: int
     original_rows: int
@@ -49,20 +43,21 @@ class Vocabulary:
 
 
 def load_tokenizer(folder: Path, argument: str = "llm", pad_token_id: int | None = None) -> Any:
-    """Load a language model's tokenizer and add the placeholder and what generation in batches needs.
+    """Load a language model's tokenizer, and add the placeholder and, if there is none, a padding token.
 
     `pad_token_id` is used if the tokenizer does not name a padding token; the id after the last one is added.
     """
     try:
         if (folder / "tokenizer.json").is_file():
-            tokenizer = _read_as_it_is(folder)
+            tokenizer = _read_unchanged(folder)
         else:
             with tempfile.TemporaryDirectory() as built:
                 _build_tokenizer_json(folder, Path(built))
-                tokenizer = _read_as_it_is(Path(built))
+                tokenizer = _read_unchanged(Path(built))
     except Exception as error:  # the tokenizers library raises `Exception` itself
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConversionError(f"`{argument}`: the tokenizer in {folder} cannot be read ({reason}).") from error
+        raise ConversionError(
+            f"`{argument}`: the tokenizer in {folder} cannot be read ({one_line(error)})."
+        ) from error
     if tokenizer.pad_token is None and pad_token_id is not None:
         if pad_token_id == max(tokenizer.get_vocab().values(), default=-1) + 1:
             tokenizer.add_tokens([AddedToken(_PAD_TOKEN, special=True, normalized=False)], special_tokens=True)
@@ -79,20 +74,20 @@ def load_tokenizer(folder: Path, argument: str = "llm", pad_token_id: int | None
     return tokenizer
 
 
-def _read_as_it_is(folder: Path) -> Any:
-    # transformers 5 rebuilds Llama tokenizers by rules of its own, which give other ids after special tokens than the
-    # ones that the checkpoints were trained with. The plain class takes `tokenizer.json` at its word.
+def _read_unchanged(folder: Path) -> Any:
+    # transformers 5 rebuilds Llama tokenizers, which changes the ids after special tokens that the checkpoints were
+    # trained with. The plain class uses `tokenizer.json` as it is.
     return PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")
 
 
 def _build_tokenizer_json(folder: Path, output: Path) -> None:
     """Turn a SentencePiece model (Vicuna has nothing else) into a `tokenizer.json`, as transformers 4 did."""
-    # Without a value for `trust_remote_code`, transformers asks on the terminal.
+    # By default, transformers would ask on the terminal whether remote code may run.
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     config_path = folder / "tokenizer_config.json"
     config = read_json(config_path, "llm") if config_path.is_file() else {}
     if str(config.get("tokenizer_class", "")).startswith("Llama") and config.get("legacy") is not False:
-        # Then a space was put in front of every piece of text, also of one that starts with a space.
+        # Legacy tokenizers put a space in front of every piece of text, even if it starts with one.
         backend = tokenizer.backend_tokenizer
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         backend.pre_tokenizer = None
@@ -133,13 +128,13 @@ def generation_config(
     suppress_tokens: list[int],
     argument: str = "llm",
 ) -> GenerationConfig:
-    """Write down how to generate: greedily, as the reference evaluates, until the template's stop words."""
-    # Only the ids: sampling settings of the bare language model are not part of MG-LLaVA.
+    """Return a generation config: greedy, as in the original's evaluation, up to the template's stop words."""
+    # Only the ids are taken from the language model: its sampling settings are not part of MG-LLaVA.
     has_own = (folder / "generation_config.json").is_file()
     try:
         own = GenerationConfig.from_pretrained(folder) if has_own else config
     except Exception as error:  # a config may be wrong in many ways
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ConversionError(
             f"`{argument}`: generation_config.json in {folder} cannot be read ({reason})."
         ) from error

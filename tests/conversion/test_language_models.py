@@ -1,4 +1,4 @@
-"""Other language models and image sizes than the golden set's, from source folders made here."""
+"""Conversions with language models and image sizes that the golden set does not have."""
 
 import json
 import shutil
@@ -12,11 +12,11 @@ from mgllava.conversion import convert_checkpoint
 from tests.golden_cases import GOLDEN
 from tests.tiny import tiny_config
 
-FAMILIES = [("llama", "llama3"), ("phi3", "phi3"), ("qwen2", "yi"), ("qwen3", "yi"), ("mistral", "vicuna")]
+LANGUAGE_MODELS = [("llama", "llama3"), ("phi3", "phi3"), ("qwen2", "yi"), ("qwen3", "yi"), ("mistral", "vicuna")]
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("llm", "template"), FAMILIES)
+@pytest.mark.parametrize(("llm", "template"), LANGUAGE_MODELS)
 def test_any_language_model_converts_and_keeps_its_logits(tmp_path, llm, template, tied):
     text_config = tiny_config(llm, text_config={"vocab_size": 420, "tie_word_embeddings": tied}).text_config
     bare = AutoModelForCausalLM.from_config(text_config).eval()
@@ -43,7 +43,7 @@ def test_any_language_model_converts_and_keeps_its_logits(tmp_path, llm, templat
 
 
 def test_sizes_follow_the_config_text_and_the_towers(tmp_path):
-    """384 and 168 px: 12x12 on both sides, as in the smaller models of this project."""
+    """384 and 168 px, which both give a grid of 12x12, as in the small model."""
     clip = json.loads((GOLDEN / "clip" / "config.json").read_text())["vision_config"]
     CLIPVisionModel(CLIPVisionConfig(**{**clip, "image_size": 168})).save_pretrained(tmp_path / "clip")
     golden = torch.load(GOLDEN / "xtuner" / "iter_10.pth", weights_only=True)
