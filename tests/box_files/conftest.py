@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-# Sizes differ, so that widths and heights in the result tell images apart.
+# Their sizes differ, so that a record of the wrong image is noticed.
 NUMBER = 500
 
 

@@ -1,4 +1,4 @@
-"""A detector whose boxes follow from the pixels alone, and a script that runs a job with it: it can be killed."""
+"""A detector whose boxes depend on the pixels only, and a script that runs a job with it, which a test can kill."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from mgllava.box_files import detect_images
 
 
 class StubDetector:
-    """Finds between no and three boxes per image; every call is noted in a file if there is one."""
+    """Finds 0 to 3 boxes per image, and writes the digests of all images to a log file, if it has one."""
 
     def __init__(self, whole=True, seconds=0.0, log=None, mode="faithful"):
         self.config = {"tagger": None, "detector": "stub", "mode": mode}

@@ -15,7 +15,7 @@ def record(number):
     return {"boxes": [[0, 0, number, number]], "labels": ["cup"], "scores": [0.5]}
 
 
-def test_ids_are_found_as_they_are_and_by_their_text():
+def test_ids_are_looked_up_as_they_are_and_as_text():
     file = BoxFile([1, "2", "x"], [record(1), record(2), record(3)])
     assert file[1] == file["1"] == file[np.int64(1)] == record(1)
     assert file["2"] == file[2] == record(2)
@@ -23,13 +23,13 @@ def test_ids_are_found_as_they_are_and_by_their_text():
     assert list(file) == [1, "2", "x"] and len(file) == 3
 
 
-def test_the_same_type_wins_over_the_same_text():
+def test_id_of_the_same_type_is_preferred():
     file = BoxFile([1, "1"], [record(1), record(2)])
     assert file[1] == record(1) and file["1"] == record(2)
     assert file.duplicates == {}
 
 
-def test_the_last_of_several_records_is_used_and_they_are_counted():
+def test_last_of_several_records_is_used_and_they_are_counted():
     file = BoxFile(["a", "b", "a", "a"], [record(1), record(2), record(3), record(4)])
     assert file["a"] == record(4)
     assert file.duplicates == {"a": 3}
@@ -39,12 +39,12 @@ def test_missing_id_is_named():
     file = BoxFile(["a"], [record(1)], name="boxes.json")
     with pytest.raises(MissingBoxesError, match=r"^boxes\.json has no boxes for id 'b'; it holds 1 ids, such as 'a'"):
         file["b"]
-    # As mappings behave:
+    # As in other mappings.
     assert file.get("b") is None
     assert isinstance(MissingBoxesError("x"), KeyError)
 
 
-def test_missing_id_can_be_an_image_without_boxes():
+def test_missing_id_may_return_an_empty_record():
     file = BoxFile(["a"], [record(1)], missing="empty")
     assert file["b"] == EMPTY and file["a"] == record(1)
     assert "b" not in file
@@ -58,7 +58,7 @@ def test_digest_ignores_the_order_of_keys_only():
     assert settings_digest(SETTINGS) != settings_digest({**SETTINGS, "threshold": 0.21})
 
 
-def test_boxes_of_other_settings_are_refused_unless_told():
+def test_boxes_of_other_settings_are_refused_unless_allowed():
     file = BoxFile([], [], settings=SETTINGS)
     file.check_settings({**SETTINGS})
     other = {**SETTINGS, "detector": {**SETTINGS["detector"], "mode": "clean"}, "threshold": 0.3}
@@ -69,7 +69,7 @@ def test_boxes_of_other_settings_are_refused_unless_told():
     file.check_settings(other, allow_other=True)
 
 
-def test_boxes_of_unknown_settings_are_refused_unless_told():
+def test_boxes_of_unknown_settings_are_refused_unless_allowed():
     file = BoxFile([], [])
     assert file.digest is None
     with pytest.raises(BoxFileError, match="was made with are unknown"):
@@ -81,7 +81,7 @@ def test_boxes_of_unknown_settings_are_refused_unless_told():
     ("made", "expected", "fits"),
     [("a", "a", True), ("a", "b", False), (None, "b", True), ("a", None, True)],
 )
-def test_revisions_of_the_detector_are_compared_where_both_know_them(made, expected, fits):
+def test_revisions_of_the_detector_are_compared_if_both_are_known(made, expected, fits):
     made, expected = (
         {"detector": {"detector": "org/name", **({"detector_revision": revision} if revision else {})}}
         for revision in (made, expected)

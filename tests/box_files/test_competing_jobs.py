@@ -1,4 +1,4 @@
-"""Two jobs on one output, full disks, folders of other people: finished work is kept, nothing foreign is deleted."""
+"""Two jobs on one output, full disks, folders of the user: finished work is kept, and no other file is deleted."""
 
 import errno
 import json
@@ -19,7 +19,7 @@ OPTIONS = {"shard_size": 2, "batch_size": 1, "workers": 1}
 
 
 def start(images, output, **options):
-    """A job in a process of its own, slow enough to be met."""
+    """Start a slow job in a process, and wait until it has written a batch."""
     arguments = [str(images), str(output), {"seconds": 0.3}, {**OPTIONS, **options}]
     log = output.with_name("log.txt")
     process = processes.start("-m", "tests.box_files.stub_detector", json.dumps(arguments), output=log)
@@ -37,7 +37,7 @@ def expected(some_images, tmp_path):
     return (tmp_path / "expected.json").read_text()
 
 
-def test_second_job_leaves_and_the_first_one_finishes(some_images, tmp_path, expected):
+def test_second_job_is_an_error_and_the_first_one_finishes(some_images, tmp_path, expected):
     output = tmp_path / "boxes.json"
     first = start(some_images, output)
     for options in ({}, {"resume": True}, {"overwrite": True}, {"array_task": (0, 2), "resume": True}):
@@ -49,7 +49,7 @@ def test_second_job_leaves_and_the_first_one_finishes(some_images, tmp_path, exp
     assert not output.with_name("boxes.json.lock").exists()
 
 
-def test_tasks_of_an_array_run_together_but_none_of_them_twice(some_images, tmp_path, expected):
+def test_tasks_of_an_array_run_together_but_none_twice(some_images, tmp_path, expected):
     output = tmp_path / "boxes.json"
     with FolderLock(output.with_name("boxes.json.task-0-of-2"), "detecting part 0 of 2"):
         with pytest.raises(FolderLockedError, match="detecting part 0 of 2"):
@@ -74,7 +74,7 @@ def test_task_of_another_job_does_not_join_an_array(some_images, tmp_path):
             )
 
 
-def test_task_that_starts_at_the_same_moment_keeps_what_another_one_has_begun(tmp_path, monkeypatch):
+def test_task_that_starts_at_the_same_time_keeps_the_work_of_another_one(tmp_path, monkeypatch):
     manifest = {"settings": {}, "inputs_digest": "0", "images": 4, "shard_size": 2}
     first, second = (SliceFolder(tmp_path / "boxes.json") for _ in range(2))
     looked = SliceFolder.read_manifest
@@ -92,7 +92,7 @@ def test_task_that_starts_at_the_same_moment_keeps_what_another_one_has_begun(tm
     assert (first.path / "shard-000000.jsonl").is_file()
 
 
-def test_killed_job_leaves_a_lock_that_the_next_one_takes_over(some_images, tmp_path, expected, caplog):
+def test_lock_of_a_killed_job_is_taken_over(some_images, tmp_path, expected, caplog):
     output = tmp_path / "boxes.json"
     first = start(some_images, output)
     first.kill()
@@ -102,7 +102,7 @@ def test_killed_job_leaves_a_lock_that_the_next_one_takes_over(some_images, tmp_
     assert output.read_text() == expected and "Took over the lock" in caplog.text
 
 
-def test_disk_that_takes_a_part_of_a_batch_costs_nothing(some_images, tmp_path, expected, monkeypatch):
+def test_batch_that_a_full_disk_cuts_off_is_repeated(some_images, tmp_path, expected, monkeypatch):
     output, real_open = tmp_path / "boxes.json", type(tmp_path).open
     taken = []
 
@@ -137,7 +137,7 @@ def test_disk_that_takes_a_part_of_a_batch_costs_nothing(some_images, tmp_path, 
     assert output.read_text() == expected and detector.calls == 10 - 3
 
 
-def test_complete_shard_that_was_damaged_later_is_continued(some_images, tmp_path, expected):
+def test_damaged_file_of_a_complete_slice_is_resumed_after_its_intact_lines(some_images, tmp_path, expected):
     output = tmp_path / "boxes.json"
     for task in (0, 1):
         detect_images(some_images, output, StubDetector(), array_task=(task, 2), resume=True, **OPTIONS)
@@ -151,7 +151,7 @@ def test_complete_shard_that_was_damaged_later_is_continued(some_images, tmp_pat
 
 @pytest.mark.parametrize("name", ["boxes.json.shards", "boxes.json.shards.finished"])
 @pytest.mark.parametrize("options", [{}, {"overwrite": True}])
-def test_folder_of_somebody_else_is_left_alone(some_images, tmp_path, name, options):
+def test_folder_of_the_user_is_refused(some_images, tmp_path, name, options):
     (tmp_path / name).mkdir()
     (tmp_path / name / "thesis.txt").write_text("years of work")
     with pytest.raises(BoxFileError, match=r"is in the way: it is not the folder of a detection job \(thesis\.txt"):
@@ -159,7 +159,7 @@ def test_folder_of_somebody_else_is_left_alone(some_images, tmp_path, name, opti
     assert (tmp_path / name / "thesis.txt").read_text() == "years of work"
 
 
-def test_link_in_place_of_the_folder_is_left_alone(some_images, tmp_path):
+def test_link_instead_of_the_folder_is_refused(some_images, tmp_path):
     (tmp_path / "precious").mkdir()
     os.symlink(tmp_path / "precious", tmp_path / "boxes.json.shards")
     with pytest.raises(BoxFileError, match=r"not the folder of a detection job \(a link\)"):

@@ -52,7 +52,7 @@ def test_command_writes_what_the_detector_finds(images, tmp_path, extension):
     assert sum(len(found["boxes"]) for found in file.values()) > 0
     file.check_settings(detection_settings(detector, ["cat", "dog"], 0.01))
     assert len(list((tmp_path / "shown").iterdir())) == 3
-    # Again:
+    # On an existing output.
     result = _run(images, "--output", output, *options)
     assert result.exit_code == 1 and "exists. Choose another output" in result.output
     assert _run(images, "--output", output, *options, "--resume").exit_code == 0
@@ -60,7 +60,7 @@ def test_command_writes_what_the_detector_finds(images, tmp_path, extension):
 
 @pytest.fixture(scope="session")
 def processor_folder(repository, tmp_path_factory):
-    """A processor whose detector is in its own folder."""
+    """A processor with a detector in its folder."""
     processor = MGLlavaProcessor.from_pretrained(repository)
     processor.box_detector = BoxDetector(tagger=["cat", "dog"], detector=OWLV2, mode="clean")
     folder = tmp_path_factory.mktemp("processor")
@@ -83,11 +83,11 @@ def test_detector_of_a_processor_and_its_settings_after_a_move(images, tmp_path,
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
     with pytest.raises(BoxFileError, match=r"detector\.detector is"):
         file.check_settings(detection_settings(config, threshold=0.01, repository=moved))
-    # The mode can be chosen over that of the processor.
+    # An argument overrides the processor's mode.
     assert open_detector(str(processor_folder), mode="faithful").config["mode"] == "faithful"
 
 
-def test_detectors_are_named_without_reading_weights():
+def test_detectors_are_opened_without_reading_weights():
     assert open_detector(tagger="coco80").config == {
         "tagger": COCO_80,
         "detector": "google/owlv2-large-patch14-ensemble",
@@ -96,7 +96,7 @@ def test_detectors_are_named_without_reading_weights():
     assert detection_settings(open_detector(detector=str(OWLV2)))["detector"]["detector"].startswith("sha256:")
 
 
-def test_detector_that_a_job_cannot_use_is_refused(tmp_path):
+def test_detector_that_does_not_follow_the_protocol_is_refused(tmp_path):
     class Simple:
         def detect(self, images):
             return []
@@ -136,7 +136,7 @@ def test_wrong_use_is_one_message(images, tmp_path, options, said):
     assert "Traceback" not in result.output and not (tmp_path / "boxes.json").exists()
 
 
-def test_repository_without_detector_is_one_message(images, tmp_path, repository):
+def test_model_without_detector_is_one_message(images, tmp_path, repository):
     result = _run(images, "--output", tmp_path / "boxes.json", "--processor", repository)
     assert result.exit_code == 1 and "has no box detector. Pass --detector and --tagger" in result.output
 
@@ -147,7 +147,7 @@ def test_no_images_is_one_message(tmp_path):
     assert result.exit_code == 1 and "No images in" in result.output
 
 
-def test_unreadable_images_are_said(images, tmp_path, caplog):
+def test_unreadable_images_are_reported(images, tmp_path, caplog):
     (images / "bad.jpg").write_bytes(b"no image")
     with caplog.at_level(logging.WARNING):
         result = _run(images, "--output", tmp_path / "b.json", "--detector", OWLV2, "--labels", "cat")
@@ -169,18 +169,13 @@ def test_command_under_accelerate_is_the_same_as_without(images, tmp_path):
     assert _run(*arguments, "--output", tmp_path / "one.parquet").exit_code == 0
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [
-        sys.executable,
-        *launch,
-        "-m",
-        "mgllava",
-        "detect",
-        *arguments,
-        "--output",
-        tmp_path / "two.parquet",
-    ]
+    command = [*launch, "-m", "mgllava", "detect", *arguments, "--output", tmp_path / "two.parquet"]
     done = subprocess.run(
-        list(map(str, command)), env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False
+        [sys.executable, *map(str, command)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Wrote") == 1

@@ -1,4 +1,4 @@
-"""The job: complete, in order, and the same through any number of processes and interruptions."""
+"""Detection jobs: complete, in order, and with the same result for any number of processes and interruptions."""
 
 import json
 import logging
@@ -74,14 +74,14 @@ def test_unreadable_images_are_counted_logged_and_listed(many_images, tmp_path, 
     assert "Unreadable images: 3, see" in str(summary)
 
 
-def test_nothing_readable_is_an_error_and_leaves_no_output(tmp_path):
+def test_no_readable_image_is_an_error_without_output(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"")
     with pytest.raises(BoxFileError, match=r"None of the 1 images can be read; the first one: a\.jpg"):
         detect_images(tmp_path, tmp_path / "boxes.json", StubDetector())
     assert not (tmp_path / "boxes.json").exists()
 
 
-def test_boxes_in_pixels_of_the_upright_image(tmp_path):
+def test_sizes_are_those_of_the_upright_image(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 8
     Image.new("RGB", (30, 10)).save(tmp_path / "a.jpg", exif=exif)
@@ -132,7 +132,7 @@ def test_tensors_and_fractions_become_plain_values(some_images, tmp_path):
     assert record["boxes"] == [[0.5, 1.0, 2.0, 3.0]] and record["scores"] == [0.25]
 
 
-def test_detector_that_loses_an_image_is_found_out(some_images, tmp_path):
+def test_detector_that_skips_an_image_is_an_error(some_images, tmp_path):
     class Losing(StubDetector):
         def detect(self, images, labels=None, threshold=0.2, batch_size=8):
             return super().detect(images[1:])
@@ -147,14 +147,14 @@ def test_show_draws_every_image(some_images, tmp_path):
         detect_images(some_images, tmp_path / "b.json", StubDetector(), show=show, overwrite=True)
         names = sorted(path.name for path in show.iterdir())
         assert names == [f"{number:06d}_{number}.jpg" for number in range(10)]
-    assert len(read_boxes(tmp_path / "b.json")) == 10  # pictures of the first run are no input of the second
+    assert len(read_boxes(tmp_path / "b.json")) == 10  # drawings of the first run are not input of the second
 
 
 # Interruptions
 
 
 def _killed_runs(many_images, output, kills, seconds, seed):
-    """Run the job in processes that are killed at random moments; the last one may finish."""
+    """Run the job in processes that are killed at random moments, and in one that finishes."""
     # Forked with everything imported, so that kills hit the work and not the imports.
     moments = random.Random(seed)
     log = output.parent / "log"
@@ -169,7 +169,7 @@ def _killed_runs(many_images, output, kills, seconds, seed):
             process.join()
             assert process.exitcode == 0
         else:
-            # From before the first batch to some batches on. All 20 together are less than the work, 125 batches.
+            # During the first batches. All 20 runs together are shorter than the work of 125 batches.
             time.sleep(0.1 + moments.uniform(0, 5 * seconds))
             os.kill(process.pid, signal.SIGKILL)
             process.join()
@@ -190,12 +190,12 @@ def test_killed_at_random_moments_the_result_is_the_same(many_images, undisturbe
     detected = _killed_runs(many_images, output, kills, seconds=0.05, seed=seed)
     assert files_of(output) == files_of(undisturbed[extension])
     assert leftovers(output) == []
-    # Nothing that was finished is done again: at most the batch in work at each kill.
+    # At most one batch is repeated after each kill.
     assert NUMBER - 3 <= len(detected) <= NUMBER - 3 + kills * OPTIONS["batch_size"]
 
 
 class Killed(BaseException):
-    """Stands for a kill at a chosen place."""
+    """Simulates a kill."""
 
 
 def _kill(*_, **__):
@@ -205,17 +205,17 @@ def _kill(*_, **__):
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (slices.os, "fsync"),  # a slice is written and has not its name yet
-        (slices.os, "replace"),  # the manifest is not there yet
-        (detection_job, "_merge"),  # all slices are done
+        (slices.os, "fsync"),  # a slice is written, but not renamed
+        (slices.os, "replace"),  # there is no manifest
+        (detection_job, "_merge"),  # all slices are complete
         (detection_job, "write_boxes"),
-        (Path, "replace"),  # the output is written and has not its name yet
-        (slices.SliceFolder, "remove"),  # the output is there, and so are the slices
+        (Path, "replace"),  # the output is written, but not renamed
+        (slices.SliceFolder, "remove"),  # there are the output and all slices
         (slices.shutil, "rmtree"),  # the slices are being removed
     ],
 )
 @pytest.mark.parametrize("extension", ["json", "parquet"])
-def test_killed_at_a_delicate_place_the_result_is_the_same(
+def test_killed_between_two_steps_the_result_is_the_same(
     many_images, undisturbed, tmp_path, monkeypatch, owner, name, extension
 ):
     output = tmp_path / f"boxes.{extension}"
@@ -227,7 +227,7 @@ def test_killed_at_a_delicate_place_the_result_is_the_same(
     assert leftovers(output) == []
 
 
-def test_line_that_was_cut_short_is_done_again(many_images, undisturbed, tmp_path, monkeypatch):
+def test_batch_of_an_incomplete_line_is_repeated(many_images, undisturbed, tmp_path, monkeypatch):
     output = tmp_path / "boxes.json"
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(detection_job, "_merge", _kill)
@@ -242,7 +242,7 @@ def test_line_that_was_cut_short_is_done_again(many_images, undisturbed, tmp_pat
     assert files_of(output) == files_of(undisturbed["json"])
 
 
-def test_damaged_shard_is_detected_again(many_images, undisturbed, tmp_path, monkeypatch):
+def test_damaged_slice_is_detected_again(many_images, undisturbed, tmp_path, monkeypatch):
     output = tmp_path / "boxes.json"
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(detection_job, "_merge", _kill)
@@ -253,7 +253,7 @@ def test_damaged_shard_is_detected_again(many_images, undisturbed, tmp_path, mon
     assert files_of(output) == files_of(undisturbed["json"])
 
 
-def test_progress_counts_what_an_earlier_run_did(many_images, tmp_path, monkeypatch):
+def test_progress_counts_the_images_of_an_earlier_run(many_images, tmp_path, monkeypatch):
     class Dying(StubDetector):
         def detect(self, images, labels=None, threshold=0.2, batch_size=8):
             if self.calls == 30:
@@ -312,16 +312,16 @@ def test_tasks_of_an_array_and_a_last_call_make_the_same_file(many_images, undis
     assert files_of(output) == files_of(undisturbed["parquet"])
 
 
-def test_too_few_shards_for_the_processes_are_mentioned(some_images, tmp_path, caplog):
+def test_fewer_slices_than_processes_are_a_warning(some_images, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         detect_images(some_images, tmp_path / "b.json", StubDetector(), array_task=(1, 4))
     assert "1 slices for 4 processes" in caplog.text
 
 
-# What is there already
+# Existing outputs and interrupted jobs
 
 
-def test_complete_output_is_not_made_twice(some_images, tmp_path):
+def test_complete_output_is_not_computed_again(some_images, tmp_path):
     output = tmp_path / "boxes.parquet"
     detect_images(some_images, output, StubDetector())
     with pytest.raises(BoxFileError, match=r"boxes\.parquet exists\. .*`overwrite=True`"):
@@ -342,7 +342,7 @@ def interrupted(some_images, tmp_path, monkeypatch):
     return tmp_path / "boxes.json"
 
 
-def test_interrupted_job_is_neither_continued_nor_lost_unasked(some_images, interrupted):
+def test_interrupted_job_needs_resume_or_overwrite(some_images, interrupted):
     with pytest.raises(BoxFileError, match=r"holds a job that was interrupted\. Pass `resume=True`"):
         detect_images(some_images, interrupted, StubDetector(), shard_size=5)
     detector = StubDetector()
@@ -350,7 +350,7 @@ def test_interrupted_job_is_neither_continued_nor_lost_unasked(some_images, inte
     assert detector.calls == 2
 
 
-def test_another_job_is_not_continued(some_images, interrupted):
+def test_another_job_is_not_resumed(some_images, interrupted):
     for options, said in [
         ({"threshold": 0.5}, r"settings\.threshold is 0\.2, expected 0\.5"),
         ({"detector": StubDetector(mode="clean")}, r'settings\.detector\.mode is "faithful", expected "clean"'),
@@ -364,7 +364,7 @@ def test_another_job_is_not_continued(some_images, interrupted):
         detect_images(some_images, interrupted, StubDetector(), shard_size=5, resume=True)
 
 
-def test_job_that_failed_before_its_first_batch_stands_in_nobodys_way(some_images, tmp_path):
+def test_job_that_failed_before_its_first_batch_is_replaced(some_images, tmp_path):
     class Absent(StubDetector):
         def detect(self, images, labels=None, threshold=0.2, batch_size=8):
             raise OSError("no such model")
@@ -386,14 +386,14 @@ def test_job_that_failed_before_its_first_batch_stands_in_nobodys_way(some_image
         ({"resume": True, "overwrite": True}, "pass one of them"),
     ],
 )
-def test_wrong_arguments_are_refused_before_anything_is_done(some_images, tmp_path, options, said):
+def test_wrong_arguments_are_refused_before_the_work(some_images, tmp_path, options, said):
     output = tmp_path / options.pop("output", "boxes.json")
     with pytest.raises(BoxFileError, match=said):
         detect_images(some_images, output, StubDetector(), **options)
     assert [path.name for path in tmp_path.iterdir()] == ["some"]
 
 
-def test_ids_of_two_types_are_refused_for_parquet_before_anything_is_done(some_images):
+def test_ids_of_two_types_are_refused_for_parquet_before_the_work(some_images):
     questions = some_images / "questions.jsonl"
     questions.write_text('{"id": 1, "image": "1.png"}\n{"id": "2", "image": "2.png"}')
     detector = StubDetector()

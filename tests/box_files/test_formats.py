@@ -23,7 +23,7 @@ def boxes_of(record):
 
 @pytest.mark.parametrize("extension", ["json", "parquet"])
 @pytest.mark.parametrize("ids", [("a", "b"), (7, 8)])
-def test_what_is_written_is_read(tmp_path, extension, ids):
+def test_files_are_read_as_they_were_written(tmp_path, extension, ids):
     records = [{**record, "id": key} for record, key in zip(RECORDS, ids, strict=True)]
     path = write_boxes(tmp_path / f"boxes.{extension}", records, SETTINGS, inputs_digest="1234")
     file = read_boxes(path)
@@ -34,7 +34,7 @@ def test_what_is_written_is_read(tmp_path, extension, ids):
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_json_holds_the_keys_of_the_original_and_no_others(tmp_path):
+def test_json_has_exactly_the_keys_of_the_original(tmp_path):
     more = [{**record, "image": "a.jpg", "width": 3, "height": 4} for record in RECORDS]
     path = write_boxes(tmp_path / "boxes.json", more, SETTINGS)
     assert json.loads(path.read_text()) == RECORDS
@@ -42,7 +42,7 @@ def test_json_holds_the_keys_of_the_original_and_no_others(tmp_path):
     assert json.loads((tmp_path / "boxes.settings.json").read_text())["settings"] == SETTINGS
 
 
-def test_dictionary_of_training(tmp_path):
+def test_dictionary_as_in_training(tmp_path):
     path = write_boxes(tmp_path / "boxes.json", [{**RECORDS[0], "id": 5}], layout="dictionary")
     assert json.loads(path.read_text()) == {"5": boxes_of(RECORDS[0])}
     assert read_boxes(path)[5] == read_boxes(path)["5"] == boxes_of(RECORDS[0])
@@ -50,12 +50,12 @@ def test_dictionary_of_training(tmp_path):
 
 
 @pytest.mark.parametrize("content", [[{"id": "v.1", "frames": FRAMES}], {"v.1": {"frames": FRAMES}}])
-def test_videos_of_training(tmp_path, content):
+def test_videos_as_in_training(tmp_path, content):
     (tmp_path / "boxes.json").write_text(json.dumps(content))
     assert read_boxes(tmp_path / "boxes.json")["v.1"]["frames"] == FRAMES
 
 
-def test_videos_of_evaluation_are_found_without_extension(tmp_path):
+def test_videos_as_in_evaluation_have_ids_without_extension(tmp_path):
     records = [{"video": "first.mp4", "frames": FRAMES}, {"video": "sec.ond.mkv", "frames": FRAMES[1:]}]
     path = write_boxes(tmp_path / "boxes.json", records)
     assert json.loads(path.read_text()) == records
@@ -87,7 +87,7 @@ def test_fractions_are_kept(tmp_path):
         assert read_boxes(path)["a"]["boxes"] == record["boxes"]
 
 
-def test_duplicates_are_reported_with_their_number(tmp_path, caplog):
+def test_duplicates_are_reported_and_counted(tmp_path, caplog):
     (tmp_path / "boxes.json").write_text(json.dumps([RECORDS[1] | {"id": "a"}, RECORDS[1], RECORDS[0]]))
     with caplog.at_level(logging.WARNING):
         file = read_boxes(tmp_path / "boxes.json")
@@ -96,21 +96,21 @@ def test_duplicates_are_reported_with_their_number(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("extension", ["json", "parquet"])
-def test_missing_is_passed_on(tmp_path, extension):
+def test_missing_applies_to_files_of_both_formats(tmp_path, extension):
     path = write_boxes(tmp_path / f"boxes.{extension}", RECORDS)
     assert read_boxes(path, missing="empty")["zzz"]["boxes"] == []
     with pytest.raises(BoxFileError, match=f"boxes.{extension} has no boxes for id 'zzz'"):
         read_boxes(path)["zzz"]
 
 
-def test_settings_of_a_file_that_was_replaced_are_not_believed(tmp_path):
+def test_settings_of_a_replaced_file_are_refused(tmp_path):
     path = write_boxes(tmp_path / "boxes.json", RECORDS, SETTINGS)
     path.write_text(json.dumps(RECORDS[:1]))
     with pytest.raises(BoxFileError, match=r"boxes\.settings\.json does not belong to .*boxes\.json"):
         read_boxes(path)
 
 
-def test_settings_that_were_edited_are_not_believed(tmp_path):
+def test_edited_settings_are_refused(tmp_path):
     path = write_boxes(tmp_path / "boxes.json", RECORDS, SETTINGS)
     side_file = tmp_path / "boxes.settings.json"
     side_file.write_text(side_file.read_text().replace("0.2", "0.3"))
@@ -151,7 +151,7 @@ def test_damaged_parquet_is_refused(tmp_path):
         read_boxes(path)
 
 
-def test_what_a_format_cannot_hold_is_refused_and_leaves_no_file(tmp_path):
+def test_records_that_a_format_cannot_hold_are_refused_without_a_file(tmp_path):
     for name, records, layout, said in [
         ("boxes.parquet", [RECORDS[0], {**RECORDS[1], "id": 3}], "list", "needs ids of one type"),
         ("boxes.parquet", [{"id": "v", "frames": FRAMES}], "list", "write the boxes of videos to JSON"),

@@ -9,7 +9,7 @@ from mgllava.box_files import BoxFileError, list_images
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three images: b.jpg, lying on its side by EXIF, below/a.png and below/deeper/c.PNG."""
+    """Three images: b.jpg, which EXIF rotates, below/a.png and below/deeper/c.PNG."""
     folder = tmp_path / "images"
     (folder / "below" / "deeper").mkdir(parents=True)
     exif = Image.Exif()
@@ -25,20 +25,20 @@ def ids(images):
     return [entry.ids for entry in images.entries]
 
 
-def test_folder_is_read_with_all_below_in_order(folder):
+def test_folder_is_read_with_its_subfolders_in_order(folder):
     images = list_images(folder)
     assert ids(images) == [("b.jpg",), ("below/a.png",), ("below/deeper/c.PNG",)]
     assert [images.load(number).size for number in range(3)] == [(10, 20), (8, 6), (5, 4)]
     assert all(images.load(number).mode == "RGB" for number in range(3))
 
 
-def test_images_of_16_bits_are_not_clipped(tmp_path):
+def test_16_bit_images_are_not_clipped(tmp_path):
     Image.fromarray(np.full((4, 6), 0x8000, dtype=np.uint16)).save(tmp_path / "deep.png")
     image = list_images(tmp_path).load(0)
     assert image.mode == "RGB" and image.getpixel((0, 0)) == (128, 128, 128)
 
 
-def test_pictures_of_an_earlier_run_are_left_out(folder):
+def test_excluded_folder_is_skipped(folder):
     assert len(list_images(folder, exclude=folder / "below")) == 1
 
 
@@ -63,7 +63,7 @@ def test_questions_keep_their_ids_and_share_images(folder):
     assert images.load(1).size == (8, 6)
 
 
-def test_llava_samples_have_ids_of_text_and_may_have_no_image(folder, tmp_path):
+def test_llava_samples_have_text_ids_and_may_have_no_image(folder, tmp_path):
     samples = [
         {"id": 1, "image": "b.jpg", "conversations": []},
         {"id": "text", "conversations": []},
@@ -96,7 +96,7 @@ def test_dataset_in_memory_on_disk_and_as_parquet(dataset, tmp_path):
     assert ids(list_images(dataset.remove_columns("question_id"))) == [(0,), (1,)]
 
 
-def test_datasets_that_cannot_be_used_say_what_to_do(dataset, tmp_path):
+def test_errors_of_unusable_datasets_say_what_to_do(dataset, tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.DatasetDict({"test": dataset}).save_to_disk(str(tmp_path / "splits"))
     with pytest.raises(BoxFileError, match="holds the splits test; give one of them"):
@@ -107,7 +107,7 @@ def test_datasets_that_cannot_be_used_say_what_to_do(dataset, tmp_path):
         list_images(dataset.to_iterable_dataset())
 
 
-def test_digest_tells_lists_apart(folder):
+def test_digests_of_different_lists_differ(folder):
     digest = list_images(folder).digest
     assert digest == list_images(folder).digest
     Image.new("RGB", (2, 2)).save(folder / "new.png")
@@ -133,7 +133,7 @@ def test_damaged_lists_are_refused(tmp_path, name, content, said):
         list_images(tmp_path / name)
 
 
-def test_nothing_to_do_is_an_error(tmp_path, folder):
+def test_input_without_images_is_an_error(tmp_path, folder):
     with pytest.raises(BoxFileError, match=r"No images in .*empty \(looked for \.avif"):
         (tmp_path / "empty").mkdir()
         list_images(tmp_path / "empty")

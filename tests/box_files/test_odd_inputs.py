@@ -1,4 +1,4 @@
-"""Names, ids and records that other people have: none of them ends a job, and none passes unseen."""
+"""Unusual names, ids and records: none of them ends a job, and all damaged ones are reported."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ def picture(path):
 
 
 @pytest.mark.parametrize("extension", ["json", "parquet"])
-def test_name_that_is_not_text_is_listed_and_the_others_are_done(tmp_path, extension, caplog):
+def test_name_that_is_not_unicode_is_listed_as_unreadable(tmp_path, extension, caplog):
     folder = tmp_path / "images"
     folder.mkdir()
     picture(folder / "b.png")
@@ -32,7 +32,7 @@ def test_name_that_is_not_text_is_listed_and_the_others_are_done(tmp_path, exten
     assert r"a\udcff.png" in caplog.text
 
 
-def test_id_with_half_a_pair_costs_its_own_record_alone(some_images, tmp_path):
+def test_id_with_a_lone_surrogate_is_listed_as_unreadable(some_images, tmp_path):
     samples = [{"id": "\ud83d", "image": "1.png"}, {"id": "good", "image": "1.png"}, {"id": "x", "image": "2.png"}]
     (tmp_path / "samples.json").write_text(json.dumps(samples))
     output = tmp_path / "boxes.json"
@@ -40,7 +40,7 @@ def test_id_with_half_a_pair_costs_its_own_record_alone(some_images, tmp_path):
     assert list(read_boxes(output)) == ["good", "x"] and summary.unreadable == 1
 
 
-def test_long_names_are_drawn_too(tmp_path):
+def test_images_with_long_names_are_drawn(tmp_path):
     folder, drawn = tmp_path / "images", tmp_path / "drawn"
     folder.mkdir()
     for name in ("a" * 245, "ä" * 120):
@@ -60,7 +60,7 @@ def test_ids_beyond_64_bits_are_refused_before_the_work(some_images, tmp_path):
     assert 2**63 in read_boxes(tmp_path / "b.json")
 
 
-def test_link_to_an_outer_folder_is_not_followed_for_ever(tmp_path, caplog):
+def test_link_to_an_outer_folder_is_skipped(tmp_path, caplog):
     inner = tmp_path / "images" / "inner"
     inner.mkdir(parents=True)
     picture(inner / "a.png")
@@ -74,7 +74,7 @@ def test_link_to_an_outer_folder_is_not_followed_for_ever(tmp_path, caplog):
     assert "a link to a folder that it is in" in caplog.text
 
 
-def test_samples_with_several_images_have_a_record_for_each(some_images, tmp_path):
+def test_samples_with_several_images_have_a_record_for_each_image(some_images, tmp_path):
     samples = [{"id": 1, "image": ["1.png", "2.png"]}, {"id": 2, "image": ["3.png"]}, {"id": 3, "image": "2.png"}]
     (tmp_path / "samples.json").write_text(json.dumps(samples))
     detect_images(tmp_path / "samples.json", tmp_path / "boxes.json", StubDetector(), image_folder=some_images)
@@ -94,7 +94,7 @@ def test_ids_of_several_images_are_reported(some_images, tmp_path, caplog):
     assert caplog.text == ""
 
 
-def test_detector_that_gives_nonsense_is_named_with_the_image(some_images, tmp_path):
+def test_error_for_a_damaged_result_names_the_image(some_images, tmp_path):
     class Broken(StubDetector):
         def _detect_one(self, image, labels):
             return {"boxes": [[math.nan, 0, 1, 1]], "labels": ["cup"], "scores": [0.5]}
@@ -119,7 +119,7 @@ DAMAGED = {
     "text for a score": {"scores": ["0.5"]},
     "NaN for a score": {"scores": [math.nan]},
     "more labels": {"labels": ["cup", "spoon"]},
-    "frames that are no list": {"frames": "abc"},
+    "text for frames": {"frames": "abc"},
     "null for a frame": {"frames": [None]},
     "frames in frames": {"frames": [{"frames": []}]},
 }
@@ -137,21 +137,10 @@ def test_damaged_records_are_all_named_when_the_file_is_read(tmp_path, change):
         read_boxes(path)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "NaN",
-        "infinite",
-        "inverted",
-        "null for a box",
-        "null for boxes",
-        "too short",
-        "null for a label",
-        "null for a score",
-        "NaN for a score",
-        "more labels",
-    ],
-)
+IN_PARQUET = "NaN, infinite, inverted, null for a box, null for boxes, too short, null for a label, null for a score"
+
+
+@pytest.mark.parametrize("name", [*IN_PARQUET.split(", "), "NaN for a score", "more labels"])
 def test_damaged_rows_of_parquet_are_named(tmp_path, name):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow.parquet import write_table
@@ -162,7 +151,7 @@ def test_damaged_rows_of_parquet_are_named(tmp_path, name):
         read_boxes(path)
 
 
-def test_sound_rows_of_parquet_are_accepted(tmp_path):
+def test_intact_rows_of_parquet_are_accepted(tmp_path):
     empty = {"id": "b", "boxes": [], "labels": [], "scores": []}
     outside = {**GOOD, "id": "c", "boxes": [[-5, -3, 900, 900]]}
     for records in ([GOOD, empty, outside], [empty]):
@@ -178,7 +167,7 @@ def test_damaged_settings_are_one_clear_error(tmp_path, content):
         read_boxes(path)
 
 
-def test_nested_json_is_one_clear_error(tmp_path):
+def test_deeply_nested_json_is_one_clear_error(tmp_path):
     path = tmp_path / "boxes.json"
     path.write_text("[" * 100_000)
     with pytest.raises(BoxFileError, match="is not valid JSON"):

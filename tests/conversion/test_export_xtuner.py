@@ -5,7 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mgllava import MGLlavaForConditionalGeneration
+import mgllava
+from mgllava import MGLlavaConfig, MGLlavaForConditionalGeneration
 from mgllava.conversion import ConversionError, convert_checkpoint, export_xtuner, read_checkpoint
 
 
@@ -22,7 +23,7 @@ def _assert_same_state(ours, theirs):
 
 @pytest.mark.parametrize("size", ["5GB", "200KB"])
 @pytest.mark.parametrize("name", ["iter_10.pth", "iter_5_pretrain.pth"])
-def test_there_and_back_is_identity(tmp_path, golden, sources, golden_state, name, size):
+def test_conversion_in_both_directions_is_identity(tmp_path, golden, sources, golden_state, name, size):
     first = convert_checkpoint(golden / "xtuner" / name, **sources, output=tmp_path / "a", max_shard_size=size)
     exported = export_xtuner(first, tmp_path / "back.pth")
     _assert_same_state(_load(exported), golden_state(name))
@@ -47,7 +48,7 @@ def test_meta_keeps_what_the_runner_said(tmp_path, converted, golden):
     assert "image_size_aux = 768" in checkpoint.config_text
 
 
-def test_lora_comes_back_merged(tmp_path, golden, sources, golden_state):
+def test_lora_is_written_merged(tmp_path, golden, sources, golden_state):
     first = convert_checkpoint(golden / "xtuner" / "iter_8_lora.pth", **sources, output=tmp_path / "a")
     exported = export_xtuner(first, tmp_path / "back.pth")
     assert _load(exported).keys() == golden_state("iter_10.pth").keys()
@@ -55,7 +56,7 @@ def test_lora_comes_back_merged(tmp_path, golden, sources, golden_state):
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
 
 
-def test_repository_without_report_is_written_whole(tmp_path, converted, golden_state):
+def test_model_folder_without_report_is_written_with_its_language_model(tmp_path, converted, golden_state):
     model = MGLlavaForConditionalGeneration.from_pretrained(converted)
     model.save_pretrained(tmp_path / "saved", max_shard_size="300KB")
     exported = export_xtuner(tmp_path / "saved", tmp_path / "back.pth")
@@ -78,7 +79,7 @@ def test_tied_head_is_written_as_xtuner_does(tmp_path, sources, golden, golden_s
     assert "llm.lm_head.weight" in _load(export_xtuner(first, tmp_path / "whole.pth"))
 
 
-def test_output_is_not_overwritten_unasked(tmp_path, converted):
+def test_output_is_replaced_only_with_overwrite(tmp_path, converted):
     path = tmp_path / "back.pth"
     path.write_bytes(b"mine")
     with pytest.raises(ConversionError, match="exists"):
@@ -89,7 +90,7 @@ def test_output_is_not_overwritten_unasked(tmp_path, converted):
     assert {entry.name for entry in tmp_path.iterdir()} == {"back.pth"}
 
 
-def test_other_repositories_are_refused(tmp_path, golden):
+def test_other_model_folders_are_refused(tmp_path, golden):
     with pytest.raises(ConversionError, match="model type 'llama'"):
         export_xtuner(golden / "llm", tmp_path / "back.pth")
     with pytest.raises(ConversionError, match="has no config"):
@@ -97,8 +98,6 @@ def test_other_repositories_are_refused(tmp_path, golden):
 
 
 def test_variant_that_xtuner_does_not_know_is_refused(tmp_path, converted):
-    from mgllava import MGLlavaConfig
-
     config = MGLlavaConfig.from_pretrained(converted)
     config.object_merging = "box_to_fused"
     MGLlavaForConditionalGeneration(config).save_pretrained(tmp_path / "saved")
@@ -108,14 +107,12 @@ def test_variant_that_xtuner_does_not_know_is_refused(tmp_path, converted):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_repository_is_refused(tmp_path, converted, bits):
-    import mgllava
-
+def test_quantized_model_is_refused(tmp_path, converted, bits):
     options = {"quantization_config": mgllava.quantization_config(bits), "dtype": torch.bfloat16}
     MGLlavaForConditionalGeneration.from_pretrained(converted, **options).save_pretrained(tmp_path / "packed")
     with pytest.raises(ConversionError, match=r"is quantized \(bitsandbytes\)"):
         export_xtuner(tmp_path / "packed", tmp_path / "back.pth")
-    # Also where the config does not say it.
+    # Also if the config does not say so.
     config = json.loads((tmp_path / "packed" / "config.json").read_text())
     del config["quantization_config"]
     (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
@@ -125,7 +122,7 @@ def test_quantized_repository_is_refused(tmp_path, converted, bits):
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
-def test_packed_weights_are_refused_on_both_ways(tmp_path, converted, sources, golden_state, dtype):
+def test_packed_weights_are_refused_in_both_directions(tmp_path, converted, sources, golden_state, dtype):
     name = "model.language_model.layers.0.mlp.up_proj.weight"
     repository = shutil.copytree(converted, tmp_path / "repository")
     weights = load_file(repository / "model.safetensors")

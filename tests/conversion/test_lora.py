@@ -12,7 +12,7 @@ def _lazy(*shape, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merge_is_the_formula_in_fp32(dtype):
+def test_merge_is_the_formula_in_float32(dtype):
     base, low_a, low_b = _lazy(6, 4, dtype=dtype), _lazy(2, 4, dtype=dtype), _lazy(6, 2, dtype=dtype)
     merged = merge_lora(base, low_a, low_b, 4.0)
     expected = base.load().double() + 4.0 * low_b.load().double() @ low_a.load().double()
@@ -27,7 +27,7 @@ def test_factors_that_do_not_fit_are_refused():
         merge_lora(_lazy(6, 4), _lazy(2, 5), _lazy(6, 2), 1.0)
 
 
-def test_names_of_peft_are_taken_apart():
+def test_tensors_are_sorted_by_the_names_of_peft():
     prefix = "llm.base_model.model.model"
     state = {
         f"{prefix}.layers.0.mlp.up_proj.base_layer.weight": _lazy(2, 2),
@@ -74,7 +74,7 @@ def test_names_of_peft_are_taken_apart():
         ("__import__('os').abort()", None),
     ],
 )
-def test_alpha_is_searched_in_the_config_text(text, alpha):
+def test_alpha_is_read_from_the_config_text(text, alpha):
     assert read_lora_settings(text).alpha == alpha
 
 

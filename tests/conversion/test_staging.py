@@ -1,4 +1,4 @@
-"""What a conversion finds in its way, and what it may touch: tried with the cheap converter of RAM++."""
+"""Existing files at and next to the output of a conversion, and killed runs: tested with the fast one of RAM++."""
 
 import json
 import os
@@ -9,10 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
-from mgllava import RamPlusForImageTagging
-from mgllava.conversion import ConversionError, convert_ram_plus
+from mgllava import MGLlavaProcessor, RamPlusForImageTagging
+from mgllava.conversion import ConversionError, convert_checkpoint, convert_ram_plus
 from mgllava.folder_lock import FolderLock
 from mgllava.model_files import staging
 from mgllava.model_files.staging import StagingFolder
@@ -20,7 +19,7 @@ from tests.ram_plus.golden import SOURCES
 
 
 def _in_child(function):
-    """Run in a process of its own, forked, since to import all of this again takes seconds. Give its number."""
+    """Run a function in a forked process, which has imported everything, and return its process id."""
     if (child := os.fork()) == 0:
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -35,7 +34,7 @@ def _die(*arguments, **options):
 
 
 def _kill_at(output, where):
-    """Convert in a child that kills itself when it has come to a place."""
+    """Convert in a process that kills itself at a certain step."""
 
     def convert():
         progress = None
@@ -62,7 +61,7 @@ def _convert(output, **options):
 
 
 def _tree(folder):
-    """Every path under a folder with its contents; links as they are."""
+    """Return every path in a folder with its contents, or the target of a link."""
     found = {}
     for path in sorted(folder.rglob("*")):
         kind = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else "folder"
@@ -70,12 +69,8 @@ def _tree(folder):
     return found
 
 
-def _weights(repository):
-    return {name: value for path in repository.glob("*.safetensors") for name, value in load_file(path).items()}
-
-
-def _is_whole(repository):
-    _, info = RamPlusForImageTagging.from_pretrained(repository, output_loading_info=True)
+def _is_whole(folder):
+    _, info = RamPlusForImageTagging.from_pretrained(folder, output_loading_info=True)
     return not any(info.values())
 
 
@@ -106,7 +101,7 @@ def _marked_by_name_only(path):
 
 
 @pytest.mark.parametrize("make", [_thesis, _link, _file, _marked_by_name_only])
-def test_folder_that_is_not_ours_is_not_touched(tmp_path, make):
+def test_other_folder_named_incomplete_is_refused(tmp_path, make):
     make(tmp_path / "out.incomplete")
     before = _tree(tmp_path)
     with pytest.raises(ConversionError, match=r"out\.incomplete is in the way"):
@@ -115,7 +110,7 @@ def test_folder_that_is_not_ours_is_not_touched(tmp_path, make):
 
 
 @pytest.mark.parametrize("make", [_thesis, _link, _file])
-def test_replaced_folder_that_is_not_ours_is_not_touched(tmp_path, tagger, make):
+def test_other_folder_named_replaced_is_refused(tmp_path, tagger, make):
     shutil.copytree(tagger, tmp_path / "out")
     make(tmp_path / "out.replaced")
     before = _tree(tmp_path)
@@ -155,7 +150,7 @@ def _added(folder):
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_overwriting_keeps_the_files_of_others_and_drops_old_weights(tmp_path, tagger, monkeypatch, links):
+def test_overwriting_keeps_the_users_files_and_removes_old_weights(tmp_path, tagger, monkeypatch, links):
     output = shutil.copytree(tagger, tmp_path / "out")
     _add_files(output)
     mine = _added(output)
@@ -169,9 +164,6 @@ def test_overwriting_keeps_the_files_of_others_and_drops_old_weights(tmp_path, t
 
 
 def test_overwriting_mgllava_keeps_its_box_detector(tmp_path, converted, golden, sources):
-    from mgllava import MGLlavaProcessor
-    from mgllava.conversion import convert_checkpoint
-
     output = shutil.copytree(converted, tmp_path / "out")
     (output / "box_detector").mkdir()
     (output / "box_detector" / "prompt_embeds.safetensors").write_bytes(b"mine")
@@ -189,7 +181,7 @@ def test_killed_replacement_loses_nothing(tmp_path, tagger, where):
     _add_files(output)
     mine = _added(output)
     _kill_at(output, where)
-    # What has the name of the output is whole, or there is nothing of this name.
+    # The output is complete or does not exist.
     assert where == "between" or (_is_whole(output) and _added(output) == mine)
     with pytest.raises(ConversionError, match="pass `overwrite=True`"):
         _convert(output)
@@ -199,7 +191,7 @@ def test_killed_replacement_loses_nothing(tmp_path, tagger, where):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_file_that_is_added_while_the_output_is_replaced_stays(tmp_path, tagger, monkeypatch):
+def test_file_that_is_added_while_the_output_is_replaced_is_kept(tmp_path, tagger, monkeypatch):
     output = shutil.copytree(tagger, tmp_path / "out")
     remove = staging._remove_replaced
 
@@ -215,7 +207,7 @@ def test_file_that_is_added_while_the_output_is_replaced_stays(tmp_path, tagger,
 # Links, and other outputs
 
 
-def test_link_as_output_leads_to_the_repository(tmp_path):
+def test_target_of_a_link_is_written(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk" / "out")
     for options in ({}, {"overwrite": True}):
@@ -234,7 +226,7 @@ def test_root_is_not_an_output(output):
         _convert(output)
 
 
-def test_link_to_somebodys_folder_is_refused(tmp_path):
+def test_link_to_a_folder_of_the_user_is_refused(tmp_path):
     _link(tmp_path / "out")
     before = _tree(tmp_path)
     for overwrite in (False, True):
@@ -254,7 +246,7 @@ def test_output_with_a_broken_config_is_not_replaced(tmp_path, config):
 # Two runs
 
 
-def test_second_run_on_an_output_says_so_and_leaves(tmp_path):
+def test_second_run_on_an_output_is_an_error(tmp_path):
     with StagingFolder(tmp_path / "out", False, "ram_plus") as first:
         first.keep_finished({}, [])
         before = _tree(tmp_path)
@@ -279,7 +271,7 @@ def test_run_that_has_lost_its_lock_does_not_publish(tmp_path, tagger):
 
 
 def _random_kills(output, runs, seed):
-    """Kill conversions at random moments, two of them at once, and look at what is there after each."""
+    """Kill pairs of conversions at random moments, and check the output after each pair."""
     chosen = random.Random(seed)
     whole = 0
     for run in range(runs):
@@ -314,11 +306,11 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [1 << 16, 300_000, 1_000_000])
-def test_full_disk_is_one_error_and_the_next_run_goes_on(tmp_path, limit):
+def test_full_disk_is_an_error_and_the_next_run_resumes(tmp_path, limit):
     resource = pytest.importorskip("resource")
 
     def convert():
-        # As a disk without room: the system gives an error when a file becomes larger.
+        # Like a full disk: writing beyond the limit is an error of the system.
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         try:

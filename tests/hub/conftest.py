@@ -17,12 +17,12 @@ from tests.ram_plus.golden import SOURCES
 # This interpreter and, in `make hub-check`, one with another release of transformers.
 PYTHONS = [sys.executable]
 if other := os.environ.get("MGLLAVA_OTHER_PYTHON"):
-    PYTHONS.append(os.path.abspath(other))  # links stay: they are what makes it an environment of its own
+    PYTHONS.append(os.path.abspath(other))  # links are not resolved: an environment's Python is a link
 
 
 @pytest.fixture(scope="session")
 def families(tmp_path_factory):
-    """Exported repositories, by family."""
+    """Exported model folders by the name of their chat template."""
     folder = tmp_path_factory.mktemp("families")
     return {
         family: export_repository(save_family(folder / f"{family}-saved", family, seed), folder / family, verify=False)
@@ -39,13 +39,13 @@ def slime_repository(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tagger_repository(tmp_path_factory):
-    """RAM++, as the converter writes it."""
+    """A converted RAM++ model."""
     return convert_ram_plus(**SOURCES, output=tmp_path_factory.mktemp("tagger") / "ram-plus")
 
 
 @pytest.fixture(scope="session")
 def with_detector(families, tagger_repository, tmp_path_factory):
-    """A repository with tagger and detector in folders."""
+    """A model folder with tagger and object detector inside."""
     folder = tmp_path_factory.mktemp("with_detector")
     return export_repository(
         families["vicuna"],
@@ -66,7 +66,7 @@ def processor_with_detector(families, tagger_repository):
 
 @pytest.fixture
 def without_package(tmp_path):
-    """Run jobs of `session.py` in a process that cannot import the package; return tensors and facts of each."""
+    """Run jobs of `session.py` in a process that cannot import the package; return tensors and facts of each job."""
 
     def run(python, jobs, home=None):
         home, results = home or tmp_path / "home", tmp_path / "results"

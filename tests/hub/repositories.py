@@ -1,4 +1,4 @@
-"""Small repositories of every kind, as the package saves them."""
+"""Small model folders of every kind, as the package saves them."""
 
 import shutil
 
@@ -60,7 +60,7 @@ def save_slime(folder):
 
 
 def as_hub_cache(folder, cache, repo_id, revisions):
-    """Lay a folder into a cache of the Hub, as if it had been downloaded, under each name of a revision."""
+    """Copy a folder into a cache of the Hub as if it was downloaded, with the names of its revisions."""
     repository = cache / f"models--{repo_id.replace('/', '--')}"
     for revision, commit in revisions.items():
         if not (repository / "snapshots" / commit).exists():

@@ -1,6 +1,6 @@
-"""What a user does with a repository. Imported, it runs with the package; as a script, where it cannot be imported.
+"""Uses of a model folder: with the package if this is imported, or without it if this runs as a script.
 
-As a script it takes a file of jobs and a folder for the results, so that one process serves for all of them.
+The script takes a file of jobs and a folder for the results, so that one process runs all jobs.
 """
 
 import json
@@ -43,17 +43,17 @@ def conversation_for(processor):
 
 
 def picture():
-    """A picture with something everywhere: 120 pixels wide, 90 high."""
+    """Return an image of noise, 120 pixels wide and 90 high."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
 
 
 def classes(*objects):
-    """Name classes, by their modules: remote code is in `transformers_modules`."""
+    """Name the packages and classes of objects; remote code is in `transformers_modules`."""
     return [f"{type(entry).__module__.split('.')[0]}:{type(entry).__name__}" for entry in objects]
 
 
 def load(name, **options):
-    """Load with the configuration given, as far as it loads: of local folders it has another class in each module."""
+    """Load a model with its configuration as an argument, and its processor."""
     config = AutoConfig.from_pretrained(name, **REMOTE, **options)
     model, info = AutoModelForImageTextToText.from_pretrained(
         name, config=config, dtype=torch.float32, output_loading_info=True, **REMOTE, **options
@@ -64,7 +64,7 @@ def load(name, **options):
 
 @torch.no_grad()
 def answers(model, processor):
-    """Pixels, boxes, logits and greedy answers of a picture, and of a batch with a text that has none."""
+    """Compute pixels, boxes, logits and greedy answers for an image, and for a batch with a text-only prompt."""
     hello = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
     conversations = [conversation_for(processor), hello]
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
@@ -78,7 +78,7 @@ def answers(model, processor):
 
 
 def mgllava(name, again=None, **options):
-    """Answers, with both backends of the image processor; saved again, the same answers."""
+    """Compute answers, and pixels with both backends; save the model again and compute the answers again."""
     model, processor = load(name, **options)
     tensors = answers(model, processor)
     image_processors = []
@@ -94,7 +94,7 @@ def mgllava(name, again=None, **options):
 
 @torch.no_grad()
 def question(name, image):
-    """The boxes that the small model finds in its picture, and its answer to a question."""
+    """Compute the boxes that the small model's detector finds in an image, and an answer."""
     model, processor = load(name)
     content = [
         {"type": "image", "image": Image.open(image)},
@@ -112,7 +112,7 @@ def question(name, image):
 
 
 def other_classes(name, **options):
-    """What else loads a repository: other Auto classes, the processor on PIL, the tokenizer alone, a pipeline."""
+    """Load with the other Auto classes, the PIL backend, the tokenizer alone, and a pipeline."""
     models = [
         auto_class.from_pretrained(name, **REMOTE, **options) for auto_class in (AutoModel, AutoModelForMultimodalLM)
     ]
@@ -120,7 +120,7 @@ def other_classes(name, **options):
     tokenizers = [AutoTokenizer.from_pretrained(name, trust_remote_code=trust, **options) for trust in (False, True)]
     ids = [tokenizer("Hello there")["input_ids"] for tokenizer in (*tokenizers, processor.tokenizer)]
     assert ids[0] == ids[1] == ids[2]
-    # `datasets.map` does this with what its function uses.
+    # As `datasets.map` does.
     assert Hasher.hash(processor) == Hasher.hash(processor)
     answer = pipeline("image-text-to-text", model=name, device="cpu", **REMOTE, **options)
     said = answer(
@@ -134,7 +134,7 @@ def other_classes(name, **options):
 
 @torch.no_grad()
 def ram_plus(name, again=None):
-    """Tags of a picture, both backends, both Auto classes, a pipeline; saved again, the same."""
+    """Tag an image with both backends, both Auto classes and a pipeline; save the model and tag again."""
     model = AutoModel.from_pretrained(name, **REMOTE).eval()
     classifier = AutoModelForImageClassification.from_pretrained(name, **REMOTE)
     tensors, image_processors = {}, []
@@ -152,7 +152,7 @@ def ram_plus(name, again=None):
 
 
 def detection(name, again=None, **options):
-    """Boxes that the processor's own detector finds, tagger and all; it is saved again after it was used."""
+    """Find boxes with the processor's tagger and detector; save the processor and find boxes again."""
     processor = AutoProcessor.from_pretrained(name, **REMOTE, **options)
     (found,) = processor.detect(picture())
     inputs = processor(picture(), "<image>", return_tensors="pt")
@@ -168,7 +168,7 @@ def detection(name, again=None, **options):
 
 
 def adapter(name, path):
-    """Logits of a model with an adapter of PEFT on top."""
+    """Compute the answers of a model with a PEFT adapter."""
     from peft import PeftModel
 
     model, processor = load(name)
@@ -176,7 +176,7 @@ def adapter(name, path):
 
 
 def card(name, folder):
-    """Run the first example of a repository's card, word for word, beside a photo."""
+    """Run the first example of a model card unchanged, in a folder with a photo."""
     os.chdir(folder)
     picture().save("photo.jpg")
     code = re.search(r"```python\n(.*?)```", (Path(name) / "README.md").read_text(), re.DOTALL)[1]

@@ -1,4 +1,4 @@
-"""`mgllava export`: complete repositories, or none."""
+"""`mgllava export` writes a complete model folder, or none."""
 
 import dataclasses
 import json
@@ -23,6 +23,7 @@ from mgllava.families import FAMILIES
 from mgllava.hub import export, export_repository, upload
 from mgllava.hub.card_sections import Contents
 from mgllava.hub.model_card import model_card
+from mgllava.model_files import sources
 from tests.hub.repositories import save_family
 from tests.processing.detectors import OWLV2
 
@@ -35,7 +36,7 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A model as somebody saved it, in shards."""
+    """A model that a user saved, in several weight shards."""
     return save_family(tmp_path_factory.mktemp("saved") / "model", "vicuna", max_shard_size="200KB")
 
 
@@ -64,7 +65,7 @@ def test_an_export_is_complete_and_changes_no_weights(saved, tmp_path):
 
     result = run(saved, "--output", output)
     assert result.exit_code == 1 and "exists. Choose another --output, or pass --overwrite" in result.output
-    # Onto itself, which brings card and code up to date; modules of an earlier version go.
+    # Onto itself, which updates card and code, and removes modules of earlier versions.
     for name in ("modeling_mgllava.py", "attention_mgllava.py", "old_text_common.py", "tags_ram_plus.py"):
         (output / name).write_text("old")
     assert run(output, "--output", output, "--overwrite", "--no-verify").exit_code == 0
@@ -73,7 +74,7 @@ def test_an_export_is_complete_and_changes_no_weights(saved, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["missing", "shape", "index", "pickle", "config", "processor"])
-def test_broken_repositories_are_refused_before_anything_is_written(change, copied, tmp_path):
+def test_broken_model_folders_are_refused_before_anything_is_written(change, copied, tmp_path):
     index_path = copied / "model.safetensors.index.json"
     shard = copied / json.loads(index_path.read_text())["weight_map"]["model.box_projector.linear_1.weight"]
     name = "model.box_projector.linear_1.weight"
@@ -109,8 +110,8 @@ def test_broken_repositories_are_refused_before_anything_is_written(change, copi
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.incomplete").exists()
 
 
-def test_what_does_not_load_gets_no_name(saved, tmp_path, monkeypatch):
-    """As if a file of the package imported the package itself, which is installed here."""
+def test_model_folder_that_does_not_load_is_not_published(saved, tmp_path, monkeypatch):
+    """Its code imports the package, which is installed here."""
     save_code = export.custom_object_save
 
     def save_other_code(model, folder):
@@ -134,7 +135,8 @@ def test_detector_in_folders_or_by_id(families, tagger_repository, tmp_path, mon
         fetched.append((str(name), revision))
         return {"org/tagger": tagger_repository, "org/detector": OWLV2}.get(str(name), model)
 
-    monkeypatch.setattr(export, "fetch", fetch)
+    for module in (export, sources):
+        monkeypatch.setattr(module, "fetch", fetch)
     options = {"tagger": "org/tagger", "detector": "org/detector", "verify": False}
     export_repository("org/model", tmp_path / "ids", revision="r1", **options)
     assert fetched == [("org/model", "r1")]
@@ -194,7 +196,7 @@ def test_ram_plus_is_exported_too(tagger_repository, tmp_path):
         export_repository(tagger_repository, tmp_path / "other", with_detector=True)
 
 
-def test_the_report_loses_the_paths_of_this_machine(repository, tmp_path):
+def test_report_has_no_paths_of_this_machine(repository, tmp_path):
     output = export_repository(repository, tmp_path / "out", verify=False)
     for name in ("conversion_report.json", "README.md"):
         text = (output / name).read_text()
@@ -204,7 +206,7 @@ def test_the_report_loses_the_paths_of_this_machine(repository, tmp_path):
     assert [file["file"] for file in report["sources"]["checkpoint"]] == ["iter_10.pth"]
 
 
-def test_a_card_that_somebody_wrote_is_kept_and_a_generated_one_is_not(copied, tmp_path):
+def test_hand_written_card_is_kept_and_a_generated_one_is_not(copied, tmp_path):
     (copied / "README.md").write_text("---\nlicense: mit\n---\nMine.\n")
     output = export_repository(copied, tmp_path / "own", verify=False)
     assert (output / "README.md").read_text().endswith("Mine.\n")
@@ -218,7 +220,7 @@ VICUNA = {"llm": "lmsys/vicuna-7b-v1.5", "vision_tower": "openai/clip-vit-large-
 
 
 def published_contents(**changes):
-    """What a conversion of the authors' 7B checkpoint would have; shapes without their weights."""
+    """Contents of the card of the authors' 7B model, without its weights."""
     config = mgllava.MGLlavaConfig(dtype="float16")
     with torch.device("meta"):
         model = MGLlavaForConditionalGeneration(config)
@@ -240,13 +242,13 @@ def published_contents(**changes):
     return Contents(**{**values, **changes})
 
 
-def test_a_checkpoint_of_the_hub_is_a_base_model():
+def test_checkpoint_on_the_hub_is_a_base_model():
     arguments = {**published_contents().report["arguments"], "checkpoint": "somebody/mg-llava"}
     card = model_card(published_contents(report={"arguments": arguments}))
     assert card.data.base_model[-1] == "somebody/mg-llava"
 
 
-def test_a_family_without_a_card_of_its_own_gets_what_was_checked(monkeypatch):
+def test_card_of_a_family_without_its_own_lists_the_checks(monkeypatch):
     contents = published_contents()
     monkeypatch.setitem(FAMILIES, "mgllava", dataclasses.replace(FAMILIES["mgllava"], card=None))
     card = model_card(contents)
@@ -254,7 +256,7 @@ def test_a_family_without_a_card_of_its_own_gets_what_was_checked(monkeypatch):
     assert "arxiv" not in card.text
 
 
-def test_a_card_says_what_is_known_and_what_is_not(tmp_path):
+def test_card_tells_known_from_unknown_facts(tmp_path):
     contents = published_contents()
     card = model_card(contents)
     assert card.data.license == "llama2"
@@ -292,7 +294,7 @@ def test_a_card_says_what_is_known_and_what_is_not(tmp_path):
         {"config": mgllava.MGLlavaConfig(fusion_type="channel_concat")},
     ],
 )
-def test_results_of_the_paper_are_for_the_published_model_alone(changes):
+def test_results_of_the_paper_are_only_on_the_card_of_the_published_model(changes):
     card = model_card(published_contents(**changes))
     assert "paper reports" not in card.text
     if not changes.get("report", {"x": 1}).get("arguments", {}).get("llm", "").startswith("lmsys"):
@@ -300,7 +302,7 @@ def test_results_of_the_paper_are_for_the_published_model_alone(changes):
 
 
 class FakeApi:
-    """The Hub, as far as an upload sees it."""
+    """The part of the Hub's API that an upload uses."""
 
     def __init__(self, exists=False, private=False, tags=(), files=()):
         self.calls, self.exists, self.private, self.tags, self.files = [], exists, private, tags, files
@@ -355,7 +357,7 @@ def test_push_creates_uploads_and_tags(saved, tmp_path, monkeypatch):
         (FakeApi(), ["--private"], "--private applies to uploads: pass --push too"),
     ],
 )
-def test_uploads_that_cannot_be_are_refused_before_anything_is_written(
+def test_impossible_uploads_are_refused_before_anything_is_written(
     api, options, message, saved, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(upload, "HfApi", api)
@@ -364,7 +366,7 @@ def test_uploads_that_cannot_be_are_refused_before_anything_is_written(
     assert not api.calls and not list(tmp_path.iterdir())
 
 
-def test_names_that_are_nothing_are_named(tmp_path):
+def test_error_names_a_model_that_does_not_exist(tmp_path):
     result = run("no/such-model", "--output", tmp_path / "out")
     assert result.exit_code == 1 and "MODEL: no/such-model is not a folder here" in result.output
     (tmp_path / "adapter").mkdir()
@@ -373,7 +375,7 @@ def test_names_that_are_nothing_are_named(tmp_path):
         export_repository(tmp_path / "adapter", tmp_path / "out")
 
 
-def test_the_check_leaves_this_process_alone():
+def test_import_of_the_loading_check_does_not_hide_the_package():
     import mgllava.hub.loading_check
 
     assert sys.modules["mgllava"] is mgllava
@@ -382,7 +384,7 @@ def test_the_check_leaves_this_process_alone():
 @pytest.mark.parametrize(
     "error", [OSError("no network"), ConnectionError("refused\nby the host"), HFValidationError("Repo id must be a/b")]
 )
-def test_hub_that_cannot_be_asked_is_one_message(saved, tmp_path, monkeypatch, error):
+def test_unreachable_hub_is_one_message(saved, tmp_path, monkeypatch, error):
     class Api:
         def repo_info(self, repo_id):
             raise error
@@ -404,7 +406,7 @@ def test_broken_config_is_one_message(copied, tmp_path, content):
     assert "error: " in result.output and not (tmp_path / "out").exists()
 
 
-def test_a_card_that_a_person_wrote_into_the_output_stays(saved, tmp_path):
+def test_hand_written_card_in_the_output_is_kept(saved, tmp_path):
     for options in ([], ["--overwrite"]):
         result = run(saved, "--output", tmp_path / "out", "--no-verify", *options)
         assert result.exit_code == 0, result.output

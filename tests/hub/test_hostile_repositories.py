@@ -1,4 +1,4 @@
-"""Repositories of strangers: what their files say never reaches outside them, and nothing of this machine leaks."""
+"""Model folders of strangers: their files never lead outside them, and no file of this machine is published."""
 
 import json
 import os
@@ -6,6 +6,8 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from mgllava import BoxDetector, MGLlavaConfig, MGLlavaProcessor
 from mgllava.conversion import ConversionError
@@ -21,7 +23,7 @@ SECRET = "what nobody else may read"
 
 @pytest.fixture
 def secret(tmp_path):
-    """A detector of the user's own, which is not to be published."""
+    """A detector of the user, which must not be published."""
     folder = shutil.copytree(OWLV2, tmp_path / "home" / "secret")
     (folder / "note.txt").write_text(SECRET)
     return folder
@@ -29,7 +31,7 @@ def secret(tmp_path):
 
 @pytest.fixture
 def clone(tmp_path):
-    """A repository with a detector inside, as somebody may clone it."""
+    """A model folder of a stranger, with a detector inside."""
     processor = small()
     processor.box_detector = BoxDetector(["cat"], OWLV2)
     processor.save_pretrained(tmp_path / "clone")
@@ -101,7 +103,7 @@ def test_paths_out_of_a_repository_are_refused(kind, part, secret, clone, tmp_pa
         assert_secret_is_safe(output)
 
 
-def test_an_export_checks_what_it_copies(secret, families, tmp_path):
+def test_export_refuses_links_and_paths_out_of_the_folder(secret, families, tmp_path):
     def fresh():
         shutil.rmtree(tmp_path / "clone", ignore_errors=True)
         return shutil.copytree(families["vicuna"], tmp_path / "clone")
@@ -123,7 +125,7 @@ def test_an_export_checks_what_it_copies(secret, families, tmp_path):
     settings = json.loads((clone / "processor_config.json").read_text())
     settings["box_detector_config"] = {"tagger": str(secret), "detector": "google/owlv2"}
     (clone / "processor_config.json").write_text(json.dumps(settings))
-    # Options that change the configuration do not make the rest of it the user's own.
+    # Options change parts of the configuration; the rest is still a stranger's.
     for options in ({}, {"detector": str(OWLV2)}, {"with_detector": True}):
         with pytest.raises(ConversionError, match=r"'tagger'.* is refused"):
             export_repository(clone, tmp_path / "output", verify=False, **options)
@@ -133,12 +135,12 @@ def test_an_export_checks_what_it_copies(secret, families, tmp_path):
 @pytest.mark.parametrize(
     "architecture", ["local-dir:{secret}", "hf-hub:owner/name", "{secret}", "resnet50", "convnext/../x"]
 )
-def test_the_name_of_the_high_resolution_tower_is_not_a_path(architecture, secret):
+def test_name_of_the_high_resolution_tower_is_not_a_path(architecture, secret):
     with pytest.raises(Exception, match="`architecture` must be the name of a ConvNeXt in timm"):
         MGLlavaConfig(high_res_vision_config={"architecture": architecture.format(secret=secret)})
 
 
-def test_what_the_user_sets_is_allowed(secret, clone, tmp_path):
+def test_folders_that_the_user_sets_are_allowed(secret, clone, tmp_path):
     processor = MGLlavaProcessor.from_pretrained(clone)
     processor.box_detector_config = {"tagger": ["cat"], "detector": str(secret)}
     processor.save_pretrained(tmp_path / "set")
@@ -153,7 +155,7 @@ def test_what_the_user_sets_is_allowed(secret, clone, tmp_path):
         assert (tmp_path / name / "box_detector" / "detector" / "note.txt").read_text() == SECRET
 
 
-def test_links_of_settings_and_templates_are_said(secret, clone, monkeypatch):
+def test_links_out_of_the_folder_are_warned_of(secret, clone, monkeypatch):
     said = []
     monkeypatch.setattr("mgllava.processing.processing_mgllava.logger.warning", said.append)
     MGLlavaProcessor.from_pretrained(clone)
@@ -181,7 +183,7 @@ def test_other_wrong_values_are_named(values, message, clone):
         MGLlavaProcessor.from_pretrained(clone).load_box_detector()
 
 
-def test_links_in_a_folder_of_the_user_are_not_followed_into_what_is_saved(secret, tmp_path):
+def test_links_in_a_folder_of_the_user_are_refused_on_saving(secret, tmp_path):
     tagger = shutil.copytree(OWLV2, tmp_path / "clone")
     (tagger / "config.txt").symlink_to(secret / "note.txt")
     processor = small()
@@ -191,8 +193,8 @@ def test_links_in_a_folder_of_the_user_are_not_followed_into_what_is_saved(secre
     assert_secret_is_safe(tmp_path / "output")
 
 
-def test_the_links_of_the_hubs_cache_are_followed(clone, tmp_path):
-    """Where snapshots hold links to blobs; a folder and a repository id, in a subfolder and at the top."""
+def test_links_of_the_hubs_cache_are_followed(clone, tmp_path):
+    """Snapshots hold links to blobs; tested by folder and by id, at the top and in a subfolder."""
     whole = tmp_path / "whole"
     shutil.copytree(clone, whole / "sub")
     shutil.copytree(clone, whole, dirs_exist_ok=True)
@@ -215,7 +217,7 @@ def test_the_links_of_the_hubs_cache_are_followed(clone, tmp_path):
     assert MGLlavaProcessor.from_pretrained("org/name", **options)._repository.revision == commit
 
 
-def test_all_that_from_pretrained_was_given_holds_for_the_detector(clone, tmp_path, monkeypatch):
+def test_arguments_of_from_pretrained_apply_to_the_detector(clone, tmp_path, monkeypatch):
     shutil.move(clone, tmp_path / "whole" / "sub")
     old, new = "a" * 40, "b" * 40
     as_hub_cache(tmp_path / "whole", tmp_path / "cache", "org/name", {"v1": old, "main": new})
@@ -245,7 +247,7 @@ def test_parts_on_the_hub_are_pinned(tmp_path):
     processor = small()
     processor.save_pretrained(tmp_path / "bare")
     for given, commit in (({}, first), ({"detector_revision": "v2"}, second), ({"detector_revision": first}, first)):
-        # Loaded, and known from the cache alone.
+        # The commit is known from the cache, before and after loading.
         processor = MGLlavaProcessor.from_pretrained(tmp_path / "bare", cache_dir=cache)
         processor.box_detector_config = {"tagger": ["cat"], "detector": "org/detector", **given}
         processor.save_pretrained(tmp_path / "unused")
@@ -257,7 +259,7 @@ def test_parts_on_the_hub_are_pinned(tmp_path):
             config = json.loads((tmp_path / name / "processor_config.json").read_text())["box_detector_config"]
             assert (config["detector"], config["detector_revision"]) == ("org/detector", commit), name
             assert not (tmp_path / name / "box_detector" / "detector").exists()
-    # The branch moves on, and what was saved does not.
+    # The branch moves to another commit; the saved one is still loaded.
     (cache / "models--org--detector" / "refs" / "main").write_text(second)
     shutil.rmtree(cache / "models--org--detector" / "snapshots" / second)
     loaded = MGLlavaProcessor.from_pretrained(tmp_path / "used", cache_dir=cache)
@@ -265,12 +267,12 @@ def test_parts_on_the_hub_are_pinned(tmp_path):
 
 
 @pytest.mark.parametrize("revision", ["../../x", "/x", "~", "", 5, "a\\b"])
-def test_a_revision_is_not_a_path(revision):
+def test_revision_is_not_a_path(revision):
     with pytest.raises(ValueError, match="`detector_revision` must be a branch, a tag or a commit"):
         BoxDetector(["cat"], "org/detector", detector_revision=revision)
 
 
-def test_a_revision_without_a_repository_and_unknown_options_are_refused():
+def test_revision_of_a_folder_and_unknown_options_are_refused():
     with pytest.raises(ValueError, match="`detector_revision` must be None unless"):
         BoxDetector(["cat"], OWLV2, detector_revision="main")
     with pytest.raises(ValueError, match="`tagger_revision` must be None unless"):
@@ -280,15 +282,11 @@ def test_a_revision_without_a_repository_and_unknown_options_are_refused():
 
 
 def test_hostile_embeddings_are_refused(clone, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     processor = MGLlavaProcessor.from_pretrained(clone)
     processor.detect(torch.zeros(3, 20, 20, dtype=torch.uint8))
     processor.save_pretrained(clone)
     path = clone / "box_detector" / "prompt_embeds.safetensors"
     tensors = load_file(path)
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     save_file(tensors, path, metadata={**metadata, "prompts": '["a", "a"]'})
@@ -313,7 +311,7 @@ STALE_FILES = [
 ]
 
 
-def test_an_upload_deletes_stale_code_and_weights_but_nothing_of_the_user(tmp_path):
+def test_upload_deletes_stale_code_and_weights_but_no_file_of_the_user(tmp_path):
     new = [tmp_path / "model.safetensors", tmp_path / "box_detector" / "tagger" / "modeling_ram_plus.py"]
     for path in new:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Repositories where the package is not installed: they load, and compute what the package computes, bit for bit."""
+"""Without the package, exported model folders load and compute bit-identical results."""
 
 import json
 from pathlib import Path
@@ -14,9 +14,9 @@ from tests.hub.repositories import as_hub_cache
 
 
 def assert_equal(remote, own, exact=True):
-    """Compare tensors by name, and those of what was saved again with those of the first time.
+    """Compare tensors by name; those of a model that was saved again, with those of the first one.
 
-    Those may differ in the last bit: where weights lie in a file decides which kernels read them.
+    The latter may differ in the last bit, because the alignment of weights in a file decides which kernels run.
     """
     for name, value in remote.items():
         wanted = own[name.removeprefix("again.")]
@@ -31,7 +31,7 @@ def python_files(folder):
 
 
 def auto_maps(folder):
-    """All `auto_map` of a repository, by file."""
+    """Return all `auto_map` of a model folder, by file."""
     maps = {}
     for path in sorted(Path(folder).rglob("*.json")):
         content = json.loads(path.read_text())
@@ -42,7 +42,7 @@ def auto_maps(folder):
 
 
 @pytest.mark.parametrize("python", PYTHONS)
-def test_all_repositories_load_and_compute_the_same(
+def test_all_model_folders_load_and_compute_the_same(
     python, families, slime_repository, tagger_repository, with_detector, without_package, tmp_path
 ):
     peft = pytest.importorskip("peft")
@@ -55,7 +55,7 @@ def test_all_repositories_load_and_compute_the_same(
     home = tmp_path / "hub-home"
     pinned, latest = "a" * 40, "b" * 40
     cached = as_hub_cache(with_detector, home / "hub", "org/mg-llava.tiny", {"v0.1.0": pinned, "main": latest})
-    # Whoever pins the tag is not hurt by what happens on the main branch.
+    # The main branch is broken, which users of the tag must not notice.
     for path in (cached / "snapshots" / latest).rglob("*.py"):
         path.write_text("raise RuntimeError('not the pinned revision')\n")
 
@@ -88,7 +88,7 @@ def test_all_repositories_load_and_compute_the_same(
         own_arguments = {key: str(value) for key, value in arguments.items() if key != "again"}
         own_tensors, own_facts = getattr(session, action)(**own_arguments)
         assert_equal(tensors, own_tensors, exact)
-        # The installed package wins over the code in the repository.
+        # In this process the installed package is used instead of the code in the folder.
         assert [entry.split(":")[1] for entry in facts["classes"]] == [
             entry.split(":")[1] for entry in own_facts["classes"]
         ]
@@ -110,7 +110,7 @@ def test_all_repositories_load_and_compute_the_same(
         assert word not in said, said
 
 
-def test_a_saved_model_carries_the_code_of_its_family_only(families, slime_repository):
+def test_model_folder_has_the_code_of_its_family_only(families, slime_repository):
     assert sorted(path.name for path in slime_repository.glob("*.py")) == [
         "adapters_slime.py",
         "configuration_slime.py",
@@ -127,6 +127,6 @@ def test_a_saved_model_carries_the_code_of_its_family_only(families, slime_repos
     assert len(names) <= 14 and all(name.endswith(("_mgllava.py", "_common.py")) for name in names)
 
 
-def test_the_processor_remembers_that_code_may_run(with_detector):
+def test_processor_keeps_trust_remote_code_for_its_detector(with_detector):
     loaded = MGLlavaProcessor.from_pretrained(with_detector, trust_remote_code=True)
     assert loaded._repository.trust_remote_code

@@ -1,4 +1,4 @@
-"""Model folders that earlier versions of the package saved load, with the package and by remote code."""
+"""Model folders of earlier versions of the package load, with the package and by remote code."""
 
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ SAVED = Path(__file__).parent / "saved"
 SMALL_MODEL = Path(__file__).parents[2] / "small_world/model"
 PICTURE = Path(__file__).parents[2] / "examples/shapes.jpg"
 DAYS = ("2026-11-27", "2026-11-28")
-# Where expected tensors are found, as job and key; all others are those of `exported`.
+# Job and key of computed tensors by the name of the expected ones; all others are from the job `exported`.
 COMPUTED = {
     "detection.boxes": ("detection", "boxes"),
     "detection.scores": ("detection", "scores"),
@@ -27,7 +27,7 @@ COMPUTED = {
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """The folders of each day, with all their weights, and what they computed on that day."""
+    """The folders that were saved on each day, with their weights and the results of that day."""
     folders = {}
     for day in DAYS:
         folder = folders[day] = tmp_path_factory.mktemp(day)
@@ -42,7 +42,7 @@ def saved(tmp_path_factory):
 
 
 def jobs(folder):
-    """What is done with the folders of a day, by name."""
+    """Jobs of `session.py` for the folders of a day, by name."""
     return {
         "exported": ("mgllava", {"name": folder / "exported"}),
         "detection": ("detection", {"name": folder / "exported"}),
@@ -50,8 +50,8 @@ def jobs(folder):
     }
 
 
-def assert_as_on_that_day(results, folder):
-    """Boxes, scores, logits and answers are those of the day; only the dtype of boxes has changed since."""
+def assert_results_of_the_day(results, folder):
+    """Compare boxes, scores, logits and answers with those of the day; only the dtype of boxes has changed since."""
     for name, wanted in load_file(folder / "expected.safetensors").items():
         job, key = COMPUTED.get(name, ("exported", name))
         if job in results:
@@ -60,21 +60,21 @@ def assert_as_on_that_day(results, folder):
 
 
 @pytest.mark.parametrize("day", DAYS)
-def test_the_package_loads_what_it_saved_before(saved, day):
+def test_package_loads_older_model_folders(saved, day):
     results = {
         name: getattr(session, action)(**{key: str(value) for key, value in arguments.items()})
         for name, (action, arguments) in jobs(saved[day]).items()
     }
     assert results["exported"][1]["classes"][0] == "mgllava:MGLlavaForConditionalGeneration"
-    assert_as_on_that_day(results, saved[day])
+    assert_results_of_the_day(results, saved[day])
 
 
 @pytest.mark.parametrize("python", PYTHONS)
-def test_the_code_that_was_saved_before_still_runs(python, saved, without_package):
+def test_code_in_older_model_folders_still_runs(python, saved, without_package):
     asked = {(day, name): job for day, folder in saved.items() for name, job in jobs(folder).items()}
-    del asked["2026-11-27", "small"]  # carried no code yet
+    del asked["2026-11-27", "small"]  # it has no code
     results, _ = without_package(python, {f"{day} {name}": job for (day, name), job in asked.items()})
     for day, folder in saved.items():
         of_day = {name: results[f"{day} {name}"] for other, name in asked if other == day}
         assert of_day["exported"][1]["classes"][0].startswith("transformers_modules:")
-        assert_as_on_that_day(of_day, folder)
+        assert_results_of_the_day(of_day, folder)

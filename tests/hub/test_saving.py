@@ -1,4 +1,4 @@
-"""What `save_pretrained` and `push_to_hub` write beside weights and values: code, and where each class is in it."""
+"""Code and `auto_map` that `save_pretrained` and `push_to_hub` write."""
 
 import ast
 import json
@@ -11,6 +11,7 @@ from transformers.utils.peft_utils import check_peft_version
 
 import mgllava
 from mgllava import (
+    BoxDetector,
     MGLlavaForConditionalGeneration,
     MGLlavaImageProcessor,
     MGLlavaImageProcessorPil,
@@ -18,6 +19,7 @@ from mgllava import (
     RamPlusImageProcessor,
     RamPlusImageProcessorPil,
 )
+from tests.processing.detectors import OWLV2
 from tests.tiny import tiny_config, tiny_model
 
 PACKAGE = Path(mgllava.__file__).parent
@@ -90,7 +92,7 @@ def assert_auto_map_names_classes(folder, auto_map):
 )
 def test_saving_writes_the_code_and_names_its_classes(make, file, hub_folder, expected, tmp_path):
     saved = make()
-    for folder in (tmp_path / "first", tmp_path / "again"):  # nothing of the first time may hurt the second
+    for folder in (tmp_path / "first", tmp_path / "again"):  # saving once must not affect the next time
         saved.save_pretrained(folder)
         auto_map = json.loads((folder / file).read_text())["auto_map"]
         assert auto_map == expected
@@ -98,7 +100,7 @@ def test_saving_writes_the_code_and_names_its_classes(make, file, hub_folder, ex
         assert_auto_map_names_classes(folder, auto_map)
 
 
-def test_converters_write_the_code_too(repository, tagger_repository):
+def test_conversions_write_the_code_too(repository, tagger_repository):
     for folder, hub_folders in ((repository, ("modeling", "processing")), (tagger_repository, ("ram_plus",))):
         config = json.loads((folder / "config.json").read_text())
         assert_auto_map_names_classes(folder, config["auto_map"])
@@ -111,17 +113,14 @@ def test_converters_write_the_code_too(repository, tagger_repository):
     assert processor["image_processor"]["auto_map"] == {"AutoImageProcessor": BACKENDS}
 
 
-def test_a_detector_given_as_objects_is_saved_with_the_code_of_its_tagger(tagger_repository, tmp_path):
-    from mgllava import BoxDetector
-    from tests.processing.detectors import OWLV2
-
+def test_detector_in_memory_is_saved_with_the_code_of_its_tagger(tagger_repository, tmp_path):
     tagger = RamPlusForImageTagging.from_pretrained(tagger_repository)
     detector = BoxDetector(tagger, OWLV2, tagger_processor=RamPlusImageProcessor.from_pretrained(tagger_repository))
     detector.save_pretrained(tmp_path)
     assert_code_is_the_package(tmp_path / "box_detector" / "tagger", "ram_plus")
 
 
-def test_entries_of_others_stay(tmp_path):
+def test_other_entries_of_auto_map_are_kept(tmp_path):
     config = tiny_config()
     config.auto_map = {"AutoModel": "somebody/fork--modeling_fork.Fork", "AutoModelForCausalLM": "other.Other"}
     config.save_pretrained(tmp_path)
@@ -167,14 +166,14 @@ class FakeCard:
         pass
 
 
-def test_an_adapter_is_saved_without_the_model(tmp_path):
+def test_adapter_is_saved_without_the_model(tmp_path):
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(target_modules=["q_proj"])
     peft.get_peft_model(tiny_model(), lora).save_pretrained(tmp_path / "peft")
     assert {path.name for path in (tmp_path / "peft").iterdir()} >= {"adapter_config.json"}
     try:
         check_peft_version(min_version=MIN_PEFT_VERSION)
-    except ValueError as error:  # of releases that came before the one of peft that they want
+    except ValueError as error:  # this release of transformers needs a newer peft
         pytest.skip(str(error))
     model = tiny_model()
     model.add_adapter(lora)

@@ -26,7 +26,7 @@ def _lazy():
 
 
 @pytest.mark.parametrize(("size", "files"), [("1GB", 1), (100, 3)])
-def test_files_hold_what_safetensors_reads(tmp_path, size, files):
+def test_safetensors_reads_the_files(tmp_path, size, files):
     plan = plan_shards(_lazy(), size)
     assert len(plan.shards) == files
     loaded = {}
@@ -44,7 +44,7 @@ def test_files_hold_what_safetensors_reads(tmp_path, size, files):
         assert plan.index["metadata"]["total_size"] == sum(value.nbytes for value in TENSORS.values())
 
 
-def test_one_tensor_is_alive_at_a_time(tmp_path):
+def test_at_most_two_tensors_are_in_memory(tmp_path):
     alive, most = set(), 0
 
     class Tracked(torch.Tensor):
@@ -60,11 +60,11 @@ def test_one_tensor_is_alive_at_a_time(tmp_path):
 
     tensors = {f"t{i}": LazyTensor((4,), torch.float32, "test", load) for i in range(6)}
     write_shard(plan_shards(tensors, "1GB").shards[0], tmp_path, lambda count: None)
-    # The next one is read before Python lets go of the name of the last.
+    # The next tensor is loaded before the last one is freed.
     assert most <= 2
 
 
-def test_a_tensor_that_is_not_as_planned_stops_the_file(tmp_path):
+def test_tensor_of_another_shape_than_planned_is_an_error(tmp_path):
     planned = LazyTensor((2,), torch.float32, "test", lambda: torch.zeros(3))
     with pytest.raises(ConversionError, match="expected"):
         write_shard(plan_shards({"t": planned}, "1GB").shards[0], tmp_path, lambda count: None)
@@ -78,7 +78,7 @@ def test_bad_shard_size_and_dtype_are_refused():
         plan_shards({"t": from_tensor(torch.zeros(1, dtype=torch.complex64), "test")}, "1GB")
 
 
-def test_digest_tells_plans_apart():
+def test_digests_of_different_plans_differ():
     shard = plan_shards(_lazy(), "1GB").shards[0]
     other_origin = {name: from_tensor(value, f"other:{name}") for name, value in TENSORS.items()}
     digests = {
@@ -105,7 +105,7 @@ def test_staging_keeps_only_finished_shards_of_the_same_plan(tmp_path):
     assert staging.keep_finished(changed, shards) == set()
 
 
-def test_outputs_in_the_way(tmp_path):
+def test_existing_outputs(tmp_path):
     output = tmp_path / "out"
     StagingFolder(output, False, "mgllava")
     output.mkdir()

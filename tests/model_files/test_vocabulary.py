@@ -1,4 +1,4 @@
-"""Tokenizers of language models that come with a SentencePiece model alone, as Vicuna does."""
+"""Tokenizers of language models that have a SentencePiece model only, such as Vicuna."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_ids_are_those_of_sentencepiece_before_and_after_saving(tmp_path, model_
     tokenizer.save_pretrained(tmp_path / "saved")
     reloaded = AutoTokenizer.from_pretrained(tmp_path / "saved")
     reference = sentencepiece.SentencePieceProcessor(str(model_file))
-    # Without `legacy`, a piece of text that starts with a space gets no second one.
+    # Without `legacy`, no space is put in front of a text that starts with one.
     texts = TEXTS if config == {"legacy": False} else [*TEXTS, " two  spaces"]
     for text in texts:
         expected = reference.encode(text)

@@ -1,4 +1,4 @@
-"""Files of `torch.save`, packed again or damaged."""
+"""Repack and damage files of `torch.save`."""
 
 import struct
 import zipfile
@@ -19,7 +19,7 @@ def flip(path, position):
 
 
 def places(path, part):
-    """Say where the bytes of the entries lie whose names end so."""
+    """Yield the ranges of the bytes of all entries whose names contain a part."""
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         for info in archive.infolist():
             if part in info.filename and info.file_size:

@@ -12,7 +12,7 @@ from .options import Output, Overwrite, Revision
 
 @errors_as_messages()
 def export(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="MG-LLaVA or RAM++ model: folder or Hub id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model of this package: folder or Hub id.")],
     output: Output,
     revision: Revision = None,
     tagger: Annotated[

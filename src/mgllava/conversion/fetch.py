@@ -1,4 +1,4 @@
-"""Checkpoints on disk or on the Hub."""
+"""Find checkpoints on disk or on the Hub."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -30,9 +30,9 @@ def fetch_checkpoint(
 ) -> Path:
     """Find a checkpoint on disk, or download it from the Hub.
 
-    A Hub id is `owner/name`, or `owner/name/path` with the path of the checkpoint in the repository. A revision may
-    follow the name: `owner/name@revision`. Before a download, `check` is called with the formats that the checkpoint
-    may have by the names of its files, and with a folder that holds those that tell the format, if such files exist.
+    A Hub id is `owner/name`, or `owner/name/path` with the path of the checkpoint in the repository, where `name` may
+    be followed by a revision: `owner/name@revision`. Before a download, `check` is called with the formats that fit the
+    names of the files, and with a folder that holds the files that tell the format, if there are any.
     """
     if str(name) and Path(name).exists():
         return Path(name)
@@ -46,7 +46,7 @@ def fetch_checkpoint(
     repository, revision = match["repository"], match["revision"]
     files = _list_repository(repository, revision)
     if files is None and not inside.parts:
-        # Without a connection, only what was downloaded before can be searched.
+        # Offline: search the files that were downloaded before.
         patterns = sorted({pattern for source_format in formats for pattern in source_format.patterns})
         folder = fetch(repository, "checkpoint", patterns, revision)
         files = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
@@ -74,10 +74,10 @@ def _escape(name: str) -> str:
 
 
 def _list_repository(repository: str, revision: str | None) -> list[str] | None:
-    """List the files of a repository; `None` if the Hub cannot be reached, or does not know it."""
+    """List the files of a repository; `None` if the Hub cannot be reached or does not have it."""
     try:
         siblings = HfApi().model_info(repository, revision=revision).siblings
-    except Exception:  # the download that follows gives the reason, or finds the files in the cache
+    except Exception:  # the following download reports the error, or finds the files in the cache
         return None
     return [entry.rfilename for entry in siblings or []]
 
@@ -102,7 +102,7 @@ def _choose_checkpoint(
     listed = "".join(f"\n  {repository}/{path}" for path in shown[:_LISTED])
     listed += f"\n  and {len(shown) - _LISTED} more" if len(shown) > _LISTED else ""
     if under:
-        raise ConversionError(f"`checkpoint`: {repository} has several, so say which one is meant:{listed}")
+        raise ConversionError(f"`checkpoint`: {repository} has several checkpoints; name one of them:{listed}")
     looked_for = ", ".join(dict.fromkeys(pattern for one in formats for pattern in one.patterns))
     problem = f"has no checkpoint {inside}" if inside.parts else f"has no checkpoint ({looked_for})"
     raise ConversionError(f"`checkpoint`: {repository} {problem}.{' It has:' if found else ''}{listed}")

@@ -16,7 +16,7 @@ from mgllava.families import FAMILIES, Family, resolve, takes_boxes
 from mgllava.model_files.errors import ConversionError, one_line
 from mgllava.model_files.json_files import read_json, write_json
 from mgllava.model_files.shard_writer import Progress, check_disk_space
-from mgllava.model_files.sources import fetch, refuse_revision_of_folder
+from mgllava.model_files.sources import fetch, fetch_weights, refuse_revision_of_folder
 from mgllava.model_files.staging import REPORT_NAME, StagingFolder, read_model_type
 from mgllava.model_files.tensor_files import open_weights
 from mgllava.model_files.tensor_matching import build_on_meta, match_tensors, stored_shapes
@@ -254,15 +254,9 @@ def _set_box_detector(processor: Any, tagger: str | None, detector: str | None, 
         if name not in given and (not isinstance(value, str) or is_bundled(value)):
             continue  # a list of labels, or a folder inside the source
         if with_detector or os.path.isdir(value):
-            config[name] = str(_fetch_part(value, name, config.pop(f"{name}_revision", None)).absolute())
+            folder = fetch_weights(value, name, _TEXT_FILES, config.pop(f"{name}_revision", None))
+            config[name] = str(folder.absolute())
     processor.box_detector_config = config
-
-
-def _fetch_part(name: str, argument: str, revision: str | None) -> Path:
-    folder = fetch(name, argument, [*_TEXT_FILES, "*.safetensors"], revision)
-    if Path(name).is_dir() or any(folder.glob("*.safetensors")):
-        return folder
-    return fetch(name, argument, [*_TEXT_FILES, "pytorch_model*.bin"], revision)
 
 
 def _copy_weights(source: Path, files: list[Path], target: Path, progress: Progress) -> None:

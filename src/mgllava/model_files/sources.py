@@ -11,8 +11,6 @@ from .errors import ConversionError, UnreadableSourceError, one_line
 from .json_files import read_json
 
 _CONFIG_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
-_SAFETENSORS_FILES = ["model*.safetensors"]
-_PICKLED_FILES = ["pytorch_model*.bin"]
 
 # In front of a Hub id that is never a folder, whatever lies here.
 HUB_PREFIX = "hf://"
@@ -42,12 +40,14 @@ def refuse_revision_of_folder(model: str | Path, revision: str | None) -> None:
         raise ConversionError(f"`revision` is for models on the Hub, but {model} is a folder.")
 
 
-def fetch_weights(name: str | Path, argument: str) -> Path:
+def fetch_weights(
+    name: str | Path, argument: str, texts: list[str] = _CONFIG_FILES, revision: str | None = None
+) -> Path:
     """Find or download a model folder with its weights; pickled weights only if it has no safetensors."""
-    folder = fetch(name, argument, _CONFIG_FILES + _SAFETENSORS_FILES)
+    folder = fetch(name, argument, [*texts, "model*.safetensors"], revision)
     if Path(name).is_dir() or any(folder.glob("*.safetensors")):
         return folder
-    return fetch(name, argument, _CONFIG_FILES + _PICKLED_FILES)
+    return fetch(name, argument, [*texts, "pytorch_model*.bin"], revision)
 
 
 def _read_config(folder: Path, name: str | Path, argument: str) -> PreTrainedConfig:
