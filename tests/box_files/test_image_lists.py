@@ -121,7 +121,7 @@ def test_digests_of_different_lists_differ(folder):
         ("questions.jsonl", '{"image": "a.jpg"}', "must have question_id, id, index as text or an integer, got None"),
         ("questions.jsonl", '{"id": 1, "image": ["a", 2]}', "`image` must be a path or a list of paths"),
         ("questions.jsonl", '{"id": 1}', "No images in"),
-        ("llava.json", '{"id": 1}\n{"id": 2}', r"is not JSON .* one sample per line \.jsonl"),
+        ("llava.json", '{"id": 1}\n{"id": 2}', r"is not JSON .* one sample per line, name it \.jsonl"),
         ("llava.json", '{"id": 1}', "must hold a list of samples, got dict"),
         ("llava.json", "[3]", "sample 0 must be a dictionary, got int"),
         ("list.csv", "", "must be a folder, an image"),
