@@ -31,8 +31,8 @@ def fetch_checkpoint(
     """Find a checkpoint on disk, or download it from the Hub.
 
     A Hub id is `owner/name`, or `owner/name/path` with the path of the checkpoint in the repository, where `name` may
-    be followed by a revision: `owner/name@revision`. Before a download, `check` is called with the formats that fit the
-    names of the files, and with a folder that holds the files that tell the format, if there are any.
+    be followed by a revision: `owner/name@revision`. Before a download, `check` is called with the formats that fit
+    the names of the files, and with a folder that holds the files that tell the format, if there are any.
     """
     if str(name) and Path(name).exists():
         return Path(name)
