@@ -13,7 +13,7 @@ from mgllava.conversion.model_folder import check_weights, read_model_config, re
 from mgllava.model_files.errors import ConversionError, one_line
 from mgllava.model_files.json_files import read_json, write_json
 from mgllava.model_files.lazy_tensor import LazyTensor, from_tensor
-from mgllava.model_files.shard_writer import ShardPlan, plan_shards, write_shard
+from mgllava.model_files.shard_writer import ShardPlan, check_disk_space, plan_shards, write_shard
 from mgllava.model_files.staging import StagingFolder
 from mgllava.model_files.tensor_files import open_weights
 from mgllava.modeling import SlimeConfig
@@ -71,7 +71,7 @@ def export_slime(repository: str | Path, output: str | Path, *, overwrite: bool 
         weights = _to_original(tensors, config, report, rows)
         plan = plan_shards(weights, _SHARD_SIZE)
         staging.keep_finished({}, [])
-        staging.check_space(sum(shard.size for shard in plan.shards))
+        check_disk_space(staging.path, sum(shard.size for shard in plan.shards))
         _write_weights(plan, staging.path)
         if not HUB_ID.fullmatch(str(original.get("mm_vision_tower"))):
             _write_tower(tensors, config, repository, staging.path / _TOWER_FOLDER)
