@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoModel, AutoProcessor
 from typer.testing import CliRunner
 
+from mgllava.box_files import read_boxes
 from mgllava.cli import app
 from small_world.dataset import write_dataset
 from small_world.scenes import make_scene
@@ -75,19 +76,21 @@ def test_page_works(folder, monkeypatch, capsys):
     answer = capsys.readouterr().out.splitlines()[-1].strip()
 
     samples = json.loads((folder / "my-pictures" / "samples.json").read_text())
+    boxes = read_boxes(folder / "my-pictures" / "boxes.json")
     before, after = (
-        right_answers(name, folder / "my-pictures", samples) for name in (ROOT / model, folder / "my-model")
+        right_answers(name, folder / "my-pictures", samples, boxes) for name in (ROOT / model, folder / "my-model")
     )
     assert after >= 0.9 * PICTURES > before
     assert answer in ("yes", "no")
 
 
-def right_answers(name, pictures, samples):
+def right_answers(name, pictures, samples, boxes):
     model, processor = AutoModel.from_pretrained(name, dtype="float32").eval(), AutoProcessor.from_pretrained(name)
     right = 0
     for sample in samples:
         prompt = f"USER: <image>\n{QUESTION} ASSISTANT:"
-        inputs = processor(str(pictures / sample["image"]), prompt, return_tensors="pt")
+        found = [boxes[sample["id"]]["boxes"]]
+        inputs = processor(str(pictures / sample["image"]), prompt, boxes=[found], return_tensors="pt")
         output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
         text = processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :])[0]
         right += text.strip() == sample["conversations"][1]["value"]

@@ -111,6 +111,17 @@ def question(name, image):
     return {"boxes": inputs["boxes"], "answer": answer[:, inputs["input_ids"].shape[1] :]}, {"classes": classes(model)}
 
 
+def refused(name):
+    """What is said about a model whose code may not run."""
+    said = []
+    for auto_class in (AutoModel, AutoProcessor):
+        try:
+            auto_class.from_pretrained(name, trust_remote_code=False)
+        except ValueError as error:
+            said.append(str(error))
+    return {}, {"refused": said}
+
+
 def other_classes(name, **options):
     """Load with the other Auto classes, the PIL backend, the tokenizer alone, and a pipeline."""
     models = [
@@ -156,9 +167,10 @@ def detection(name, again=None, **options):
     processor = AutoProcessor.from_pretrained(name, **REMOTE, **options)
     (found,) = processor.detect(picture())
     inputs = processor(picture(), "<image>", return_tensors="pt")
+    tagger = processor.box_detector._tagger
     facts = {
         "labels": found["labels"],
-        "classes": classes(processor.box_detector, processor.box_detector._tagger.model),
+        "classes": classes(processor.box_detector, *([] if tagger is None else [tagger.model])),
     }
     if again is not None:
         processor.save_pretrained(again)

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mgllava import MGLlavaForConditionalGeneration, MGLlavaProcessor
+from mgllava import BoxDetector, MGLlavaForConditionalGeneration, MGLlavaProcessor
 from mgllava.hub import export_repository
 from tests.hub import session
 from tests.hub.conftest import PYTHONS
 from tests.hub.repositories import as_hub_cache
+from tests.hub.test_saved_before import PICTURE, SMALL_MODEL
+from tests.processing.detectors import OWLV2
 
 
 def assert_equal(remote, own, exact=True):
@@ -51,6 +53,10 @@ def test_all_model_folders_load_and_compute_the_same(
         model, peft.LoraConfig(target_modules=r".*language_model.*\.[qv]_proj", init_lora_weights=False)
     )
     tuned.save_pretrained(tmp_path / "adapter")
+    with_labels = tmp_path / "with-labels"
+    processor = MGLlavaProcessor.from_pretrained(families["vicuna"])
+    processor.box_detector = BoxDetector(["cat", "dog"], OWLV2)
+    processor.save_pretrained(with_labels)
     exported_tagger = export_repository(tagger_repository, tmp_path / "ram-plus", verify=False)
     home = tmp_path / "hub-home"
     pinned, latest = "a" * 40, "b" * 40
@@ -66,6 +72,9 @@ def test_all_model_folders_load_and_compute_the_same(
         "other classes of slime": ("other_classes", {"name": slime_repository}),
         "ram_plus": ("ram_plus", {"name": tagger_repository, "again": tmp_path / "ram_plus"}),
         "detection": ("detection", {"name": with_detector, "again": tmp_path / "detection"}),
+        "detection of labels": ("detection", {"name": with_labels}),
+        "small model": ("question", {"name": SMALL_MODEL, "image": PICTURE}),
+        "without its code": ("refused", {"name": SMALL_MODEL}),
         "adapter": ("adapter", {"name": families["vicuna"], "path": tmp_path / "adapter"}),
         "card": ("card", {"name": families["phi3"], "folder": families["phi3"].parent}),
         "slime card": ("card", {"name": slime_repository, "folder": slime_repository.parent}),
@@ -80,6 +89,9 @@ def test_all_model_folders_load_and_compute_the_same(
     for name, (action, arguments) in jobs.items():
         tensors, facts = results[name]
         assert all(entry.startswith("transformers_modules:") for entry in facts.get("classes", ())), (name, facts)
+        if action == "refused":
+            assert len(facts["refused"]) == 2 and all("trust_remote_code=True" in said for said in facts["refused"])
+            continue
         if action == "card":
             assert facts["printed"] == 1
             continue

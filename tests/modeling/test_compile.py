@@ -63,7 +63,7 @@ def test_inductor_code_equals_eager_vision():
         torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("llm", ["llama", "phi3"])
+@pytest.mark.parametrize("llm", ["llama", pytest.param("phi3", marks=pytest.mark.slow)])
 def test_generate_compiles_vision_once_and_decoding_once(llm):
     """As in the docs, with backends that count. The prompts differ in length, the images in their number of boxes."""
     model = tiny_model(llm)

@@ -22,7 +22,7 @@ def reference(maps, boxes, pooled_size):
     return torch.cat(chunks)
 
 
-def make_boxes(kind, count=2000):
+def make_boxes(kind, count=600):
     generator = torch.Generator().manual_seed(7)
     boxes = torch.randint(-200, 1000, (count, 4), generator=generator).float()
     ordered = torch.cat([boxes.view(-1, 2, 2).amin(1), boxes.view(-1, 2, 2).amax(1)], dim=-1)

@@ -12,6 +12,13 @@ from mgllava.processing import CHAT_TEMPLATES
 from tests.golden_cases import GOLDEN, IMAGE_ID, VOCAB_SIZE
 from tests.tiny import IMAGE_SIZE, NUM_FUSED_TOKENS, tiny_model
 
+
+@pytest.fixture(autouse=True)
+def undrawn_losses(monkeypatch):
+    """Leave an empty picture of the loss: drawing takes longer than these trainings, and has a test of its own."""
+    monkeypatch.setattr("mgllava.training.run.plot_losses", lambda history, path: path.touch())
+
+
 COLORS = ("red", "green", "blue")
 
 

@@ -63,7 +63,7 @@ def test_the_result_is_a_repository_with_processor_and_account(cpu_recipe, sampl
     assert model.generate(**inputs, max_new_tokens=2).shape[0] == 1
     assert load_recipe(output / "recipe.yaml") == load_recipe(cpu_recipe)
     state = json.loads((output / "trainer_state.json").read_text())
-    assert state["global_step"] == 6
+    assert state["global_step"] == 6 and (output / "loss.png").exists()
     logged = state["log_history"][0]
     assert logged["tokens_per_second"] > 0 and "images_per_second" in logged
     assert [path.name for path in sorted(output.glob("checkpoint-*"))] == ["checkpoint-4", "checkpoint-6"]
