@@ -350,7 +350,12 @@ def load_model(recipe: Recipe, start: str, args: TrainingArguments, family: Fami
     model: Any
     if options.config:
         config = _changed_config(options.config, start, family)
-        model, loaded = kind.from_pretrained(start, config=config, output_loading_info=True, **given)
+        try:
+            model, loaded = kind.from_pretrained(start, config=config, output_loading_info=True, **given)
+        except RuntimeError as error:  # of other shapes
+            raise TrainingError(
+                f"`model.config` does not fit the weights of {start}: {' '.join(str(error).split())}"
+            ) from error
         if unfit := sorted([*loaded["missing_keys"], *loaded["unexpected_keys"]]):
             raise TrainingError(
                 f"`model.config` does not fit the weights of {start}: {len(unfit)} weights are missing or unused, "

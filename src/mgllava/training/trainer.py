@@ -105,6 +105,9 @@ class MGLlavaTrainer(Trainer):
     ):
         super().__init__(*args, **kwargs)
         self._learning_rates = dict(learning_rates or {})
+        if self.accelerator.is_fsdp2:
+            prepare = self.accelerator.prepare
+            self.accelerator.prepare = lambda *given, **options: self._prepare_sharded(prepare, *given, **options)
         self._eval_data_collator = eval_data_collator
         self._sample_ids: list[str] = []
         # Tokens, images, skipped samples and lost ones since the last log.
@@ -147,6 +150,26 @@ class MGLlavaTrainer(Trainer):
                 optimizer.add_param_group({**group, "params": parameters, "lr": rate})
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
+
+    def _prepare_sharded(self, prepare: Any, *args: Any, **kwargs: Any) -> Any:
+        """Hide saved buffers, such as positions, from accelerate, which takes all saved tensors for shards."""
+        models = [value for value in args if isinstance(value, nn.Module)]
+        buffers = [
+            (module, name)
+            for model in models
+            for module in model.modules()
+            for name, _ in module.named_buffers(recurse=False)
+            if name in module.state_dict()
+        ]
+        for module, name in buffers:
+            module.register_buffer(name, getattr(module, name), persistent=False)
+        prepared = prepare(*args, **kwargs)
+        for module, name in buffers:
+            buffer = getattr(module, name)
+            # The other processes may not have loaded its values.
+            torch.distributed.broadcast(buffer, src=0)
+            module.register_buffer(name, buffer)
+        return prepared
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         # In the order of the dataset: grouping by length is for training.
