@@ -20,6 +20,7 @@ from tests.slime.golden import (
     num_placeholders,
     tensors,
 )
+from tests.tiny import slime_inputs, tiny_slime
 
 # The original's names of what it trains, and ours; it keeps queries, keys and values of an adapter in one tensor.
 RENAMED = {
@@ -209,3 +210,46 @@ def check_uniform(weight, bound):
     assert 0.98 * bound < weight.abs().max() <= bound
     assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.03)
     assert abs(weight.mean().item()) < 0.05 * bound
+
+
+def test_the_router_sees_answers_only_if_it_is_told_to():
+    inputs = slime_inputs([[6]], padding_side="right")
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -3:] = inputs["input_ids"][:, -3:]
+    answers = inputs["attention_mask"].clone()
+    answers[:, -3:] = 0
+    kept = {}
+    for sees_answers in (True, False):
+        model = tiny_slime(router_sees_answers=sees_answers)
+        with torch.no_grad():
+            kept[sees_answers] = model(**inputs, labels=labels).kept_tokens
+            # Without labels, all text is a prompt.
+            whole = model(**inputs).kept_tokens
+            without = model(**{**inputs, "attention_mask": answers}).kept_tokens
+    assert torch.equal(kept[True], whole) and torch.equal(kept[False], without)
+    assert not torch.equal(whole, without)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_loss_is_that_of_the_sequence_without_what_is_dropped(padding_side):
+    """Also where an answer follows an image at once: its first token is predicted by the last token that is kept."""
+    model = tiny_slime(router_top_p=0.3)
+    inputs = slime_inputs([[6], [], [2]], padding_side)
+    # Nothing predicts BOS, the 1.
+    labels = inputs["input_ids"].masked_fill((inputs["attention_mask"] == 0) | (inputs["input_ids"] == 1), -100)
+    outputs = model(**inputs, labels=labels)
+    arguments, _, _ = model.model.embed(
+        {name: inputs[name] for name in model.image_arguments},
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+    )
+    assert not outputs.kept_tokens.all()
+    losses = []
+    for embeds, mask, row in zip(arguments["inputs_embeds"], arguments["attention_mask"], labels, strict=True):
+        seen = mask.bool()
+        logits = model.lm_head(model.model.language_model(inputs_embeds=embeds[seen][None]).last_hidden_state)[0]
+        targets = row[seen].masked_fill(row[seen] == model.config.image_token_id, -100)[1:]
+        scores = logits[:-1, : model.config.unpadded_vocab_size].log_softmax(-1)
+        losses += (-scores[targets != -100].gather(1, targets[targets != -100][:, None])).flatten().tolist()
+    assert outputs.loss.item() == pytest.approx(sum(losses) / len(losses), abs=1e-5)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from mgllava.conversion.slime.processor import make_processor
 from mgllava.model_files.vocabulary import load_tokenizer
 from mgllava.processing import SLIME_CHAT_TEMPLATES
-from mgllava.training import TrainingError, load_recipe, lora_config, train
+from mgllava.training import MGLlavaDataCollator, TrainingError, load_recipe, lora_config, train
 from tests.golden_cases import GOLDEN, IMAGE_ID
 from tests.golden_cases import VOCAB_SIZE as NUM_WORDS
 from tests.tiny import tiny_slime
@@ -168,6 +168,26 @@ def test_lost_labels_are_counted(recipe, slime_samples, tmp_path, caplog):
     assert "Nothing was learned from 4 samples, whose labels the original loses" in caplog.text
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     assert history[0]["lost_samples"] == 3
+
+
+def test_samples_of_all_kinds_share_a_batch(slime_folder):
+    """Several images, text alone, and one image: the loss is the mean over all learned tokens."""
+    model, processor = AutoModel.from_pretrained(slime_folder).eval(), AutoProcessor.from_pretrained(slime_folder)
+    images = [Image.new("RGB", size, color) for size, color in (((90, 60), "red"), ((40, 130), "blue"))]
+
+    def sample(images, answer):
+        question = {"from": "human", "value": "<image>" * len(images) + "What is it?"}
+        return {"id": answer, "image": images, "conversations": [question, {"from": "gpt", "value": answer}]}
+
+    samples = [sample(images, "It is red and blue."), sample([], "Nothing."), sample(images[1:], "Blue.")]
+    collator = MGLlavaDataCollator(processor)
+    batch = collator(samples)
+    assert len(batch["image_grids"]) == 3 and len(batch["pixel_values"]) == 3 + int(batch["image_grids"].prod(1).sum())
+    with torch.no_grad():
+        counts = [int((collator([one])["labels"] != -100).sum()) for one in samples]
+        losses = [model(**collator([one])).loss.item() for one in samples]
+        mean = sum(count * loss for count, loss in zip(counts, losses, strict=True)) / sum(counts)
+        assert model(**batch).loss.item() == pytest.approx(mean, abs=1e-5)
 
 
 SHORT = ("training.per_device_train_batch_size=1", "training.max_steps=2")
