@@ -672,7 +672,9 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
         """
         images = {name: kwargs[name] for name in self.image_arguments if kwargs.get(name) is not None}
         features = kwargs.get("mm_encoder_outputs")
-        if not images and not features:
+        # An assistant is given what the model that it assists sees.
+        is_dropped = isinstance((features or {}).get("image"), SeenImageFeatures)
+        if is_dropped or (not images and not features):
             return inputs, kwargs, {}, None
         embeds = kwargs.get("inputs_embeds")
         ids = kwargs.get("input_ids", inputs) if embeds is None else None
@@ -720,8 +722,9 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
         is_left_out = ids is not None and ids.shape[1] > 1 and not images.keys() <= inputs.keys()
         if is_left_out and (ids == self.config.image_token_id).any():
             inputs |= self._images_of_own_width(images)
-        # Releases before 5.24 pass `mm_encoder_outputs` to every step.
-        if ids is not None and ids.shape[1] == 1 and not kwargs.get("is_first_iteration"):
+        # Releases before 5.24 pass `mm_encoder_outputs` to every step, also where one checks several drafted tokens.
+        is_later = ids is not None and not kwargs.get("is_first_iteration")
+        if is_later and (ids.shape[1] == 1 or not (ids == self.config.image_token_id).any()):
             inputs.pop("mm_encoder_outputs", None)
         if not self._head.takes_positions:
             inputs.pop("position_ids", None)
