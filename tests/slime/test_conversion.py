@@ -8,9 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
-from mgllava.conversion import ConversionError, convert_checkpoint, export_original
+from mgllava.conversion import ConversionError, convert_checkpoint, export_original, fetch
+from mgllava.conversion.detect import presets
+from mgllava.model_files import sources as model_sources
 from mgllava.modeling.adapters_slime import sincos_positions
 from mgllava.processing import SLIME_CHAT_TEMPLATES
+from tests.conversion.test_hub_ids import FakeHub
 from tests.slime.golden import GOLDEN, cases, image_path, tensors
 
 CHECKPOINT, LORA, LLM = GOLDEN / "checkpoint", GOLDEN / "more" / "lora" / "adapter", GOLDEN / "more" / "lora" / "base"
@@ -375,6 +378,54 @@ def test_arguments_that_a_format_needs_or_does_not_take(tmp_path):
     assert "does not say what its vision tower is" in _failure(GOLDEN / "more" / "sampler.bin", tmp_path, llm=LLM)
     assert "does not take `llm`" in _failure(CHECKPOINT, tmp_path, llm=LLM)
     assert "`prompt_template` must be one of" in _failure(CHECKPOINT, tmp_path, prompt_template="vicuna")
+
+
+def test_positions_that_are_not_numbers_are_computed_as_the_original_does(tmp_path, checkpoint):
+    for path in checkpoint.glob("model-*.safetensors"):
+        weights = load_file(path)
+        for name, value in weights.items():
+            if name.endswith("pos_embed"):
+                value[0, 0] = torch.nan
+        save_file(weights, path)
+    folder = convert_checkpoint(checkpoint, output=tmp_path / "out")
+    for prefix, size in (("model.multi_modal_projector.query_adapter", 24), ("model.local_compressor", 4)):
+        positions = _weights(folder)[f"{prefix}.positions"]
+        assert torch.equal(positions, sincos_positions(size, 128).bfloat16())
+    assert len(_report(folder)["computed"]) == 2
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "null", "[" * 100_000, "\udcff"])
+def test_broken_json_is_one_message(tmp_path, content):
+    broken = {
+        CHECKPOINT: ("config.json", "tokenizer.json", "generation_config.json", "model.safetensors.index.json"),
+        LORA: ("config.json", "adapter_config.json"),
+    }
+    for source, names in broken.items():
+        for name in names:
+            folder = tmp_path / source.name / name
+            shutil.copytree(source, folder)
+            (folder / name).write_bytes(content.encode("utf-8", "surrogateescape"))
+            options = {"llm": LLM} if source is LORA else {}
+            message = _failure(folder, tmp_path, vision_tower=TOWER, **options)
+            assert str(folder) in message and "\n" not in message
+
+
+def test_published_model_in_one_line_and_llava_before_its_weights_are_fetched(tmp_path, monkeypatch):
+    hub = FakeHub(tmp_path / "hub", tmp_path / "cache")
+    monkeypatch.setattr(model_sources, "snapshot_download", hub.snapshot_download)
+    monkeypatch.setattr(fetch, "HfApi", lambda: hub)
+    repository, clip = "yifzhang114/SliME-vicuna-7B", "openai/clip-vit-large-patch14-336"
+    hub.add(repository, {path.name: path for path in CHECKPOINT.iterdir() if path.is_file()})
+    _edit(hub.root / repository / "config.json", mm_vision_tower=clip)
+    hub.add(clip, {path.name: path for path in TOWER.iterdir()})
+    for name, options in (("preset", presets()["slime-vicuna-7b"]), ("plain", {})):
+        assert (convert_checkpoint(repository, **options, output=tmp_path / name) / "model.safetensors").is_file()
+    assert f"{clip}/config.json" in hub.downloaded and f"{clip}/model.safetensors" not in hub.downloaded
+    hub.add("acme/llava", {"config.json": b'{"model_type": "llava_llama"}', "pytorch_model.bin": b"large"})
+    assert "LlavaForConditionalGeneration" in _failure("acme/llava", tmp_path)
+    hub.add("acme/lora", {path.name: path for path in LORA.iterdir()})
+    assert "needs `llm`" in _failure("acme/lora", tmp_path)
+    assert not {"acme/llava/pytorch_model.bin", "acme/lora/non_lora_trainables.bin"} & set(hub.downloaded)
 
 
 def test_llava_is_not_taken_for_slime(tmp_path, checkpoint):

@@ -16,13 +16,13 @@ def read_model_config(folder: Path, model_type: str) -> Any:
     """Read the configuration of a model folder; refuse other model types and quantized weights."""
     family = FAMILIES[model_type]
     if not folder.is_dir():
-        raise ConversionError(f"`checkpoint` must be an {family.title} model folder, but {folder} is not one.")
+        raise ConversionError(f"`checkpoint` must be a model folder of {family.title}, but {folder} is not a folder.")
     if not (folder / "config.json").is_file():
-        raise ConversionError(f"{folder} is not an {family.title} model folder: it has no config.json.")
+        raise ConversionError(f"{folder} is not a model folder of {family.title}: it has no config.json.")
     content = read_json(folder / "config.json")
     if content.get("model_type") != model_type:
         raise ConversionError(
-            f"{folder} is not an {family.title} model folder: its config.json has model type "
+            f"{folder} is not a model folder of {family.title}: its config.json has model type "
             f"{content.get('model_type')!r}."
         )
     _refuse_quantized(content, folder)

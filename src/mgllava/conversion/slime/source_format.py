@@ -1,6 +1,7 @@
 """Checkpoints of SliME: whole releases, LoRA releases, and the files of the first stages of training."""
 
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ from .processor import make_processor, separator_of
 logger = logging.getLogger(__name__)
 
 _EMBEDDING = "model.language_model.embed_tokens.weight"
-_QUERIES = {f"{PROJECTOR}query_adapter.": "global", COMPRESSOR: "local"}
+_ADAPTERS = (f"{PROJECTOR}query_adapter.", COMPRESSOR)
 _TRAINABLES = "non_lora_trainables.bin"
 _STAGE_FILES = ("mm_projector.bin", "sampler.bin")
 # What a stage file holds, without the prefixes of wrappers.
@@ -287,7 +288,7 @@ def _complete(
     )
     dtype = _dtype(kind, tensors.used[_EMBEDDING].dtype, text_config)
     initialized = _add_new_modules(tensors, config, dtype) if kind == "stage" else []
-    computed = _add_positions(tensors, config) if kind != "release" else []
+    computed = _add_positions(tensors, kind == "release")
     if original and not tiles_images(original):
         notes.append(
             f"`image_aspect_ratio` in config.json is {original.get('image_aspect_ratio')!r}, not 'anyres': the "
@@ -429,14 +430,20 @@ def _add_new_modules(tensors: GatheredTensors, config: SlimeConfig, dtype: torch
     return names
 
 
-def _add_positions(tensors: GatheredTensors, config: SlimeConfig) -> list[str]:
-    """Compute the position embeddings that a checkpoint lacks, rounded as the others of its tensors."""
+def _add_positions(tensors: GatheredTensors, is_release: bool) -> list[str]:
+    """Compute the position embeddings that a checkpoint lacks, rounded as the others of its tensors.
+
+    Releases hold them. Where they are not numbers, the original computes them again.
+    """
     computed = []
-    for prefix in _QUERIES:
+    for prefix in _ADAPTERS:
         queries, name = tensors.used.get(f"{prefix}queries"), f"{prefix}positions"
-        if queries is None or name in tensors.used or len(queries.shape) != 2:
+        stored = tensors.used.get(name)
+        if queries is None or len(queries.shape) != 2 or (is_release and stored is None):
             continue
-        size = round(queries.shape[0] ** 0.5)
+        if stored is not None and not stored.load().isnan().any():
+            continue
+        size = math.isqrt(queries.shape[0])
         if size**2 == queries.shape[0] and queries.shape[1] % 4 == 0:
             values = sincos_positions(size, queries.shape[1]).to(queries.dtype)
             tensors.used[name] = from_tensor(values, f"computed, in the dtype of {queries.origin}")
