@@ -172,20 +172,33 @@ def _write_tokenizer(repository: Path, config: SlimeConfig, original: Mapping[st
         tokenizer.save_pretrained(folder)
     except Exception as error:  # the tokenizers library raises `Exception` itself
         raise ConversionError(f"The tokenizer in {repository} cannot be read ({one_line(error)}).") from error
-    if config.unpadded_vocab_size is None or config.image_token_id < config.unpadded_vocab_size:
-        return
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != placeholder]
-    write_json(folder / "tokenizer.json", content)
     settings = read_json(folder / "tokenizer_config.json")
-    for name in ("image_token", "processor_class", "auto_map"):
+    # In the form of the releases that the original runs with.
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for name in (
+        "backend",
+        "is_local",
+        "local_files_only",
+        "chat_template",
+        "image_token",
+        "processor_class",
+        "auto_map",
+    ):
         settings.pop(name, None)
-    for name in ("extra_special_tokens", "additional_special_tokens"):
-        if isinstance(settings.get(name), list):
-            settings[name] = [token for token in settings[name] if token != placeholder]
-    decoder = settings.get("added_tokens_decoder", {})
+    merges = content["model"].get("merges")
+    if merges and not any(" " in part for merge in merges for part in merge):
+        content["model"]["merges"] = [" ".join(merge) for merge in merges]
+    if config.unpadded_vocab_size is not None and config.image_token_id >= config.unpadded_vocab_size:
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != placeholder]
+        for name in ("extra_special_tokens", "additional_special_tokens"):
+            if isinstance(settings.get(name), list):
+                settings[name] = [token for token in settings[name] if token != placeholder]
+    write_json(folder / "tokenizer.json", content)
+    # The original reads the added tokens from here, too.
     settings["added_tokens_decoder"] = {
-        number: token for number, token in decoder.items() if number != str(config.image_token_id)
+        str(token["id"]): {name: value for name, value in token.items() if name != "id"}
+        for token in content["added_tokens"]
     }
     write_json(folder / "tokenizer_config.json", settings)
 
