@@ -17,14 +17,23 @@ from transformers import AutoModel
 
 import mgllava
 from mgllava import MGLlavaForConditionalGeneration, MGLlavaModel
-from tests.tiny import VARIANTS, tiny_inputs, tiny_model
+from tests.modeling.conftest import FAMILIES
+from tests.tiny import IMAGE_TOKEN_ID, VARIANTS, tiny_inputs, tiny_model
 
 MIXED = [[3], [], [1, 5]]
 GREEDY = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None}
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def saved(family, any_model, tmp_path_factory):
+    """A model of each family, with its folder."""
+    folder = tmp_path_factory.mktemp("model")
+    any_model.save_pretrained(folder)
+    return any_model, folder
+
+
+@pytest.fixture(scope="module")
+def saved_mgllava(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     model = tiny_model()
     model.save_pretrained(folder)
@@ -33,7 +42,8 @@ def saved(tmp_path_factory):
 
 def assert_same_answers(model, expected):
     options = {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
-    answers, expected_answers = (each.generate(**tiny_inputs(MIXED), **options) for each in (model, expected))
+    inputs = FAMILIES[model.config.model_type].inputs(MIXED)
+    answers, expected_answers = (each.generate(**inputs, **options) for each in (model, expected))
     assert torch.equal(torch.stack(answers.logits), torch.stack(expected_answers.logits))
     assert answers.sequences.tolist() == expected_answers.sequences.tolist()
 
@@ -66,13 +76,15 @@ def smallest_pieces(model):
 def test_every_split_between_memory_and_disk_gives_the_same_answers(saved, tmp_path):
     model, folder = saved
     maps = device_maps(model)
-    assert len(maps) > 10
+    assert len(maps) > 8
     pieces = {name for device_map in maps for name in device_map}
-    assert {"model.fusion", "model.box_projector", "model.high_res_vision_tower.stages.2"} <= pieces
+    adapters = {
+        "mgllava": {"model.fusion", "model.box_projector", "model.high_res_vision_tower.stages.2"},
+        "slime": {"model.multi_modal_projector", "model.local_compressor"},
+    }
+    assert adapters[model.config.model_type] <= pieces
     for device_map in maps:
-        split = MGLlavaForConditionalGeneration.from_pretrained(
-            folder, device_map=device_map, offload_folder=tmp_path / "offload"
-        )
+        split = AutoModel.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path / "offload")
         assert_same_answers(split, model)
 
 
@@ -138,8 +150,8 @@ def test_explicit_device_map_and_saving_from_disk(saved, tmp_path):
 
 
 @torch.no_grad()
-def test_model_on_the_meta_device_computes_shapes(saved):
-    model, _ = saved
+def test_model_on_the_meta_device_computes_shapes(saved_mgllava):
+    model, _ = saved_mgllava
     with torch.device("meta"):
         empty = MGLlavaForConditionalGeneration(copy.deepcopy(model.config))
     assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
@@ -157,9 +169,9 @@ def test_dtype_auto_and_full_precision_pixels(saved, tmp_path, dtype, limit):
     AutoModel.from_pretrained(folder, dtype=dtype).save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path, dtype="auto")
     assert {parameter.dtype for parameter in loaded.parameters()} == {getattr(torch, dtype)}
-    inputs = tiny_inputs(MIXED)
-    mask = inputs["attention_mask"].bool()
-    images = {name: inputs[name] for name in ("pixel_values", "boxes", "num_boxes")}
+    inputs = FAMILIES[model.config.model_type].inputs(MIXED)
+    mask = inputs["attention_mask"].bool() & (inputs["input_ids"] != IMAGE_TOKEN_ID)
+    images = {name: inputs[name] for name in model.image_arguments}
     with torch.no_grad():
         outputs = [
             (torch.cat(each.get_image_features(**images).pooler_output), each(**inputs).logits[mask])
@@ -188,11 +200,19 @@ def test_tensor_parallel_plan_names_the_layers_of_the_language_model(llm):
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_language_model(saved):
+def test_two_processes_share_the_language_model(saved_mgllava):
     """`tp_plan="auto"` with the gloo backend: each process holds half of each layer; the logits are equal."""
     script = Path(__file__).parent / "tensor_parallel.py"
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), saved[1]],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            str(script),
+            saved_mgllava[1],
+        ],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,

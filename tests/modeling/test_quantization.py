@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, BitsAndBytesCon
 
 import mgllava
 from mgllava import MGLlavaConfig, MGLlavaForConditionalGeneration, MGLlavaModel
-from tests.tiny import VARIANTS, tiny_inputs, tiny_model
+from tests.tiny import IMAGE_TOKEN_ID, VARIANTS, tiny_inputs, tiny_model, tiny_slime
 
 LLMS = ["llama", "phi3", "qwen2", "qwen3", "mistral"]
 LAYERS = {4: "Linear4bit", 8: "Linear8bitLt"}
@@ -44,11 +44,11 @@ def save(tmp_path_factory):
     """Save a tiny model once per set of arguments, and return it with its folder."""
     saved = {}
 
-    def run(*args, **kwargs):
-        key = str((args, kwargs))
+    def run(*args, make=tiny_model, **kwargs):
+        key = str((make.__name__, args, kwargs))
         if key not in saved:
             folder = tmp_path_factory.mktemp("model")
-            model = tiny_model(*args, **kwargs)
+            model = make(*args, **kwargs)
             model.save_pretrained(folder)
             saved[key] = model, folder
         return saved[key]
@@ -74,9 +74,10 @@ def test_only_the_language_model_is_quantized_by_default(save, llm, bits):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "published"] + ["tied_head"])
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "published"] + ["tied_head", "slime"])
 def test_variants_are_quantized_alike(save, variant, bits):
-    model, folder = save(**VARIANTS.get(variant, {"text_config": {"tie_word_embeddings": True}}))
+    others = {"tied_head": {"text_config": {"tie_word_embeddings": True}}, "slime": {"make": tiny_slime}}
+    model, folder = save(**(VARIANTS | others)[variant])
     quantized = AutoModel.from_pretrained(folder, quantization_config=plain_config(bits))
     assert quantized_layers(quantized) == language_model_layers(model)
     is_tied = quantized.lm_head.weight is quantized.get_input_embeddings().weight
@@ -152,14 +153,14 @@ def test_other_bits_are_refused(bits):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("config", ["plain", "tuned"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_saving_and_loading_a_quantized_model_changes_nothing(save, tmp_path, bits, config, dtype):
+def test_saving_and_loading_a_quantized_model_changes_nothing(family, save, tmp_path, bits, config, dtype):
     config = plain_config(bits) if config == "plain" else mgllava.quantization_config(bits)
-    quantized = AutoModel.from_pretrained(save()[1], quantization_config=config, dtype=dtype)
+    quantized = AutoModel.from_pretrained(save(make=family.model)[1], quantization_config=config, dtype=dtype)
     quantized.save_pretrained(tmp_path)
     reloaded = AutoModel.from_pretrained(tmp_path)
     assert quantized_layers(reloaded) == quantized_layers(quantized)
     assert reloaded.get_memory_footprint() == quantized.get_memory_footprint()
-    inputs = tiny_inputs(MIXED)
+    inputs = family.inputs(MIXED)
     logits, expected = reloaded(**inputs).logits, quantized(**inputs).logits
     assert logits.dtype == dtype
     assert torch.equal(logits, expected)
@@ -212,11 +213,13 @@ def test_loading_options_of_a_quantized_model_have_no_list(save, monkeypatch):
     assert seen["quantization_config"].modules_to_not_convert is None
 
 
-def test_quantized_answers_stay_close(save):
+def test_quantized_answers_stay_close(family, save):
     """A layer with a wrong weight or scale causes a larger difference than rounding does."""
-    model, folder = save(text_config={"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.05})
-    inputs = tiny_inputs(MIXED)
-    mask = inputs["attention_mask"].bool()
+    model, folder = save(
+        make=family.model, text_config={"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.05}
+    )
+    inputs = family.inputs(MIXED)
+    mask = inputs["attention_mask"].bool() & (inputs["input_ids"] != IMAGE_TOKEN_ID)
     expected = model(**inputs).logits[mask]
     for bits, limit in ((8, 0.05), (4, 0.3)):
         quantized = AutoModel.from_pretrained(folder, quantization_config=plain_config(bits), dtype=torch.float32)

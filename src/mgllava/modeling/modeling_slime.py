@@ -216,9 +216,8 @@ class SlimeModel(SlimePreTrainedModel, ImageTextModel):
         """Embedding of the token between the global and the local tokens, of shape `(1, hidden_size)`; or nothing."""
         if self.local_compressor is None:
             return []
-        table = self.get_input_embeddings()
-        ids = torch.tensor([self.config.separator_token_id], device=table.weight.device)
-        return [table(ids).to(tokens.device, tokens.dtype)]
+        ids = torch.tensor([self.config.separator_token_id], device=tokens.device)
+        return [self.get_input_embeddings()(ids).to(tokens.device, tokens.dtype)]
 
     def _arrange(self, tiles: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
         """Put the tokens of an image's tiles into one sequence, line by line over all tiles or tile by tile."""
