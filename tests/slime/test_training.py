@@ -253,3 +253,16 @@ def test_loss_is_that_of_the_sequence_without_what_is_dropped(padding_side):
         scores = logits[:-1, : model.config.unpadded_vocab_size].log_softmax(-1)
         losses += (-scores[targets != -100].gather(1, targets[targets != -100][:, None])).flatten().tolist()
     assert outputs.loss.item() == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+
+
+@pytest.mark.parametrize("tile_counts", [[[2], []], [[], []], [[0], []]])
+@pytest.mark.parametrize("values", [{"forced_expert": 0}, {"forced_expert": 1}, {"branch": "global"}])
+def test_one_of_two_processes_has_a_gradient_for_every_parameter(monkeypatch, values, tile_counts):
+    """Whatever the configuration and its images use; the other process would wait for them."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *args: 2)
+    model, inputs = tiny_slime(**values).train(), slime_inputs(tile_counts, padding_side="right")
+    model.model.vision_tower.requires_grad_(False)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert not [name for name, parameter in trained if parameter.grad is None]

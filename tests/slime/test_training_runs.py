@@ -192,9 +192,14 @@ def test_samples_of_all_kinds_share_a_batch(slime_folder):
 
 SHORT = ("training.per_device_train_batch_size=1", "training.max_steps=2")
 GROUPS = [
-    # Trained modules that the configuration does not use: DistributedDataParallel waits for their gradients.
-    ("ddp", "slime_stage_3", ("model.config.branch=global", "model.config.forced_expert=0")),
     ("fsdp2", "slime_stage_3", ()),
+    # Trained modules that the configuration does not use: DistributedDataParallel waits for their gradients.
+    pytest.param(
+        "ddp",
+        "slime_stage_3",
+        ("model.config.branch=global", "model.config.forced_expert=0"),
+        marks=pytest.mark.slow,
+    ),
     pytest.param("ddp", "slime_stage_1a", (), marks=pytest.mark.slow),
     pytest.param("ddp", "slime_stage_2", (), marks=pytest.mark.slow),
     pytest.param("fsdp2", "slime_stage_1b", (), marks=pytest.mark.slow),
