@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mgllava import user_text
 from mgllava.chat import ChatError, ChatSession
 from tests.chat.conftest import COFFEE, PORTRAIT, assistant, user
 
@@ -183,8 +184,10 @@ def test_finish_says_whether_the_model_ended_the_answer(session, model):
     assert (answer.finish, answer.num_tokens) == ("end", 1)
 
 
-def test_control_tokens_of_users_are_text_in_every_message(model, processor):
-    """`</s>` in a question, an answer or the system message must not end a turn."""
+@pytest.mark.parametrize("can_sanitize", sorted({user_text._CAN_SANITIZE, False}))
+def test_control_tokens_of_users_are_text_in_every_message(model, processor, monkeypatch, can_sanitize):
+    """`</s>` in a question, an answer or the system message must not end a turn; also with transformers 5.16."""
+    monkeypatch.setattr(user_text, "_CAN_SANITIZE", can_sanitize)
     tokenizer = processor.tokenizer
     tokens = [*tokenizer.all_special_tokens, processor.image_token]
 
