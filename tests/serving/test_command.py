@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mgllava.cli import app
+from mgllava.serving import server
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,6 +32,21 @@ ROOT = Path(__file__).parents[2]
 def test_bad_option_is_one_message(repository, options, message):
     result = CliRunner().invoke(app, ["serve", str(repository), *options])
     assert result.exit_code == 1 and message in result.output and "Traceback" not in result.output
+
+
+def test_detector_is_loaded_before_the_first_request(served_repository, monkeypatch):
+    processors, load = [], server.load
+
+    def load_and_note(*arguments, **options):
+        model, processor = load(*arguments, **options)
+        processors.append(processor)
+        return model, processor
+
+    monkeypatch.setattr(server, "load", load_and_note)
+    monkeypatch.setattr(server.uvicorn, "run", lambda app, **options: None)
+    result = CliRunner().invoke(app, ["serve", str(served_repository)])
+    assert result.exit_code == 0, result.output
+    assert processors[0]._box_detector is not None
 
 
 def test_example_client(server):

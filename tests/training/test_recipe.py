@@ -158,6 +158,12 @@ def test_what_is_no_recipe_is_refused(tmp_path):
         load_recipe("stage_1.yaml", "training=3")
 
 
+@pytest.mark.parametrize("name", ["stage_2", "absent.yaml", "absent.yaml=1"])
+def test_what_is_no_change_must_be_a_recipe(name):
+    with pytest.raises(TrainingError, match=rf"There is no recipe {name}\..* a change is written key=value"):
+        load_recipe(name)
+
+
 REFUSED = [
     ("data.allow_other_boxes=maybe", "must be true or false, got 'maybe'"),
     ("global_batch_size=-4", "must be 1 or greater, got -4"),
