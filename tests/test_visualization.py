@@ -54,6 +54,28 @@ def test_each_label_has_a_color_of_its_own():
     assert len(colors(draw_boxes(gray(600, 400), boxes))) == 6
 
 
+def luminance(color):
+    """Relative luminance, as the Web Content Accessibility Guidelines define it."""
+    values = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in np.asarray(color) / 255]
+    return float(np.dot([0.2126, 0.7152, 0.0722], values))
+
+
+def test_letters_stand_out_from_their_plate():
+    """In black or white, whichever it is, with a contrast of 3, which the guidelines want of large letters."""
+    boxes = [
+        [10 + 150 * (number % 5), 60 + 120 * (number // 5), 110 + 150 * (number % 5), 120 + 120 * (number // 5)]
+        for number in range(20)
+    ]
+    picture = draw_boxes(gray(800, 600), {"boxes": boxes, "labels": [f"MMM{number}" for number in range(20)]})
+    for x, y, _, _ in boxes:
+        cell = picture.crop((x - 5, y - 40, x + 140, y + 70))
+        (plate,) = colors(cell)
+        # Lines have black edges, so black alone does not tell the color of the letters.
+        letters = (255, 255, 255) if (255, 255, 255) in dict(map(reversed, cell.getcolors(1 << 16))) else (0, 0, 0)
+        dark, light = sorted([luminance(plate), luminance(letters)])
+        assert (light + 0.05) / (dark + 0.05) > 3
+
+
 @pytest.mark.parametrize(
     "box",
     [

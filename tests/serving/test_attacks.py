@@ -281,6 +281,14 @@ def test_bodies_that_are_not_plain_json_are_refused(post, body):
     assert status == 400 and answer["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "name"), [("", "prompt"), ([99_999], "prompt"), (["a", 5], "prompt[1]"), ([[99_999]], "prompt[0]")]
+)
+def test_the_wrong_one_of_several_prompts_is_named(post, prompt, name):
+    status, body = post(COMPLETIONS, {"prompt": prompt, "max_tokens": 1})
+    assert status == 400 and body["error"]["message"].startswith(f"`{name}` must ")
+
+
 def test_floods_of_messages_parts_and_tokens_are_refused(chat, post):
     empty = {"role": "user", "content": ""}
     for messages in (
