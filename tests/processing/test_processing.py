@@ -204,7 +204,12 @@ def test_images_alone_and_labels_on_request(processor):
     assert {"pixel_values", "boxes", "num_boxes", "input_ids"} <= set(processor.model_input_names)
 
 
-def test_boxes_in_content_blocks_equal_boxes_given_as_an_argument(processor, tmp_path):
+@pytest.mark.parametrize(
+    "two",
+    [np.array(TWO), [np.array(box) for box in TWO], tuple(map(torch.tensor, TWO))],
+    ids=["array", "arrays", "tensors"],
+)
+def test_boxes_in_content_blocks_equal_boxes_given_as_an_argument(processor, tmp_path, two):
     RED.save(tmp_path / "red.png")
 
     def conversation(first, second):
@@ -215,11 +220,13 @@ def test_boxes_in_content_blocks_equal_boxes_given_as_an_argument(processor, tmp
         ]
 
     options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True, "return_tensors": "pt"}
-    blocks = conversation({"boxes": np.array(TWO)}, {"boxes": ONE})
+    blocks = conversation({"boxes": two}, {"boxes": ONE})
     inside = processor.apply_chat_template(blocks, **options)
     aside = processor.apply_chat_template(conversation({}, {}), **options, processor_kwargs={"boxes": [TWO, ONE]})
     torch.testing.assert_close(dict(inside), dict(aside))
     assert inside["num_boxes"].tolist() == [2, 1]
+    rendered = processor.apply_chat_template(blocks, add_generation_prompt=True)
+    torch.testing.assert_close(dict(processor([RED, BLUE], rendered, return_tensors="pt")), dict(inside))
     assert "boxes" in blocks[0]["content"][0]  # the caller's conversation is left alone
     partly = processor.apply_chat_template(
         [conversation({}, {}), conversation({}, {"boxes": TWO})], **options, processor_kwargs={"padding": True}
