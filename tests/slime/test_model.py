@@ -160,6 +160,21 @@ def test_tokens_that_are_not_kept_do_not_matter(model):
 
 
 @torch.no_grad()
+def test_what_follows_an_image_follows_its_last_token_that_is_kept():
+    """Wherever generation starts from: with placeholders that are cut out, masked ones, or embeddings."""
+    model = tiny_slime(router_top_p=0.2).double()
+    inputs = slime_inputs([[3], [2, 3]])
+    inputs = {**inputs, "input_ids": inputs["input_ids"][:, :-3], "attention_mask": inputs["attention_mask"][:, :-3]}
+    assert not model(**inputs).kept_tokens[-1]
+    length = inputs["input_ids"].shape[1]
+    options = {"do_sample": False, "eos_token_id": None}
+    expected = model.generate(**inputs, max_new_tokens=4, **options)[:, length:]
+    assert torch.equal(model.generate(**inputs, max_length=length + 4, **options)[:, length:], expected)
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+    assert torch.equal(model.generate(inputs_embeds=embeds, **inputs, max_new_tokens=4, **options), expected)
+
+
+@torch.no_grad()
 def test_text_behind_the_padding_does_not_reach_the_router(model):
     inputs = slime_inputs([[4], []])
     before = model(**inputs).kept_tokens

@@ -279,13 +279,10 @@ class _UnusedTokens(LogitsProcessor):
         return scores.index_fill(-1, ids.to(scores.device), -torch.inf)
 
 
-def _next_labels(labels: torch.LongTensor, is_seen: torch.BoolTensor) -> torch.LongTensor:
-    """Shift labels: a position predicts the label of the next one that is not a dropped placeholder."""
-    length = labels.shape[1]
-    places = torch.arange(length, device=labels.device).masked_fill(~is_seen, length)
-    following = places.flip(-1).cummin(-1).values.flip(-1)[:, 1:]  # the next place from each on, itself included
-    following = nn.functional.pad(following, (0, 1), value=length)
-    return nn.functional.pad(labels, (0, 1), value=-100).gather(-1, following).masked_fill(~is_seen, -100)
+def _repeat_seen(hidden_states: torch.FloatTensor, is_seen: torch.BoolTensor) -> torch.FloatTensor:
+    """Replace the state of a token that is not seen by that of the last one before it: the next token is the same."""
+    places = torch.arange(is_seen.shape[1], device=is_seen.device).masked_fill(~is_seen, 0).cummax(-1).values
+    return hidden_states.gather(1, places.unsqueeze(-1).expand_as(hidden_states).to(hidden_states.device))
 
 
 def _select_positions(hidden_states: torch.FloatTensor, logits_to_keep: int | torch.Tensor) -> torch.FloatTensor:
@@ -399,14 +396,15 @@ class ImageTextModel(ImageTextPreTrainedModel):
         """Call `embed` with `images` and `arguments`, and the language model with its result and `kwargs`."""
         inputs, image_features, image_outputs = self.embed(images, **arguments)
         outputs = self.language_model(return_dict=True, **inputs, **kwargs)
-        seen = {}
+        seen, hidden_states = {}, outputs.last_hidden_state
         if self.placeholders_to_drop is not None and image_features is not None:
             is_placeholder = self.find_placeholders(arguments["input_ids"], arguments["inputs_embeds"])
             if isinstance(mask := inputs["attention_mask"], torch.Tensor) and mask.shape == is_placeholder.shape:
                 seen["kept_tokens"] = mask[is_placeholder].bool()
+                hidden_states = _repeat_seen(hidden_states, mask.bool() | ~is_placeholder)
         return self.output_class(
             **seen,
-            last_hidden_state=outputs.last_hidden_state,
+            last_hidden_state=hidden_states,
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             image_hidden_states=image_features,
@@ -569,15 +567,7 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
             return type(outputs)(**{**outputs, "last_hidden_state": kept})
 
         def loss_function(logits: torch.FloatTensor, *_, **__) -> torch.FloatTensor:
-            kept = seen[0].get("kept_tokens")
-            if kept is None or loss_arguments.get("shift_labels") is not None:
-                return self._loss(logits, labels, input_ids, **loss_arguments)
-            is_placeholder = self.model.find_placeholders(input_ids, arguments.get("inputs_embeds"))
-            is_seen = torch.ones_like(is_placeholder).masked_scatter(is_placeholder, kept)
-            # The language model sees these tokens next to each other.
-            learned = labels.masked_fill(is_placeholder.to(labels.device), -100)
-            shifted = _next_labels(learned, is_seen.to(labels.device))
-            return self._loss(logits, labels, input_ids, **{**loss_arguments, "shift_labels": shifted})
+            return self._loss(logits, labels, input_ids, **loss_arguments)
 
         arguments = {name: value for name, value in arguments.items() if value is not None}
         scored = self._head.score(self, body, loss_function, **arguments, **kwargs, return_dict=True)
@@ -693,7 +683,11 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
         seen = {"kept_tokens": kept, "image_outputs": image_outputs}
         if ids is None or has_cache or kwargs.get("prefix_allowed_tokens_fn") or _counts_prompt(kwargs, configs):
             features = {"image": SeenImageFeatures(pooler_output=tokens)}
-            return inputs, {**kwargs, "attention_mask": mask, "mm_encoder_outputs": features}, seen, None
+            kwargs |= {"attention_mask": mask, "mm_encoder_outputs": features}
+            if not mask[:, -1].all():
+                # `generate` would number the answer from the last position, which is masked.
+                kwargs["position_ids"] = given["position_ids"]
+            return inputs, kwargs, seen, None
 
         parts = zip(tokens, kept.split([len(rows) for rows in tokens]), strict=True)
         features = {"image": SeenImageFeatures(pooler_output=[rows[keep] for rows, keep in parts])}

@@ -50,7 +50,8 @@ class SlimeModelOutputWithPast(ImageTextModelOutputWithPast):
 
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
-            Output of the language model's last layer; without meaning where a token of an image is not kept.
+            Output of the language model's last layer. Where a token of an image is not kept, that of the last token
+            before it that is.
         cache (`Cache`, *optional*):
             Keys and values for the next step, when `use_cache=True`. `past_key_values` before transformers 5.24.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*):
@@ -78,8 +79,8 @@ class SlimeCausalLMOutputWithPast(ImageTextCausalLMOutputWithPast):
         loss (`torch.FloatTensor` of shape `()`, *optional*):
             Cross-entropy of the next token over the original vocabulary, when `labels` are given.
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
-            Scores of every row of the embedding table, `config.unused_token_ids` included; without meaning where a
-            token of an image is not kept.
+            Scores of every row of the embedding table, `config.unused_token_ids` included. Where a token of an image
+            is not kept, those of the last token before it that is.
         cache (`Cache`, *optional*):
             Keys and values for the next step, when `use_cache=True`. `past_key_values` before transformers 5.24.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*):
