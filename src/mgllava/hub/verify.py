@@ -13,7 +13,14 @@ _LINES_SHOWN = 15
 
 
 def verify_loading(folder: str | Path) -> None:
-    """Load all classes that a model folder names, without weights, in a process that cannot import this package."""
+    """Load all classes that a model folder names, without weights, in a process that cannot import this package.
+
+    Args:
+        folder (`str` or `Path`): The model folder.
+
+    Raises:
+        ConversionError: If it does not load.
+    """
     with tempfile.TemporaryDirectory() as modules:
         done = subprocess.run(
             [sys.executable, str(_SCRIPT), str(folder)],

@@ -37,6 +37,8 @@ logger = logging.get_logger(__name__)
 # Private methods that `generate` calls and that are overridden here. If transformers renamed one, the override would
 # be ignored without an error.
 _GENERATION_HOOKS = ("_expand_inputs_for_generation", "_supports_default_dynamic_cache")
+# Arguments of `generate` behind those that it has by name here.
+_LATER_ARGUMENTS = list(inspect.signature(GenerationMixin.generate).parameters)[5:]
 _LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
 # Methods of `GenerationMixin` that the class of a language model may override, since calls are passed on to it.
 _DELEGATED_HOOKS = {"prepare_inputs_for_generation", "_supports_default_dynamic_cache"}
@@ -222,6 +224,14 @@ def load_language_model(config: PreTrainedConfig) -> LanguageModelHead:
     return LanguageModelHead(AutoModelForCausalLM.from_config(config))
 
 
+# Name under which a cache holds the mask of the tokens that the language model saw, if some were dropped.
+_SEEN = "_mgllava_seen"
+_NO_CACHE = (
+    "`past_key_values` (`cache`) must be empty for a prompt with images: what this model sees of an image depends on "
+    "all text of the prompt. Pass the whole prompt with its images, without a cache of its beginning."
+)
+
+
 @dataclass
 class ImageTextModelOutputWithPast(BaseModelOutputWithPast):
     """Output of a body. The output class of a family derives from it and documents `image_hidden_states`."""
@@ -283,6 +293,24 @@ def _repeat_seen(hidden_states: torch.FloatTensor, is_seen: torch.BoolTensor) ->
     """Replace the state of a token that is not seen by that of the last one before it: the next token is the same."""
     places = torch.arange(is_seen.shape[1], device=is_seen.device).masked_fill(~is_seen, 0).cummax(-1).values
     return hidden_states.gather(1, places.unsqueeze(-1).expand_as(hidden_states).to(hidden_states.device))
+
+
+def _without_dropped_in_cache(cache: Cache, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Mask the tokens in a cache that were dropped, and number those after it without gaps."""
+    embeds, mask, length = inputs["inputs_embeds"], inputs["attention_mask"], int(cache.get_seq_length())
+    seen = getattr(cache, _SEEN)[:, :length]
+    width = length + embeds.shape[1]
+    if mask is None:
+        mask = seen.new_ones(len(embeds), width)
+    if not isinstance(mask, torch.Tensor) or mask.shape != (len(seen), width):
+        given = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask)
+        raise ValueError(
+            f"`attention_mask` must have shape {(len(seen), width)}, of the {length} tokens in the cache, with those "
+            f"of images, and of the new ones, got {given}."
+        )
+    mask = mask.clone()
+    mask[:, : seen.shape[1]] *= seen.to(mask.device, mask.dtype)
+    return {"attention_mask": mask, "position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)[:, length:]}
 
 
 def _select_positions(hidden_states: torch.FloatTensor, logits_to_keep: int | torch.Tensor) -> torch.FloatTensor:
@@ -362,6 +390,11 @@ class ImageTextModel(ImageTextPreTrainedModel):
         image_features = None
         if is_dummy or image_outputs is None:
             self._check_no_placeholders(input_ids, inputs_embeds)
+            given = [name for name, value in images.items() if value is not None]
+            if given and cache is None:
+                raise ValueError(
+                    f"`pixel_values` must be given with `{given[0]}`, got None. Pass all or none of them."
+                )
         if is_dummy:
             # The product must be zero even if the dummy image overflows.
             total = torch.nan_to_num(torch.cat(list(image_outputs.pooler_output)), posinf=0.0, neginf=0.0).sum()
@@ -374,6 +407,8 @@ class ImageTextModel(ImageTextPreTrainedModel):
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
             if self.placeholders_to_drop is not None and not isinstance(image_outputs, SeenImageFeatures):
+                if cache is not None and cache.get_seq_length():
+                    raise ValueError(_NO_CACHE)
                 attention_mask, position_ids = self._drop_placeholders(
                     position_ids,
                     image_outputs=image_outputs,
@@ -395,6 +430,8 @@ class ImageTextModel(ImageTextPreTrainedModel):
     ) -> ImageTextModelOutputWithPast:
         """Call `embed` with `images` and `arguments`, and the language model with its result and `kwargs`."""
         inputs, image_features, image_outputs = self.embed(images, **arguments)
+        if hasattr(inputs[CACHE_NAME], _SEEN):
+            inputs |= _without_dropped_in_cache(inputs[CACHE_NAME], inputs)
         outputs = self.language_model(return_dict=True, **inputs, **kwargs)
         seen, hidden_states = {}, outputs.last_hidden_state
         if self.placeholders_to_drop is not None and image_features is not None:
@@ -402,6 +439,8 @@ class ImageTextModel(ImageTextPreTrainedModel):
             if isinstance(mask := inputs["attention_mask"], torch.Tensor) and mask.shape == is_placeholder.shape:
                 seen["kept_tokens"] = mask[is_placeholder].bool()
                 hidden_states = _repeat_seen(hidden_states, mask.bool() | ~is_placeholder)
+                if outputs.get(CACHE_NAME) is not None and not isinstance(image_outputs, SeenImageFeatures):
+                    setattr(outputs[CACHE_NAME], _SEEN, mask)
         return self.output_class(
             **seen,
             last_hidden_state=hidden_states,
@@ -428,8 +467,7 @@ class ImageTextModel(ImageTextPreTrainedModel):
             given = tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask)
             raise ValueError(
                 f"`attention_mask` must have the shape of the prompts with their images, "
-                f"{tuple(is_placeholder.shape)}, got {given}: what the model sees of an image depends on the whole "
-                "prompt. Pass the whole prompt, without a cache of its beginning."
+                f"{tuple(is_placeholder.shape)}, got {given}. Pass the whole prompt, without a cache of its beginning."
             )
         if position_ids is not None:
             count = attention_mask.long().cumsum(-1) - 1
@@ -625,6 +663,7 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
         *args,
         **kwargs,
     ) -> GenerateOutput | torch.LongTensor:
@@ -634,15 +673,19 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
                 f"The installed transformers has no `GenerationMixin.{missing[0]}`, which generation from images "
                 "needs. Install an older transformers, or a newer mgllava."
             )
-        seen, prompts, rules = {}, None, list(logits_processor or ())
+        rules, criteria = list(logits_processor or ()), list(stopping_criteria or ())
+        kwargs |= dict(zip(_LATER_ARGUMENTS, args, strict=False))
+        seen, prompts = {}, None
         if self.model.placeholders_to_drop is not None:
-            inputs, kwargs, seen, prompts = self._without_dropped_placeholders(inputs, generation_config, kwargs)
+            inputs, kwargs, seen, prompts = self._without_dropped_placeholders(
+                inputs, generation_config, [*rules, *criteria], kwargs
+            )
         if prompts is not None:
-            rules = [prompts.give_to(rule) for rule in rules]
-            if kwargs.get("stopping_criteria"):
-                kwargs["stopping_criteria"] = StoppingCriteriaList(map(prompts.give_to, kwargs["stopping_criteria"]))
+            rules, criteria = ([prompts.give_to(rule) for rule in given] for given in (rules, criteria))
+            if kwargs.get("streamer") is not None:
+                kwargs["streamer"] = prompts.stream_to(kwargs["streamer"])
         processors = LogitsProcessorList([*rules, _UnusedTokens(self.config.unused_token_ids)])
-        output = super().generate(inputs, generation_config, processors, *args, **kwargs)
+        output = super().generate(inputs, generation_config, processors, StoppingCriteriaList(criteria), **kwargs)
         if isinstance(output, torch.Tensor):
             return output if prompts is None else prompts.restore(output)
         if prompts is not None:
@@ -653,7 +696,11 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
 
     @torch.no_grad()
     def _without_dropped_placeholders(
-        self, inputs: torch.Tensor | None, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+        self,
+        inputs: torch.Tensor | None,
+        generation_config: GenerationConfig | None,
+        rules: list[Callable[..., Any]],
+        kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor | None, dict[str, Any], dict[str, Any], "_WholePrompts | None"]:
         """Encode the images, and remove dropped placeholders from the prompts for `generate`.
 
@@ -662,26 +709,39 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
         """
         images = {name: kwargs[name] for name in self.image_arguments if kwargs.get(name) is not None}
         features = kwargs.get("mm_encoder_outputs")
+        embeds = kwargs.get("inputs_embeds")
+        given = [tensor for tensor in (inputs, kwargs.get("input_ids")) if tensor is not None]
+        ids = given[0] if given and embeds is None else None
         # An assistant is given what the model that it assists sees.
         is_dropped = isinstance((features or {}).get("image"), SeenImageFeatures)
-        if is_dropped or (not images and not features):
+        if is_dropped or len(given) > 1 or (ids is None and embeds is None):
             return inputs, kwargs, {}, None
-        embeds = kwargs.get("inputs_embeds")
-        ids = kwargs.get("input_ids", inputs) if embeds is None else None
+        cache = next((kwargs[name] for name in ("past_key_values", "cache") if kwargs.get(name) is not None), None)
+        if cache is not None and (cached := int(cache.get_seq_length())):
+            self._check_later_turn(cached, ids, kwargs.get("attention_mask"))
+        if not images and not features:
+            return inputs, kwargs, {}, None
+        configs = (generation_config, self.generation_config)
+        if ids is not None and kwargs.get("attention_mask") is None:
+            kwargs = {**kwargs, "attention_mask": _without_padding(ids, kwargs, configs)}
         given, _, image_outputs = self.model.embed(
             images,
             input_ids=ids,
             inputs_embeds=embeds,
             attention_mask=kwargs.get("attention_mask"),
+            position_ids=kwargs.get("position_ids"),
+            cache=cache,
             mm_encoder_outputs=features,
         )
         mask, tokens = given["attention_mask"], list(image_outputs.pooler_output)
-        kwargs = {name: value for name, value in kwargs.items() if name not in images}
-        has_cache = kwargs.get("past_key_values") is not None or kwargs.get("cache") is not None
-        configs = (generation_config, self.generation_config)
+        # Positions are counted without the dropped tokens.
+        kwargs = {name: value for name, value in kwargs.items() if name not in (*images, "position_ids")}
         kept = mask[self.model.find_placeholders(ids, embeds)].bool()
         seen = {"kept_tokens": kept, "image_outputs": image_outputs}
-        if ids is None or has_cache or kwargs.get("prefix_allowed_tokens_fn") or _counts_prompt(kwargs, configs):
+        # A rule of transformers' own replaces the one that `generate` makes, if both have the same type.
+        has_own_rules = any(type(rule).__module__.startswith("transformers.") for rule in rules)
+        counts_prompt = has_own_rules or _counts_prompt(kwargs, configs)
+        if ids is None or cache is not None or kwargs.get("prefix_allowed_tokens_fn") or counts_prompt:
             features = {"image": SeenImageFeatures(pooler_output=tokens)}
             kwargs |= {"attention_mask": mask, "mm_encoder_outputs": features}
             if not mask[:, -1].all():
@@ -692,11 +752,21 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
         parts = zip(tokens, kept.split([len(rows) for rows in tokens]), strict=True)
         features = {"image": SeenImageFeatures(pooler_output=[rows[keep] for rows, keep in parts])}
         prompts = _WholePrompts(ids, mask.bool())
-        kwargs.pop("input_ids", None)
-        for name in ("position_ids", "token_type_ids", "mm_token_type_ids"):
+        for name in ("input_ids", "token_type_ids", "mm_token_type_ids"):
             kwargs.pop(name, None)
         inputs, mask = prompts.without_dropped(ids), prompts.without_dropped(mask)
         return inputs, {**kwargs, "attention_mask": mask, "mm_encoder_outputs": features}, seen, prompts
+
+    def _check_later_turn(self, cached: int, ids: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+        """Refuse a cache of `cached` tokens for a prompt whose images it may hold in part only."""
+        if ids is None or (ids == self.config.image_token_id).any():
+            raise ValueError(_NO_CACHE)
+        if mask is not None and mask.shape[1] not in (ids.shape[1], cached + ids.shape[1]):
+            raise ValueError(
+                f"`attention_mask` must have one column for each of the {cached} tokens in the cache and of the "
+                f"{ids.shape[1]} new ones, got {mask.shape[1]}. `generate` does not put tokens of images into the "
+                "cache that the model does not see: pass the whole prompt with its images instead, without a cache."
+            )
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.LongTensor, inputs_embeds: torch.FloatTensor | None = None, **kwargs
@@ -783,14 +853,28 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
         return {name: tensor[order] for name, tensor in images.items()}
 
 
-def _counts_prompt(kwargs: dict[str, Any], configs: tuple[GenerationConfig | None, ...]) -> bool:
+_Configs = tuple[GenerationConfig | None, ...]
+
+
+def _option(name: str, kwargs: dict[str, Any], configs: _Configs) -> Any:
+    """Return an option of `generate`: an argument, or a value of the first configuration that has it."""
+    values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in values if value is not None), None)
+
+
+def _counts_prompt(kwargs: dict[str, Any], configs: _Configs) -> bool:
     """Tell whether a limit on the length of answers counts the tokens of the prompt."""
+    return any(
+        _option(f"{end}_length", kwargs, configs) and not _option(f"{end}_new_tokens", kwargs, configs)
+        for end in ("max", "min")
+    )
 
-    def value(name: str) -> Any:
-        values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
-        return next((value for value in values if value), None)
 
-    return any(value(f"{end}_length") and not value(f"{end}_new_tokens") for end in ("max", "min"))
+def _without_padding(ids: torch.LongTensor, kwargs: dict[str, Any], configs: _Configs) -> torch.LongTensor:
+    """Make an attention mask as `generate` does: padding is masked, if it is not the end of answers as well."""
+    padding, ends = (_option(name, kwargs, configs) for name in ("pad_token_id", "eos_token_id"))
+    ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+    return torch.ones_like(ids) if padding is None or int(padding) in ends else (ids != int(padding)).long()
 
 
 class _WholePrompts:
@@ -813,9 +897,29 @@ class _WholePrompts:
         prompts = self.ids.repeat_interleave(len(sequences) // len(self.ids), dim=0)
         return torch.cat([prompts.to(sequences.device), sequences[:, self.width :]], dim=1)
 
+    def stream_to(self, streamer: Any) -> "_StreamOfWholePrompts":
+        """Wrap a streamer, so that it gets the whole prompts first."""
+        return _StreamOfWholePrompts(streamer, self.ids.cpu())
+
     def give_to(self, rule: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a logits processor or stopping criterion, so that it sees the whole prompts."""
         return lambda ids, *args, **kwargs: rule(self.restore(ids), *args, **kwargs)
+
+
+class _StreamOfWholePrompts:
+    """A streamer that gets other ids first."""
+
+    def __init__(self, streamer: Any, ids: torch.LongTensor):
+        self.streamer, self.ids = streamer, ids
+
+    def put(self, value: torch.Tensor) -> None:
+        """Pass on ids, the first time those of the prompts."""
+        value, self.ids = (value if self.ids is None else self.ids), None
+        self.streamer.put(value)
+
+    def end(self) -> None:
+        """Pass on the end."""
+        self.streamer.end()
 
 
 def _repeated_groups(num_tokens: torch.Tensor, is_placeholder: torch.BoolTensor, expand_size: int) -> list[int]:
