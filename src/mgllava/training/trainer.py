@@ -131,7 +131,13 @@ class MGLlavaTrainer(Trainer):
         return ModalityLengthSampler(lengths, batch_size, seed)
 
     def create_optimizer(self, model: Any = None, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Create the optimizer, with groups of parameters for `learning_rates`."""
+        """Create the optimizer, with groups of parameters for `learning_rates`.
+
+        Args:
+            model: Model whose parameters the optimizer updates. The trainer's own by default.
+            *args: Further arguments of [`Trainer.create_optimizer`].
+            **kwargs: Further keyword arguments of [`Trainer.create_optimizer`].
+        """
         is_new = self.optimizer is None
         given = () if model is None else (model, *args)
         optimizer: torch.optim.Optimizer = super().create_optimizer(*given, **kwargs)
