@@ -1,14 +1,16 @@
-"""A tiny repository with the words of the golden set, and samples of a small world for it."""
+"""A tiny model with the vocabulary of the golden set, samples for it, a recipe, and trainers."""
 
 import json
 
 import pytest
 from PIL import Image, ImageDraw
+from transformers import AutoModel, Trainer, TrainingArguments
 
 from mgllava import MGLlavaImageProcessor, MGLlavaProcessor
 from mgllava.box_files import write_boxes
 from mgllava.model_files.vocabulary import load_tokenizer
 from mgllava.processing import CHAT_TEMPLATES
+from mgllava.training import ConversationDataset, MGLlavaDataCollator, load_recipe, open_source, train
 from tests.golden_cases import GOLDEN, IMAGE_ID, VOCAB_SIZE
 from tests.tiny import IMAGE_SIZE, NUM_FUSED_TOKENS, tiny_model
 
@@ -52,7 +54,7 @@ def small_repository(tmp_path_factory, small_processor):
 
 
 def write_samples(folder, count=12, text_every=4, boxes="boxes.json"):
-    """Pictures of one square each, a question about its color, and its box; some samples are text alone."""
+    """Write images of one square each, with a question about its color and its box; some samples are text only."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     samples, records = [], []
     for number in range(count):
@@ -109,13 +111,62 @@ training:
 
 @pytest.fixture
 def cpu_recipe(tmp_path, small_repository, samples_folder):
-    """Path of a recipe of six steps, two epochs of three, that writes to `tmp_path / "out"`."""
+    """Return the path of a recipe with two epochs of three steps, whose output is `tmp_path / "out"`."""
     path = tmp_path / "recipe.yaml"
     path.write_text(CPU_RECIPE.format(repository=small_repository, samples=samples_folder, output=tmp_path / "out"))
     return path
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, small_repository, samples_folder):
+    """Return the output folder of a finished training with the settings of `cpu_recipe`; tests must not change it."""
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = CPU_RECIPE.format(repository=small_repository, samples=samples_folder, output=folder / "out")
+    (folder / "recipe.yaml").write_text(recipe)
+    return train(load_recipe(folder / "recipe.yaml"))
+
+
+@pytest.fixture
+def make_trainer(small_repository, small_processor, samples_folder, tmp_path):
+    """Return a function that builds a trainer of the small model with the package's dataset and collator."""
+
+    def make(
+        dataset=None,
+        trainer_class=Trainer,
+        arguments_class=TrainingArguments,
+        on_bad_sample="error",
+        trainer_options=(),
+        **arguments,
+    ):
+        if dataset is None:
+            files = [samples_folder / name for name in ("samples.json", "images", "boxes.json")]
+            dataset = ConversationDataset([open_source(*files)], small_processor)
+        defaults = {
+            "output_dir": str(tmp_path / "trainer"),
+            "remove_unused_columns": False,
+            "use_cpu": True,
+            "bf16": False,
+            "max_steps": 4,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        return trainer_class(
+            AutoModel.from_pretrained(small_repository),
+            arguments_class(**{**defaults, **arguments}),
+            train_dataset=dataset,
+            data_collator=MGLlavaDataCollator(small_processor, on_bad_sample=on_bad_sample),
+            processing_class=small_processor,
+            **dict(trainer_options),
+        )
+
+    return make
+
+
 def losses(output):
-    """Loss of every step, from what a training has left."""
+    """Return the loss of every step from the state that a training has saved."""
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}

@@ -1,4 +1,4 @@
-"""The folder of a training: what is refused in it, how it is resumed, and that results appear complete."""
+"""The output folder of a training: which contents are refused, resuming, and that results only appear complete."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ def run(recipe, *changes, resume=False):
 
 
 @pytest.mark.parametrize("present", ["thesis.txt", "model.safetensors"])
-def test_a_folder_with_something_else_is_not_written_to(cpu_recipe, tmp_path, present):
+def test_folder_with_other_files_is_refused_and_kept(cpu_recipe, tmp_path, present):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / present).write_text("mine")
     with pytest.raises(TrainingError, match=rf"output_dir.*contains other files \({present}\)"):
@@ -29,7 +29,7 @@ def test_a_folder_with_something_else_is_not_written_to(cpu_recipe, tmp_path, pr
     assert [path.name for path in (tmp_path / "out").iterdir()] == [present]
 
 
-def test_no_starting_model_is_built_in_such_a_folder(cpu_recipe, tmp_path):
+def test_folder_with_other_files_is_refused_before_a_starting_model_is_built(cpu_recipe, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     parts = [f"model.parts.{name}=missing" for name in ("llm", "vision_tower", "high_res_tower")]
@@ -37,20 +37,20 @@ def test_no_starting_model_is_built_in_such_a_folder(cpu_recipe, tmp_path):
         run(cpu_recipe, *SHORT, "model.name=null", "model.parts.prompt_template=vicuna", *parts)
 
 
-def test_a_finished_training_is_not_overwritten(cpu_recipe):
+def test_finished_training_is_not_overwritten(cpu_recipe):
     run(cpu_recipe, *SHORT, "training.save_strategy=no")
     for resume in (False, True):
         with pytest.raises(TrainingError, match="contains a finished training"):
             run(cpu_recipe, *SHORT, "training.save_strategy=no", resume=resume)
 
 
-def test_two_trainings_do_not_write_to_one_folder(cpu_recipe, tmp_path):
+def test_second_training_in_a_locked_folder_is_refused(cpu_recipe, tmp_path):
     with FolderLock(tmp_path / "out", "training"), pytest.raises(FolderLockedError, match="training"):
         run(cpu_recipe, *SHORT)
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_killed_while_the_result_is_saved_leaves_no_half_model(cpu_recipe, tmp_path, monkeypatch):
+def test_training_that_is_killed_while_saving_its_result_leaves_no_partial_model(cpu_recipe, tmp_path, monkeypatch):
     save_model = MGLlavaTrainer.save_model
 
     def killed(self, output_dir=None, _internal_call=False):
@@ -68,7 +68,8 @@ def test_what_is_killed_while_the_result_is_saved_leaves_no_half_model(cpu_recip
     assert (output / "model.safetensors").is_file() and not list(output.glob("_*"))
 
 
-OTHERS = [
+# A change of the recipe, and how the error describes it.
+DIFFERENCES = [
     ("training.learning_rate=1e-3", "training.learning_rate: 0.01 -> 0.001"),
     ("training.seed=7", "training.seed: 42 -> 7"),
     ("train=[fusion]", "train: "),
@@ -80,15 +81,14 @@ OTHERS = [
 ]
 
 
-def test_resuming_by_another_recipe_is_refused_with_the_differences(cpu_recipe, tmp_path):
+def test_resuming_with_another_recipe_is_refused_with_the_differences(cpu_recipe, tmp_path):
     changes = ("training.max_steps=2",)
     output = run(cpu_recipe, *changes)
     before = (output / "recipe.yaml").read_text()
-    for change, difference in OTHERS:
+    for change, difference in DIFFERENCES:
         with pytest.raises(TrainingError) as caught:
             run(cpu_recipe, *changes, change, resume=True)
         assert "`resume`" in str(caught.value) and difference in str(caught.value)
-    # Other adapters too.
     adapters = ("lora.yaml", f"training.output_dir={tmp_path / 'adapters'}")
     run(cpu_recipe, *changes, *adapters)
     with pytest.raises(TrainingError, match=r"lora\.lora_alpha: 256 -> 8"):
@@ -113,8 +113,8 @@ def test_resuming_with_other_samples_under_the_same_name_is_refused(cpu_recipe, 
     run(cpu_recipe, *own, "training.max_steps=2", resume=True)
 
 
-def test_what_may_change_is_noted_in_the_recipe(cpu_recipe):
-    """Logging, workers, the size of micro-batches; and the length, where the learning rate is constant."""
+def test_allowed_changes_on_resuming_are_written_to_the_recipe(cpu_recipe):
+    """Changes logging and the batch size per device and, since the learning rate is constant, the number of steps."""
     output = run(cpu_recipe, *SHORT)
     changes = (*SHORT[1:], "training.max_steps=4", "training.logging_steps=2")
     run(cpu_recipe, *changes, "training.per_device_train_batch_size=4", resume=True)
@@ -128,30 +128,30 @@ def test_what_may_change_is_noted_in_the_recipe(cpu_recipe):
     assert (output / "recipe.yaml").read_text().count("# Resumed from checkpoint-2") == 2
 
 
-def test_the_processor_is_saved_with_the_detector_of_the_recipe(cpu_recipe):
+def test_processor_is_saved_with_the_detector_of_the_recipe(cpu_recipe):
     detector = (f"data.detector.detector={OWLV2}", "data.detector.labels=[square, circle]")
     output = run(cpu_recipe, *SHORT, *detector, "data.detector.mode=clean")
     processor = AutoProcessor.from_pretrained(output)
     config = processor.box_detector_config
     assert (config["tagger"], config["mode"]) == (["square", "circle"], "clean")
-    # The folder came along.
+    # The detector is a folder here, so it is copied.
     assert config["detector"] == "./box_detector/detector" and (output / "box_detector" / "detector").is_dir()
     assert processor.box_detector.config["mode"] == "clean"
 
 
-def test_a_detector_of_the_hub_is_saved_by_its_name(cpu_recipe):
+def test_detector_from_the_hub_is_saved_by_its_id(cpu_recipe):
     output = run(cpu_recipe, *SHORT, "data.detector.tagger=coco80", "training.save_strategy=no")
     config = AutoProcessor.from_pretrained(output).box_detector_config
     assert config["detector"] == "google/owlv2-large-patch14-ensemble" and len(config["tagger"]) == 80
 
 
-def test_switches_without_workers_are_left_out(cpu_recipe):
-    """Recipes of the package set them for their workers; PyTorch's own message names no key."""
+def test_options_of_data_loader_workers_are_ignored_without_workers(cpu_recipe):
+    """The package's recipes set them, and PyTorch refuses them without workers."""
     changes = ("training.dataloader_num_workers=0", "training.dataloader_persistent_workers=true")
     run(cpu_recipe, *SHORT, *changes, "training.dataloader_prefetch_factor=4", "training.save_strategy=no")
 
 
-TOGETHER = [
+REFUSED = [
     ("training.eval_strategy=steps", "`training.eval_strategy` needs samples"),
     ("evaluation.samples=x.json", "`evaluation` would not be used"),
     ("training.do_train=true", "`training.do_train` has no effect"),
@@ -169,8 +169,8 @@ TOGETHER = [
 ]
 
 
-@pytest.mark.parametrize(("change", "expected"), TOGETHER, ids=[change for change, _ in TOGETHER])
-def test_what_does_not_fit_together_is_said_in_a_line(cpu_recipe, change, expected):
+@pytest.mark.parametrize(("change", "expected"), REFUSED, ids=[change for change, _ in REFUSED])
+def test_settings_that_contradict_each_other_are_refused_in_one_line(cpu_recipe, change, expected):
     changes = ("training.lr_scheduler_type=cosine", change) if "scheduler" in change else (change,)
     changes = ("train=[fusion]", change) if change.startswith("lora") else changes
     result = CliRunner().invoke(app, ["train", str(cpu_recipe), *SHORT, *changes])
@@ -180,7 +180,7 @@ def test_what_does_not_fit_together_is_said_in_a_line(cpu_recipe, change, expect
     assert "Traceback" not in result.stderr
 
 
-def test_a_training_without_a_step_is_no_success(cpu_recipe):
+def test_training_without_a_step_is_an_error(cpu_recipe):
     with pytest.raises(TrainingError, match="Nothing would be trained: 12 samples"):
         run(
             cpu_recipe,
@@ -190,8 +190,8 @@ def test_a_training_without_a_step_is_no_success(cpu_recipe):
         )
 
 
-def test_a_stage_may_change_the_configuration(cpu_recipe, small_repository):
-    """Nested values are merged, and the result is saved with them."""
+def test_result_is_saved_with_the_changed_configuration(cpu_recipe, small_repository):
+    """Nested values are merged with those of the starting model."""
     changes = ("model.config.projector_hidden_act=relu", "model.config.text_config.rms_norm_eps=1e-3")
     output = run(cpu_recipe, *SHORT, *changes, "training.save_strategy=no", "model.family=mgllava")
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (small_repository, output))
@@ -201,7 +201,7 @@ def test_a_stage_may_change_the_configuration(cpu_recipe, small_repository):
     assert {**after["text_config"], **own} == {**before["text_config"], **own}
 
 
-def test_a_model_of_another_family_is_refused(cpu_recipe, tmp_path):
+def test_model_that_cannot_be_trained_is_refused(cpu_recipe, tmp_path):
     (tmp_path / "tagger").mkdir()
     (tmp_path / "tagger" / "config.json").write_text('{"model_type": "ram_plus"}')
     with pytest.raises(TrainingError, match=r"`model.name`: .*tagger cannot be trained.*'ram_plus'"):
@@ -211,6 +211,6 @@ def test_a_model_of_another_family_is_refused(cpu_recipe, tmp_path):
         run(cpu_recipe, f"model.name={tmp_path / 'tagger'}")
 
 
-def test_a_learning_rate_that_was_always_zero_is_said(cpu_recipe, caplog):
+def test_learning_rate_that_was_always_zero_is_a_warning(cpu_recipe, caplog):
     run(cpu_recipe, "training.max_steps=1", "training.warmup_steps=1", "training.save_strategy=no")
     assert "The learning rate was 0 in all 1 steps" in caplog.text

@@ -1,20 +1,12 @@
-"""Samples that turn out to be damaged: they have no weight, are counted, and never make a number NaN."""
+"""Samples whose images cannot be read: they are skipped and counted, and no loss or weight becomes NaN."""
 
 import json
 import math
 
 import pytest
 import torch
-from transformers import AutoModel, Trainer, TrainingArguments
 
-from mgllava.training import (
-    ConversationDataset,
-    MGLlavaDataCollator,
-    TrainingError,
-    load_recipe,
-    open_source,
-    train,
-)
+from mgllava.training import ConversationDataset, TrainingError, load_recipe, open_source, train
 from tests.training.conftest import losses, write_samples
 from tests.training.test_distributed import launch
 
@@ -23,13 +15,13 @@ ORDER = ("training.train_sampling_strategy=sequential", "training.save_strategy=
 
 @pytest.fixture
 def damaged(tmp_path):
-    """Twelve samples with a picture each; a function that damages some of the pictures, and names the samples."""
+    """Return a function that damages some of twelve images and returns the settings for the samples."""
     folder = tmp_path / "damaged"
     write_samples(folder, text_every=0)
 
     def damage(*numbers):
         for number in numbers:
-            # It is there, so only reading it tells.
+            # The file exists, so the fault is only found when it is read.
             (folder / "images" / f"{number}.png").write_bytes(b"no picture")
         return [f"data.{name}={folder / file}" for name, file in SOURCE.items()]
 
@@ -45,8 +37,7 @@ def logged(output, name):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
-def test_a_step_without_a_sample_has_no_weight_and_is_counted(cpu_recipe, tmp_path, damaged, batch_size):
-    """However its batches are accumulated."""
+def test_steps_whose_samples_are_all_skipped_have_zero_loss_and_are_counted(cpu_recipe, tmp_path, damaged, batch_size):
     size = f"training.per_device_train_batch_size={batch_size}"
     whole = losses(train(load_recipe(cpu_recipe, *ORDER, *damaged(), size, f"training.output_dir={tmp_path / 'all'}")))
     output = train(load_recipe(cpu_recipe, *ORDER, *damaged(4, 5, 6, 7), size))
@@ -57,14 +48,14 @@ def test_a_step_without_a_sample_has_no_weight_and_is_counted(cpu_recipe, tmp_pa
     assert min(found[4], found[6]) < found[1]
 
 
-def test_the_last_batch_may_be_the_one_without_a_sample(cpu_recipe, damaged):
+def test_all_samples_of_the_last_batch_may_be_skipped(cpu_recipe, damaged):
     changes = ("training.num_train_epochs=1", "training.per_device_train_batch_size=8", "global_batch_size=8")
     output = train(load_recipe(cpu_recipe, *ORDER, *damaged(8, 9, 10, 11), *changes))
     assert losses(output)[2] == 0 and logged(output, "empty_steps")[2] == 1
 
 
 @pytest.mark.parametrize("length", ["training.num_train_epochs=2", "training.max_steps=2"])
-def test_a_training_that_skipped_everything_is_an_error(cpu_recipe, tmp_path, damaged, length):
+def test_training_that_skips_all_samples_is_an_error(cpu_recipe, tmp_path, damaged, length):
     with pytest.raises(TrainingError, match="Nothing was learned: all samples were skipped"):
         train(load_recipe(cpu_recipe, *ORDER, *damaged(*range(12)), length))
     assert not list((tmp_path / "out").glob("*.safetensors"))
@@ -79,8 +70,8 @@ def evaluated(recipe, damaged, *numbers, skip="skip"):
     return train(load_recipe(recipe, *ORDER, *EVALUATION, *changes, f"evaluation.on_bad_sample={skip}"))
 
 
-def test_an_evaluation_counts_what_it_could_read(cpu_recipe, tmp_path, damaged):
-    """The loss of two samples that are left, one batch of them, is that of a file that has no others."""
+def test_skipped_samples_do_not_change_the_evaluation_loss(cpu_recipe, tmp_path, damaged):
+    """If ten of twelve samples are skipped, the loss is that of a file with the other two only."""
     few = tmp_path / "few"
     write_samples(few, count=2, text_every=0)
     changes = [f"evaluation.{name}={few / file}" for name, file in SOURCE.items()]
@@ -91,34 +82,23 @@ def test_an_evaluation_counts_what_it_could_read(cpu_recipe, tmp_path, damaged):
     assert logged(output, "eval_loss") == pytest.approx(expected, rel=1e-5)
 
 
-def test_an_evaluation_of_nothing_is_an_error(cpu_recipe, damaged):
+def test_evaluation_that_skips_all_samples_is_an_error(cpu_recipe, damaged):
     with pytest.raises(TrainingError, match="All samples of the evaluation were skipped"):
         evaluated(cpu_recipe, damaged, *range(12))
 
 
-def test_an_evaluation_has_its_own_rule_for_bad_samples(cpu_recipe, damaged):
+def test_evaluation_has_its_own_on_bad_sample(cpu_recipe, damaged):
     with pytest.raises(TrainingError, match="Sample sample-3"):
         evaluated(cpu_recipe, damaged, 3, skip="error")
 
 
-def test_the_plain_trainer_has_no_nan_either(small_repository, small_processor, damaged, tmp_path):
+def test_trainer_of_transformers_has_zero_loss_where_all_samples_are_skipped(make_trainer, small_processor, damaged):
     paths = [change.partition("=")[2] for change in damaged(*range(4, 8))]
-    trainer = Trainer(
-        AutoModel.from_pretrained(small_repository),
-        TrainingArguments(
-            str(tmp_path / "plain"),
-            remove_unused_columns=False,
-            use_cpu=True,
-            per_device_train_batch_size=4,
-            max_steps=3,
-            logging_steps=1,
-            train_sampling_strategy="sequential",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        ),
-        train_dataset=ConversationDataset([open_source(*paths)], small_processor),
-        data_collator=MGLlavaDataCollator(small_processor, on_bad_sample="skip"),
+    trainer = make_trainer(
+        ConversationDataset([open_source(*paths)], small_processor),
+        on_bad_sample="skip",
+        max_steps=3,
+        train_sampling_strategy="sequential",
     )
     trainer.train()
     assert trainer.state.log_history[1]["loss"] == 0
@@ -126,8 +106,8 @@ def test_the_plain_trainer_has_no_nan_either(small_repository, small_processor, 
 
 
 @pytest.mark.slow
-def test_several_processes_skip_what_one_skips(cpu_recipe, tmp_path, damaged):
-    """A step without a sample in one of two processes, and one without any."""
+def test_several_processes_skip_the_same_samples_as_one(cpu_recipe, tmp_path, damaged):
+    """In one step one of the two processes has no sample, and in another step neither has."""
     changes = (*ORDER, *damaged(0, 2, 4, 5, 6, 7), "training.per_device_train_batch_size=1")
     expected = train(load_recipe(cpu_recipe, *changes))
     found, _ = launch("ddp", cpu_recipe, tmp_path / "two", *changes)

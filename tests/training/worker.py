@@ -1,4 +1,4 @@
-"""One process of a group: trains by a recipe, as `mgllava train` does, and writes down what it ran.
+"""One of several processes: trains with a recipe, like `mgllava train`, and writes a report about the wrapped model.
 
 `main` takes `REPORT.json RECIPE.yaml [MORE.yaml|KEY=VALUE]... [--resume]`; torchrun may start it too, as a module.
 """
@@ -18,7 +18,7 @@ from mgllava.training import load_recipe, run, train
 
 
 def shard_on_cpus():
-    """Let accelerate run FSDP on CPUs: it knows accelerators by this type alone, and torch shards over gloo too."""
+    """Let accelerate run FSDP on CPUs: it checks this type for accelerators, while torch can shard with gloo too."""
     prepare = PartialState.__init__
 
     def __init__(self, *args, **kwargs):  # noqa: N807
