@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import PIL.Image
 import torch
@@ -20,9 +20,9 @@ from .box_detector_files_mgllava import (
     PROMPT_EMBEDS_FILE,
     ProcessorRepository,
     bundled_name,
+    check_revision,
     known_commit,
     locate,
-    locate_revision,
     store_parts,
 )
 from .boxes_mgllava import read_boxes
@@ -36,7 +36,6 @@ logger = logging.get_logger(__name__)
 DEFAULT_DETECTOR = "google/owlv2-large-patch14-ensemble"
 
 DetectionMode = Literal["faithful", "clean"]
-_MODES = ("faithful", "clean")
 CONFIG_KEYS = ("tagger", "tagger_revision", "detector", "detector_revision", "mode", "prompt_embeds")
 # The 80 object categories of COCO, the fixed label list of the paper's ablation (section 4.3).
 COCO_80: list[str] = [
@@ -54,17 +53,17 @@ _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 
 
 class BoxDetectorProtocol(Protocol):
-    """What the processor needs of a box detector.
+    """The interface that the processor expects of a box detector.
 
-    Any object with this method will do. If the processor is used from several threads, so is the detector. A
-    detector other than a [`BoxDetector`] is copied and pickled with the processor, but not saved.
+    Any object with this method works. If the processor is used from several threads, so is the detector. A detector
+    other than a [`BoxDetector`] is copied and pickled with the processor, but not saved.
     """
 
     def detect(self, images: list[PIL.Image.Image], *args: Any, **kwargs: Any) -> Sequence[Mapping[str, Any]]:
         """Find the objects of some images.
 
         Args:
-            images (`list[PIL.Image.Image]`): Upright images in 8-bit RGB, also where there is only one.
+            images (`list[PIL.Image.Image]`): Upright images in 8-bit RGB; a list even for a single image.
             *args: Options of the detector.
             **kwargs: Options of the detector.
 
@@ -80,17 +79,17 @@ class BoxDetector:
 
     Two modes, saved with the processor:
 
-    - `"faithful"`: boxes as in the files of 2024, **which the published weights expect**. Corners are whole numbers,
-      truncated towards zero and not clipped, so they may lie outside the image; tags are lower-cased; if no tag passes
-      its threshold, OWLv2 looks for the prompt `"a photo of "` and its boxes have the label `""`.
+    - `"faithful"`: boxes as in the authors' box files, **which the published weights expect**. Corners are whole
+      numbers, truncated towards zero and not clipped, so they may lie outside the image; tags are lower-cased; if no
+      tag passes its threshold, OWLv2 looks for the prompt `"a photo of "` and its boxes have the label `""`.
     - `"clean"`: corners are fractions, clipped to the image; boxes without area are dropped, and an image without tags
       has no boxes.
 
-    In both modes, OWLv2 gets the same pixels as in 2024 (gray padding, see `square_pixels`). Faithful mode also
-    resizes for the tagger as Pillow did then, clean mode as the tagger's image processor does. Boxes come in the order
-    of OWLv2's patches, without non-maximum suppression, which the processor does. Images are turned upright by their
-    EXIF orientation first, as everywhere in this package; the original ignored it, so its box files agree for images
-    without one.
+    Both modes prepare images for OWLv2 as the authors did (gray padding, see `square_pixels`). For the tagger,
+    faithful mode resizes them with Pillow's algorithm of 2024, and clean mode with the tagger's image
+    processor. Boxes are in the order of OWLv2's patches; the processor applies non-maximum suppression to them. Images
+    are turned upright by their EXIF orientation first, as everywhere in this package. The authors ignored it, so their
+    box files agree only for images without an EXIF orientation.
 
     Example:
         ```python
@@ -112,13 +111,13 @@ class BoxDetector:
         device (`str` or `torch.device`, *optional*): By default that of a detector given as a model, else the
             accelerator if there is one that this process can use (the CPU in a DataLoader worker, and in a process
             forked from one that uses the accelerator). Models that are given are moved there.
-        dtype (`torch.dtype`, *optional*): Of the tagger and of OWLv2's image tower; all that decides about scores and
-            boxes is float32 in any case. By default models that are given keep theirs, and others are bfloat16 on an
-            accelerator and float32 on the CPU. Other detectors are float32 unless it is given.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether code of the repositories may run.
+        dtype (`torch.dtype`, *optional*): Dtype of the tagger and of OWLv2's image tower; the layers that compute
+            scores and boxes are always float32. By default, models that are given keep their dtype, and others are
+            bfloat16 on an accelerator and float32 on the CPU. Detectors other than OWLv2 are float32 by default.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether custom code of the repositories may run.
         **hub_options: How repositories are read: `cache_dir`, `force_download`, `local_files_only`, `token`.
 
-    [`~BoxDetector.detect`] may be called from several threads; they take turns, batch by batch.
+    [`~BoxDetector.detect`] may be called from several threads, which take turns batch by batch.
 
     Raises:
         OSError: If a repository or folder does not exist.
@@ -143,8 +142,8 @@ class BoxDetector:
         trust_remote_code: bool = False,
         **hub_options: Any,
     ):
-        if mode not in _MODES:
-            raise ValueError(f"`mode` must be one of {', '.join(map(repr, _MODES))}, got {mode!r}.")
+        if mode not in get_args(DetectionMode):
+            raise ValueError(f"`mode` must be one of 'faithful', 'clean', got {mode!r}.")
         if unknown := sorted(set(hub_options) - set(_HUB_OPTIONS)):
             raise TypeError(f"`BoxDetector` takes {', '.join(_HUB_OPTIONS)} as further options, got {unknown}.")
         self.mode = mode
@@ -152,9 +151,9 @@ class BoxDetector:
         self._loading_options = {"device": device, "dtype": dtype, **options}
         self._revisions = {"tagger": tagger_revision, "detector": detector_revision}
         for part, revision in self._revisions.items():
-            locate_revision(f"{part}_revision", revision)
+            check_revision(f"{part}_revision", revision)
         self.device = _resolve_device(device, detector)
-        # Where CUDA was initialized; forked processes cannot use it.
+        # CUDA may be initialized in this process; processes forked from it cannot use it.
         self._process = os.getpid()
         self._lock = ProcessLock()
 
@@ -202,9 +201,6 @@ class BoxDetector:
             trust_remote_code (`bool`, *optional*): By default as the processor was loaded.
             **hub_options: See the constructor; by default as the processor was loaded.
 
-        Returns:
-            [`BoxDetector`]: The detector.
-
         Raises:
             ValueError: If the configuration has unknown keys, or what comes from the repository's file names something
                 outside it.
@@ -250,7 +246,7 @@ class BoxDetector:
         options = {**options, "revision": self._revisions[part]}
         if is_folder := os.path.isdir(name):
             self._refuse_revision(part, name)
-            name = os.path.abspath(name)  # `./` means another place in a configuration
+            name = os.path.abspath(name)  # in a configuration, `./` is the processor's repository
         self._config[part] = name
         try:
             config = AutoConfig.from_pretrained(name, **options)
@@ -260,7 +256,7 @@ class BoxDetector:
                 options["revision"] = commit
                 if commit is not None:
                     self._config[f"{part}_revision"] = commit
-            # float32 first: what stays in float32 must not be rounded on the way.
+            # Loaded in float32: some layers stay in it, and their weights must not be rounded.
             auto_model = AutoModel if part == "tagger" else AutoModelForZeroShotObjectDetection
             model = auto_model.from_pretrained(name, dtype=torch.float32, **options)
             auto_processor = AutoImageProcessor if part == "tagger" else AutoProcessor
@@ -280,19 +276,19 @@ class BoxDetector:
             )
 
     def _tower_dtype(self, source: Any, dtype: torch.dtype | None, model: Any) -> torch.dtype:
-        """Choose the type of a tower: bfloat16 on an accelerator, unless the user chose one."""
+        """Choose the dtype of a tower: bfloat16 on an accelerator, unless the user chose one."""
         if dtype is not None or not isinstance(source, str | os.PathLike):
             return dtype or model.dtype
         return torch.float32 if self.device.type == "cpu" else torch.bfloat16
 
     @property
     def config(self) -> dict[str, Any]:
-        """The plain values that describe this detector; `./box_detector/...` stands for a model given as an object."""
+        """The plain values that describe this detector; `./box_detector/...` means a model given in memory."""
         return dict(self._config)
 
     @property
     def loading_options(self) -> dict[str, Any]:
-        """The other arguments with which this detector was made: device, dtype, and how repositories are read."""
+        """The other arguments that this detector was created with: device, dtype, and how repositories are read."""
         return dict(self._loading_options)
 
     @property
@@ -310,17 +306,17 @@ class BoxDetector:
         self.__dict__.update(state, _process=os.getpid())
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> dict[str, Any]:
-        """Store models that are not repository ids, and the text embeddings, in `save_directory/box_detector`.
+        """Save the models that are not on the Hub, and the text embeddings, in `save_directory/box_detector`.
 
         Args:
-            save_directory (`str` or `os.PathLike`): A processor's repository.
+            save_directory (`str` or `os.PathLike`): The folder of a saved processor.
 
         Returns:
             `dict`: The configuration from which [`~BoxDetector.from_config`] loads them.
 
         Raises:
-            FileNotFoundError: If a folder that the configuration names is gone.
-            ValueError: If a path or a link leads out of the repository that the configuration comes from.
+            FileNotFoundError: If a folder that the configuration names no longer exists.
+            ValueError: If a path or a link leads out of the repository that the configuration was read from.
         """
         with self._lock:
             cache_dir = self._loading_options.get("cache_dir")
@@ -335,8 +331,8 @@ class BoxDetector:
     def embed_vocabulary(self) -> None:
         """Embed the prompts of all labels that are known in advance, so that the text tower is not needed again.
 
-        On an accelerator the first detection does this by itself. On a CPU it takes minutes for thousands of tags, so
-        prompts are embedded as they come; call it before saving a processor, and others are spared.
+        On an accelerator, the first detection does this. On a CPU, it takes minutes for thousands of tags, so prompts
+        are embedded when they first occur; call this method before saving a processor to save all embeddings with it.
         """
         with self._lock:
             if isinstance(self._detector, Owlv2Detector):
@@ -357,18 +353,18 @@ class BoxDetector:
 
         Args:
             images: A PIL image, array, tensor, path or URL, or a list of them. Read batch by batch.
-            labels (`list[str]` or `list[list[str]]`, *optional*): What to look for, instead of what the tagger says:
-                in all images, or one list per image (an empty one stands for an image without tags).
-            threshold (`float`, *optional*, defaults to 0.2): Scores must be greater.
-            batch_size (`int`, *optional*, defaults to 8): Images at a time. If the accelerator's memory does not hold
-                them, half as many, with a warning.
-            input_data_format (`str`, *optional*): `"channels_first"` or `"channels_last"`, of arrays and tensors; by
-                default found out.
+            labels (`list[str]` or `list[list[str]]`, *optional*): What to look for, instead of the tagger's labels:
+                one list for all images, or one list per image (empty for an image without tags).
+            threshold (`float`, *optional*, defaults to 0.2): Boxes must have a greater score.
+            batch_size (`int`, *optional*, defaults to 8): Number of images at a time. It is halved, with a warning,
+                if the accelerator runs out of memory.
+            input_data_format (`str`, *optional*): Channel order of arrays and tensors, `"channels_first"` or
+                `"channels_last"`; inferred by default.
 
         Returns:
             `list[dict]`: Per image `boxes` of shape `(n, 4)` (xyxy in pixels of the upright original image; int64 in
             faithful mode, float32 in clean mode), `labels` (n strings, as given, or lower-case tags) and `scores`
-            (float32 of shape `(n,)`), on the CPU. The processor takes it as `boxes`.
+            (float32 of shape `(n,)`), on the CPU. The processor accepts the list as `boxes`.
 
         Raises:
             TypeError: If labels are not strings, or something is not an image.
@@ -385,9 +381,9 @@ class BoxDetector:
         if not self.is_usable_here:
             raise RuntimeError(
                 f"This detector was put on {self.device} before this process was forked, and forked processes cannot "
-                "use the accelerator of their parent. Start workers with `multiprocessing_context='spawn'`, or make "
-                "the detector in the worker (a processor that knows its detector by its configuration does, on the "
-                "CPU), or find the boxes before and pass them as `boxes`."
+                "use the accelerator of their parent. Start workers with `multiprocessing_context='spawn'`, or load "
+                "the detector in the worker (a processor with a `box_detector_config` does so, on the CPU), or find "
+                "the boxes first and pass them as `boxes`."
             )
         if not self._is_vocabulary_embedded and given is None and self.device.type != "cpu":
             self.embed_vocabulary()
@@ -395,10 +391,9 @@ class BoxDetector:
         results: list[dict[str, Any]] = []
         while len(results) < len(images):
             batch = slice(len(results), len(results) + batch_size)
-            loaded = [
-                _load(image, batch.start + index, input_data_format) for index, image in enumerate(images[batch])
-            ]
-            # Models move, tokenizers and embeddings change: one thread at a time.
+            named = [(image, f"images[{batch.start + index}]") for index, image in enumerate(images[batch])]
+            loaded = [as_rgb(load_upright(image, name), input_data_format, name) for image, name in named]
+            # One thread at a time: models move between devices, and tokenizers and embeddings change.
             with self._lock:
                 found = self._detect_if_it_fits(loaded, None if given is None else given[batch], threshold)
             if found is None:
@@ -412,9 +407,9 @@ class BoxDetector:
     def _detect_if_it_fits(
         self, images: list[torch.Tensor], labels: list[list[str]] | None, threshold: float
     ) -> list[dict[str, Any]] | None:
-        """Detect; return `None` for several images that are too many. By then their tensors have been released."""
+        """Detect; return `None` if memory holds only fewer images. By then their tensors have been released."""
         try:
-            # Under a caller's autocast the heads would round boxes and scores; towers choose their own type.
+            # Under a caller's autocast the heads would round boxes and scores; towers have a dtype of their own.
             with maybe_autocast(self.device.type, enabled=False):
                 return self._detect(images, labels, threshold)
         except torch.OutOfMemoryError:
@@ -425,7 +420,7 @@ class BoxDetector:
     def _detect(
         self, images: list[torch.Tensor], labels: list[list[str]] | None, threshold: float
     ) -> list[dict[str, Any]]:
-        """Detect in images that fit into memory."""
+        """Detect the objects of a batch."""
         images = [image.to(self.device) for image in images]  # in 8 bits, once for the tagger and the object detector
         if labels is None:
             labels = [self._as_labels(tags) for tags in self._tagger(images)]  # type: ignore[misc]
@@ -440,7 +435,7 @@ class BoxDetector:
     def _finish(
         self, boxes: torch.Tensor, labels: list[str], scores: torch.Tensor, image_size: Sequence[int]
     ) -> dict[str, Any]:
-        """Give boxes the form that the mode asks for."""
+        """Convert the boxes of an image to the form of the mode."""
         if self.mode == "faithful":
             return {"boxes": boxes.to(torch.int64), "labels": labels, "scores": scores}  # truncates towards zero
         height, width = image_size
@@ -457,13 +452,13 @@ class BoxDetector:
     def _given_labels(
         self, labels: Sequence[str] | Sequence[Sequence[str]] | None, num_images: int
     ) -> list[list[str]] | None:
-        """List the labels of each image, or return `None` where the tagger has to say them."""
+        """List the labels of each image; return `None` if the tagger has to find them."""
         if labels is None:
             if self._labels is not None:
                 return [self._labels] * num_images
             if self._tagger is None:
                 raise ValueError(
-                    "`labels` must be given, got None: this detector has no tagger. Pass labels, or make it "
+                    "`labels` must be given, got None: this detector has no tagger. Pass labels, or create it "
                     "with `tagger=`."
                 )
             return None
@@ -480,7 +475,7 @@ class BoxDetector:
 def find_boxes(
     detector: Any, images: list[Any], input_data_format: str | None, options: Mapping[str, Any] | None = None
 ) -> list[Mapping[str, Any]]:
-    """Let a detector find the boxes of upright images, and check what it returns."""
+    """Find the boxes of upright images with any detector, and check what it returns."""
     pictures = [_as_picture(image, input_data_format) for image in images]
     found = detector.detect(pictures, **(options or {}))
     name = f"`{type(detector).__name__}.detect`"
@@ -499,8 +494,6 @@ def find_boxes(
                 f"{name} must return 'boxes', 'labels' and 'scores', got none of {absent} for image {index}, but "
                 f"{sorted(map(str, result))}."
             )
-        if isinstance(result["labels"], str):
-            raise TypeError(f"{name} must return a list of labels, got {result['labels']!r} for image {index}.")
         try:
             read_boxes(result)
         except (TypeError, ValueError) as error:
@@ -511,7 +504,7 @@ def find_boxes(
 
 
 def _as_picture(image: Any, input_data_format: str | None) -> PIL.Image.Image:
-    """Bring an upright image into the one form that every detector can read."""
+    """Convert an upright image to an RGB image of PIL, the form that detectors are given."""
     if isinstance(image, PIL.Image.Image) and image.mode == "RGB":
         return image
     return PIL.Image.fromarray(as_rgb(image, input_data_format).permute(1, 2, 0).contiguous().cpu().numpy())
@@ -520,11 +513,7 @@ def _as_picture(image: Any, input_data_format: str | None) -> PIL.Image.Image:
 def check_labels(labels: Any, name: str, may_be_empty: bool = False) -> list[str]:
     """Check that labels are a list of strings, and return them."""
     if not isinstance(labels, list | tuple) or not all(isinstance(label, str) for label in labels):
-        got = (
-            repr(labels)
-            if not isinstance(labels, list | tuple)
-            else sorted({type(label).__name__ for label in labels})
-        )
+        got = sorted({type(label).__name__ for label in labels}) if isinstance(labels, list | tuple) else repr(labels)
         raise TypeError(f"`{name}` must be a list of strings, got {got}.")
     if not labels and not may_be_empty:
         raise ValueError(f"`{name}` must have at least one label, got an empty list.")
@@ -532,7 +521,7 @@ def check_labels(labels: Any, name: str, may_be_empty: bool = False) -> list[str
 
 
 def _check_kind(part: str, config: Any, name: str) -> None:
-    """Refuse what is not a zero-shot detector, before its weights are read."""
+    """Refuse a model that is not a zero-shot detector, before its weights are read."""
     model_type = getattr(config, "model_type", None)
     known = MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES
     has_own_code = AutoModelForZeroShotObjectDetection.__name__ in (getattr(config, "auto_map", None) or {})
@@ -548,15 +537,19 @@ def _resolve_device(device: str | torch.device | None, detector: Any) -> torch.d
     if device is None and isinstance(detector, torch.nn.Module):
         device = getattr(detector, "device", None)
     if device is None:
-        # Workers that share an accelerator with the training would each load a copy, and forked ones cannot use it.
+        # Workers would each load a copy onto the accelerator of the training, and forked ones cannot use it.
         device = None if in_worker() else torch.accelerator.current_accelerator(check_available=True)
-        if device is not None and not _can_allocate(device):
+        try:
+            torch.empty(1, device=device or "cpu")
+        except torch.OutOfMemoryError:
+            pass  # loading will raise the error
+        except RuntimeError:
             logger.warning_once(
-                f"The box detector is loaded on the CPU, since this process cannot use {device}: processes that are "
-                "forked from one that uses it cannot. Start processes with 'spawn' to use it there."
+                f"The box detector is loaded on the CPU, since this process cannot use {device}, like all processes "
+                "that are forked from one that uses it. Start processes with 'spawn' to use it there."
             )
             device = None
-    return torch.device("cpu" if device is None else device)
+    return torch.device(device or "cpu")
 
 
 def in_worker() -> bool:
@@ -564,30 +557,13 @@ def in_worker() -> bool:
     return torch.utils.data.get_worker_info() is not None
 
 
-def _can_allocate(device: torch.device) -> bool:
-    """Try to use a device."""
-    try:
-        torch.empty(1, device=device)
-    except torch.OutOfMemoryError:
-        return True  # loading will raise the error
-    except RuntimeError:
-        return False
-    return True
-
-
-def _load(image: Any, index: int, input_data_format: str | None) -> torch.Tensor:
-    """Read an image as upright 8-bit RGB."""
-    name = f"images[{index}]"
-    return as_rgb(load_upright(image, name), input_data_format, name)
-
-
 class ImageTagger:
-    """Names what is in images, with RAM++ or another model of its interface.
+    """Names what is in images, with RAM++ or another model of the same interface.
 
-    The model's output has `logits` of shape `(num_images, num_tags)`; it, or its image processor, has
-    `post_process_image_tagging(outputs)`, which lists per image the `labels`. Models that are spread over devices or
-    quantized are not moved. With `resizes_like_pil`, images are resized as Pillow did in 2024 if the image processor's
-    resize is bilinear.
+    The model's output has `logits` of shape `(num_images, num_tags)`; the model or its image processor has
+    `post_process_image_tagging(outputs)`, which returns the `labels` of each image. Models that are spread over
+    devices or quantized are not moved. With `resizes_like_pil`, [`resize_like_pil`] replaces the image processor's
+    resize if that is bilinear.
     """
 
     def __init__(
@@ -627,7 +603,7 @@ class ImageTagger:
             given = [resize_like_pil(image, self._resize_to) for image in given]
             options["do_resize"] = False
         if isinstance(self.image_processor, TorchvisionBackend):
-            # Named, since nothing tells the channels of a picture that is three pixels wide or high.
+            # Not inferred: a picture may be three pixels wide or high.
             options |= {"device": self.model.device, "input_data_format": ChannelDimension.FIRST}
         else:
             given = [PIL.Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in given]

@@ -9,7 +9,8 @@ repository.
 import copy
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -50,7 +51,7 @@ class ProcessorRepository:
 
 
 def bundled_name(part: str) -> str:
-    """Name a part as one that is stored with the processor."""
+    """Return the name of a part that is stored with the processor."""
     return f"./{BUNDLE_FOLDER}/{part}"
 
 
@@ -62,7 +63,7 @@ def is_bundled(source: str) -> bool:
 def known_commit(
     repo_id: str, revision: str | None, cache_dir: str | os.PathLike | None = None, file: str = "config.json"
 ) -> str | None:
-    """Return the commit that a revision stands for, if the local cache has this file of it."""
+    """Return the commit of a revision, if the local cache has this file of it."""
     folder = None if cache_dir is None else os.fspath(cache_dir)
     path = try_to_load_from_cache(repo_id, file, cache_dir=folder, revision=revision)
     return Path(path).parents[len(PurePosixPath(file).parts) - 1].name if isinstance(path, str) else None
@@ -93,7 +94,7 @@ def locate(key: str, source: str, repository: ProcessorRepository | None) -> str
     inside = PurePosixPath(repository.subfolder) / inside
     root = Path(repository.name)
     if not root.is_dir():
-        # Remote code of a part is only found at the top of a folder, so its files are fetched as one.
+        # transformers finds custom code only at the top of a folder, so the part is downloaded as a folder.
         root = _download(repository, [str(inside), f"{inside}/*"])
     check_links(root / inside, root)
     if not (root / inside).exists():
@@ -105,7 +106,7 @@ def locate(key: str, source: str, repository: ProcessorRepository | None) -> str
 
 
 def _download(repository: ProcessorRepository, patterns: list[str]) -> Path:
-    """Download some files; if that fails, take them from the cache."""
+    """Download some files; if that fails, use the cached ones."""
     options = {name: value for name, value in repository.hub_options.items() if value is not None}
     options.update(revision=repository.revision, allow_patterns=patterns)
     try:
@@ -122,17 +123,15 @@ def _download(repository: ProcessorRepository, patterns: list[str]) -> Path:
             raise error from None
 
 
-def locate_revision(key: str, revision: Any) -> str | None:
-    """Check a revision, which becomes a part of paths in the cache."""
-    if revision is None:
-        return None
-    if not isinstance(revision, str) or not revision or ".." in revision or revision[0] in "/~" or "\\" in revision:
+def check_revision(key: str, revision: Any) -> None:
+    """Refuse what is not a revision, since it becomes a part of paths in the cache."""
+    is_name = isinstance(revision, str) and bool(revision) and revision[0] not in "/~"
+    if revision is not None and (not is_name or ".." in revision or "\\" in revision):
         raise ValueError(f"`{key}` must be a branch, a tag or a commit of a repository on the Hub, got {revision!r}.")
-    return revision
 
 
 def _check_repository_id(key: str, source: str, repository: ProcessorRepository) -> None:
-    """Refuse a path, or what would be taken for one, where a downloaded configuration must name a repository."""
+    """Refuse a value of a downloaded configuration that is not a repository id, or that names a local path."""
     advice = (
         f"A configuration from {repository.name!r} may name a repository on the Hub or a path inside its own "
         f"repository (like {bundled_name(key)!r}). To use a folder of yours, set `processor.box_detector_config` or "
@@ -166,17 +165,17 @@ def check_links(path: Path, root: Path) -> None:
         try:
             target = entry.resolve()
             is_inside = any(target.is_relative_to(folder) for folder in allowed)
-        except (OSError, RuntimeError):  # a loop
+        except (OSError, RuntimeError):  # a loop of links
             is_inside = False
         if not is_inside:
             raise ValueError(
-                f"{os.fspath(entry)!r} leads out of {os.fspath(root)!r} by a symbolic link, and what a repository "
-                "holds must lie inside it. If you made the link, replace it by a copy of the file."
+                f"{os.fspath(entry)!r} leads out of {os.fspath(root)!r} by a symbolic link, but all files of a "
+                "repository must lie inside it. If you made the link, replace it by a copy of the file."
             )
 
 
 def links_out_of(folder: Path, root: Path) -> list[str]:
-    """List the texts in a folder (settings, templates) that are links to somewhere outside its repository."""
+    """List the text files in a folder (settings, templates) that are links to files outside its repository."""
     outside = []
     for path in sorted(folder.iterdir()):
         if path.suffix in (".jinja", ".json", ".model", ".txt") or path.name == "chat_templates":
@@ -206,7 +205,7 @@ def store_parts(
     for part in PARTS:
         source = config.get(part)
         if part in objects:
-            with _Replacement(bundle / part) as folder:
+            with _replacing(bundle / part) as folder:
                 for saved in objects[part]:
                     saved.save_pretrained(folder)
         elif not isinstance(source, str):
@@ -216,7 +215,7 @@ def store_parts(
             if not (is_bundled(source) or os.path.isdir(located)):
                 _pin(stored, part, cache_dir)
                 continue
-            # Copied, not saved from memory, where its weights may have been rounded.
+            # Copied instead of saved from memory, where weights may have been rounded.
             _copy(Path(located), bundle / part)
         stored[part] = bundled_name(part)
         stored.pop(f"{part}_revision", None)
@@ -227,12 +226,12 @@ def store_parts(
 
 
 def _pin(config: dict[str, Any], part: str, cache_dir: str | os.PathLike | None) -> None:
-    """Note the commit of a repository on the Hub, if the cache knows it."""
+    """Write the commit of a repository on the Hub into a configuration, if the cache knows it."""
     key = f"{part}_revision"
-    revision = locate_revision(key, config.get(key))
+    check_revision(key, config.get(key))
     try:
-        commit = known_commit(config[part], revision, cache_dir)
-    except HFValidationError:  # a folder that does not exist: loading will raise the error
+        commit = known_commit(config[part], config.get(key), cache_dir)
+    except HFValidationError:  # a folder that does not exist: loading raises the error
         commit = None
     if commit is not None:
         config[key] = commit
@@ -243,30 +242,25 @@ def _copy(source: Path, target: Path) -> None:
     if source.resolve() == target.resolve():
         return
     check_links(source, source if source.is_dir() else source.parent)
-    with _Replacement(target) as temporary:
+    with _replacing(target) as temporary:
         if source.is_dir():
             shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(".git", ".cache"))
         else:
             shutil.copyfile(source, temporary)
 
 
-class _Replacement:
-    """A path to write to that takes its final name when everything is written."""
-
-    def __init__(self, target: Path):
-        self.target, self.temporary = target, target.with_name(f".{target.name}.incomplete")
-
-    def __enter__(self) -> Path:
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        _remove(self.temporary)
-        return self.temporary
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if error is None:
-            _remove(self.target)
-            os.replace(self.temporary, self.target)
-        else:
-            _remove(self.temporary)
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """Yield a path to write to, and rename it to `target` when everything is written."""
+    temporary = target.with_name(f".{target.name}.incomplete")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove(temporary)
+    try:
+        yield temporary
+        _remove(target)
+        os.replace(temporary, target)
+    finally:
+        _remove(temporary)
 
 
 def _remove(path: Path) -> None:
@@ -284,10 +278,10 @@ __all__ = [
     "ProcessorRepository",
     "bundled_name",
     "check_links",
+    "check_revision",
     "is_bundled",
     "known_commit",
     "links_out_of",
     "locate",
-    "locate_revision",
     "store_parts",
 ]

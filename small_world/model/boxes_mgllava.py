@@ -3,8 +3,8 @@
 Two frames occur, both with boxes as xyxy in pixels: the *original image* (after its EXIF orientation is applied) and
 the *model input*, the square that the vision towers see (768 × 768 for the published models). The original code works
 in float32 on the CPU; so does this module, whatever the model's dtype is. Boxes in the model's frame are whole numbers
-and leave as int64: trainers and serving engines cast every floating point input to the model's dtype, and in bfloat16
-259 becomes 260.
+and are returned as int64: trainers and serving engines cast every floating point input to the model's dtype, and
+bfloat16 turns 259 into 260.
 """
 
 import json
@@ -29,7 +29,6 @@ Label = Hashable
 
 # Private-use characters around the boxes of an image that a rendered conversation holds after its placeholder.
 _START, _END = "\U000ff4e0", "\U000ff4e1"
-_BOXES_IN_TEXT = re.compile(f"{_START}([^{_START}{_END}]*){_END}")
 BOX_MARKS = re.compile(f"[{_START}{_END}]")
 
 # How many boxes the original keeps when a limit applies.
@@ -74,7 +73,7 @@ def prepare_boxes(
         limit_mode (`str`): `"per_category"` or `"per_image"`, see [`limit_boxes`].
         limit (`int`, *optional*): Number of boxes above which the limit applies; `None` for no limit.
         close_to_max_length (`bool`): Whether the text leaves little room, see [`limit_boxes`].
-        name (`str`): How error messages call the entry.
+        name (`str`): Name of the entry in error messages.
 
     Returns:
         `tuple[torch.Tensor, list]`: int64 boxes of shape `(n, 4)`, n >= 1, xyxy in pixels of the model input; and
@@ -114,7 +113,7 @@ def select_objects(
     close_to_max_length: bool = False,
     name: str = "boxes",
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Choose the boxes that the model gets; arguments and errors are those of [`prepare_boxes`].
+    """Select the boxes that the model gets; arguments and errors are those of [`prepare_boxes`].
 
     Returns int64 boxes of shape `(n, 4)` in pixels of the model input, n >= 0; and of the same boxes `boxes` (float32,
     in pixels of the original image), and `labels` and `scores` if they were given.
@@ -152,7 +151,7 @@ def read_boxes_of_image(
     The boxes of a detector (with scores) are kept unchanged, as in the original. Regions that a user chose must lie in
     the image (`image_size` is `(height, width)`): a box that crosses its edge by a pixel or more is clipped with a
     warning. Integers may lie in the first pixel, but fractions between 0 and 1 there mean relative coordinates. The
-    box [0, 0, 0, 0] stands for "no object" and is kept.
+    box [0, 0, 0, 0] means "no object" and is kept.
     """
     boxes, labels, scores = read_boxes(entry, name)
     if scores is None:
@@ -184,8 +183,8 @@ def _check_regions(boxes: torch.Tensor, image_size: tuple[int, int], name: str, 
     if (index := _first(outside)) is not None:
         raise ValueError(
             f"`{name}` must lie in the upright image ({size}, width x height), got {boxes[index].tolist()} at index "
-            f"{index}, which is outside of it ({int(outside.sum())} such boxes). Pass pixels of the image as it is "
-            "given here, after its EXIF orientation is applied and before any resizing; remove what is outside."
+            f"{index}, which is outside of it ({int(outside.sum())} such boxes). Pass pixels of the image that is "
+            "given here, after its EXIF orientation is applied and before any resizing; remove boxes outside of it."
         )
     clipped = boxes.clamp(min=0).minimum(edges)
     over = ((boxes - clipped).abs() >= 1).any(dim=1)
@@ -239,7 +238,7 @@ def flatten_boxes(boxes: Any, num_images: int, group_sizes: Sequence[int] | None
 
     They may be one entry, a list of one entry per image, an array of shape `(num_images, num_boxes, 4)`, or such lists
     nested per prompt; `group_sizes` says how many images each prompt has. An empty list, at any level, means that the
-    images it stands for have no boxes. In the result, `None` stands for an image whose boxes are not given.
+    images at its place have no boxes. In the result, `None` means that the boxes of an image are not given.
     """
     if boxes is None:
         return [None] * num_images
@@ -280,7 +279,7 @@ def boxes_of_block(boxes: Any) -> Any:
     """Check that the `boxes` of an image block of a conversation are those of one image, and return them."""
     boxes = as_lists(boxes)
     if levels := _entry_levels(boxes) - {0}:
-        advice = "Wrap it: [[x1, y1, x2, y2]]." if min(levels) < 0 else "Take lists away, or give each image a block."
+        advice = "Wrap it: [[x1, y1, x2, y2]]." if min(levels) < 0 else "Remove lists, or give each image a block."
         raise ValueError(
             f"`boxes` of an image block must be a list of boxes x1, y1, x2, y2, or a mapping, got {_cut(boxes)}. "
             + advice
@@ -302,7 +301,7 @@ def as_lists(boxes: Any) -> Any:
 
 
 def _entry_levels(value: Any, level: int = 0) -> set[int]:
-    """Collect in how many lists the entries of images lie; boxes are lists of lists of numbers."""
+    """Collect how deeply the entries of images are nested; an entry is a list of lists of numbers."""
     if value is None:
         return set()
     if isinstance(value, Mapping):
@@ -329,7 +328,7 @@ def _flatten_empty(boxes: Any, num_images: int, group_sizes: Sequence[int] | Non
 
 
 def _join_groups(groups: Any, group_sizes: Sequence[int] | None) -> list[Any]:
-    """List the entries of all prompts' images; None and an empty list stand for all images of a prompt."""
+    """List the entries of all prompts' images; None and an empty list hold for all images of a prompt."""
     is_known = group_sizes is not None and len(group_sizes) == len(groups)
     entries: list[Any] = []
     for index, group in enumerate(groups):
@@ -365,7 +364,7 @@ def read_boxes(entry: Any, name: str = "boxes") -> tuple[torch.Tensor, list[Labe
                 f"got the keys {sorted(map(str, entry))}."
             )
         for key in map(str, set(entry) - set(_KEYS)):
-            # Detectors give more than is needed here; what looks like a slip would change how the boxes are taken.
+            # Detectors return other keys too, but a misspelled key would change what happens to the boxes.
             if meant := get_close_matches(key, [known for known in _KEYS if known not in entry], cutoff=0.8):
                 raise ValueError(f"`{name}` has a key {key!r}. Did you mean {meant[0]!r}?")
         boxes = _as_corners(entry["boxes"], f"{name}['boxes']")
@@ -393,11 +392,13 @@ def read_boxes(entry: Any, name: str = "boxes") -> tuple[torch.Tensor, list[Labe
             )
         )
     _check_corners(boxes, name)
-    shapes = {"scores": None if scores is None else scores.ndim, "labels": None if labels is None else _depth(labels)}
-    for key, depth in shapes.items():
-        if depth not in (None, 1):
-            raise ValueError(f"`{name}['{key}']` must be a flat list, one for each box, got {entry[key]!r}.")
+    are_flat = {
+        "scores": scores is None or scores.ndim == 1,
+        "labels": labels is None or (isinstance(labels, list) and not any(isinstance(item, list) for item in labels)),
+    }
     for key, values in (("scores", scores), ("labels", labels)):
+        if not are_flat[key]:
+            raise ValueError(f"`{name}['{key}']` must be a flat list, one for each box, got {entry[key]!r}.")
         if values is not None and len(values) != len(boxes):
             raise ValueError(
                 f"`{name}` must have as many {key} as boxes, got {len(values)} {key} for {len(boxes)} boxes."
@@ -407,15 +408,8 @@ def read_boxes(entry: Any, name: str = "boxes") -> tuple[torch.Tensor, list[Labe
     return boxes, labels, scores
 
 
-def _depth(labels: Any) -> int:
-    """Count the lists that labels lie in; more than two count as two."""
-    if not isinstance(labels, list):
-        return 0
-    return 2 if any(isinstance(label, list) for label in labels) else 1
-
-
 def _as_corners(values: Any, name: str) -> torch.Tensor:
-    """Read coordinates, and warn if they come in a type that has rounded them."""
+    """Read coordinates, and warn if their dtype has rounded them."""
     rows = values if isinstance(values, list | tuple) else [values]
     dtypes = {str(row.dtype).removeprefix("torch.") for row in rows if hasattr(row, "dtype")}
     for dtype in sorted(dtypes & {"bfloat16", "float16"}):
@@ -455,7 +449,7 @@ def _check_corners(boxes: torch.Tensor, name: str) -> None:
 
 
 def padding_offset(image_size: tuple[int, int]) -> torch.Tensor:
-    """Return by how many pixels (x, y, x, y) boxes move when the image is padded to a square around its middle."""
+    """Return the shift (x, y, x, y) of boxes in pixels when the image is padded to a square around its center."""
     height, width = image_size
     side = max(height, width)
     return torch.tensor([(side - width) // 2, (side - height) // 2] * 2, dtype=torch.float32)
@@ -478,11 +472,7 @@ def nms_per_label(
 
     kept_ranks: list[int] = []
     for ranks in ranks_of.values():
-        if len(ranks) == 1:
-            kept_ranks += ranks
-        else:
-            kept = nms(ranked[ranks], ranked_scores[ranks], iou_threshold)
-            kept_ranks += [ranks[i] for i in kept.tolist()]
+        kept_ranks += [ranks[i] for i in nms(ranked[ranks], ranked_scores[ranks], iou_threshold).tolist()]
     return order[sorted(kept_ranks)].tolist()
 
 
@@ -519,14 +509,15 @@ def limit_boxes(
 def to_model_frame(
     boxes: torch.Tensor, image_size: tuple[int, int], *, resize_to: int | None, crop_to: tuple[int, int] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move boxes as resizing the short side and cropping the center move the image, of `(height, width)` `image_size`.
+    """Transform boxes like an image whose short side is resized and whose center is cropped.
 
     The original computes the resized side as `int(side * (768 / side))` in double precision, which is 767 for 211 of
     the sides below 5000 (47, 94, 147, 173, ...): its crop offset is then -1, and every box moves by +1 px although no
-    pixel does. The model was trained so, therefore it is reproduced.
+    pixel does. This is reproduced, because the model was trained with it.
 
-    Returns the boxes that are not strictly outside, int64 of shape `(m, 4)`, clamped to the model input (those that
-    only touch its border stay, with zero size); and a bool mask of shape `(n,)` that tells which they are.
+    `image_size` is `(height, width)`. Returns the boxes that are not strictly outside, int64 of shape `(m, 4)`,
+    clamped to the model input (those that only touch its border stay, with zero size); and a bool mask of shape `(n,)`
+    that tells which they are.
     """
     height, width = image_size
     scale = 1.0 if resize_to is None else resize_to / min(height, width)
@@ -546,43 +537,35 @@ def to_model_frame(
 def write_boxes_into_text(text: str, placeholder: re.Pattern[str], entries: Sequence[Any]) -> str:
     """Put the boxes of each image after its placeholder in a rendered conversation.
 
-    They reach the processor this way if the caller passes on only images and text. An entry of `None` writes nothing.
+    So they reach the processor even if the caller passes on only images and text. `None` writes nothing.
     """
-    ends = [match.end() for match in placeholder.finditer(text)]
-    if len(ends) != len(entries):
+    num_images = len(placeholder.findall(text))
+    if num_images != len(entries):
         raise ValueError(
-            f"`boxes` in the image blocks need one block per image, got {len(entries)} image blocks and {len(ends)} "
+            f"`boxes` in the image blocks need one block per image, got {len(entries)} image blocks and {num_images} "
             "placeholders in the rendered text. Write image blocks instead of placeholders in the text."
         )
-    pieces, start = [], 0
-    for end, entry in zip(ends, entries, strict=True):
-        pieces.append(text[start:end])
-        if entry is not None:
-            pieces.append(_START + json.dumps(plain_boxes(entry)) + _END)
-        start = end
-    return "".join([*pieces, text[start:]])
+    written = iter("" if entry is None else _START + json.dumps(plain_boxes(entry)) + _END for entry in entries)
+    return placeholder.sub(lambda match: match.group() + next(written), text)
 
 
 def take_boxes_from_text(text: str, placeholder: re.Pattern[str]) -> tuple[str, list[Any]]:
     """Undo [`write_boxes_into_text`]: return the text, and one entry per placeholder (`None` without boxes)."""
-    if _START not in text:
-        return text, [None] * len(placeholder.findall(text))
     entries: list[Any] = []
-    pieces, start = [], 0
-    while match := placeholder.search(text, start):
-        pieces.append(text[start : match.end()])
-        start = match.end()
-        entries.append(None)
-        if written := _BOXES_IN_TEXT.match(text, start):
-            try:
-                entries[-1] = json.loads(written.group(1))
-            except ValueError as error:
-                raise ValueError(
-                    f"`text` must hold boxes as `apply_chat_template` writes them after an image, got "
-                    f"{written.group(1)!r}. Do not change a rendered conversation there."
-                ) from error
-            start = written.end()
-    return "".join([*pieces, text[start:]]), entries
+
+    def take(match: re.Match[str]) -> str:
+        written = match.group("boxes")
+        try:
+            entries.append(None if written is None else json.loads(written))
+        except ValueError as error:
+            raise ValueError(
+                f"`text` must hold boxes as `apply_chat_template` writes them after an image, got {written!r}. Do not "
+                "change a rendered conversation there."
+            ) from error
+        return match.group("image")
+
+    boxes = f"{_START}(?P<boxes>[^{_START}{_END}]*){_END}"
+    return re.sub(f"(?P<image>{placeholder.pattern})(?:{boxes})?", take, text), entries
 
 
 def plain_boxes(value: Any) -> Any:

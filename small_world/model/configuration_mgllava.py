@@ -11,13 +11,13 @@ from .pretrained_common import ImageTextConfig
 
 @strict
 class MGLlavaHighResVisionConfig(PreTrainedConfig):
-    r"""Configuration of the high-resolution tower, a timm ConvNeXt without its head.
+    r"""Configuration of the high-resolution tower, a ConvNeXt of timm without its head.
 
     The defaults are those of the trunk of `laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup`.
 
     Args:
         architecture (`str`, *optional*, defaults to `"convnext_large"`):
-            Name of the ConvNeXt in timm. It decides everything that `depths` and `hidden_sizes` do not.
+            Name of the ConvNeXt in timm. It decides everything except `depths` and `hidden_sizes`.
         depths (`list[int]`, *optional*, defaults to `[3, 3, 27, 3]`):
             Number of blocks in each of the four stages.
         hidden_sizes (`list[int]`, *optional*, defaults to `[192, 384, 768, 1536]`):
@@ -36,8 +36,8 @@ class MGLlavaHighResVisionConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def validate_architecture(self):
-        """Check the name, and that there are four stages and the strides divide the image."""
-        # timm also takes `local-dir:...` and `hf-hub:...`, and a configuration must not reach outside its repository.
+        """Check the name, the number of stages, and that the image size is a multiple of the last stride."""
+        # timm also accepts `local-dir:...` and `hf-hub:...`; a configuration must not reach outside its model folder.
         if not re.fullmatch(r"convnext[\w.-]*", self.architecture):
             raise ValueError(
                 f"`architecture` must be the name of a ConvNeXt in timm, such as 'convnext_large', got "
@@ -50,7 +50,7 @@ class MGLlavaHighResVisionConfig(PreTrainedConfig):
             )
         if self.image_size % 32:
             raise ValueError(
-                f"`image_size` must be a multiple of 32 (the last stage's stride), got {self.image_size}."
+                f"`image_size` must be a multiple of 32 (the stride of the last stage), got {self.image_size}."
             )
 
 
@@ -58,40 +58,40 @@ class MGLlavaHighResVisionConfig(PreTrainedConfig):
 class MGLlavaConfig(ImageTextConfig):
     r"""Configuration of an MG-LLaVA model.
 
-    `MGLlavaConfig()` describes MG-LLaVA-Vicuna-7B. Sizes of the two image inputs, the token grid and the number of
-    channels all follow from the sub configurations.
+    `MGLlavaConfig()` describes MG-LLaVA-Vicuna-7B. The sizes of both image inputs, the token grid and the numbers of
+    channels follow from the sub-configurations.
 
     Args:
         text_config (`PreTrainedConfig` or `dict`, *optional*):
             Configuration of the language model, of a type that docs/language_models.md lists. Llama by default.
         vision_config (`PreTrainedConfig` or `dict`, *optional*):
             Configuration of the CLIP vision tower that reads the low-resolution image. The fused tokens are made from
-            the output of its *last* layer, so a published 24-layer tower whose layer -2 is used is stored with
-            23 layers (the default).
+            the output of its *last* layer. MG-LLaVA uses layer -2 of a published tower with 24 layers, so the tower
+            has 23 layers by default.
         high_res_vision_config (`MGLlavaHighResVisionConfig` or `dict`, *optional*):
             Configuration of the ConvNeXt that reads the high-resolution image.
         image_token_id (`int`, *optional*, defaults to 32000):
-            Id of the `<image>` placeholder, which stands for fused tokens and box tokens alike.
+            Id of the `<image>` placeholder, which is replaced by fused tokens and box tokens.
         unpadded_vocab_size (`int`, *optional*):
-            Number of rows of the embedding table that belong to the vocabulary of the language model. Rows above it
-            (the placeholder, padding) take no part in the loss and are never generated. `None`: all rows belong.
+            Number of rows of the embedding table that are vocabulary of the language model. The rows after them (the
+            placeholder, padding) are excluded from the loss and never generated. By default all rows are vocabulary.
         fusion_type (`str`, *optional*, defaults to `"conv_gate"`):
-            How the high-resolution features enter the low-resolution tokens (section 3.2; table 5 of the paper):
+            How high-resolution features are merged into the low-resolution tokens (section 3.2 and table 5):
             `"conv_gate"`, `"conv_gate_concat"`, `"channel_concat"` (convolved), `"plain_channel_concat"`,
             `"patch_info_mining"`, `"resampler"` or `"none"`.
         object_merging (`str`, *optional*, defaults to `"concat"`):
-            How the object features enter the language model (section 3.3; table 5): `"concat"` (one token per box
-            after the fused tokens), `"box_to_fused"` (the same, the boxes having attended to the fused tokens),
-            `"fused_to_box"` (no box tokens, the fused tokens attend to the boxes) or `"none"`.
+            How object features enter the language model (section 3.3 and table 5): `"concat"` (one token per box,
+            after the fused tokens), `"box_to_fused"` (the same, after the boxes attended to the fused tokens),
+            `"fused_to_box"` (no box tokens; the fused tokens attend to the boxes) or `"none"`.
         box_feature_type (`str`, *optional*, defaults to `"pyramid"`):
-            What the boxes are pooled from: `"pyramid"` (all stages, concatenated at the resolution of the first),
+            Features that boxes are pooled from: `"pyramid"` (all stages, concatenated at the resolution of the first),
             `"multi_level"` (each stage projected, then summed) or `"last_stage"`.
         box_multi_level_size (`int`, *optional*, defaults to 1024):
             Width of the per-stage projections of `"multi_level"`.
         projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation of the two projectors.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
-            Whether `lm_head` shares the embedding table; taken from `text_config` when that says so.
+            Whether `lm_head` shares the embedding table. Also true if `text_config.tie_word_embeddings` is.
 
     Example:
     ```python
@@ -134,14 +134,14 @@ class MGLlavaConfig(ImageTextConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Check what the sub configurations must have in common."""
+        """Check that both towers give the same grid, if the fusion needs it."""
         super().validate_architecture()
         grid, high_res_grid = self.token_grid_size, self.high_res_vision_config.image_size // 32
         if self.fusion_type not in ("none", "resampler") and grid != high_res_grid:
             raise ValueError(
-                f"Fusion {self.fusion_type!r} needs equal grids of both towers: `vision_config` gives {grid}x{grid} "
-                f"tokens, `high_res_vision_config` a last stage of {high_res_grid}x{high_res_grid}. "
-                "Choose image sizes with image_size / patch_size == high_res image_size / 32."
+                f"`fusion_type={self.fusion_type!r}` needs equal grids of both towers: `vision_config` gives "
+                f"{grid}x{grid} tokens, `high_res_vision_config` a last stage of {high_res_grid}x{high_res_grid}. "
+                "Choose sizes with vision_config.image_size / patch_size == high_res_vision_config.image_size / 32."
             )
 
     @property
@@ -151,7 +151,7 @@ class MGLlavaConfig(ImageTextConfig):
 
     @property
     def image_seq_length(self) -> int:
-        """Number of fused tokens of an image, box tokens apart. Fusion never changes it."""
+        """Number of fused tokens of an image, without its box tokens. It does not depend on the fusion."""
         return self.token_grid_size**2
 
     @property

@@ -1,11 +1,12 @@
-"""Image processors of MG-LLaVA: on torchvision, the default, and on PIL, with the pixels of the original.
+"""Image processors of MG-LLaVA: on torchvision (the default), and on PIL (bit-identical to the original).
 
 The square input of the MG-LLaVA vision towers (arXiv 2406.17770, section 3.1) is made as in the original's training
 and evaluation code: 8-bit RGB, padded to a square with the CLIP mean color, short side resized (bicubic),
-center-cropped, rescaled and normalized. Boxes follow the same way, see `boxes_mgllava.py`.
+center-cropped, rescaled and normalized. Boxes are transformed alike, see `boxes_mgllava.py`.
 """
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from .boxes_mgllava import BoxLimitMode, flatten_boxes, prepare_boxes, select_objects
 from .images_common import as_rgb, fetch_upright, flat_images, group_sizes, make_findable, resize_in_square
 
-# Above this ratio of its sides, an image is resized without making its square.
+# An image whose sides have a greater ratio is resized without making its square.
 _MILD_ASPECT_RATIO = 2
 # Where remote code finds the image processor of each backend.
 _REMOTE_CLASSES = {
@@ -40,7 +41,7 @@ class MGLlavaImageProcessorKwargs(ImagesKwargs, total=False):
         boxes (`list`, *optional*):
             One entry per image, xyxy in pixels of the original image after its EXIF orientation is applied: a mapping
             with `boxes`, `scores` and `labels` (detector output, filtered as below), or a bare `(num_boxes, 4)` array
-            (regions that are kept as they are), or `None` (no boxes). May be nested per prompt as the images may be.
+            (regions that are all kept), or `None` (no boxes). May be nested per prompt like the images.
         iou_threshold (`float`, *optional*, defaults to 0.2):
             IoU from which the lower-scored of two detected boxes with one label is dropped.
         box_limit_mode (`str`, *optional*, defaults to `"per_category"`):
@@ -49,7 +50,7 @@ class MGLlavaImageProcessorKwargs(ImagesKwargs, total=False):
         box_limit (`int`, *optional*, defaults to 100):
             Number of detected boxes above which the limit applies. `None`: no limit.
         close_to_max_length (`bool`, *optional*, defaults to `False`):
-            For training: the text leaves little room, so that only one box per label (or 20 per image) is kept.
+            For training: whether the text leaves little room, so that one box per label (or 20 per image) is kept.
         return_box_labels (`bool`, *optional*, defaults to `False`):
             Whether to return `box_labels` too: the labels of the kept boxes, one list per image.
         pad_boxes_to_multiple_of (`int`, *optional*):
@@ -73,7 +74,7 @@ class MGLlavaImageProcessorMixin(BaseImageProcessor):
     Images may be PIL images (any mode), NumPy arrays, tensors, paths, http(s) URLs, data URLs, base64 strings, bytes,
     binary files, or mappings that hold one of these (`{"bytes": ..., "path": ...}` of the datasets library,
     `{"url": ...}`), alone or in (nested) lists. They are turned upright (EXIF) and into 8-bit RGB, whatever
-    `do_convert_rgb` says; alpha is dropped, as the original drops it; of animated files the first frame is read.
+    `do_convert_rgb` says; alpha is dropped, as in the original; only the first frame of animated files is read.
 
     Arrays are `(height, width)`, `(height, width, channels)` or `(channels, height, width)`, or 4-dimensional batches
     of the latter two. Integers are read as 0..255, those of 16 bits without sign (also in files) as 0..65535, floating
@@ -107,51 +108,31 @@ class MGLlavaImageProcessorMixin(BaseImageProcessor):
             self.box_limit = kwargs["box_limit"]
 
     def to_dict(self) -> dict[str, Any]:
-        """Name the classes of both backends in `auto_map`, where saving notes the one that is saved."""
+        """Name the classes of both backends in `auto_map`, where the base class names only the one that is saved."""
         values = super().to_dict()
         if (values.get("auto_map") or {}).get("AutoImageProcessor") in _REMOTE_CLASSES.values():
             values["auto_map"] = {"AutoImageProcessor": dict(_REMOTE_CLASSES)}
         return values
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Open images from any source, and turn them upright.
+        """Open an image or a (nested) list of images, and turn them upright.
 
-        Args:
-            image_url_or_urls: An image or a (nested) list of images, see the class.
-
-        Returns:
-            The same structure, holding PIL images (RGB), arrays of 3 or 4 dimensions, and tensors.
-
-        Raises:
-            TypeError: If something is not an image.
-            UnreadableImageError: If an image cannot be opened; a `ValueError` and an `OSError`.
+        They become PIL images in RGB, or stay arrays and tensors of 3 or 4 dimensions.
         """
         return fetch_upright(image_url_or_urls)
 
     def objects(self, detections: Any, image_size: tuple[int, int]) -> dict[str, Any]:
-        """Choose the objects of an image that the model gets a token for, see [`MGLlavaProcessor.objects`]."""
-        return select_objects(
-            detections,
-            image_size,
-            **_frame(self.size, self.crop_size, self.do_resize, self.do_center_crop),
-            pad_to_square=self.do_pad,
-            iou_threshold=self.iou_threshold,
-            limit_mode=self.box_limit_mode,
-            limit=self.box_limit,
-        )[1]
+        """Select the objects of an image that the model gets a token for, see [`MGLlavaProcessor.objects`]."""
+        return select_objects(detections, image_size, **_box_options(self))[1]
 
     def _preprocess_image_like_inputs(  # type: ignore[override]  # the options by name
         self,
         images: Any,
         *args: Any,
         boxes: Any,
-        iou_threshold: float,
-        box_limit_mode: BoxLimitMode,
-        box_limit: int | None,
         close_to_max_length: bool | None,
         return_box_labels: bool | None,
         pad_boxes_to_multiple_of: int | None,
-        do_pad: bool,
         return_tensors: Any,
         input_data_format: str | ChannelDimension | None,
         device: Any,
@@ -163,7 +144,7 @@ class MGLlavaImageProcessorMixin(BaseImageProcessor):
                 f"`pad_boxes_to_multiple_of` must be a positive number, got {pad_boxes_to_multiple_of}. Pass None for "
                 "no padding beyond the image with the most boxes."
             )
-        frame = _frame(kwargs["size"], kwargs["crop_size"], kwargs["do_resize"], kwargs["do_center_crop"])
+        box_options = _box_options(SimpleNamespace(**kwargs))
         if kwargs["do_normalize"] and not kwargs["do_rescale"]:
             raise ValueError(
                 "`do_rescale` must be True when `do_normalize` is, got False. Images are kept in 8 bits until then; "
@@ -180,21 +161,17 @@ class MGLlavaImageProcessorMixin(BaseImageProcessor):
             prepare_boxes(
                 entry,
                 image_size,
-                **frame,
-                pad_to_square=do_pad,
-                iou_threshold=iou_threshold,
-                limit_mode=box_limit_mode,
-                limit=box_limit,
+                **box_options,
                 close_to_max_length=bool(close_to_max_length),
                 name=f"boxes[{index}]",
             )
             for index, (entry, image_size) in enumerate(zip(entries, image_sizes, strict=True))
         ]
 
-        if do_pad:
+        if kwargs.pop("do_pad"):
             fill = [int(channel * 255) for channel in kwargs["image_mean"]]
             is_bicubic = kwargs["resample"] == PILImageResampling.BICUBIC
-            rgb = [self._as_square(image, fill, frame["resize_to"] if is_bicubic else None) for image in rgb]
+            rgb = [self._as_square(image, fill, box_options["resize_to"] if is_bicubic else None) for image in rgb]
         pixels = [
             self.process_image(image, do_convert_rgb=False, input_data_format=ChannelDimension.FIRST, device=device)
             for image in rgb
@@ -211,7 +188,7 @@ class MGLlavaImageProcessorMixin(BaseImageProcessor):
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["box_labels"])
 
     def _as_square(self, image: torch.Tensor, fill: Sequence[int], resize_to: int | None) -> torch.Tensor:
-        """Pad an image to a square; a long, thin one is resized as well, as its square would have many more pixels."""
+        """Pad an image to a square; resize a long image in addition, as its square would have many more pixels."""
         height, width = image.shape[1:]
         if resize_to is None or max(height, width) <= _MILD_ASPECT_RATIO * min(height, width):
             return pad_to_square(image, fill)
@@ -254,10 +231,7 @@ class MGLlavaImageProcessorPil(MGLlavaImageProcessorMixin, PilBackend):
 
 
 def pad_to_square(image: torch.Tensor, fill: Sequence[int]) -> torch.Tensor:
-    """Put an image into the middle of a square of one color.
-
-    It starts at `(side - height) // 2`, `(side - width) // 2`.
-    """
+    """Pad an image to a square of one color, in which it starts at `(side - height) // 2`, `(side - width) // 2`."""
     height, width = image.shape[1:]
     side = max(height, width)
     square = image.new_tensor(fill)[:, None, None].repeat(1, side, side)
@@ -266,14 +240,18 @@ def pad_to_square(image: torch.Tensor, fill: Sequence[int]) -> torch.Tensor:
     return square
 
 
-def _frame(size: Any, crop_size: Any, do_resize: bool, do_center_crop: bool) -> dict[str, Any]:
-    """Say how long the short side gets, and what is cropped to, in the words of [`prepare_boxes`]."""
-    size, crop_size = dict(size), dict(crop_size)
-    if do_resize and (not size.get("shortest_edge") or size.get("longest_edge")):
+def _box_options(options: Any) -> dict[str, Any]:
+    """Give the options of an image processor the names that they have in [`prepare_boxes`]."""
+    size, crop_size = dict(options.size), dict(options.crop_size)
+    if options.do_resize and (not size.get("shortest_edge") or size.get("longest_edge")):
         raise ValueError(f"`size` must be given as {{'shortest_edge': pixels}}, got {size}.")
     return {
-        "resize_to": int(size["shortest_edge"]) if do_resize else None,
-        "crop_to": (crop_size["height"], crop_size["width"]) if do_center_crop else None,
+        "resize_to": int(size["shortest_edge"]) if options.do_resize else None,
+        "crop_to": (crop_size["height"], crop_size["width"]) if options.do_center_crop else None,
+        "pad_to_square": options.do_pad,
+        "iou_threshold": options.iou_threshold,
+        "limit_mode": options.box_limit_mode,
+        "limit": options.box_limit,
     }
 
 

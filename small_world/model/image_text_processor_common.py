@@ -7,7 +7,7 @@ inputs belong to images. Chat, serving and training use nothing else of a proces
 import os
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from inspect import signature
 from itertools import repeat
 from typing import Any, ClassVar
@@ -23,8 +23,10 @@ from .text_chunks_common import (
     IMAGE_TOKEN,
     PRIVATE_CHARACTERS,
     ChatFormat,
+    TextChunk,
     chat_formats,
     encode_chunks,
+    join_text,
     protect_text,
     read_format,
     split_text,
@@ -33,26 +35,28 @@ from .text_chunks_common import (
 
 logger = logging.get_logger(__name__)
 
-# Newer transformers can mark control tokens in user text, which are then not placeholders.
+# Newer releases of transformers can mark control tokens in user text, so that they are encoded as plain text.
 _CAN_SANITIZE = "sanitize_control_tokens" in signature(ProcessorMixin.apply_chat_template).parameters
-# Private: matches where no mark stands before a placeholder. Without it, sanitizing is refused.
+# Private: a pattern that matches where user text is not marked. If it is missing, sanitizing is refused.
 _UNMARKED: str | None = getattr(processing_utils, "_UNMARKED", None)
 
 
 class ImageTextProcessor(ProcessorMixin):
     """Prepares images and text for a model that reads a run of embeddings for each image.
 
-    Inputs of images are those of all images of a batch, one after the other, whatever text each is in. By default an
-    image has one row of each of them.
+    A model input that belongs to images holds those of all images of a batch, one after the other, regardless of the
+    text that each image is in. By default, each image has one row in it.
 
     Attributes:
         image_inputs: Names of the model inputs that belong to images.
-        chat_templates: Chat templates by which strings are taken apart in addition to the processor's own.
-        private_characters: What a processor writes into rendered strings, and takes out of the text of users.
+        chat_templates: Chat templates whose strings are recognized in addition to those of the processor's own.
+        cuts_at_answers: Whether the answers of a conversation are encoded apart from the text around them.
+        private_characters: Characters that a processor writes into rendered strings, and removes from user text.
     """
 
     image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
     chat_templates: ClassVar[Mapping[str, str]] = {}
+    cuts_at_answers: ClassVar[bool] = True
     private_characters: ClassVar[re.Pattern[str]] = PRIVATE_CHARACTERS
 
     def __init__(
@@ -79,24 +83,24 @@ class ImageTextProcessor(ProcessorMixin):
 
     def count_images(self, inputs: Mapping[str, Any]) -> int:
         """Count the images of a batch."""
-        return len(_given(inputs, self.image_inputs[0]))
+        return len(_given(self._unpack(inputs), self.image_inputs[0]))
 
     def take_images(self, inputs: Mapping[str, Any], first: int, last: int | None = None) -> dict[str, torch.Tensor]:
         """Take the inputs of the images `first` to `last` (by default all after it) out of a batch, as tensors.
 
         Empty if there are none: the model takes text alone without any of these names.
         """
-        rows = slice(first, last)
-        taken = {name: _given(inputs, name)[rows] for name in self.image_inputs if len(_given(inputs, name)[rows])}
-        return {name: _as_tensor(values) for name, values in taken.items()}
+        inputs = self._unpack(inputs)
+        taken = {name: _given(inputs, name)[first:last] for name in self.image_inputs}
+        return {name: _as_tensor(values) for name, values in taken.items() if len(values)}
 
     def join_images(self, rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Put what [`~ImageTextProcessor.take_images`] took out of several batches one after the other."""
+        """Concatenate what [`~ImageTextProcessor.take_images`] took out of several batches."""
         rows = [row for row in rows if row]
         return {name: torch.cat([row[name] for row in rows]) for name in self.image_inputs} if rows else {}
 
     def encode_text(self, conversation: list[dict[str, Any]]) -> tuple[list[int], list[int] | None]:
-        """Tokenize a conversation without looking at its images, each of which is one placeholder.
+        """Tokenize a conversation without processing its images: each is one placeholder.
 
         Also returns a mask of the ids that are learned; `None` if the chat template does not write boundaries.
         """
@@ -104,9 +108,9 @@ class ImageTextProcessor(ProcessorMixin):
         knows_answers = writes_boundaries(template)
         boundaries: dict[str, Any] = BOUNDARY_NAMES if knows_answers else {}
         text = self.apply_chat_template(conversation, **boundaries)
-        chunks = split_text(text, self._placeholder, repeat(1), self.tokenizer.bos_token)
+        chunks = self._split(text, repeat(1))
         with self._tokenizer_lock:
-            encoded = encode_chunks(self.tokenizer, [chunks], self.image_token_id, return_assistant_tokens_mask=True)
+            encoded = encode_chunks(self.tokenizer, [chunks], self.image_token_id)
         return encoded["input_ids"][0], encoded["assistant_masks"][0] if knows_answers else None
 
     def __call__(
@@ -120,7 +124,7 @@ class ImageTextProcessor(ProcessorMixin):
         return_assistant_tokens_mask: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Make the model's inputs; `processed_images` may hold those of the images already."""
+        """Make the model's inputs; `processed_images` are image inputs of an earlier call."""
         if kwargs.get("sanitize_control_tokens") or (kwargs.get("text_kwargs") or {}).get("sanitize_control_tokens"):
             _check_sanitizing()
         images, texts, _, _ = self.prepare_inputs_layout(images=images, text=as_texts(images, text), **kwargs)
@@ -133,7 +137,7 @@ class ImageTextProcessor(ProcessorMixin):
             **kwargs,
         )
         text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
-        # 5.16 has these among the text options, newer releases next to them.
+        # transformers 5.16 has these among the text options, newer releases outside of them.
         mm_token_type_ids, replacement_offsets = (
             text_kwargs.pop(name, None) or merged.get(name, False)
             for name in ("return_mm_token_type_ids", "return_text_replacement_offsets")
@@ -160,38 +164,41 @@ class ImageTextProcessor(ProcessorMixin):
         return output
 
     def _process(self, images: Any, targets: "TrainingTargets", **kwargs: Any) -> Mapping[str, Any]:
-        """Make the inputs of images that are opened, and note what is amiss with them for training."""
+        """Make the inputs of opened images, and note in `targets` what prevents training on them."""
         return self.image_processor(flat_images(images), **kwargs)
 
     def _pack(self, features: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Give the inputs of images the form in which they leave the processor."""
+        """Convert image inputs to the form in which the processor returns them."""
         return features
+
+    def _unpack(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Undo `_pack`; inputs that are not packed stay."""
+        return inputs
 
     def _encode(
         self, text: list[str], lengths: list[int], targets: "TrainingTargets", return_mask: bool, **kwargs: Any
     ) -> dict[str, Any]:
-        """Encode texts in which image after image takes so many placeholders."""
+        """Encode texts; `lengths` are the numbers of placeholders of their images, in order."""
         chats = self._chat_formats()
         knows_answers = bool(chats) or all(map(PRIVATE_CHARACTERS.search, text))
         if return_mask and not knows_answers:
             raise ValueError(
-                "`return_assistant_tokens_mask` needs a chat template that marks the answers for this processor. "
-                "Use one of mgllava.processing.CHAT_TEMPLATES, or leave it out."
+                "`return_assistant_tokens_mask` needs a chat template that marks answers for this processor. Use one "
+                "of mgllava.processing.CHAT_TEMPLATES, or do not request the mask."
             )
         runs = iter(lengths)
-        chunks = [split_text(sample, self._placeholder, runs, self.tokenizer.bos_token, chats) for sample in text]
+        chunks = [self._split(sample, runs, chats) for sample in text]
         with self._tokenizer_lock:  # fast tokenizers keep options of a call in an object that all threads share
-            encoded = encode_chunks(
-                self.tokenizer,
-                chunks,
-                self.image_token_id,
-                return_assistant_tokens_mask=True,
-                **kwargs,
-            )
+            encoded = encode_chunks(self.tokenizer, chunks, self.image_token_id, **kwargs)
         targets.read(encoded, knows_answers)
         if not return_mask:
             del encoded["assistant_masks"]
         return encoded
+
+    def _split(self, text: str, runs: Iterator[int], chats: Sequence[ChatFormat] = ()) -> list[TextChunk]:
+        """Cut a text into what is encoded apart; `runs` are the numbers of placeholders of images."""
+        chunks = split_text(text, self._placeholder, runs, self.tokenizer.bos_token, chats)
+        return chunks if self.cuts_at_answers else join_text(chunks)
 
     def _chat_formats(self) -> tuple[ChatFormat, ...]:
         special_tokens = self.tokenizer.special_tokens_map
@@ -200,7 +207,7 @@ class ImageTextProcessor(ProcessorMixin):
     def validate_inputs(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
     ) -> None:
-        """Check what was given against each other before anything is computed; raise a `ValueError` if it is wrong."""
+        """Check that the arguments fit together, before anything is computed; raise a `ValueError` if not."""
         if not (_is_empty(videos) and _is_empty(audio)):
             raise ValueError(
                 f"`videos` and `audio` must be None or empty: {type(self).__name__} takes images and text."
@@ -271,14 +278,14 @@ class ImageTextProcessor(ProcessorMixin):
             _check_sanitizing()
             kwargs["sanitize_control_tokens"] = True
 
-        # A caller that passes the boundaries itself gets them.
+        # If the caller passes the boundary characters, they stay in the string.
         has_boundaries = writes_boundaries(template) and not kwargs.keys() & BOUNDARY_NAMES.keys()
         if has_boundaries:
             kwargs.update(BOUNDARY_NAMES)
         if has_boundaries and tokenize:
             if sanitize_control_tokens:
                 kwargs["literal_image_token"] = False
-            # The boundaries tell the answers exactly; the base class would compare character offsets.
+            # The boundaries mark the answers exactly; the base class would compare character offsets.
             processor_kwargs["return_assistant_tokens_mask"] = return_assistant_tokens_mask
             return_assistant_tokens_mask = False
         output = super().apply_chat_template(
@@ -297,16 +304,18 @@ class ImageTextProcessor(ProcessorMixin):
         return texts[0] if isinstance(output, str) else texts
 
     def _clean(self, value: Any) -> Any:
-        """Copy a conversation without private characters, and with images in the form that transformers reads."""
+        """Copy a conversation without private characters, and with image blocks as transformers reads them."""
         if isinstance(value, str):
             return self.private_characters.sub("", value)
         if isinstance(value, Mapping):
             block = image_block(value) if is_image_block(value) else value
+            if block.get("boxes") is not None and is_image_block(value):
+                raise ValueError(f"`boxes` of an image block must be left out: {type(self).__name__} takes no boxes.")
             return {key: self._clean(item) for key, item in block.items()}
         return [self._clean(item) for item in value] if isinstance(value, list | tuple) else value
 
     def answer_ending(self) -> tuple[list[int], list[int]]:
-        """Tell how the chat template ends an answer: the learned ids (EOS, or a suffix), and those of the separator.
+        """Return how the chat template ends an answer: the learned ids (EOS, or a suffix), and the separator's ids.
 
         Both are empty if the chat template does not mark answers.
         """
@@ -336,7 +345,7 @@ class ImageTextInputs(BatchFeature):
     """A [`BatchFeature`] in which a collator may set labels; see [`TrainingTargets`].
 
     Attributes:
-        targets ([`TrainingTargets`], *optional*): Checks what is set. Lost where the object is copied or pickled.
+        targets ([`TrainingTargets`], *optional*): Corrects labels that are set. Copies and pickles have none.
     """
 
     targets: "TrainingTargets | None" = None
@@ -348,14 +357,14 @@ class ImageTextInputs(BatchFeature):
 
 
 class TrainingTargets:
-    """Checks the labels that a collator sets which does not know this processor.
+    """Corrects the labels that a collator sets without knowing this processor.
 
     TRL's collators render, tokenize and pad, and then set `labels` or `completion_mask` in the output; its trainers
-    take the loss from these alone. Here they are made right: placeholders and separators are never learned, and labels
-    that are a mere copy of the ids become those of the answers.
+    compute the loss from these alone. Here, placeholders and separators are excluded from them, and labels that are a
+    mere copy of the ids are reduced to the answers.
     """
 
-    # What is checked, and the ids and mask that it belongs to.
+    # The inputs that are corrected: the names of their ids and mask, and the value of a token that is not learned.
     _IDS = {
         "labels": ("input_ids", "attention_mask", -100),
         "completion_mask": ("input_ids", "attention_mask", 0),
@@ -364,10 +373,10 @@ class TrainingTargets:
 
     def __init__(self, processor: ImageTextProcessor):
         self.processor = processor
-        # Why nothing can be learned from these inputs, and what has to be said if something is.
+        # An error that is raised, and a warning that is given, when labels are set.
         self.problem: str | None = None
         self.remark: str | None = None
-        # The ids of each text without padding and, where they are known, which of them answers are.
+        # The ids of each text without padding, and, if it is known, which of them are part of an answer.
         self.rows: list[list[int]] = []
         self.answers: list[list[bool]] | None = None
 
@@ -385,7 +394,7 @@ class TrainingTargets:
         self.answers = without_padding(encoded["assistant_masks"]) if knows_answers else None
 
     def check(self, name: str, value: Any, features: Mapping[str, Any]) -> Any:
-        """Check a value before it is stored, and return what to store instead."""
+        """Return a corrected value to store."""
         if name not in self._IDS:
             return value
         if self.problem is not None:
@@ -399,7 +408,7 @@ class TrainingTargets:
         is_text = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         is_learned = (value != nothing) & is_text
         is_placeholder = ids == self.processor.image_token_id
-        # A collator that chose what is learned has left out the images at least.
+        # A collator that selects what is learned leaves out at least the images.
         is_copy = bool((is_learned & is_placeholder).any()) or bool(is_learned[is_text].all())
         ending = self.processor.answer_ending()
         allowed = ~is_placeholder
@@ -410,7 +419,7 @@ class TrainingTargets:
         if is_copy and bool((is_learned & ~allowed & ~is_placeholder).any()):
             logger.warning_once(
                 "The labels of a conversation were a copy of its ids: now only its answers are learned, as this model "
-                "was trained. With TRL, pass `assistant_only_loss=True`, which says the same."
+                "was trained. With TRL, pass `assistant_only_loss=True` to do the same."
             )
         return value.masked_fill(~allowed, nothing)
 
@@ -421,13 +430,13 @@ class TrainingTargets:
             return [True] * len(ids)
         answers = self.answers[index] if self.answers is not None else []
         completion = ids[len(known) :]
-        # A text without an answer, in itself or after it, is learned as the collator says.
+        # If there is no answer in the text or after it, the collator decides what is learned.
         front = answers if is_copy and (any(answers) or (answers and completion)) else [True] * len(known)
         return [*front[: len(ids)], *self._of_completion(completion, *ending)]
 
     @staticmethod
     def _of_completion(ids: list[int], ending: list[int], separator: list[int]) -> list[bool]:
-        """Tell which ids of a completion may be learned: not the separator after the answer."""
+        """Tell which ids of a completion may be learned: all but the separator after the answer."""
         width = len(ending)
         ends = [end for end in range(width, len(ids) + 1) if ending and ids[end - width : end] == ending]
         if len(ends) > 1:
@@ -442,18 +451,18 @@ class TrainingTargets:
 
 
 def _check_sanitizing() -> None:
-    """Refuse to sanitize where what marks user text is not known: its placeholders would stand for images."""
+    """Refuse to sanitize if the mark of user text is not known: its placeholders would be taken for images."""
     if not _CAN_SANITIZE:
         raise NotImplementedError("`sanitize_control_tokens` needs a newer transformers. Upgrade it.")
     if _UNMARKED is None:
         raise NotImplementedError(
             "`sanitize_control_tokens` is not supported with this release of transformers: its mark of user text is "
-            "not known. Upgrade mgllava, or leave it out and break control tokens in user text yourself."
+            "not known. Upgrade mgllava, or do not set it and remove control tokens from user text yourself."
         )
 
 
 def as_texts(images: Any, text: Any) -> list[str] | None:
-    """Make a list of strings, or say what was given instead."""
+    """Return a list of strings; raise a `ValueError` for anything else."""
     if text is None or isinstance(text, str):
         return text if text is None else [text]
     is_list = isinstance(text, Iterable) and not isinstance(text, bytes | Mapping)
@@ -500,7 +509,7 @@ class ProcessLock:
 
 
 def _given(inputs: Mapping[str, Any], name: str) -> Any:
-    """Return the rows of an input; none where it is absent."""
+    """Return the rows of an input; an empty tuple if it is absent."""
     return () if inputs.get(name) is None else inputs[name]
 
 

@@ -36,9 +36,9 @@ _UPRIGHT = {
 
 
 def make_findable(module: str) -> None:
-    """Make a module an attribute of its package, where dill looks for the classes of what `datasets` hashes.
+    """Set a module as an attribute of its package, where dill looks up the classes of objects that `datasets` hashes.
 
-    transformers loads remote code without doing so. dill then takes the classes apart, until the stack overflows.
+    transformers does not do so for remote code. dill then pickles the classes by value, until the stack overflows.
     """
     package, _, name = module.rpartition(".")
     if package in sys.modules:
@@ -366,9 +366,9 @@ def is_image_block(value: Any) -> bool:
 
 
 def image_block(block: Mapping[str, Any]) -> dict[str, Any]:
-    """Bring an image block of a conversation into the form that transformers reads: `bytes` are under `image`.
+    """Convert an image block of a conversation to the form that transformers reads: `bytes` are under `image`.
 
-    Keys that are `None` are left out, as the datasets library adds them.
+    Keys that are `None`, which the datasets library adds, are left out.
     """
     block = {key: value for key, value in block.items() if key not in IMAGE_KEYS or value is not None}
     if "bytes" in block:
@@ -400,9 +400,9 @@ def _weights(length: int, new_length: int, device: torch.device) -> torch.Tensor
 def resize_like_pil(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Resize 8-bit RGB with the bilinear filter that Pillow had in 2024, the horizontal axis first, on any device.
 
-    torchvision's differs from it by one of 255 levels in places, and so does Pillow's own of today on portrait images:
-    it takes the vertical axis first if that is cheaper, and each axis rounds to 8 bits. The result is on the GPU if
-    the image is on a CUDA device, otherwise on the CPU.
+    torchvision's filter differs from it by one of 255 levels in places. So does the present Pillow's on portrait
+    images: it resizes the vertical axis first if that is cheaper, and rounds to 8 bits after each axis. The result is
+    on the GPU if the image is on a CUDA device, otherwise on the CPU.
     """
     if image.device.type == "cuda":
         return resize_by_products(image, size)
@@ -413,12 +413,12 @@ def resize_like_pil(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def resize_by_products(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Do the same with one matrix product per axis, which is fast on a GPU and slow on a CPU.
+    """Resize like [`resize_like_pil`] with one matrix product per axis: fast on a GPU, slow on a CPU.
 
     The device must have float64; the image may have any number of channels.
     """
     values = image.double()
-    if image.shape[2] != size[1]:  # Pillow leaves an axis that keeps its length alone
+    if image.shape[2] != size[1]:  # Pillow skips an axis that keeps its length
         values = _round(values @ _weights(image.shape[2], size[1], image.device).T)
     if image.shape[1] != size[0]:
         values = _round(_weights(image.shape[1], size[0], image.device) @ values)
@@ -439,13 +439,13 @@ def resize_in_square(
 ) -> torch.Tensor:
     """Resize an image in the middle of a square of one color, without making the square.
 
-    The result equals that of padding to the square first, to the bit: resizing takes the horizontal axis first and
-    rounds to 8 bits in between, and an area of one color keeps it. The square of a 12000 x 40 image has 300 times as
-    many pixels as the image.
+    The square of a 12000 x 40 image has 300 times as many pixels as the image. The result is bit-identical to that of
+    padding to the square first, because resizing takes the horizontal axis first, rounds to 8 bits in between, and
+    does not change an area of one color.
 
-    `resize` is the bicubic resize to a `(height, width)`, called for the long axis only; `precision` the bits of its
-    integer weights (`None`: as many as let the largest weight fit into 15 bits, as PyTorch chooses them). Takes and
-    returns uint8 RGB on the CPU.
+    `resize` is the bicubic resize to a `(height, width)`, called for the long axis only; `precision` is the number of
+    bits of its integer weights (`None`: the most with which the largest weight fits into 15 bits, as in PyTorch).
+    Takes and returns uint8 RGB on the CPU.
     """
     height, width = image.shape[1:]
     square = image.new_tensor(fill)[:, None, None].repeat(1, side, side)
@@ -475,7 +475,7 @@ def _resize_between(
     whole = np.trunc(weights * 2**precision + np.where(weights < 0, -0.5, 0.5)).astype(np.int32)
     end = first + whole.shape[1]
     start, stop = np.searchsorted(end, offset, "right"), np.searchsorted(first, offset + len(image), "left")
-    # As if all samples had the color, and then the difference where the image is.
+    # The sum as if all samples had the color, to which the differences of the image's samples are added.
     color = np.array(fill, np.int32)[:, None]
     total = 2**precision // 2 + whole[start:stop].sum(axis=1, dtype=np.int32)[:, None, None] * color
     total = np.repeat(total, image.shape[2], axis=2)
@@ -498,7 +498,7 @@ def _bicubic(length: int, new_length: int) -> tuple[np.ndarray, np.ndarray]:
     x = np.abs((samples - centers[:, None] + 0.5) * (1 / stretch))
     weights = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, (((x - 5) * x + 8) * x - 4) * -0.5, 0.0))
     weights = np.where(samples < end[:, None], weights, 0.0)
-    return first, weights / np.cumsum(weights, axis=1)[:, -1:]  # added one after the other, as C does
+    return first, weights / np.cumsum(weights, axis=1)[:, -1:]  # cumsum adds in the order of the C code
 
 
 __all__ = [

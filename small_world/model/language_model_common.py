@@ -1,4 +1,4 @@
-"""Models of images and text around any causal language model of transformers, whose own class scores and generates."""
+"""Base classes of models for images and text, around any causal language model of transformers."""
 
 import inspect
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
+    StoppingCriteriaList,
 )
 from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerateOutput
@@ -33,16 +34,19 @@ from .pretrained_common import CACHE_NAME, ImageTextPreTrainedModel
 
 logger = logging.get_logger(__name__)
 
-# What `generate` calls, overridden here: under another name it would be skipped without an error.
+# Private methods that `generate` calls and that are overridden here. If transformers renamed one, the override would
+# be ignored without an error.
 _GENERATION_HOOKS = ("_expand_inputs_for_generation", "_supports_default_dynamic_cache")
+# Arguments of `generate` behind those that it has by name here.
+_LATER_ARGUMENTS = list(inspect.signature(GenerationMixin.generate).parameters)[5:]
 _LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
-# What `generate` calls on a model and a language model may do in a way of its own, without a loss here.
+# Methods of `GenerationMixin` that the class of a language model may override, since calls are passed on to it.
 _DELEGATED_HOOKS = {"prepare_inputs_for_generation", "_supports_default_dynamic_cache"}
-# What the class of a language model needs, to be given embeddings of images and to continue.
+# Arguments that the `forward` of a language model must take: embeddings of images, and a KV cache.
 _ARGUMENTS = ("attention_mask", "inputs_embeds", CACHE_NAME)
 
-_READS_IDS = "some of its layers read token ids, which images have not"
-# Types whose classes look like all others, by what makes them different.
+_READS_IDS = "some of its layers read token ids, which images do not have"
+# Types that the checks below accept although they do not work, with the reason.
 _REFUSED_TYPES = {
     "blt": _READS_IDS,
     "deepseek_v4": _READS_IDS,
@@ -53,15 +57,15 @@ _REFUSED_TYPES = {
 }
 if CACHE_NAME == "past_key_values":  # before transformers 5.24
     _REFUSED_TYPES |= {
-        "dbrx": "this release does not read back the configuration that it saves inside of another one",
-        "inkling_text": "this release does not normalize embeddings that are given as it does those of ids",
+        "dbrx": "this release does not read the configuration that it saves inside another one",
+        "inkling_text": "this release normalizes the embeddings of ids, but not `inputs_embeds`",
     }
-# Values of a configuration with which layers read ids.
+# Configuration values that make layers read token ids.
 _READS_IDS_IF = ("hidden_size_per_layer_input", "ple_layer_ids")
 
 
 class UnsupportedLanguageModelError(ValueError):
-    """A language model that cannot be part of a model for images without a change of what it computes."""
+    """A language model that would not compute the same inside a model for images."""
 
     def __init__(self, model_type: str, reason: str):
         super().__init__(
@@ -71,47 +75,37 @@ class UnsupportedLanguageModelError(ValueError):
 
 
 def language_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Find the class with a head for the configuration of a language model.
-
-    Args:
-        config (`PreTrainedConfig`): Its configuration.
-
-    Returns:
-        `type`: The class that `AutoModelForCausalLM` takes.
-
-    Raises:
-        UnsupportedLanguageModelError: If there is none, or it is known to compute something else here.
-    """
-    kind = config.model_type
+    """Return the class that `AutoModelForCausalLM` builds, or raise `UnsupportedLanguageModelError`."""
+    model_type = config.model_type
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedLanguageModelError(
-            kind,
-            "this release of transformers has no causal language model for it (one from remote code is used after "
+            model_type,
+            "this release of transformers has no causal language model for it (register third-party classes with "
             "`AutoConfig.register` and `AutoModelForCausalLM.register`)",
         )
     if config.is_encoder_decoder:
-        raise UnsupportedLanguageModelError(kind, "it is an encoder-decoder")
+        raise UnsupportedLanguageModelError(model_type, "it is an encoder-decoder")
     if config.get_text_config(decoder=True) is not config:
         raise UnsupportedLanguageModelError(
-            kind, "it is the configuration of a multimodal model: pass that of its language model"
+            model_type, "it is the configuration of a multimodal model: pass that of its language model"
         )
-    if kind in _REFUSED_TYPES:
-        raise UnsupportedLanguageModelError(kind, _REFUSED_TYPES[kind])
-    if read := [name for name in _READS_IDS_IF if getattr(config, name, None)]:
-        raise UnsupportedLanguageModelError(kind, f"{_READS_IDS} (`{read[0]}`)")
+    if model_type in _REFUSED_TYPES:
+        raise UnsupportedLanguageModelError(model_type, _REFUSED_TYPES[model_type])
+    if id_readers := [name for name in _READS_IDS_IF if getattr(config, name, None)]:
+        raise UnsupportedLanguageModelError(model_type, f"{_READS_IDS} (`{id_readers[0]}`)")
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if not issubclass(model_class, GenerationMixin):
-        raise UnsupportedLanguageModelError(kind, "it does not generate")
+        raise UnsupportedLanguageModelError(model_type, "it does not generate")
     arguments = _forward_arguments(model_class)
     if missing := [name for name in _ARGUMENTS if name not in arguments]:
-        raise UnsupportedLanguageModelError(kind, f"its `forward` takes no {' and no '.join(missing)}")
+        raise UnsupportedLanguageModelError(model_type, f"its `forward` takes no {' and no '.join(missing)}")
     if own := [name for name in _own_hooks(model_class) if name not in _DELEGATED_HOOKS]:
-        raise UnsupportedLanguageModelError(kind, f"it generates in a way of its own ({', '.join(own)})")
+        raise UnsupportedLanguageModelError(model_type, f"it overrides how transformers generates ({', '.join(own)})")
     return model_class
 
 
 def _own_hooks(model_class: type) -> list[str]:
-    """Methods of `GenerationMixin` that a class replaces."""
+    """Names of the methods of `GenerationMixin` that a class overrides."""
     hooks = [name for name, value in vars(GenerationMixin).items() if callable(getattr(value, "__func__", value))]
     return [
         name
@@ -122,48 +116,43 @@ def _own_hooks(model_class: type) -> list[str]:
 
 
 def _forward_arguments(model_class: type) -> list[str]:
-    """Names of the arguments of `forward`; of the class above, if it hands on whatever it is given."""
-    for kind in model_class.__mro__:
-        if "forward" in vars(kind):
-            arguments = inspect.signature(kind.forward).parameters
+    """Names of the arguments of `forward`: of the first class in the MRO whose signature names them."""
+    for base in model_class.__mro__:
+        if "forward" in vars(base):
+            arguments = inspect.signature(base.forward).parameters
             if not any(argument.kind is inspect.Parameter.VAR_POSITIONAL for argument in arguments.values()):
                 return list(arguments)
     return []
 
 
 class LanguageModelHead:
-    """What the class of a language model computes around its body: scores, scales, caps, losses of experts.
+    """A causal language model without its weights, which computes logits and loss (scales, caps, losses of experts).
 
-    The class's own `forward` runs, with the body of the whole model instead of its own. It owns no weights: those of
-    the head are `lm_head` of the whole model.
-
-    Args:
-        model (`PreTrainedModel`): A causal language model. It is taken apart: what holds weights is gone from it.
-
-    Raises:
-        UnsupportedLanguageModelError: If it has weights besides a body and one output layer.
+    The `forward` of its class runs with a function in place of the body, and with `lm_head` of the whole model. The
+    modules with weights are removed from the given model, and `take_parts` returns them. A model with weights outside
+    of its body and one output layer raises `UnsupportedLanguageModelError`.
     """
 
     def __init__(self, model: PreTrainedModel):
-        kind = model.config.model_type
+        model_type = model.config.model_type
         try:
-            body = _part_with(model, model.get_input_embeddings())
+            body = _child_containing(model, model.get_input_embeddings())
         except NotImplementedError:
             body = None
         head = model.get_output_embeddings()
         children = dict(model.named_children())
         names = [name for name, child in children.items() if child is head]
         if body is None or not isinstance(children[body], PreTrainedModel):
-            raise UnsupportedLanguageModelError(kind, "it has no body apart from its head")
+            raise UnsupportedLanguageModelError(model_type, "it has no body apart from its head")
         if "inputs_embeds" not in _forward_arguments(type(children[body])):
-            raise UnsupportedLanguageModelError(kind, "its body takes no inputs_embeds")
+            raise UnsupportedLanguageModelError(model_type, "its body takes no inputs_embeds")
         with_weights = {name for name, child in children.items() if [*child.parameters(), *child.buffers()]}
         if not names or with_weights - {body, names[0]} or model._parameters or model._buffers:
-            raise UnsupportedLanguageModelError(kind, "its head is not a single layer")
+            raise UnsupportedLanguageModelError(model_type, "its head is not a single layer")
         width, hidden_size = model.get_input_embeddings().embedding_dim, model.config.hidden_size
         if width != hidden_size:
             raise UnsupportedLanguageModelError(
-                kind, f"its token embeddings ({width}) are not as wide as its layers ({hidden_size})"
+                model_type, f"its token embeddings ({width}) and its layers ({hidden_size}) differ in width"
             )
         self.body_name, self.head_name = body, names[0]
         self.tied_weights_keys = {
@@ -173,61 +162,50 @@ class LanguageModelHead:
         self.takes_positions = "position_ids" in _forward_arguments(type(model))
         self.body, self.layer = children[body], head
         del model._modules[body], model._modules[self.head_name]
-        self._rest = model
+        # The language model without the modules that hold weights: its class, configuration and plain attributes.
+        self.rest = model
 
     def take_parts(self) -> tuple[PreTrainedModel, nn.Module]:
-        """Hand over body and output layer, which is done once: a model registers them as modules of its own."""
+        """Return body and output layer and forget them, since a model registers them as its own. Call this once."""
         parts = self.body, self.layer
         del self.body, self.layer
         return parts
 
     def _new_name(self, name: str) -> str:
-        """Name of a weight of the language model in the whole model."""
+        """Translate the name of a weight in the language model to its name in the whole model."""
         for part, new in ((self.body_name, "model.language_model"), (self.head_name, "lm_head")):
             if name.startswith(f"{part}."):
                 return new + name.removeprefix(part)
         return name
 
-    @property
-    def rest(self) -> PreTrainedModel:
-        """The language model without what holds weights: its class, configuration and plain attributes."""
-        return self._rest
-
     def score(self, owner: nn.Module, body: Callable[..., Any], loss_function: Callable[..., Any], **kwargs) -> Any:
-        """Run the class's `forward`.
-
-        Args:
-            owner (`nn.Module`): The model with `lm_head`.
-            body (`Callable`): Called in place of the body, with its arguments.
-            loss_function (`Callable`): Called in place of the class's own.
-            **kwargs: Arguments of `forward`.
-
-        Returns:
-            `ModelOutput`: Output of the class.
-        """
-        model = self.stand_in(owner)
-        vars(model)[self.body_name] = _Body(body, owner.model.language_model)
+        """Run the class's `forward` with `lm_head` of `owner`, and with functions for its body and its loss."""
+        model = self.bind(owner)
+        vars(model)[self.body_name] = _FunctionAsBody(body, owner.model.language_model)
         model.loss_function = loss_function
         return model.forward(**kwargs)
 
-    def stand_in(self, owner: nn.Module) -> PreTrainedModel:
-        """Make an instance of the class without body, for one call: threads and replicas of `owner` share nothing."""
-        model = object.__new__(type(self._rest))
-        parts = {**self._rest._modules, self.head_name: owner.lm_head}
-        model.__dict__ = {**vars(self._rest), "_modules": parts, "training": owner.training}
+    def bind(self, owner: nn.Module) -> PreTrainedModel:
+        """Make an instance without a body for one call, so that threads and replicas of `owner` do not share it."""
+        model = object.__new__(type(self.rest))
+        parts = {**self.rest._modules, self.head_name: owner.lm_head}
+        model.__dict__ = {**vars(self.rest), "_modules": parts, "training": owner.training}
         return model
 
 
-def _part_with(model: nn.Module, wanted: nn.Module) -> str | None:
-    """Name of the child of `model` that contains a module."""
+def _child_containing(model: nn.Module, wanted: nn.Module) -> str | None:
+    """Return the name of the child of `model` that contains a module."""
     for name, child in model.named_children():
         if any(module is wanted for module in child.modules()):
             return name
     return None
 
 
-class _Body:
-    """A function in place of a model, whose values can be read; a part of it (`decoder` of OPT) is the same."""
+class _FunctionAsBody:
+    """A function in place of a module, with the module's attributes.
+
+    A submodule is the function again: OPT calls `decoder` of its body, not the body.
+    """
 
     def __init__(self, function: Callable[..., Any], body: nn.Module):
         self.function, self.body = function, body
@@ -241,37 +219,35 @@ class _Body:
 
 
 def load_language_model(config: PreTrainedConfig) -> LanguageModelHead:
-    """Build a language model with random weights, in parts.
-
-    Args:
-        config (`PreTrainedConfig`): Its configuration.
-
-    Returns:
-        `LanguageModelHead`: With `body` and `layer`.
-
-    Raises:
-        UnsupportedLanguageModelError: If it would compute something else here.
-    """
+    """Build a language model with random weights; raise `UnsupportedLanguageModelError` if it cannot be used."""
     language_model_class(config)
     return LanguageModelHead(AutoModelForCausalLM.from_config(config))
 
 
+# Name under which a cache holds the mask of the tokens that the language model saw, if some were dropped.
+_SEEN = "_mgllava_seen"
+_NO_CACHE = (
+    "`past_key_values` (`cache`) must be empty for a prompt with images: what this model sees of an image depends on "
+    "all text of the prompt. Pass the whole prompt with its images, without a cache of its beginning."
+)
+
+
 @dataclass
 class ImageTextModelOutputWithPast(BaseModelOutputWithPast):
-    """Output of a body. A family's own class inherits it and says what `image_hidden_states` are."""
+    """Output of a body. The output class of a family derives from it and documents `image_hidden_states`."""
 
     image_hidden_states: torch.FloatTensor | None = None
     image_outputs: BaseModelOutputWithPooling | None = None
     router_logits: tuple[torch.FloatTensor] | None = None
 
-    # Heads of language models read these of their own bodies.
+    # Some language models read these from the output of their body.
     cross_attentions = None
     shared_kv_states = None
 
 
 @dataclass
 class ImageTextCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """Output of a model with its head. A family's own class inherits it and says what `image_hidden_states` are."""
+    """Output of a model with its head. The output class of a family derives from it as well."""
 
     image_hidden_states: torch.FloatTensor | None = None
     image_outputs: BaseModelOutputWithPooling | None = None
@@ -279,11 +255,16 @@ class ImageTextCausalLMOutputWithPast(CausalLMOutputWithPast):
     router_logits: tuple[torch.FloatTensor] | None = None
 
 
-def _must_be_touched(modules: list[nn.Module]) -> bool:
-    """Whether all processes must run these modules, also those without an image.
+@dataclass
+class SeenImageFeatures(BaseModelOutputWithPooling):
+    """Image features after `generate` has dropped placeholders, which must not be dropped again."""
 
-    So it is where their gradients are reduced together, and where each process holds a share of their weights, which
-    all gather together (ZeRO-3, FSDP).
+
+def must_be_touched(modules: list[nn.Module]) -> bool:
+    """Tell whether every process must run these modules, even if its batch has no image.
+
+    This is needed if their gradients are reduced across processes, or if each process holds a shard of their weights
+    (ZeRO-3, FSDP): both are collective operations.
     """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return False
@@ -298,18 +279,42 @@ def _must_be_touched(modules: list[nn.Module]) -> bool:
 
 
 class _UnusedTokens(LogitsProcessor):
-    """Keeps the unused rows of the embedding table from being generated, whatever generation config is passed."""
+    """Never generates unused rows of the embedding table, whatever generation configuration is passed."""
 
     def __init__(self, ids: list[int]):
         self.ids = torch.tensor(ids, dtype=torch.long)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        ids = self.ids[self.ids < scores.shape[-1]]  # some language models cut the padding off themselves
+        ids = self.ids[self.ids < scores.shape[-1]]  # some language models remove the padding themselves
         return scores.index_fill(-1, ids.to(scores.device), -torch.inf)
 
 
-def _keep(hidden_states: torch.FloatTensor, logits_to_keep: int | torch.Tensor) -> torch.FloatTensor:
-    """Cut hidden states to the positions whose logits are wanted; those of a mask are one row."""
+def _repeat_seen(hidden_states: torch.FloatTensor, is_seen: torch.BoolTensor) -> torch.FloatTensor:
+    """Replace the state of a token that is not seen by that of the last one before it: the next token is the same."""
+    places = torch.arange(is_seen.shape[1], device=is_seen.device).masked_fill(~is_seen, 0).cummax(-1).values
+    return hidden_states.gather(1, places.unsqueeze(-1).expand_as(hidden_states).to(hidden_states.device))
+
+
+def _without_dropped_in_cache(cache: Cache, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Mask the tokens in a cache that were dropped, and number those after it without gaps."""
+    embeds, mask, length = inputs["inputs_embeds"], inputs["attention_mask"], int(cache.get_seq_length())
+    seen = getattr(cache, _SEEN)[:, :length]
+    width = length + embeds.shape[1]
+    if mask is None:
+        mask = seen.new_ones(len(embeds), width)
+    if not isinstance(mask, torch.Tensor) or mask.shape != (len(seen), width):
+        given = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask)
+        raise ValueError(
+            f"`attention_mask` must have shape {(len(seen), width)}, of the {length} tokens in the cache, with those "
+            f"of images, and of the new ones, got {given}."
+        )
+    mask = mask.clone()
+    mask[:, : seen.shape[1]] *= seen.to(mask.device, mask.dtype)
+    return {"attention_mask": mask, "position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)[:, length:]}
+
+
+def _select_positions(hidden_states: torch.FloatTensor, logits_to_keep: int | torch.Tensor) -> torch.FloatTensor:
+    """Select the hidden states whose logits are wanted; a mask selects them into a single row."""
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
     if logits_to_keep.ndim == 1:
@@ -325,27 +330,28 @@ def _keep(hidden_states: torch.FloatTensor, logits_to_keep: int | torch.Tensor) 
 
 
 class ImageTextModel(ImageTextPreTrainedModel):
-    """Body of a family: what embeds images, and the language model without its head.
+    """Body of a family's model: the modules that embed images, and the language model without its head.
 
-    A family adds its modules, then calls `add_language_model`. It defines `get_image_features`, `dummy_images`, and a
-    `forward` that hands its arguments to `embed_and_run`.
+    The class of a family adds its modules, then calls `add_language_model`. It defines `get_image_features`,
+    `dummy_images`, and a `forward` that passes its arguments to `embed_and_run`.
     """
 
     output_class: type[ImageTextModelOutputWithPast] = ImageTextModelOutputWithPast
-    # A family whose language model does not see all placeholders defines this method, with the arguments of
-    # `_drop_placeholders`. It returns a mask of shape `(batch_size, sequence_length)`, true where one is dropped.
+    # A family whose language model does not see all placeholders defines this method. It is called with the arguments
+    # of `_drop_placeholders`, by name, and returns a mask of shape `(batch_size, sequence_length)`, true where one is
+    # dropped.
     placeholders_to_drop: Callable[..., torch.BoolTensor] | None = None
 
     def add_language_model(self, language_model: PreTrainedModel | None) -> None:
         """Add the language model, as the last module, and initialize all weights."""
-        # The model with a head brings the body of the same instance that its head comes from.
+        # The model with a head passes the body of the language model that its head comes from.
         self.language_model = language_model
         if language_model is None:
             self.language_model, _ = load_language_model(self.config.text_config).take_parts()
         self.post_init()
 
     def dummy_images(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """Return the arguments of `get_image_features` for one empty image."""
+        """Return the arguments of `get_image_features` for one dummy image."""
         raise NotImplementedError
 
     def embed(
@@ -360,10 +366,10 @@ class ImageTextModel(ImageTextPreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         labels: torch.LongTensor | None = None,
     ) -> tuple[dict[str, Any], torch.FloatTensor | None, BaseModelOutputWithPooling | None]:
-        """Embed text and images, which `images` holds as arguments of `get_image_features`.
+        """Embed text and images; `images` holds the arguments of `get_image_features`.
 
-        Returns:
-            Arguments of the language model, the embeddings of the images in turn, and what `get_image_features` gave.
+        Returns the arguments of the language model, the embeddings of all images `(num_placeholders, hidden_size)`,
+        and the output of `get_image_features`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
@@ -372,19 +378,25 @@ class ImageTextModel(ImageTextPreTrainedModel):
             if image_outputs is not None:
                 raise ValueError("Pass either `pixel_values` or `mm_encoder_outputs` with an image, not both.")
             image_outputs = self.get_image_features(**images, return_dict=True)
-        # Other processes may have images in their batches: then an empty image, for a zero, at the same point.
-        is_unseen = image_outputs is None and cache is None and _must_be_touched(self.vision_modules())
-        if is_unseen:
+        # Other processes may have images in their batches, and run these modules now. This one runs them on a dummy
+        # image, whose embeddings are multiplied by zero below.
+        is_dummy = image_outputs is None and cache is None and must_be_touched(self.vision_modules())
+        if is_dummy:
             device = input_ids.device if inputs_embeds is None else inputs_embeds.device
             image_outputs = self.get_image_features(**self.dummy_images(device), return_dict=True)
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         image_features = None
-        if is_unseen or image_outputs is None:
+        if is_dummy or image_outputs is None:
             self._check_no_placeholders(input_ids, inputs_embeds)
-        if is_unseen:
-            # Zero also where the empty image overflows.
+            given = [name for name, value in images.items() if value is not None]
+            if given and cache is None:
+                raise ValueError(
+                    f"`pixel_values` must be given with `{given[0]}`, got None. Pass all or none of them."
+                )
+        if is_dummy:
+            # The product must be zero even if the dummy image overflows.
             total = torch.nan_to_num(torch.cat(list(image_outputs.pooler_output)), posinf=0.0, neginf=0.0).sum()
             inputs_embeds = inputs_embeds + (0 * total).to(inputs_embeds.device, inputs_embeds.dtype)
         elif image_outputs is None:
@@ -394,9 +406,16 @@ class ImageTextModel(ImageTextPreTrainedModel):
             image_features = torch.cat(list(image_outputs.pooler_output))
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
-            if self.placeholders_to_drop is not None:
+            if self.placeholders_to_drop is not None and not isinstance(image_outputs, SeenImageFeatures):
+                if cache is not None and cache.get_seq_length():
+                    raise ValueError(_NO_CACHE)
                 attention_mask, position_ids = self._drop_placeholders(
-                    inputs_embeds, mask.squeeze(-1), attention_mask, position_ids, labels
+                    position_ids,
+                    image_outputs=image_outputs,
+                    inputs_embeds=inputs_embeds,
+                    is_placeholder=mask.squeeze(-1),
+                    attention_mask=attention_mask,
+                    labels=labels,
                 )
         arguments = {
             "inputs_embeds": inputs_embeds,
@@ -404,16 +423,27 @@ class ImageTextModel(ImageTextPreTrainedModel):
             "position_ids": position_ids,
             CACHE_NAME: cache,
         }
-        return arguments, image_features, None if is_unseen else image_outputs
+        return arguments, image_features, None if is_dummy else image_outputs
 
     def embed_and_run(
         self, images: dict[str, Any], arguments: dict[str, Any], **kwargs
     ) -> ImageTextModelOutputWithPast:
-        """Call `embed` with `images` and `arguments`, and the language model with what it gives and `kwargs`."""
+        """Call `embed` with `images` and `arguments`, and the language model with its result and `kwargs`."""
         inputs, image_features, image_outputs = self.embed(images, **arguments)
+        if hasattr(inputs[CACHE_NAME], _SEEN):
+            inputs |= _without_dropped_in_cache(inputs[CACHE_NAME], inputs)
         outputs = self.language_model(return_dict=True, **inputs, **kwargs)
+        seen, hidden_states = {}, outputs.last_hidden_state
+        if self.placeholders_to_drop is not None and image_features is not None:
+            is_placeholder = self.find_placeholders(arguments["input_ids"], arguments["inputs_embeds"])
+            if isinstance(mask := inputs["attention_mask"], torch.Tensor) and mask.shape == is_placeholder.shape:
+                seen["kept_tokens"] = mask[is_placeholder].bool()
+                hidden_states = _repeat_seen(hidden_states, mask.bool() | ~is_placeholder)
+                if outputs.get(CACHE_NAME) is not None and not isinstance(image_outputs, SeenImageFeatures):
+                    setattr(outputs[CACHE_NAME], _SEEN, mask)
         return self.output_class(
-            last_hidden_state=outputs.last_hidden_state,
+            **seen,
+            last_hidden_state=hidden_states,
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             image_hidden_states=image_features,
@@ -424,53 +454,52 @@ class ImageTextModel(ImageTextPreTrainedModel):
 
     def _drop_placeholders(
         self,
-        inputs_embeds: torch.FloatTensor,
+        position_ids: torch.LongTensor | None,
+        *,
         is_placeholder: torch.BoolTensor,
         attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor | None,
-        labels: torch.LongTensor | None,
-    ) -> tuple[torch.Tensor, torch.LongTensor | None]:
-        """Mask placeholders, and close the gaps that they leave in the positions."""
+        **arguments: Any,
+    ) -> tuple[torch.Tensor, torch.LongTensor]:
+        """Mask the dropped placeholders, and number the other positions without gaps."""
         if attention_mask is None:
             attention_mask = torch.ones_like(is_placeholder, dtype=torch.long)
-        # `generate` drops them for all of its steps, before the first one.
-        if (is_placeholder & (attention_mask[:, -is_placeholder.shape[1] :] == 0)).any():
-            return attention_mask, position_ids
-        dropped = self.placeholders_to_drop(
-            inputs_embeds=inputs_embeds, is_placeholder=is_placeholder, attention_mask=attention_mask, labels=labels
-        )
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != is_placeholder.shape:
+            given = tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask)
+            raise ValueError(
+                f"`attention_mask` must have the shape of the prompts with their images, "
+                f"{tuple(is_placeholder.shape)}, got {given}. Pass the whole prompt, without a cache of its beginning."
+            )
+        if position_ids is not None:
+            count = attention_mask.long().cumsum(-1) - 1
+            expected = (position_ids == count) | (attention_mask == 0)
+            plain = position_ids == torch.arange(is_placeholder.shape[1], device=position_ids.device)
+            torch_compilable_check(
+                expected.all() | plain.all(),
+                lambda: (
+                    "`position_ids` must count the tokens of one prompt per row, got others. This model drops tokens "
+                    "of images and counts again, which is impossible for packed prompts. Leave `position_ids` out, "
+                    "and pad instead."
+                ),
+            )
+        dropped = self.placeholders_to_drop(is_placeholder=is_placeholder, attention_mask=attention_mask, **arguments)
         attention_mask = attention_mask.masked_fill(dropped & is_placeholder, 0)
         return attention_mask, (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
     def find_placeholders(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None
     ) -> torch.BoolTensor:
-        """Tell which positions of prompts are placeholders.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Token ids. Without them, placeholders are recognized by their embedding.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
-                Token embeddings.
-
-        Returns:
-            `torch.BoolTensor` of shape `(batch_size, sequence_length)`.
-        """
+        """Tell which positions are placeholders, `(batch_size, sequence_length)`; without ids, by their embeddings."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
         image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(image_token).to(inputs_embeds.device)).all(-1)
 
     def vision_modules(self) -> list[nn.Module]:
-        """List what images pass: towers, fusion, projectors.
-
-        Returns:
-            `list[nn.Module]`.
-        """
+        """List the modules that images pass through, such as towers, fusion and projectors."""
         return [module for name, module in self.named_children() if name != "language_model"]
 
     def _with_gradient(self, inputs_embeds: torch.FloatTensor) -> torch.FloatTensor:
-        """Let a loss of text alone have a gradient, zero, where only vision parameters are trained (stage 1)."""
+        """Give the loss of text alone a gradient of zero if only vision parameters are trained, as in stage 1."""
         if not self.training or not torch.is_grad_enabled():
             return inputs_embeds
         if any(parameter.requires_grad for parameter in self.language_model.parameters()):
@@ -483,9 +512,9 @@ class ImageTextModel(ImageTextPreTrainedModel):
         return inputs_embeds + zero * torch.nan_to_num(trained.flatten()[0]).to(inputs_embeds.device)
 
     def _check_no_placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> None:
-        """Raise `ValueError` where placeholders would be read as text."""
+        """Raise `ValueError` for placeholders that have no image."""
         if inputs_embeds.shape[1] == 1:
-            return  # a step of generation, which never gives a placeholder
+            return  # a step of generation, which never generates a placeholder
         mask = self.find_placeholders(input_ids, inputs_embeds)
         torch_compilable_check(
             ~mask.any(),
@@ -503,21 +532,9 @@ class ImageTextModel(ImageTextPreTrainedModel):
         inputs_embeds: torch.FloatTensor,
         image_features: list[torch.FloatTensor],
     ) -> torch.BoolTensor:
-        """Find the placeholders that `image_features` take the place of.
+        """Find the placeholders, `(batch_size, sequence_length, 1)`; raise `ValueError` if their number is wrong.
 
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Token ids. Without them, placeholders are recognized by their embedding.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
-                Token embeddings.
-            image_features (`list` of `torch.FloatTensor` of shape `(num_tokens, hidden_size)`):
-                Embeddings of each image.
-
-        Returns:
-            `torch.BoolTensor` of shape `(batch_size, sequence_length, 1)`.
-
-        Raises:
-            ValueError: If there are more or fewer placeholders than image embeddings.
+        `image_features` holds the embeddings of each image, `(num_tokens, hidden_size)`.
         """
         mask = self.find_placeholders(input_ids, inputs_embeds)
         num_features = sum(len(features) for features in image_features)
@@ -533,14 +550,15 @@ class ImageTextModel(ImageTextPreTrainedModel):
 
 
 class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixin):
-    """Model of a family with its head: scores, loss and generation.
+    """Model of a family with its head: logits, loss and generation.
 
-    A family names `body_class`, and defines `get_image_features` and a `forward` that hands its arguments to `_score`.
+    The class of a family sets `body_class`, and defines `get_image_features` and a `forward` that passes its arguments
+    to `_score`.
     """
 
     body_class: type[ImageTextModel]
     output_class: type[ImageTextCausalLMOutputWithPast] = ImageTextCausalLMOutputWithPast
-    # Arguments of `forward` with tensors of images, `pixel_values` first.
+    # Arguments of `forward` that hold tensors of images, `pixel_values` first.
     image_arguments: tuple[str, ...] = ("pixel_values",)
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -567,15 +585,15 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
         logits_to_keep: int | torch.Tensor,
         **kwargs,
     ) -> ImageTextCausalLMOutputWithPast:
-        """Run the body, with `images`, and the head: both with `arguments`, those of any language model.
+        """Run the body and the head with `arguments`, which every language model has; the body also with `images`.
 
-        `images` may hold further arguments of the body's `forward`.
+        `images` may hold any other arguments of the body's `forward`.
         """
         labels, input_ids = arguments["labels"], arguments["input_ids"]
         if arguments["position_ids"] is not None and not self._head.takes_positions:
             raise ValueError(
-                f"A language model of type {self.config.text_config.model_type!r} takes no `position_ids`: the "
-                "positions of its tokens follow from `attention_mask`."
+                f"A language model of type {self.config.text_config.model_type!r} takes no `position_ids`: it "
+                "computes positions from `attention_mask`. Leave the argument out."
             )
         loss_arguments = {name: kwargs.pop(name) for name in _LOSS_ARGUMENTS if name in kwargs}
         seen = []
@@ -583,7 +601,7 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
         def body(input_ids: torch.LongTensor | None = None, **body_arguments) -> ImageTextModelOutputWithPast:
             outputs = self.model(input_ids=input_ids, **images, **{**body_arguments, "return_dict": True})
             seen.append(outputs)
-            kept = _keep(outputs.last_hidden_state, logits_to_keep)
+            kept = _select_positions(outputs.last_hidden_state, logits_to_keep)
             return type(outputs)(**{**outputs, "last_hidden_state": kept})
 
         def loss_function(logits: torch.FloatTensor, *_, **__) -> torch.FloatTensor:
@@ -598,7 +616,9 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
             and logits_to_keep.dtype == torch.bool
         ):
             logits = logits[0]
+        seen = {"kept_tokens": outputs["kept_tokens"]} if "kept_tokens" in outputs else {}
         return self.output_class(
+            **seen,
             loss=scored.loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
@@ -613,27 +633,27 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
     def _loss(
         self, logits: torch.FloatTensor, labels: torch.LongTensor, input_ids: torch.LongTensor | None, **kwargs
     ) -> torch.FloatTensor:
-        """Cross-entropy of the next token: over the original vocabulary, where it is not a placeholder."""
+        """Compute the cross-entropy over the original vocabulary, without the positions of placeholders."""
         placeholder = self.config.image_token_id
         if input_ids is not None:
             labels = labels.masked_fill(input_ids == placeholder, -100)
         labels = labels.masked_fill(labels == placeholder, -100)
-        # What a trainer that splits sequences has shifted already stands in for `labels`.
+        # A trainer that splits sequences passes labels that it has shifted already; they replace `labels`.
         targets = labels
         if (shifted := kwargs.get("shift_labels")) is not None:
             targets = kwargs["shift_labels"] = shifted.masked_fill(shifted == placeholder, -100)
-        # Where nothing is to be learned, the sum is 0 and so is the loss, not 0 / 0.
+        # Without any label the sum is 0, and the loss must be 0 too instead of 0 / 0.
         if (count := kwargs.get("num_items_in_batch")) is not None:
             kwargs["num_items_in_batch"] = torch.as_tensor(count).clamp(min=1)
-        # Without the padding rows of the table: in the softmax, they would make the loss differ from the reference.
+        # The softmax leaves out the padding rows of the table, as the reference does.
         vocab_size = self.config.unpadded_vocab_size or self.config.text_config.vocab_size
         torch_compilable_check(
             ((targets < vocab_size) & (targets >= 0) | (targets == -100)).all(),
             lambda: (
                 f"`labels` must be ids from 0 to {vocab_size - 1} or -100, got {int(targets.min())} to "
-                f"{int(targets.max())}. Of the {self.config.text_config.vocab_size} rows of the table only the first "
-                f"{vocab_size} are words: after adding tokens call `model.resize_token_embeddings(len(tokenizer))`, "
-                "also if the table is long enough."
+                f"{int(targets.max())}. Only the first {vocab_size} of the {self.config.text_config.vocab_size} rows "
+                "of the embedding table are vocabulary. After adding tokens, call "
+                "`model.resize_token_embeddings(len(tokenizer))`, even if the table has enough rows."
             ),
         )
         return self.loss_function(logits=logits[..., :vocab_size], labels=labels, vocab_size=vocab_size, **kwargs)
@@ -643,97 +663,152 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
         *args,
         **kwargs,
     ) -> GenerateOutput | torch.LongTensor:
-        """Generate; the placeholder and the padding of the embedding table never, whatever is passed."""
-        if gone := [name for name in _GENERATION_HOOKS if not hasattr(GenerationMixin, name)]:
+        """Generate, but never the placeholder or the padding of the embedding table, whatever options are passed."""
+        if missing := [name for name in _GENERATION_HOOKS if not hasattr(GenerationMixin, name)]:
             raise RuntimeError(
-                f"The installed transformers has no `GenerationMixin.{gone[0]}`, on which answers to images rely. "
-                "Install an older release, or a newer one of mgllava."
+                f"The installed transformers has no `GenerationMixin.{missing[0]}`, which generation from images "
+                "needs. Install an older transformers, or a newer mgllava."
             )
+        rules, criteria = list(logits_processor or ()), list(stopping_criteria or ())
+        kwargs |= dict(zip(_LATER_ARGUMENTS, args, strict=False))
+        seen, prompts = {}, None
         if self.model.placeholders_to_drop is not None:
-            kwargs = self._with_dropped_placeholders(inputs, kwargs)
-        processors = LogitsProcessorList([*(logits_processor or ()), _UnusedTokens(self.config.unused_token_ids)])
-        return super().generate(inputs, generation_config, processors, *args, **kwargs)
+            inputs, kwargs, seen, prompts = self._without_dropped_placeholders(
+                inputs, generation_config, [*rules, *criteria], kwargs
+            )
+        if prompts is not None:
+            rules, criteria = ([prompts.give_to(rule) for rule in given] for given in (rules, criteria))
+            if kwargs.get("streamer") is not None:
+                kwargs["streamer"] = prompts.stream_to(kwargs["streamer"])
+        processors = LogitsProcessorList([*rules, _UnusedTokens(self.config.unused_token_ids)])
+        output = super().generate(inputs, generation_config, processors, StoppingCriteriaList(criteria), **kwargs)
+        if isinstance(output, torch.Tensor):
+            return output if prompts is None else prompts.restore(output)
+        if prompts is not None:
+            output.sequences = prompts.restore(output.sequences)
+        for name, value in seen.items():
+            output[name] = value
+        return output
 
     @torch.no_grad()
-    def _with_dropped_placeholders(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Encode the images and drop placeholders: the steps after the first see no images, only the mask."""
+    def _without_dropped_placeholders(
+        self,
+        inputs: torch.Tensor | None,
+        generation_config: GenerationConfig | None,
+        rules: list[Callable[..., Any]],
+        kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor | None, dict[str, Any], dict[str, Any], "_WholePrompts | None"]:
+        """Encode the images, and remove dropped placeholders from the prompts for `generate`.
+
+        If `generate` would depend on their removal, they stay and are only masked. Also returns the fields that are
+        added to its output.
+        """
         images = {name: kwargs[name] for name in self.image_arguments if kwargs.get(name) is not None}
         features = kwargs.get("mm_encoder_outputs")
-        if not images and not features:
-            return kwargs
         embeds = kwargs.get("inputs_embeds")
-        arguments, _, image_outputs = self.model.embed(
+        given = [tensor for tensor in (inputs, kwargs.get("input_ids")) if tensor is not None]
+        ids = given[0] if given and embeds is None else None
+        # An assistant is given what the model that it assists sees.
+        is_dropped = isinstance((features or {}).get("image"), SeenImageFeatures)
+        if is_dropped or len(given) > 1 or (ids is None and embeds is None):
+            return inputs, kwargs, {}, None
+        cache = next((kwargs[name] for name in ("past_key_values", "cache") if kwargs.get(name) is not None), None)
+        if cache is not None and (cached := int(cache.get_seq_length())):
+            self._check_later_turn(cached, ids, kwargs.get("attention_mask"))
+        if not images and not features:
+            return inputs, kwargs, {}, None
+        configs = (generation_config, self.generation_config)
+        if ids is not None and kwargs.get("attention_mask") is None:
+            kwargs = {**kwargs, "attention_mask": _without_padding(ids, kwargs, configs)}
+        given, _, image_outputs = self.model.embed(
             images,
-            input_ids=kwargs.get("input_ids", inputs) if embeds is None else None,
+            input_ids=ids,
             inputs_embeds=embeds,
             attention_mask=kwargs.get("attention_mask"),
+            position_ids=kwargs.get("position_ids"),
+            cache=cache,
             mm_encoder_outputs=features,
         )
-        kwargs = {name: value for name, value in kwargs.items() if name not in images}
-        mask = arguments["attention_mask"]
-        return {**kwargs, "attention_mask": mask, "mm_encoder_outputs": {"image": image_outputs}}
+        mask, tokens = given["attention_mask"], list(image_outputs.pooler_output)
+        # Positions are counted without the dropped tokens.
+        kwargs = {name: value for name, value in kwargs.items() if name not in (*images, "position_ids")}
+        kept = mask[self.model.find_placeholders(ids, embeds)].bool()
+        seen = {"kept_tokens": kept, "image_outputs": image_outputs}
+        # A rule of transformers' own replaces the one that `generate` makes, if both have the same type.
+        has_own_rules = any(type(rule).__module__.startswith("transformers.") for rule in rules)
+        counts_prompt = has_own_rules or _counts_prompt(kwargs, configs)
+        if ids is None or cache is not None or kwargs.get("prefix_allowed_tokens_fn") or counts_prompt:
+            features = {"image": SeenImageFeatures(pooler_output=tokens)}
+            kwargs |= {"attention_mask": mask, "mm_encoder_outputs": features}
+            if not mask[:, -1].all():
+                # `generate` would number the answer from the last position, which is masked.
+                kwargs["position_ids"] = given["position_ids"]
+            return inputs, kwargs, seen, None
+
+        parts = zip(tokens, kept.split([len(rows) for rows in tokens]), strict=True)
+        features = {"image": SeenImageFeatures(pooler_output=[rows[keep] for rows, keep in parts])}
+        prompts = _WholePrompts(ids, mask.bool())
+        for name in ("input_ids", "token_type_ids", "mm_token_type_ids"):
+            kwargs.pop(name, None)
+        inputs, mask = prompts.without_dropped(ids), prompts.without_dropped(mask)
+        return inputs, {**kwargs, "attention_mask": mask, "mm_encoder_outputs": features}, seen, prompts
+
+    def _check_later_turn(self, cached: int, ids: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+        """Refuse a cache of `cached` tokens for a prompt whose images it may hold in part only."""
+        if ids is None or (ids == self.config.image_token_id).any():
+            raise ValueError(_NO_CACHE)
+        if mask is not None and mask.shape[1] not in (ids.shape[1], cached + ids.shape[1]):
+            raise ValueError(
+                f"`attention_mask` must have one column for each of the {cached} tokens in the cache and of the "
+                f"{ids.shape[1]} new ones, got {mask.shape[1]}. `generate` does not put tokens of images into the "
+                "cache that the model does not see: pass the whole prompt with its images instead, without a cache."
+            )
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.LongTensor, inputs_embeds: torch.FloatTensor | None = None, **kwargs
     ) -> dict:
-        """Prepare the arguments of `forward` for a step of generation, as the language model's own class does.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Ids so far.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
-                Embeddings of the prompts, if they are given so.
-            **kwargs: See the base class.
-
-        Returns:
-            `dict`: Arguments of `forward`.
-        """
+        """Prepare the arguments of `forward` for a step of generation, as the language model's own class does."""
         rest = self._head.rest
         if type(rest).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation:
             prepare = super().prepare_inputs_for_generation
         else:
-            prepare = self._head.stand_in(self).prepare_inputs_for_generation
+            prepare = self._head.bind(self).prepare_inputs_for_generation
         inputs = prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        # Images go with the first step alone. But Phi-3 starts again from the whole prompt where its position
-        # embeddings change, and an assistant has no first step.
+        # transformers passes images to the first step only. But Phi-3 computes the whole prompt again when its
+        # position embeddings change, and an assistant model has no first step.
         names = (*self.image_arguments, "mm_encoder_outputs")
         images = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         ids = inputs.get("input_ids")
         is_left_out = ids is not None and ids.shape[1] > 1 and not images.keys() <= inputs.keys()
         if is_left_out and (ids == self.config.image_token_id).any():
-            inputs |= self._own_images(images)
-        # Releases before 5.24 hand on features of images, unlike pixels, in every step.
-        if ids is not None and ids.shape[1] == 1 and not kwargs.get("is_first_iteration"):
+            inputs |= self._images_of_own_width(images)
+        # Releases before 5.24 pass `mm_encoder_outputs` to every step, also where one checks several drafted tokens.
+        is_later = ids is not None and not kwargs.get("is_first_iteration")
+        if is_later and (ids.shape[1] == 1 or not (ids == self.config.image_token_id).any()):
             inputs.pop("mm_encoder_outputs", None)
         if not self._head.takes_positions:
             inputs.pop("position_ids", None)
         return inputs
 
-    def _own_images(self, images: dict) -> dict:
-        """Images as this model reads them: an assistant is given the features of the model that it assists."""
+    def _images_of_own_width(self, images: dict) -> dict:
+        """Replace image features of another width by zeros: an assistant gets those of the model that it assists."""
         features = (images.get("mm_encoder_outputs") or {}).get("image")
         width = self.config.text_config.hidden_size
         if features is None or features.pooler_output[0].shape[-1] == width:
             return images
         logger.warning_once(
-            f"The images were encoded for a model whose layers are {features.pooler_output[0].shape[-1]} wide, not "
-            f"{width} as in this one, which drafts without seeing them. The answer is the same, but takes longer."
+            f"The image features are {features.pooler_output[0].shape[-1]} wide, but the layers of the assistant "
+            f"model are {width} wide. It drafts without the images: the answer is the same, but takes longer."
         )
         blank = [tokens.new_zeros(len(tokens), width) for tokens in features.pooler_output]
-        return {**images, "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=blank)}}
+        return {**images, "mm_encoder_outputs": {"image": type(features)(pooler_output=blank)}}
 
     def create_masks_for_generate(self, *args, **kwargs) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Make attention masks for a cache of fixed size, as the language model's own class does.
-
-        Args:
-            *args: See `transformers.masking_utils.create_masks_for_generate`.
-            **kwargs: See there.
-
-        Returns:
-            `torch.Tensor` or `dict`: The masks.
-        """
+        """Make attention masks for a static cache, as the language model's own class does."""
         make = getattr(self._head.rest, "create_masks_for_generate", create_masks_for_generate)
         return make(*args, **kwargs)
 
@@ -747,32 +822,108 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
         input_ids: torch.LongTensor | None = None,
         **model_kwargs,
     ) -> tuple[torch.LongTensor, dict]:
-        # Releases that do not encode images before the prefill repeat every tensor row by row. Images must instead be
-        # repeated prompt by prompt, since a prompt may hold none or several.
-        images = {}
-        if expand_size > 1 and model_kwargs.get("pixel_values") is not None:
-            names = self.image_arguments
+        # Releases that do not encode images before the prefill repeat every tensor row by row, and features not at
+        # all. Images must be repeated prompt by prompt instead, since a prompt may have no image or several.
+        images: dict[str, Any] = {}
+        features = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if expand_size > 1 and (features is not None or model_kwargs.get("pixel_values") is not None):
+            names = (*self.image_arguments, "mm_encoder_outputs")
             images = {name: model_kwargs.pop(name) for name in names if model_kwargs.get(name) is not None}
-            embeds = model_kwargs.get("inputs_embeds")  # `generate` then holds no ids
+            embeds = model_kwargs.get("inputs_embeds")  # with these, `input_ids` is empty
             is_placeholder = self.model.find_placeholders(input_ids if embeds is None else None, embeds)
-            order = _repeated_groups(self._num_image_tokens(images), is_placeholder, expand_size)
-            images = self._take_images(images, order)
+            if features is None:
+                order = _repeated_groups(self._num_image_tokens(images), is_placeholder, expand_size)
+                images = self._take_images(images, order)
+            else:
+                tokens = list(features.pooler_output)
+                order = _repeated_groups(torch.tensor(list(map(len, tokens))), is_placeholder, expand_size)
+                repeated = type(features)(pooler_output=[tokens[index] for index in order])
+                images["mm_encoder_outputs"] = {**images["mm_encoder_outputs"], "image": repeated}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         return input_ids, {**model_kwargs, **images}
 
     def _num_image_tokens(self, images: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Number of placeholders of each image."""
+        """Return the number of placeholders of each image, `(num_images,)`."""
         raise NotImplementedError
 
     def _take_images(self, images: dict[str, torch.Tensor], order: list[int]) -> dict[str, torch.Tensor]:
-        """Images in another order; a family whose images have several rows in a tensor does this in its own way."""
+        """Put images in another order. A family overrides this if an image has several rows in a tensor."""
         return {name: tensor[order] for name, tensor in images.items()}
 
 
+_Configs = tuple[GenerationConfig | None, ...]
+
+
+def _option(name: str, kwargs: dict[str, Any], configs: _Configs) -> Any:
+    """Return an option of `generate`: an argument, or a value of the first configuration that has it."""
+    values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in values if value is not None), None)
+
+
+def _counts_prompt(kwargs: dict[str, Any], configs: _Configs) -> bool:
+    """Tell whether a limit on the length of answers counts the tokens of the prompt."""
+    return any(
+        _option(f"{end}_length", kwargs, configs) and not _option(f"{end}_new_tokens", kwargs, configs)
+        for end in ("max", "min")
+    )
+
+
+def _without_padding(ids: torch.LongTensor, kwargs: dict[str, Any], configs: _Configs) -> torch.LongTensor:
+    """Make an attention mask as `generate` does: padding is masked, if it is not the end of answers as well."""
+    padding, ends = (_option(name, kwargs, configs) for name in ("pad_token_id", "eos_token_id"))
+    ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+    return torch.ones_like(ids) if padding is None or int(padding) in ends else (ids != int(padding)).long()
+
+
+class _WholePrompts:
+    """The whole prompts, of which `generate` gets only the tokens that are not dropped, padded on the left."""
+
+    def __init__(self, ids: torch.LongTensor, mask: torch.BoolTensor):
+        self.ids, self.mask = ids, mask
+        self.width = int(mask.sum(-1).max())
+
+    def without_dropped(self, values: torch.Tensor) -> torch.Tensor:
+        """Remove dropped tokens from ids or their attention mask."""
+        padding = values[:, :1].new_zeros(len(values), self.width)
+        for row, (source, mask) in enumerate(zip(values, self.mask, strict=True)):
+            seen = source[mask]
+            padding[row, self.width - len(seen) :] = seen
+        return padding
+
+    def restore(self, sequences: torch.LongTensor) -> torch.LongTensor:
+        """Replace the prompts in front of answers by the whole prompts."""
+        prompts = self.ids.repeat_interleave(len(sequences) // len(self.ids), dim=0)
+        return torch.cat([prompts.to(sequences.device), sequences[:, self.width :]], dim=1)
+
+    def stream_to(self, streamer: Any) -> "_StreamOfWholePrompts":
+        """Wrap a streamer, so that it gets the whole prompts first."""
+        return _StreamOfWholePrompts(streamer, self.ids.cpu())
+
+    def give_to(self, rule: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a logits processor or stopping criterion, so that it sees the whole prompts."""
+        return lambda ids, *args, **kwargs: rule(self.restore(ids), *args, **kwargs)
+
+
+class _StreamOfWholePrompts:
+    """A streamer that gets other ids first."""
+
+    def __init__(self, streamer: Any, ids: torch.LongTensor):
+        self.streamer, self.ids = streamer, ids
+
+    def put(self, value: torch.Tensor) -> None:
+        """Pass on ids, the first time those of the prompts."""
+        value, self.ids = (value if self.ids is None else self.ids), None
+        self.streamer.put(value)
+
+    def end(self) -> None:
+        """Pass on the end."""
+        self.streamer.end()
+
+
 def _repeated_groups(num_tokens: torch.Tensor, is_placeholder: torch.BoolTensor, expand_size: int) -> list[int]:
-    """Indices of the images of all prompts, each prompt's repeated `expand_size` times as a group."""
+    """Return the indices of the images of all prompts, with those of each prompt repeated `expand_size` times."""
     ends = num_tokens.cumsum(0).tolist()
     prompt_ends = is_placeholder.sum(-1).cumsum(0).tolist()
     groups, first = [], 0
@@ -789,7 +940,9 @@ __all__ = [
     "ImageTextModel",
     "ImageTextModelOutputWithPast",
     "LanguageModelHead",
+    "SeenImageFeatures",
     "UnsupportedLanguageModelError",
     "language_model_class",
     "load_language_model",
+    "must_be_touched",
 ]

@@ -1,4 +1,4 @@
-"""MG-LLaVA: three views of an image for one language model (arXiv 2406.17770)."""
+"""Models of MG-LLaVA (arXiv 2406.17770)."""
 
 from dataclasses import dataclass
 
@@ -37,21 +37,21 @@ logger = logging.get_logger(__name__)
 class MGLlavaModelOutputWithPast(ImageTextModelOutputWithPast):
     """Output of `MGLlavaModel`.
 
-    Args:
+    Attributes:
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
             Output of the language model's last layer.
         cache (`Cache`, *optional*):
-            Keys and values for the next step, when `use_cache=True`. `past_key_values` before transformers 5.24.
+            The KV cache, with `use_cache=True`. Its name is `past_key_values` before transformers 5.24.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*):
-            Output of the embeddings and of every layer, when asked for.
+            With `output_hidden_states=True`: output of the embeddings and of every layer.
         attentions (`tuple(torch.FloatTensor)`, *optional*):
-            Attention weights of every layer, when asked for.
+            With `output_attentions=True`: attention weights of every layer.
         image_hidden_states (`torch.FloatTensor` of shape `(num_placeholders, hidden_size)`, *optional*):
-            Embeddings of the images, fused tokens and then box tokens of each image in turn.
+            Embeddings of the images: for each image its fused tokens, then its box tokens.
         image_outputs (`BaseModelOutputWithPooling`, *optional*):
-            Output of `get_image_features`, from which they are.
+            Output of `get_image_features`.
         router_logits (`tuple(torch.FloatTensor)`, *optional*):
-            Scores of the experts in every layer of a mixture of experts, when asked for.
+            With `output_router_logits=True`: scores of the experts in every layer of a mixture of experts.
     """
 
 
@@ -59,41 +59,33 @@ class MGLlavaModelOutputWithPast(ImageTextModelOutputWithPast):
 class MGLlavaCausalLMOutputWithPast(ImageTextCausalLMOutputWithPast):
     """Output of `MGLlavaForConditionalGeneration`.
 
-    Args:
+    It also has all fields of [`MGLlavaModelOutputWithPast`] except `last_hidden_state`.
+
+    Attributes:
         loss (`torch.FloatTensor` of shape `()`, *optional*):
-            Cross-entropy of the next token over the original vocabulary, when `labels` are given. What the language
-            model's own class adds to it (`output_router_logits=True`) is in it.
+            With `labels`: cross-entropy of the next token over the original vocabulary, plus what the class of the
+            language model adds, such as `aux_loss`.
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
-            Scores of every row of the embedding table, `config.unused_token_ids` included.
-        cache (`Cache`, *optional*):
-            Keys and values for the next step, when `use_cache=True`. `past_key_values` before transformers 5.24.
-        hidden_states (`tuple(torch.FloatTensor)`, *optional*):
-            Output of the embeddings and of every layer, when asked for.
-        attentions (`tuple(torch.FloatTensor)`, *optional*):
-            Attention weights of every layer, when asked for.
-        image_hidden_states (`torch.FloatTensor` of shape `(num_placeholders, hidden_size)`, *optional*):
-            Embeddings of the images, fused tokens and then box tokens of each image in turn.
-        image_outputs (`BaseModelOutputWithPooling`, *optional*):
-            Output of `get_image_features`, from which they are.
+            Scores of every row of the embedding table, including `config.unused_token_ids`.
         aux_loss (`torch.FloatTensor` of shape `()`, *optional*):
-            Loss for the balance of the experts, when `output_router_logits=True` and the language model has one.
-        router_logits (`tuple(torch.FloatTensor)`, *optional*):
-            Scores of the experts in every layer of a mixture of experts, when asked for.
+            With `output_router_logits=True`: the language model's load-balancing loss of its experts.
     """
 
 
 def _unpack_boxes(
     boxes: torch.Tensor | None, num_boxes: torch.Tensor | None, packed: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Read `image_position_ids` as boxes and their numbers, and raise `ValueError` if these are given too."""
+    """Split `image_position_ids` into `boxes` and `num_boxes`; raise `ValueError` if these are given too."""
     if packed is None:
         return boxes, num_boxes
     if boxes is not None or num_boxes is not None:
-        raise ValueError("Pass either `boxes` and `num_boxes` or `image_position_ids`, which holds both, not all.")
+        raise ValueError(
+            "Pass either `boxes` and `num_boxes`, or `image_position_ids`, which holds both. Got all of them."
+        )
     if packed.ndim != 3 or packed.shape[2] != 4:
         raise ValueError(
-            f"`image_position_ids` must have shape (num_images, max_boxes, 4), got {tuple(packed.shape)}. Let the "
-            "processor make them: `processor.packs_boxes = True`."
+            f"`image_position_ids` must have shape (num_images, max_boxes, 4), got {tuple(packed.shape)}. Set "
+            "`processor.packs_boxes = True`, and pass what the processor returns."
         )
     return packed.clamp(min=0), (packed >= 0).all(-1).sum(-1)
 
@@ -103,7 +95,7 @@ class MGLlavaPreTrainedModel(ImageTextPreTrainedModel):
 
     config: MGLlavaConfig
     config_class = MGLlavaConfig
-    # Each of these combines tensors of several sources, which must lie on one device.
+    # The inputs of each of these modules come from several modules, and must be on one device.
     _no_split_modules = [
         "MGLlavaConvFusion",
         "MGLlavaPatchInfoMining",
@@ -137,9 +129,9 @@ class MGLlavaModel(MGLlavaPreTrainedModel, ImageTextModel):
         super().__init__(config)
         uses_boxes = config.object_merging != "none"
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        # Only the CLS token would pass through it, and nobody reads that.
+        # It is applied to the CLS token only, which is not used.
         self.vision_tower.post_layernorm = nn.Identity()
-        # The low-resolution baseline has no use for the second tower.
+        # The low-resolution baseline does not need the second tower.
         self.high_res_vision_tower = None
         if uses_boxes or config.fusion_type != "none":
             self.high_res_vision_tower = MGLlavaHighResVisionModel(config.high_res_vision_config)
@@ -157,7 +149,7 @@ class MGLlavaModel(MGLlavaPreTrainedModel, ImageTextModel):
         self.add_language_model(language_model)
 
     def dummy_images(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """Return the inputs of one empty image; see [`ImageTextModel`]."""
+        """Return the inputs of one black image with the zero box; see [`ImageTextModel`]."""
         size = self.config.high_res_vision_config.image_size
         no_box = torch.zeros(1, 1, 4, dtype=torch.int64)
         return {"pixel_values": torch.zeros(1, 3, size, size, device=device), "boxes": no_box}
@@ -165,15 +157,15 @@ class MGLlavaModel(MGLlavaPreTrainedModel, ImageTextModel):
     def encode_images(
         self, pixel_values: torch.FloatTensor, boxes: torch.LongTensor, num_boxes: torch.LongTensor, **kwargs
     ) -> tuple[torch.FloatTensor, torch.FloatTensor | None, BaseModelOutputWithPooling]:
-        """Run the vision flow: both towers, fusion, boxes and projectors. Shapes do not depend on values.
+        """Run both towers, fusion, box pooling and projectors. Shapes do not depend on the values of tensors.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(num_images, 3, image_size, image_size)`):
-                High-resolution images. The low-resolution ones are derived from them.
+                High-resolution images. The low-resolution images are made from them.
             boxes (`torch.LongTensor` of shape `(num_images, max_boxes, 4)`):
                 Boxes as x1, y1, x2, y2 in pixels of the high-resolution image; int64, int32, float32 or float64.
             num_boxes (`torch.LongTensor` of shape `(num_images,)`):
-                How many of the boxes of each image are real; the others are padding.
+                Number of boxes of each image; the rows of `boxes` after them are padding.
             **kwargs: Arguments of the low-resolution tower, such as `output_hidden_states`.
 
         Returns:
@@ -181,7 +173,7 @@ class MGLlavaModel(MGLlavaPreTrainedModel, ImageTextModel):
             `(num_images, max_boxes, hidden_size)` or `None` if the model has none; the output of the low-resolution
             tower.
         """
-        # Bilinear, without antialiasing, in float32: what the towers were trained on (section 3.1).
+        # Bilinear, without antialiasing, in float32, as in training (section 3.1).
         size = self.config.vision_config.image_size
         pixels = pixel_values.to(torch.promote_types(pixel_values.dtype, torch.float32))
         low_res_pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
@@ -215,25 +207,27 @@ class MGLlavaModel(MGLlavaPreTrainedModel, ImageTextModel):
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(num_images, 3, image_size, image_size)`):
-                High-resolution images. The low-resolution ones are derived from them.
+                High-resolution images. The low-resolution images are made from them.
             boxes (`torch.LongTensor` of shape `(num_images, max_boxes, 4)`, *optional*):
-                Boxes as x1, y1, x2, y2 in pixels of the high-resolution image, zero-padded; int64 or int32 (as the
-                processor makes them), float32 or float64. An image without objects has the single box
-                `[0, 0, 0, 0]`, as in training. Only a model that uses no boxes does without.
+                Boxes as x1, y1, x2, y2 in pixels of the high-resolution image, zero-padded; int64 (from the
+                processor), int32, float32 or float64. An image without objects has the single box `[0, 0, 0, 0]`, as
+                in training. Required unless the model uses no boxes.
             num_boxes (`torch.LongTensor` of shape `(num_images,)`, *optional*):
-                How many of the boxes of each image are real, at least 1. By default all are.
+                Number of boxes of each image, at least 1; the rows of `boxes` after them are padding. By default
+                `boxes` has no padding.
             **kwargs: `output_hidden_states` and `output_attentions` of the low-resolution tower; `return_dict=False`
                 gives a tuple.
 
         Returns:
             `BaseModelOutputWithPooling`: `last_hidden_state` holds the fused tokens, of shape
-            `(num_images, image_seq_length, hidden_size)`; `pooler_output` is a list with what stands for each image in
-            the prompt, fused tokens and then box tokens, `(image_seq_length + num_boxes[i], hidden_size)`;
+            `(num_images, image_seq_length, hidden_size)`; `pooler_output` lists the embeddings that replace the
+            placeholders of each image, fused tokens and then box tokens,
+            `(image_seq_length + num_boxes[i], hidden_size)`;
             `hidden_states` and `attentions` are those of the low-resolution tower.
 
         Raises:
-            ValueError: If the shapes of `pixel_values`, `boxes` and `num_boxes` do not fit each other or the
-                configuration, or boxes are not finite or in a dtype that rounds them (such as bfloat16).
+            ValueError: If the shapes of `pixel_values`, `boxes` and `num_boxes` do not match each other or the
+                configuration, or boxes are not finite, or in a dtype that rounds them (such as bfloat16).
         """
         boxes, num_boxes = self._check_image_inputs(pixel_values, boxes, num_boxes)
         fused_tokens, box_tokens, vision_outputs = self.encode_images(pixel_values, boxes, num_boxes, **kwargs)
@@ -253,7 +247,7 @@ class MGLlavaModel(MGLlavaPreTrainedModel, ImageTextModel):
     def _check_image_inputs(
         self, pixel_values: torch.Tensor, boxes: torch.Tensor | None, num_boxes: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Complete missing `boxes` and `num_boxes`, and raise `ValueError` for shapes that do not fit."""
+        """Fill in missing `boxes` and `num_boxes`, and raise `ValueError` for wrong shapes, dtypes and values."""
         size = self.config.high_res_vision_config.image_size
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
             raise ValueError(
@@ -262,13 +256,13 @@ class MGLlavaModel(MGLlavaPreTrainedModel, ImageTextModel):
             )
         num_images = len(pixel_values)
         if boxes is None:
-            # The one box of an image without objects has a placeholder of its own, so counting would not find this.
+            # An image without objects has a box too, and its placeholder: counting placeholders would not find this.
             if self.box_projector is not None:
                 raise ValueError(
                     f"`boxes` must be given with `pixel_values`, got None for {num_images} image(s). Pass all that "
                     "the processor returned. An image without objects has one box, [0, 0, 0, 0]: "
                     f"`boxes=torch.zeros({num_images}, 1, 4, dtype=torch.int64)`. TRL's GRPOTrainer and RLOOTrainer "
-                    "hand on only names that they know: set `processor.packs_boxes = True`."
+                    "pass on only arguments that they know: set `processor.packs_boxes = True`."
                 )
             boxes = pixel_values.new_zeros(num_images, 1, 4, dtype=torch.int64)
         if boxes.ndim != 3 or boxes.shape[0] != num_images or boxes.shape[1] == 0 or boxes.shape[2] != 4:
@@ -283,7 +277,7 @@ class MGLlavaModel(MGLlavaPreTrainedModel, ImageTextModel):
             raise ValueError(f"`num_boxes` must have shape ({num_images},), got {tuple(num_boxes.shape)}.")
         if num_boxes.dtype not in (torch.int64, torch.int32):
             raise ValueError(
-                f"`num_boxes` must be int64 or int32, got {num_boxes.dtype}. Pass the processor's output as it is."
+                f"`num_boxes` must be int64 or int32, got {num_boxes.dtype}. Pass the processor's output unchanged."
             )
         torch_compilable_check(
             ((num_boxes >= 1) & (num_boxes <= boxes.shape[1])).all(),
@@ -321,41 +315,7 @@ class MGLlavaModel(MGLlavaPreTrainedModel, ImageTextModel):
     ) -> MGLlavaModelOutputWithPast:
         """Embed text and images and run the language model.
 
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Token ids, with one placeholder per image embedding. Either these or `inputs_embeds`.
-            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-                1 for tokens, 0 for padding.
-            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Positions of the tokens.
-            past_key_values (`Cache`, *optional*):
-                Keys and values of earlier steps.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
-                Embeddings to use in place of `input_ids`.
-            pixel_values (`torch.FloatTensor` of shape `(num_images, 3, image_size, image_size)`, *optional*):
-                The images of the whole batch, in the order of their placeholders.
-            boxes (`torch.LongTensor` of shape `(num_images, max_boxes, 4)`, *optional*):
-                Boxes as x1, y1, x2, y2 in pixels of `pixel_values`, zero-padded; int64 or int32 (as the processor
-                makes them), float32 or float64. Ignored without `pixel_values`.
-            num_boxes (`torch.LongTensor` of shape `(num_images,)`, *optional*):
-                How many of the boxes of each image are real. Ignored without `pixel_values`.
-            mm_encoder_outputs (`dict`, *optional*):
-                `{"image": output of get_image_features}`, to use in place of `pixel_values`.
-            cache (`Cache`, *optional*):
-                The same as `past_key_values`, by its name since transformers 5.24.
-            mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Accepted and not used, so that all that the processor returns may be passed on; so is `box_labels`,
-                among `kwargs`, since `Trainer` takes every argument with "label" in its name for labels.
-            image_position_ids (`torch.LongTensor` of shape `(num_images, max_boxes, 4)`, *optional*):
-                `boxes` and `num_boxes` in one: boxes as x1, y1, x2, y2 in pixels of `pixel_values`, then rows of -1.
-                For trainers that hand on only names that they know; the processor makes it with `packs_boxes`.
-            **kwargs: Arguments of the language model, such as `use_cache` and `output_hidden_states`.
-
-        Returns:
-            `MGLlavaModelOutputWithPast`.
-
-        Raises:
-            ValueError: If inputs are missing, double, or do not fit each other.
+        For the arguments see [`MGLlavaForConditionalGeneration.forward`], except `labels` and `logits_to_keep`.
         """
         kwargs.pop("box_labels", None)
         boxes, num_boxes = _unpack_boxes(boxes, num_boxes, image_position_ids)
@@ -422,42 +382,46 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, ImageTextForCondit
         image_position_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> MGLlavaCausalLMOutputWithPast:
-        """Score the next token, and compute the loss if `labels` are given.
+        """Compute the logits of the next token, and the loss if `labels` are given.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Token ids, with one placeholder per image embedding. Either these or `inputs_embeds`.
+                Token ids, with one placeholder per image embedding. Pass either these or `inputs_embeds`.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 1 for tokens, 0 for padding.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Positions of the tokens.
             past_key_values (`Cache`, *optional*):
-                Keys and values of earlier steps.
+                The KV cache of earlier steps.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
-                Embeddings to use in place of `input_ids`.
+                Embeddings to use instead of `input_ids`.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Ids to predict, -100 where none. At placeholders, and where they are one, they count as -100.
+                Ids to predict; -100 where there is none. Labels at placeholders and labels that are placeholders count
+                as -100.
             pixel_values (`torch.FloatTensor` of shape `(num_images, 3, image_size, image_size)`, *optional*):
                 The images of the whole batch, in the order of their placeholders.
             boxes (`torch.LongTensor` of shape `(num_images, max_boxes, 4)`, *optional*):
-                Boxes as x1, y1, x2, y2 in pixels of `pixel_values`, zero-padded; int64 or int32 (as the processor
-                makes them), float32 or float64. Ignored without `pixel_values`.
+                Boxes as x1, y1, x2, y2 in pixels of `pixel_values`, zero-padded; int64 (from the processor), int32,
+                float32 or float64. Ignored without `pixel_values`.
             num_boxes (`torch.LongTensor` of shape `(num_images,)`, *optional*):
-                How many of the boxes of each image are real. Ignored without `pixel_values`.
+                Number of boxes of each image; the rows of `boxes` after them are padding. Ignored without
+                `pixel_values`.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
-                Compute logits for the last so many positions only (0: all), for the positions in a 1-D tensor, for
-                those of each row in an integer tensor of shape `(batch_size, num_positions)`, or for those where a
-                boolean tensor of shape `(batch_size, sequence_length)` is true, flattened to `(num_true, vocab_size)`.
+                Positions to compute logits for. A number: the last positions (0: all). A 1-D tensor: these positions
+                of every row. An integer tensor `(batch_size, num_positions)`: these positions of each row. A boolean
+                tensor `(batch_size, sequence_length)`: where it is true; the logits are `(num_true, vocab_size)`.
             mm_encoder_outputs (`dict`, *optional*):
-                `{"image": output of get_image_features}`, to use in place of `pixel_values`.
+                `{"image": output of get_image_features}`, to use instead of `pixel_values`.
             cache (`Cache`, *optional*):
-                The same as `past_key_values`, by its name since transformers 5.24.
+                `past_key_values` by the name that it has since transformers 5.24.
             mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Accepted and not used, so that all that the processor returns may be passed on; so is `box_labels`,
-                among `kwargs`, since `Trainer` takes every argument with "label" in its name for labels.
+                Accepted but not used, so that the processor's whole output can be passed. The same holds for
+                `box_labels`, which is taken from `kwargs`, since `Trainer` treats each argument in the signature with
+                "label" in its name as labels.
             image_position_ids (`torch.LongTensor` of shape `(num_images, max_boxes, 4)`, *optional*):
-                `boxes` and `num_boxes` in one: boxes as x1, y1, x2, y2 in pixels of `pixel_values`, then rows of -1.
-                For trainers that hand on only names that they know; the processor makes it with `packs_boxes`.
+                `boxes` and `num_boxes` in one tensor: boxes as x1, y1, x2, y2 in pixels of `pixel_values`, padded with
+                rows of -1. For trainers that pass on only arguments that they know; the processor returns it with
+                `packs_boxes`.
             **kwargs: Arguments of the language model, such as `use_cache` and `output_hidden_states`, and of the loss
                 (`num_items_in_batch`).
 
@@ -465,7 +429,7 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, ImageTextForCondit
             `MGLlavaCausalLMOutputWithPast`.
 
         Raises:
-            ValueError: If inputs are missing, double, or do not fit each other.
+            ValueError: If inputs are missing, given twice, or inconsistent.
         """
         kwargs.pop("box_labels", None)
         arguments = {
@@ -493,38 +457,37 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, ImageTextForCondit
         *args,
         **kwargs,
     ) -> GenerateOutput | torch.LongTensor:
-        """Generate; the placeholder and the padding of the embedding table never, whatever is passed.
+        """Generate, but never the placeholder or the padding of the embedding table, whatever options are passed.
 
         Args:
             inputs (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                The prompts, which are better passed as `input_ids`.
-            generation_config (`GenerationConfig`, *optional*): How to generate.
-            logits_processor (`LogitsProcessorList`, *optional*): Further rules.
+                The prompts. Better pass them as `input_ids`.
+            generation_config (`GenerationConfig`, *optional*): See the base class.
+            logits_processor (`LogitsProcessorList`, *optional*): Applied before the tokens above are excluded.
             *args: See the base class.
-            **kwargs:
-                All that the processor returned, and see the base class. `image_position_ids` may take the place of
+            **kwargs: The output of the processor, and the options of the base class. `image_position_ids` may replace
                 `boxes` and `num_boxes`.
 
         Returns:
             `torch.LongTensor` or `ModelOutput`: Prompts and answers, as in the base class.
 
         Raises:
-            ValueError: If inputs are missing, double, or do not fit each other.
-            RuntimeError: If the installed transformers has renamed what this relies on.
+            ValueError: If inputs are missing, given twice, or inconsistent.
+            RuntimeError: If the installed transformers lacks a private method that this needs.
         """
         kwargs.pop("box_labels", None)
         if (packed := kwargs.pop("image_position_ids", None)) is not None:
             kwargs["boxes"], kwargs["num_boxes"] = _unpack_boxes(kwargs.get("boxes"), kwargs.get("num_boxes"), packed)
         elif self.training and kwargs.get("boxes") is not None:
             logger.warning_once(
-                "`generate` is called in training with `boxes`. TRL's GRPOTrainer and RLOOTrainer do not hand these "
+                "`generate` is called in training with `boxes`. TRL's GRPOTrainer and RLOOTrainer do not pass these "
                 "on to the loss: set `processor.packs_boxes = True` before you train with them."
             )
         return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
 
     def _num_image_tokens(self, images: dict[str, torch.Tensor]) -> torch.Tensor:
         num_boxes = images.get("num_boxes")
-        if num_boxes is None:  # then all boxes are real
+        if num_boxes is None:  # then `boxes` has no padding
             boxes = images.get("boxes")
             num_boxes = torch.full((len(images["pixel_values"]),), 1 if boxes is None else boxes.shape[1])
         return self.config.image_seq_length + self.config.num_tokens_per_box * num_boxes

@@ -1,8 +1,8 @@
-"""Zero-shot object detectors: OWLv2 without the parts whose output nothing uses, and any other of transformers.
+"""Zero-shot object detectors: OWLv2 without the parts whose output is unused, and any other one of transformers.
 
-Of the 6.2 TFLOP that tagging and detecting take at the released sizes, 93 % are OWLv2's image tower; it alone runs in
-low precision. Text embeddings come from a table, the objectness head never runs, and boxes are predicted only for
-the patches whose score passes.
+OWLv2's image tower takes 93 % of the 6.2 TFLOP of tagging and detecting at the released sizes; it is the only part of
+OWLv2 that runs in low precision. Text embeddings are looked up in a table, the objectness head never runs, and boxes
+are predicted only for patches whose score exceeds the threshold.
 """
 
 import difflib
@@ -31,8 +31,8 @@ _PADDING = 0.5  # of pixels between 0 and 1, before they are normalized
 class Owlv2Detector:
     """Finds the objects of labels with an `Owlv2ForObjectDetection`.
 
-    It takes the model over: the image tower goes to `device` in `dtype`, heads and final normalizations in float32;
-    the text tower stays on the CPU in float32 and visits the device only for prompts without an embedding.
+    The model is moved: its image tower to `device` in `dtype`, its heads and final normalizations in float32. The text
+    tower stays on the CPU in float32, and is on the device only while prompts without an embedding are embedded.
     """
 
     def __init__(self, model: Any, processor: Any, device: torch.device, dtype: torch.dtype):
@@ -49,7 +49,7 @@ class Owlv2Detector:
         self.prompt_embeds = PromptEmbeds(self.embed_prompts, self._fingerprint())
 
     def _fingerprint(self) -> str:
-        """Tell text towers apart by the last weights that embeddings go through."""
+        """Hash weights of the text tower, to recognize the embeddings that it made."""
         digest = hashlib.sha256()
         text_model, projection = self.model.owlv2.text_model, self.model.owlv2.text_projection
         for module in (text_model.embeddings.position_embedding, text_model.final_layer_norm, projection):
@@ -106,8 +106,8 @@ class Owlv2Detector:
     def class_logits(self, features: torch.Tensor, prompts: Sequence[Sequence[str]]) -> torch.Tensor:
         """Compare each patch with the prompts of its image: float32 of shape `(num_images, num_patches, max_prompts)`.
 
-        It is the lowest number where an image has fewer prompts than others. The model's own mask would let padding
-        win: it takes the prompt `" "` for a real one.
+        Where an image has fewer prompts than others, logits are the lowest float. The model's own mask is not used: it
+        treats padding, the prompt `" "`, as a real prompt.
         """
         return self.model.class_predictor(features, *self.prompt_embeds.get(prompts))[0]
 
@@ -143,10 +143,10 @@ class Owlv2Detector:
 
 
 class PromptEmbeds:
-    """A table of prompts and their embeddings that grows by the prompts it has not seen.
+    """A table of prompts and their embeddings, to which new prompts are added when they occur.
 
-    `embed` gives float32 embeddings of shape `(num_prompts, width)`; the fingerprint names the text tower, and saved
-    embeddings of another one are not used.
+    `embed` returns float32 embeddings of shape `(num_prompts, width)`; the fingerprint identifies the text tower, and
+    saved embeddings of another one are not used.
     """
 
     def __init__(self, embed: Callable[[list[str]], torch.Tensor], fingerprint: str):
@@ -157,9 +157,6 @@ class PromptEmbeds:
 
     def __len__(self) -> int:
         return len(self._rows)
-
-    def __contains__(self, prompt: str) -> bool:
-        return prompt in self._rows
 
     def add(self, prompts: Sequence[str]) -> None:
         """Embed the prompts that are not in the table."""
@@ -176,7 +173,7 @@ class PromptEmbeds:
         self.add([prompt for of_image in prompts for prompt in of_image])
         assert self._table is not None  # there is a prompt
         rows = [torch.tensor([self._rows[prompt] for prompt in of_image]) for of_image in prompts]
-        # Sequences of -1 are longer than any row number, so they mark the padding.
+        # -1 is not the number of a row, so it marks the padding.
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(self._table.device)
         return self._table[padded.clamp(min=0)], padded >= 0
 
@@ -190,7 +187,7 @@ class PromptEmbeds:
         """Write all embeddings to a safetensors file, with the prompts in its metadata, atomically."""
         metadata = {"prompts": json.dumps(list(self._rows)), "text_tower": self._fingerprint}
         temporary = f"{os.fspath(path)}.incomplete"
-        assert self._table is not None  # who has nothing to save does not call this
+        assert self._table is not None  # callers check `len(self)` first
         save_file({"prompt_embeds": self._table.cpu().contiguous()}, temporary, metadata=metadata)
         os.replace(temporary, path)
 
@@ -216,7 +213,7 @@ class PromptEmbeds:
 @lru_cache(maxsize=8)
 def resize_matrix(length: int, new_length: int, device: torch.device) -> torch.Tensor:
     """Make the matrix that resizes one axis: float32 of shape `(new_length, length)`; each row sums to one."""
-    # Not every accelerator has float64, in which the weights are worked out.
+    # The weights are computed in float64, which not every accelerator has.
     computed_on = device if device.type == "cuda" else torch.device("cpu")
     factor, last = length / new_length, length - 1
     centers = ((torch.arange(new_length, dtype=torch.float64, device=computed_on) + 0.5) * factor - 0.5).abs()
@@ -252,16 +249,16 @@ def square_pixels(
 ) -> torch.Tensor:
     """Pad an image to a gray square at its right and bottom, blur it, and resize it linearly with mirrored edges.
 
-    The published box files were made so. transformers 5 pads with black and clamps the edges, which changes the boxes
-    of every image that is not square. The resize is linear and separable, so it is one matrix per axis, and runs on
-    the detector's device.
+    The published box files were made in this way. transformers 5 pads with black and clamps the edges, which changes
+    the boxes of every image that is not square. The resize is linear and separable, so it is one matrix product per
+    axis, on the detector's device.
 
     Takes uint8 RGB of shape `(3, height, width)`, and the mean and standard deviation per channel of pixels between 0
     and 1; returns normalized float32 of shape `(3, *size)` on `device`.
     """
     height, width = image.shape[1:]
     side = max(height, width)
-    # Rows of the matrices sum to one, so the gray part is an offset and takes no part in the products.
+    # Rows of the matrices sum to one, so the gray part is an offset, and the products leave it out.
     rows = resize_matrix(side, size[0], device)[:, :height]
     columns = resize_matrix(side, size[1], device)[:, :width].T
     pixels = image.to(device).float().mul_(1 / 255).sub_(_PADDING)
@@ -303,7 +300,7 @@ class GroundedDetector:
         self, images: list[torch.Tensor], labels: list[str], threshold: float
     ) -> list[tuple[torch.Tensor, list[str], torch.Tensor]]:
         """Find the objects of images that have one size and one list of labels."""
-        if not any(labels):  # only OWLv2 is asked for the empty prompt
+        if not any(labels):  # only OWLv2 looks for the empty prompt
             return [(torch.zeros(0, 4), [], torch.zeros(0)) for _ in images]
         text = [list(labels) for _ in images]
         inputs = self.processor(images=images, text=text, return_tensors="pt").to(self.device)
@@ -324,7 +321,7 @@ class GroundedDetector:
 
     @staticmethod
     def _named(found: dict[str, Any], labels: list[str]) -> tuple[torch.Tensor, list[str], torch.Tensor]:
-        """Give each box of an image one of the labels."""
+        """Choose one of the labels for each box of an image."""
         names = [_closest_label(phrase, labels) for phrase in found["text_labels"]]
         kept = [index for index, name in enumerate(names) if name is not None]
         return found["boxes"].cpu()[kept], [name for name in names if name is not None], found["scores"].cpu()[kept]

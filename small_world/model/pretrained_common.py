@@ -1,4 +1,4 @@
-"""What all families of models for images and text share: loading, quantization, vocabulary, initialization."""
+"""Base classes of models for images and text: configuration, loading, quantization, vocabulary, initialization."""
 
 import copy
 import os
@@ -22,19 +22,19 @@ logger = logging.get_logger(__name__)
 # transformers 5.24, `past_key_values` before.
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 
-# Arguments of `from_pretrained` that say where a model is.
+# Arguments of `from_pretrained` that locate a model.
 _LOCATION_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-# Names of the list of skipped modules in the configurations of transformers: bitsandbytes, and all other methods that
-# replace layers.
+# Names of the list of skipped modules in the quantization configurations of transformers: first that of bitsandbytes,
+# then that of all other methods that replace layers.
 _SKIP_ARGUMENTS = ("llm_int8_skip_modules", "modules_to_not_convert")
-# Outputs that bitsandbytes packs together for processors with AVX512-BF16.
+# Number of outputs in a block that bitsandbytes packs for processors with AVX512-BF16.
 _PACKED_OUTPUTS = 32
 
 
 class ImageTextPreTrainedModel(PreTrainedModel):
-    """Base class of a family: `base_model` has a `language_model`, and `lm_head` stands next to `base_model`.
+    """Base class of a family's models, whose configuration derives from `ImageTextConfig`.
 
-    The configuration has `text_config`, `image_token_id`, `unpadded_vocab_size` and `unused_token_ids`.
+    The base model has a child `language_model`; the model with a head has the children `model` and `lm_head`.
     """
 
     base_model_prefix = "model"
@@ -46,17 +46,17 @@ class ImageTextPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # Children of the base model that stay in 16 bits: they are small compared with the language model, run once per
-    # image, and every token of the answer depends on them.
+    # Children of the base model that are never quantized by default: they are small compared with the language model,
+    # run once per image, and every token of the answer depends on them.
     unquantized_modules: tuple[str, ...] = ()
-    # Those among them that LLM.int8 cannot run, because their linear layers have inputs of four dimensions.
+    # Some of these children, which LLM.int8 cannot run, because their linear layers have inputs of four dimensions.
     modules_without_int8: tuple[str, ...] = ()
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args, **kwargs
     ) -> "ImageTextPreTrainedModel":
-        """Load a model; a `quantization_config` that names no modules to skip quantizes only the language model.
+        """Load a model. A `quantization_config` that lists no modules to skip quantizes only the language model.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or Hub id.
@@ -72,23 +72,25 @@ class ImageTextPreTrainedModel(PreTrainedModel):
             if not isinstance(config, PreTrainedConfig):
                 location = {name: kwargs[name] for name in _LOCATION_ARGUMENTS if name in kwargs}
                 config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **location)
-            # A model that is stored quantized has its own list, which a list given here could overrule.
+            # A model that was saved quantized has a list of its own, which a list from here could override.
             if getattr(config, "quantization_config", None) is None:
                 kwargs["quantization_config"] = cls._with_skipped_modules(quantization_config)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        _leave_unpackable_layers(loaded[0] if isinstance(loaded, tuple) else loaded)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        _leave_unpackable_layers(model)
+        _keep_applied_conversions(model)
         return loaded
 
     @classmethod
     def skipped_modules(cls) -> list[str]:
-        """Return the names of the modules that stay in 16 bits, as a quantization config takes them."""
-        # Patterns match from the start of a module's full name, which has the prefix only in the model that generates.
-        # The list is saved with the model and may be read by either class, so it holds both names.
+        """Return the names of the modules that are not quantized by default, for a quantization configuration."""
+        # Names are compared with the start of a module's full name, which has the prefix `model.` only in the model
+        # with a head. The list is saved, and either class may load it, so it holds both names.
         return [*_both_names(cls, cls.unquantized_modules), "lm_head"]
 
     @classmethod
     def _with_skipped_modules(cls, config: QuantizationConfigMixin | dict[str, Any]) -> QuantizationConfigMixin:
-        """Return a copy of `config` that lists the modules to skip; a list of the user's is kept."""
+        """Return a copy of `config` that lists the modules to skip; keep the list if the user passed one."""
         config = AutoQuantizationConfig.from_dict(config) if isinstance(config, dict) else copy.deepcopy(config)
         for name in _SKIP_ARGUMENTS:
             if hasattr(config, name) and getattr(config, name) is None:
@@ -98,8 +100,8 @@ class ImageTextPreTrainedModel(PreTrainedModel):
             missing = [name for name in _both_names(cls, cls.modules_without_int8) if name not in skipped]
             if missing:
                 logger.warning_once(
-                    f"`llm_int8_skip_modules` does not name `{missing[0]}`: it stays unquantized, because "
-                    "LLM.int8 takes no inputs of four dimensions."
+                    f"`llm_int8_skip_modules` does not list `{missing[0]}`. It is not quantized all the same, because "
+                    "LLM.int8 cannot compute with inputs of four dimensions."
                 )
                 config.llm_int8_skip_modules = [*skipped, *missing]
         return config
@@ -107,26 +109,26 @@ class ImageTextPreTrainedModel(PreTrainedModel):
     def post_init(self):
         """Initialize the weights, and keep only the names in `_no_split_modules` that this model has."""
         super().post_init()
-        # FSDP refuses to start if one of these names is not the class of a module.
+        # FSDP refuses to start if no module has a class of such a name.
         self._no_split_modules = set(self._no_split_modules) & {type(module).__name__ for module in self.modules()}
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """Resize the embedding table; its first `new_num_tokens` rows count as vocabulary from then on.
+        """Resize the embedding table; its first `new_num_tokens` rows are vocabulary from then on.
 
-        Call it for each token that is new to the tokenizer, even if the padded table already has a row for it.
+        Call it after adding tokens to the tokenizer, even if the padded table has enough rows.
 
         Args:
             new_num_tokens (`int`, *optional*): New number of tokens. By default the number of rows.
-            pad_to_multiple_of (`int`, *optional*): Add rows until the table is a multiple of this. They are not words.
+            pad_to_multiple_of (`int`, *optional*): Add rows, which are not vocabulary, up to a multiple of this.
             mean_resizing (`bool`, *optional*, defaults to `True`): Start new rows from the mean of the old ones.
 
         Returns:
             `nn.Embedding`: The table.
 
         Raises:
-            ValueError: If the row of the placeholder would be removed.
+            ValueError: If this would remove the row of the placeholder.
         """
         config = self.config
         if new_num_tokens is not None and new_num_tokens <= config.image_token_id:
@@ -150,16 +152,16 @@ class ImageTextPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     @init.guard_torch_init_functions()
     def initialize_weights(self):
-        """Initialize what no file had, and what the language model's body computes for its layers (Falcon-H1)."""
+        """Initialize missing weights, and what the language model's body computes for its layers (Falcon-H1)."""
         super().initialize_weights()
-        # The base class skips a module without weights of its own if the whole model is not one of transformers.
+        # In a model class from outside transformers, the base class skips modules without direct weights.
         body = self.base_model.language_model
         body._init_weights(body)
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        # transformers skips modules of other packages that own no parameter themselves, so what a block wants for its
-        # layers is noted on the layers.
+        # transformers skips third-party modules without direct parameters, so a block sets `initialization` on its
+        # layers instead of initializing them here.
         initialization = getattr(module, "initialization", None)
         if initialization == "xavier_uniform":
             init.xavier_uniform_(module.weight)
@@ -168,33 +170,42 @@ class ImageTextPreTrainedModel(PreTrainedModel):
 
 
 def _both_names(model_class: type[PreTrainedModel], names: tuple[str, ...]) -> list[str]:
-    """Names of children of the base model, seen from the model with a head and from the base model."""
+    """Return names of children of the base model, as seen from the model with a head and from the base model."""
     return [*(f"{model_class.base_model_prefix}.{name}" for name in names), *names]
 
 
 def _leave_unpackable_layers(model: nn.Module) -> None:
-    """Keep bitsandbytes from packing 4-bit layers for a processor with AVX512-BF16 that it cannot pack.
+    """Keep bitsandbytes from packing 4-bit layers of sizes that it cannot pack, on processors with AVX512-BF16.
 
-    It packs blocks of 32 outputs, with a scale for each block of inputs, and fails at the first layer of another size
-    (bitsandbytes 0.50). Such layers are computed as on other processors. Those of published sizes are packed.
+    It packs blocks of 32 outputs, with a scale for each block of inputs, and fails at a layer with an incomplete block
+    (bitsandbytes 0.50). Such layers are computed as on other processors. Layers of the published sizes are packed.
     """
     for module in model.modules():
-        # Found by its attribute, so that nothing has to be imported for models that are not quantized.
+        # Recognized by an attribute, since importing the class would import bitsandbytes for every model.
         if getattr(module, "support_avx512bf16_for_cpu", False):
             state = module.weight.quant_state
             is_whole = state is None or module.in_features % state.blocksize == 0
             module.support_avx512bf16_for_cpu = is_whole and module.out_features % _PACKED_OUTPUTS == 0
 
 
+def _keep_applied_conversions(model: PreTrainedModel) -> None:
+    """Keep only those renamings for `save_pretrained` to revert that changed a name while the model was loaded.
+
+    transformers (5.24) keeps all of them under ZeRO-3: the model would be saved with names of older releases.
+    """
+    if (conversions := getattr(model, "_weight_conversions", None)) is not None:
+        model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
+
+
 def either_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
     """Return the KV cache that was passed under one of its two names; raise `ValueError` for both."""
     if past_key_values is not None and cache is not None:
-        raise ValueError("Pass either `past_key_values` or `cache`, two names of one argument, got both.")
+        raise ValueError("Pass either `past_key_values` or `cache`, which are two names of one argument, got both.")
     return cache if past_key_values is None else past_key_values
 
 
 def read_sub_config(value: Any, name: str, model_type: str, **defaults: Any) -> PreTrainedConfig:
-    """Build the sub-configuration `name` from nothing, a dictionary (which is not changed) or a configuration."""
+    """Build the sub-configuration `name` from `None`, a dictionary (which is not changed) or a configuration."""
     if value is None:
         return CONFIG_MAPPING[model_type](**defaults)
     if isinstance(value, dict):
@@ -202,7 +213,7 @@ def read_sub_config(value: Any, name: str, model_type: str, **defaults: Any) -> 
         if model_type not in CONFIG_MAPPING:
             raise ValueError(
                 f"`{name}`: this release of transformers has no model of type {model_type!r}. A newer release may "
-                "have it; code of others is used after `AutoConfig.register` and `AutoModelForCausalLM.register`."
+                "have it; register third-party classes with `AutoConfig.register` and `AutoModelForCausalLM.register`."
             )
         return CONFIG_MAPPING[model_type](**{**value, "model_type": model_type})
     if isinstance(value, PreTrainedConfig):
@@ -212,15 +223,15 @@ def read_sub_config(value: Any, name: str, model_type: str, **defaults: Any) -> 
 
 @strict
 class ImageTextConfig(PreTrainedConfig):
-    """Configuration of a family: a language model, a CLIP vision tower, and the placeholder of images."""
+    """Base class of a family's configuration: a language model, a CLIP vision tower, and the placeholder of images."""
 
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
-    # `Trainer` takes all other outputs for predictions; these, some of which only batches with images have, are none.
+    # `Trainer` treats all other outputs as predictions. These are not, and some exist only in batches with images.
     keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states", "image_outputs"]
-    # Where remote code finds the model, by the Auto classes that load it.
+    # Entries of `auto_map`: the model class, by the name of each Auto class that loads it.
     remote_classes = {}
 
-    # Configurations once `__post_init__` is done, whatever they were given as.
+    # `__post_init__` turns `None` and dictionaries into configurations.
     text_config: Any = None
     vision_config: Any = None
     image_token_id: int = 32000
@@ -241,12 +252,12 @@ class ImageTextConfig(PreTrainedConfig):
             patch_size=14,
             projection_dim=768,
         )
-        # Only the text config says so in most repositories, while saving and loading read the top level.
+        # Most model folders set this in `text_config` only, while transformers reads it from the top level.
         self.tie_word_embeddings = self.tie_word_embeddings or getattr(self.text_config, "tie_word_embeddings", False)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Check what the sub configurations must have in common."""
+        """Check the kind of `vision_config`, and the token ids against the embedding table."""
         if self.vision_config.model_type != "clip_vision_model":
             raise ValueError(
                 "`vision_config` must be a CLIP vision configuration (model_type 'clip_vision_model'), "
@@ -265,13 +276,7 @@ class ImageTextConfig(PreTrainedConfig):
             )
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save the configuration, with every Auto class in `auto_map`: transformers notes one for each object.
-
-        Args:
-            save_directory (`str` or `os.PathLike`): The folder.
-            push_to_hub (`bool`, *optional*, defaults to `False`): Whether to upload it.
-            **kwargs: See the base class.
-        """
+        """Save the configuration, with all Auto classes in `auto_map`, where transformers itself writes only one."""
         if self._auto_class is not None:
             self.auto_map = {**self.remote_classes, **(getattr(self, "auto_map", None) or {})}
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)

@@ -1,4 +1,4 @@
-"""Processor of MG-LLaVA (arXiv 2406.17770): images, boxes and text to model inputs, and ids back to text."""
+"""The processor of MG-LLaVA (arXiv 2406.17770): turns images, boxes and text into model inputs, and ids into text."""
 
 import copy
 import dataclasses
@@ -20,10 +20,10 @@ from .box_detector_files_mgllava import (
     BUNDLE_FOLDER,
     PARTS,
     ProcessorRepository,
+    check_revision,
     known_commit,
     links_out_of,
     locate,
-    locate_revision,
     store_parts,
 )
 from .boxes_mgllava import (
@@ -44,8 +44,7 @@ logger = logging.get_logger(__name__)
 # The method of transformers that uploads files. It is private, so uploading checks first that it exists.
 _UPLOAD_HOOK = "_upload_modified_files"
 
-
-# Of the language models that MG-LLaVA was trained with (arXiv 2406.17770, section 4.1).
+# The chat templates of the language models that MG-LLaVA was trained with (arXiv 2406.17770, section 4.1).
 CHAT_TEMPLATES: dict[str, str] = {
     # Vicuna-1.5
     "vicuna": build_chat_template(
@@ -103,20 +102,20 @@ class MGLlavaProcessor(ImageTextProcessor):
         image_processor ([`MGLlavaImageProcessor`]): Makes `pixel_values`, `boxes` and `num_boxes`.
         tokenizer ([`PreTrainedTokenizerBase`]): Has `image_token` in its vocabulary.
         image_seq_length (`int`, *optional*, defaults to 576): Fused tokens per image, from the model's config.
-        num_tokens_per_box (`int`, *optional*, defaults to 1): 0 for model variants that give no box tokens.
+        num_tokens_per_box (`int`, *optional*, defaults to 1): 0 for model variants without box tokens.
         chat_template (`str`, *optional*): Jinja template; see `text_chunks_common.py`.
         image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder, if the tokenizer does not name one.
-        box_detector_config (`dict`, *optional*): What a [`BoxDetector`] is built from when boxes are first needed;
-            plain values, saved with the processor: `tagger` and `detector` (repository ids, folders, or paths in the
+        box_detector_config (`dict`, *optional*): Plain values from which a [`BoxDetector`] is loaded when boxes are
+            first needed, saved with the processor: `tagger` and `detector` (repository ids, folders, or paths in the
             processor's own repository that start with `./`; `tagger` may be a list of labels or `None`),
-            `tagger_revision` and `detector_revision` (commits of repository ids) and `mode`. In a file that is loaded,
-            folders elsewhere are refused. Setting [`~MGLlavaProcessor.box_detector`] sets it; `None`: there is no
-            detector that can be described.
+            `tagger_revision` and `detector_revision` (commits of repository ids) and `mode`. A saved file must not
+            name folders outside its repository. Setting [`~MGLlavaProcessor.box_detector`] sets the configuration
+            too; it is `None` if there is no detector, or if plain values cannot describe it.
 
     Attributes:
-        packs_boxes (`bool`, defaults to `False`): Whether outputs have `image_position_ids` instead of `boxes` and
-            `num_boxes`: the boxes and, where there are more rows than boxes, rows of -1. TRL's GRPO and RLOO trainers
-            lose inputs whose names they do not know. Not saved.
+        packs_boxes (`bool`, defaults to `False`): Whether outputs have `image_position_ids` (the boxes, padded with
+            rows of -1) instead of `boxes` and `num_boxes`: TRL's GRPO and RLOO trainers drop inputs whose names they
+            do not know. Not saved.
 
     Raises:
         ValueError: If the tokenizer does not know `image_token`.
@@ -156,17 +155,17 @@ class MGLlavaProcessor(ImageTextProcessor):
         revision: str = "main",
         **kwargs: Any,
     ) -> "MGLlavaProcessor":
-        """Load a processor, and note where it came from: the box detector is read from there when it is needed.
+        """Load a processor. Its box detector is loaded from the same place when it is first needed.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or repository id.
             cache_dir (`str` or `os.PathLike`, *optional*): Where downloads are kept.
-            force_download (`bool`, *optional*, defaults to `False`): Whether to download again.
-            local_files_only (`bool`, *optional*, defaults to `False`): Whether to download nothing.
-            token (`str` or `bool`, *optional*): For private repositories.
+            force_download (`bool`, *optional*, defaults to `False`): Whether to download cached files again.
+            local_files_only (`bool`, *optional*, defaults to `False`): Whether to use cached files only.
+            token (`str` or `bool`, *optional*): Access token for private repositories.
             revision (`str`, *optional*, defaults to `"main"`): Branch, tag or commit.
-            **kwargs: See the base class, `subfolder` for example. `trust_remote_code`, like all of the above, holds
-                for the box detector too; `revision` for what lies in the processor's own repository.
+            **kwargs: Arguments of the base class, such as `subfolder`. `trust_remote_code` and all arguments above
+                apply to the box detector too (`revision` only to files in the processor's own repository).
 
         Returns:
             [`MGLlavaProcessor`]: The processor.
@@ -180,13 +179,13 @@ class MGLlavaProcessor(ImageTextProcessor):
             name = os.path.abspath(name)
             if linked := links_out_of(Path(name, subfolder), Path(name)):
                 logger.warning(
-                    f"In {name!r}, {', '.join(linked)} are links to files outside it. What those files hold is saved "
-                    "and uploaded with this processor: make sure that you want that, or replace the links by copies."
+                    f"In {name!r}, {', '.join(linked)} are links to files outside it. Their contents are saved and "
+                    "uploaded with this processor: make sure that you want that, or replace the links by copies."
                 )
         elif os.path.isfile(name):
             name = os.path.abspath(os.path.dirname(name))
         else:
-            # The detector is loaded later, when the branch may have moved.
+            # A commit, since the branch may move before the detector is loaded.
             file = str(PurePosixPath(subfolder) / PROCESSOR_NAME)
             revision = known_commit(name, revision, cache_dir, file) or revision
         processor._repository = ProcessorRepository(
@@ -201,7 +200,7 @@ class MGLlavaProcessor(ImageTextProcessor):
 
     @property
     def box_detector_config(self) -> dict[str, Any] | None:
-        """Plain values from which the box detector is loaded; setting them removes the present detector."""
+        """Plain values from which the box detector is loaded; setting them discards the present detector."""
         return self._box_detector_config
 
     @box_detector_config.setter
@@ -220,13 +219,13 @@ class MGLlavaProcessor(ImageTextProcessor):
     def box_detector(self) -> BoxDetectorProtocol | None:
         """The object that finds boxes if none are given; loaded from `box_detector_config` at the first use.
 
-        Any object with the method of [`BoxDetectorProtocol`] may be set. If a copy or a pickle of the processor
-        needs it (in a DataLoader worker, for example), a [`BoxDetector`] made from names is loaded there; any other
-        detector is copied and pickled with the processor, and it must support that. A [`BoxDetector`] is saved with
-        the processor; for any other detector, a warning says that the saved processor has none.
+        Any object with the method of [`BoxDetectorProtocol`] may be set. Copies and pickles of the processor (in a
+        DataLoader worker, for example) load a [`BoxDetector`] that was made from names again when they need it; any
+        other detector is copied and pickled with the processor, and must support that. A [`BoxDetector`] is saved
+        with the processor; for any other detector, a warning says that the saved processor has none.
 
-        Set to `None`, it is switched off until [`~MGLlavaProcessor.load_box_detector`]; the configuration stays, and
-        is saved.
+        `None` switches the detector off until [`~MGLlavaProcessor.load_box_detector`] is called; the configuration is
+        kept and saved.
         """
         with self._lock:
             detector: Any = self._present_detector()
@@ -234,7 +233,7 @@ class MGLlavaProcessor(ImageTextProcessor):
                 if self.box_detector_config is not None and not self._is_box_detector_off:
                     self._load_box_detector(**self._loading_options)
             elif self._is_described(detector) and not detector.is_usable_here:
-                # Memory of the parent's accelerator cannot be used here; the CPU can.
+                # A forked process can use the CPU, but not its parent's accelerator.
                 logger.warning_once(
                     f"The box detector was put on {detector.device} before this process was forked, and a forked "
                     "process cannot use it: it is loaded again, on the CPU."
@@ -252,9 +251,9 @@ class MGLlavaProcessor(ImageTextProcessor):
         with self._lock:
             if detector is not None:
                 is_plain = self._is_plain(detector)
-                # Also if it is None: another detector's configuration must not stand for this one.
+                # Also None: a configuration that was kept would describe another detector.
                 self.box_detector_config = detector.config if is_plain else None  # type: ignore[attr-defined]
-                # Paths in a repository that this detector was not loaded from must not be looked up there.
+                # This detector was not loaded from the processor's repository, so its paths are not in there.
                 self._repository = None
                 if is_plain:
                     self._loading_options = detector.loading_options  # type: ignore[attr-defined]
@@ -268,9 +267,9 @@ class MGLlavaProcessor(ImageTextProcessor):
 
     @staticmethod
     def _is_plain(detector: Any) -> bool:
-        """Tell whether a detector is a `BoxDetector`, and not of a derived class, which may find other boxes.
+        """Tell whether a detector is a `BoxDetector` itself; a derived class may find other boxes.
 
-        By the name of its class: a processor with remote code has a `BoxDetector` of its own.
+        Classes are compared by name: with remote code, `BoxDetector` is a different class object.
         """
         kind = type(detector)
         names = (kind.__module__.rpartition(".")[2], kind.__name__)
@@ -291,16 +290,16 @@ class MGLlavaProcessor(ImageTextProcessor):
         Args:
             device (`str` or `torch.device`, *optional*): By default the accelerator if there is one (the CPU in a
                 DataLoader worker, and in a process that was forked from one that uses the accelerator).
-            dtype (`torch.dtype`, *optional*): Of the tagger and the detector's image tower; by default bfloat16 on an
-                accelerator and float32 on the CPU.
-            trust_remote_code (`bool`, *optional*): Whether code of their repositories may run; by default as this
-                processor was loaded.
+            dtype (`torch.dtype`, *optional*): Dtype of the tagger and the detector's image tower; by default bfloat16
+                on an accelerator and float32 on the CPU.
+            trust_remote_code (`bool`, *optional*): Whether custom code of their repositories may run; by default as
+                this processor was loaded.
 
         Returns:
             [`BoxDetector`]: The detector, also found as [`~MGLlavaProcessor.box_detector`].
 
         Raises:
-            ValueError: If there is no configuration, or it comes from a file and names something outside of its
+            ValueError: If there is no configuration, or it was read from a file and names something outside its
                 repository.
             OSError: If the repositories cannot be read.
         """
@@ -310,23 +309,16 @@ class MGLlavaProcessor(ImageTextProcessor):
                     "`box_detector_config` must say what to load, got None. Set `processor.box_detector` to a "
                     "BoxDetector."
                 )
-            options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-            given = {name: value for name, value in options.items() if value is not None}
-            return self._load_box_detector(**{**self._loading_options, "device": None, "dtype": None, **given})
+            options = {**self._loading_options, "device": device, "dtype": dtype}
+            if trust_remote_code is not None:
+                options["trust_remote_code"] = trust_remote_code
+            return self._load_box_detector(**options)
 
-    def _load_box_detector(
-        self,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        trust_remote_code: bool | None = None,
-        **hub_options: Any,
-    ) -> BoxDetector:
-        """Load it; the options hold for copies of this processor too, but for the device in a DataLoader's worker."""
-        assert self.box_detector_config is not None  # both callers asked
-        options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code, **hub_options}
-        detector = BoxDetector.from_config(
-            self.box_detector_config, self._repository, **{**options, "device": None if in_worker() else device}
-        )
+    def _load_box_detector(self, **options: Any) -> BoxDetector:
+        """Load the detector; copies of this processor use the same options, except for the device in a worker."""
+        assert self.box_detector_config is not None  # checked by both callers
+        here = {**options, "device": None} if in_worker() else options
+        detector = BoxDetector.from_config(self.box_detector_config, self._repository, **here)
         self._loading_options = options
         self._box_detector, self._is_box_detector_off = detector, False
         return detector
@@ -338,13 +330,13 @@ class MGLlavaProcessor(ImageTextProcessor):
             `dict`, *optional*: The configuration; `None` if there is none.
 
         Raises:
-            ValueError: If such a path is in no repository, or leads out of it.
+            ValueError: If the processor has no repository, or a path leads out of it.
             OSError: If the repository cannot be read.
         """
         if self.box_detector_config is None:
             return None
         for part in PARTS:
-            locate_revision(f"{part}_revision", self.box_detector_config.get(f"{part}_revision"))
+            check_revision(f"{part}_revision", self.box_detector_config.get(f"{part}_revision"))
         return {
             name: locate(name, value, self._repository)
             if isinstance(value, str) and name in (*PARTS, "prompt_embeds")
@@ -357,13 +349,13 @@ class MGLlavaProcessor(ImageTextProcessor):
 
         Args:
             images: An image or a (nested) list of images, in any form that the processor takes.
-            input_data_format (`str`, *optional*): `"channels_first"` or `"channels_last"`, of arrays and tensors; by
-                default found out.
+            input_data_format (`str`, *optional*): Channel order of arrays and tensors, `"channels_first"` or
+                `"channels_last"`; inferred by default.
             **kwargs: Options of the detector: `labels`, `threshold`, `batch_size`, see [`BoxDetector.detect`].
 
         Returns:
-            `list[Mapping]`: Per image, also where there is only one, `boxes` `(num_boxes, 4)` (xyxy, pixels of the
-            upright original image), `labels` and `scores`.
+            `list[Mapping]`: One mapping per image, even for a single image: `boxes` `(num_boxes, 4)` (xyxy, pixels of
+            the upright original image), `labels` and `scores`.
 
         Raises:
             ValueError: If the processor has no box detector, an image cannot be read, or what the detector returns is
@@ -382,11 +374,11 @@ class MGLlavaProcessor(ImageTextProcessor):
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
     ) -> list[str]:
-        """Save the processor, and models of its box detector that have no repository id in `box_detector/` next to it.
+        """Save the processor, and in its subfolder `box_detector` the detector's models that are not on the Hub.
 
         Folders are copied unchanged; links that lead out of them are refused. Repository ids are saved with their
-        commit if the local cache knows it. Text embeddings that were computed are stored too. A detector other than a
-        [`BoxDetector`] cannot be saved, which a warning says.
+        commit if the local cache knows it. Text embeddings that were computed are saved too. A detector other than a
+        [`BoxDetector`] cannot be saved, and a warning says so.
 
         Args:
             save_directory (`str` or `os.PathLike`): The folder.
@@ -397,9 +389,9 @@ class MGLlavaProcessor(ImageTextProcessor):
             `list[str]`: As the base class.
 
         Raises:
-            ValueError: If the configuration that was loaded names something outside of its repository.
-            FileNotFoundError: If a folder of the box detector is gone.
-            RuntimeError: If this transformers uploads files in a way that this class does not know.
+            ValueError: If a loaded configuration names something outside its repository.
+            FileNotFoundError: If a folder of the box detector no longer exists.
+            RuntimeError: If this release of transformers has no hook by which the box detector is uploaded.
         """
         if push_to_hub:
             _check_upload_hook()
@@ -421,17 +413,10 @@ class MGLlavaProcessor(ImageTextProcessor):
         return files
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Upload the processor, box detector included, see [`ProcessorMixin.push_to_hub`].
-
-        Args:
-            *args: See the base class.
-            **kwargs: See the base class.
-
-        Returns:
-            As the base class.
+        """Upload the processor with its box detector, see [`ProcessorMixin.push_to_hub`].
 
         Raises:
-            RuntimeError: If this release of transformers uploads in another way than this class knows.
+            RuntimeError: If this release of transformers has no hook by which the box detector is uploaded.
         """
         _check_upload_hook()
         return super().push_to_hub(*args, **kwargs)
@@ -439,23 +424,23 @@ class MGLlavaProcessor(ImageTextProcessor):
     def _upload_modified_files(  # type: ignore[override]
         self, working_dir: str | os.PathLike, repo_id: str, files_timestamps: dict[str, float], **kwargs: Any
     ) -> Any:
-        """Upload the box detector's folders, which the base class cannot: it knows one level of folders only."""
+        """Upload the box detector's folders too; the base class uploads one level of folders only."""
         bundle = Path(working_dir) / BUNDLE_FOLDER
         files_timestamps = {**files_timestamps, BUNDLE_FOLDER: float("inf")}
         uploaded = super()._upload_modified_files(working_dir, repo_id, files_timestamps, **kwargs)
         if bundle.is_dir():
             options = {name: kwargs[name] for name in ("token", "revision") if kwargs.get(name)}
-            if kwargs.get("create_pr"):  # the same one
+            if kwargs.get("create_pr"):  # the same pull request
                 options["revision"] = uploaded.pr_revision
             HfApi().upload_folder(repo_id=repo_id, folder_path=bundle, path_in_repo=BUNDLE_FOLDER, **options)
         return uploaded
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only: the base class would copy the detector's weights before leaving them out."""
+        """Return plain values; the base class would copy the detector's weights before leaving them out."""
         return super(MGLlavaProcessor, self._plain_copy(self.box_detector_config)).to_dict()
 
     def _plain_copy(self, config: dict[str, Any] | None) -> "MGLlavaProcessor":
-        """Make what the base class saves: the parts of this processor, and a configuration of the detector."""
+        """Make a copy for the base class to save, with a configuration of the detector instead of the detector."""
         plain = object.__new__(type(self))
         left_out = ("_box_detector", "_lock", "_tokenizer_lock", "_repository", "_loading_options")
         plain.__dict__.update({name: value for name, value in self.__dict__.items() if name not in left_out})
@@ -464,13 +449,13 @@ class MGLlavaProcessor(ImageTextProcessor):
         return plain
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out a detector that its configuration describes: where a copy needs it, it is loaded there."""
+        """Leave out a detector that its configuration describes; a copy loads it again at its first use."""
         with self._lock:
             detector = self._present_detector()
             return {**self.__dict__, "_box_detector": None if self._is_described(detector) else detector}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MGLlavaProcessor":
-        """Copy everything, and a detector that cannot be loaded again with it."""
+        """Copy the processor, and also a detector that cannot be loaded from its configuration."""
         state = self.__getstate__()
         detector = state.pop("_box_detector")
         copied = object.__new__(type(self))
@@ -481,7 +466,7 @@ class MGLlavaProcessor(ImageTextProcessor):
         except Exception as error:
             raise TypeError(
                 f"`box_detector` of type {type(detector).__name__} cannot be copied with the processor: {error}. Set "
-                "`processor.box_detector` to None before, and to the detector after; or give the detector's class a "
+                "`processor.box_detector` to None before copying, and to the detector after; or give its class a "
                 "`__deepcopy__`."
             ) from error
         return copied
@@ -501,14 +486,14 @@ class MGLlavaProcessor(ImageTextProcessor):
 
         A string that the chat template rendered, by [`~MGLlavaProcessor.apply_chat_template`] or elsewhere, gives the
         ids that [`~MGLlavaProcessor.apply_chat_template`] gives with `tokenize=True`; so does each part of it, such as
-        an answer alone. A hand-written one is taken apart in the same way: what follows the words that open an answer
+        an answer alone. A hand-written string is split in the same way: the text after the words that open an answer
         is encoded alone.
 
         Args:
             images: An image, a list of images in the order of their placeholders, or one list of images per text; in
                 any form that the image processor takes.
-            text (`str` or `list[str]`): One prompt or several, with one `<image>` per image. A leading BOS is taken
-                once, whether it stands in the text or not; with `add_special_tokens=False` it must stand there.
+            text (`str` or `list[str]`): One prompt or several, with one `<image>` per image. The ids start with one
+                BOS, whether the text has it or not; with `add_special_tokens=False`, only if the text has it.
             videos: Not supported; `None` or empty.
             audio: Not supported; `None` or empty.
             processed_images (`Mapping`, *optional*): Instead of `images`: `pixel_values`, `boxes` and `num_boxes` that
@@ -528,7 +513,7 @@ class MGLlavaProcessor(ImageTextProcessor):
         Raises:
             ValueError: If the numbers of placeholders, images and boxes differ, `text` is not text, truncation would
                 cut an image, or the answers cannot be located.
-            NotImplementedError: If this transformers cannot sanitize, where `sanitize_control_tokens` is set.
+            NotImplementedError: If `sanitize_control_tokens` is set, and this release of transformers cannot do it.
         """
         text = as_texts(images, text)
         if kwargs.get("boxes") is not None:
@@ -545,7 +530,7 @@ class MGLlavaProcessor(ImageTextProcessor):
         )
 
     def _take_boxes_of_text(self, text: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Take the boxes out of rendered conversations, and put them among the arguments."""
+        """Move the boxes in rendered conversations to the arguments."""
         if text is None or not any(isinstance(sample, str) and BOX_MARKS.search(sample) for sample in text):
             return text, kwargs
         taken = [take_boxes_from_text(sample, self._placeholder) for sample in text]
@@ -561,7 +546,7 @@ class MGLlavaProcessor(ImageTextProcessor):
         return texts, kwargs
 
     def validate_inputs(self, images: Any = None, text: Any = None, *args: Any, **kwargs: Any) -> None:
-        """Check what was given against each other before anything is computed; see [`ImageTextProcessor`]."""
+        """Check that the arguments fit together, before anything is computed; see [`ImageTextProcessor`]."""
         if kwargs.get("boxes") is not None and not flat_images(images):
             raise ValueError("`boxes` must come with images, got boxes without an image. Pass `images` too.")
         super().validate_inputs(images, text, *args, **kwargs)
@@ -577,7 +562,7 @@ class MGLlavaProcessor(ImageTextProcessor):
                 entries[index] = entry
             targets.remark = (
                 "The boxes of this training batch are those that the processor's detector finds now. To train on "
-                "yours, put them into the image blocks of the conversation; a column `boxes` is not read by TRL's "
+                "your own, put them into the image blocks of the conversation; a column `boxes` is not read by TRL's "
                 "collators."
             )
         elif missing:
@@ -595,7 +580,7 @@ class MGLlavaProcessor(ImageTextProcessor):
         return self.image_processor(images, boxes=entries, **kwargs)
 
     def _pack(self, features: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Put boxes and their counts into one input, if that is asked for."""
+        """Put boxes and their counts into one input, if `packs_boxes` is set."""
         if not self.packs_boxes or not features:
             return features
         packed = {name: value for name, value in features.items() if name not in ("boxes", "num_boxes")}
@@ -605,42 +590,22 @@ class MGLlavaProcessor(ImageTextProcessor):
         ]
         return packed
 
+    def _unpack(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Give boxes and counts that are in one input, see `packs_boxes`, their usual form."""
+        if inputs.get("image_position_ids") is None:
+            return inputs
+        rows = [torch.as_tensor(row) for row in inputs["image_position_ids"]]
+        counts = [int((row[:, 0] >= 0).sum()) for row in rows]
+        return {**inputs, "boxes": [row.clamp(min=0) for row in rows], "num_boxes": counts}
+
     def num_image_tokens(self, inputs: Mapping[str, Any]) -> list[int]:
-        """Count the placeholders of each image.
-
-        Args:
-            inputs (`Mapping`): What the processor returned.
-
-        Returns:
-            `list[int]`: One number per image, in order.
-        """
-        counts = _unpack(inputs).get("num_boxes")
+        """Count the placeholders of each image, see [`ImageTextProcessor.num_image_tokens`]."""
+        counts = self._unpack(inputs).get("num_boxes")
         counts = [] if counts is None else torch.as_tensor(counts).tolist()
         return [self.image_seq_length + self.num_tokens_per_box * count for count in counts]
 
-    def take_images(self, inputs: Mapping[str, Any], first: int, last: int | None = None) -> dict[str, torch.Tensor]:
-        """Take some images out of a batch.
-
-        Args:
-            inputs (`Mapping`): What the processor returned.
-            first (`int`): Which image is the first.
-            last (`int`, *optional*): Which one is the first that is not taken; by default all are.
-
-        Returns:
-            `dict[str, torch.Tensor]`: `pixel_values`, `boxes` and `num_boxes`; empty if there is no such image.
-        """
-        return super().take_images(_unpack(inputs), first, last)
-
     def join_images(self, rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Join the images of several samples.
-
-        Args:
-            rows (`Sequence[Mapping]`): What [`~MGLlavaProcessor.take_images`] gave of each.
-
-        Returns:
-            `dict[str, torch.Tensor]`: `pixel_values`, `boxes` (padded with zeros to the greatest number) and
-            `num_boxes` of all images; empty if there are none.
-        """
+        """Join images with `boxes` padded to the greatest number, see [`ImageTextProcessor.join_images`]."""
         rows = [row for row in rows if row]
         most = max((row["boxes"].shape[1] for row in rows), default=0)
         pad = torch.nn.functional.pad
@@ -649,7 +614,7 @@ class MGLlavaProcessor(ImageTextProcessor):
         )
 
     def objects(self, detections: Any, image_size: tuple[int, int]) -> dict[str, Any]:
-        """Choose the objects that the model gets a token for, in its order.
+        """Select the objects that the model gets a token for, in the order of these tokens.
 
         Args:
             detections: The boxes of one image, as in `boxes`.
@@ -660,13 +625,13 @@ class MGLlavaProcessor(ImageTextProcessor):
             `labels` and `scores` (float32 of shape `(n,)`).
 
         Raises:
-            TypeError: If there is something else than boxes.
+            TypeError: If `detections` are not boxes.
             ValueError: If shapes, values or lengths are wrong.
         """
         return self.image_processor.objects(detections, image_size)
 
     def encode_text(self, conversation: list[dict[str, Any]]) -> tuple[list[int], list[int] | None]:
-        """Tokenize a conversation without looking at its images or their boxes.
+        """Tokenize a conversation without processing its images or their boxes.
 
         Args:
             conversation (`list[dict]`): Messages.
@@ -682,9 +647,9 @@ class MGLlavaProcessor(ImageTextProcessor):
         return super().encode_text(_take_boxes(conversation, []))
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
-        """Count the placeholders that images of these sizes may take, for serving engines to plan with.
+        """Return the number of placeholders that serving engines plan with for each image.
 
-        Their sizes do not matter: the number of boxes decides, of which there are at most `box_limit` here.
+        It does not depend on the size of an image, but on the number of its boxes: `box_limit` is assumed.
         """
         if image_sizes is None:
             return MultiModalData()
@@ -702,21 +667,22 @@ class MGLlavaProcessor(ImageTextProcessor):
     ) -> Any:
         """Render conversations and, with `tokenize=True`, make the model's inputs from them.
 
-        Beyond the base class, image blocks may carry `boxes`, as in
-        `{"type": "image", "url": ..., "boxes": [[10, 20, 110, 70]]}`. In a rendered string they stand after the
-        placeholder, between two private-use characters, where the processor finds them again. And with the templates
-        of this package every piece of the conversation is encoded alone, as in training; the mask of the assistant's
-        tokens marks exactly the ones that the original trains on. A string that is passed to the processor later gives
-        the same ids. Where a message holds what the template writes between messages, the string has an invisible
-        character within it, which the processor takes out again, and a warning says so.
+        In addition to what the base class supports, image blocks may have `boxes`, as in
+        `{"type": "image", "url": ..., "boxes": [[10, 20, 110, 70]]}`. A rendered string holds them after the
+        placeholder, between two private-use characters, and the processor reads them from there.
+
+        With the templates of this package, every piece of a conversation is encoded alone, as in training, and
+        `assistant_masks` marks exactly the tokens that the original trains on. Passing the rendered string to the
+        processor gives the same ids. If a message contains a string that the template writes between messages, an
+        invisible character is put into it, with a warning; the processor removes that character again.
 
         Args:
             conversation: A list of messages, or a list of such lists.
             chat_template (`str`, *optional*): A template or the name of one; by default the processor's.
             tokenize (`bool`): Whether to return ids instead of a string.
             return_assistant_tokens_mask (`bool`): Whether to return `assistant_masks` too (with `return_dict=True`).
-            sanitize_control_tokens (`bool`): Whether user text cannot write control tokens and placeholders; needs a
-                newer transformers.
+            sanitize_control_tokens (`bool`): Whether control tokens and placeholders in user text are encoded as
+                plain text; needs a newer transformers.
             processor_kwargs (`dict`, *optional*): Arguments of [`~MGLlavaProcessor.__call__`].
             **kwargs: The other arguments of the base class, and variables of the template.
 
@@ -724,10 +690,10 @@ class MGLlavaProcessor(ImageTextProcessor):
             `str`, ids, or with `return_dict=True` a [`BatchFeature`].
 
         Raises:
-            ValueError: If `boxes` are given both in the conversation and in `processor_kwargs`, or a string is
-                rendered with boxes in image blocks and with images that have no block, `chat_template` is neither a
-                template nor a name, a mask is asked for without `return_dict=True`, or a conversation is empty.
-            NotImplementedError: If this transformers cannot sanitize.
+            ValueError: If `boxes` are given both in the conversation and in `processor_kwargs`, a string is rendered
+                of image blocks with boxes and of images without a block, `chat_template` is neither a template nor a
+                name, a mask is requested without `return_dict=True`, or a conversation is empty.
+            NotImplementedError: If this release of transformers cannot sanitize.
             TypeError: If a message or a block has the wrong type.
         """
         boxes: list[Any] = []
@@ -742,7 +708,7 @@ class MGLlavaProcessor(ImageTextProcessor):
         )
         if tokenize or not has_boxes:
             return output
-        # The caller passes the string and the images on, often through other people's code, which does not know boxes.
+        # Code that passes on only the string and the images, such as a trainer's, would lose the boxes.
         is_single = isinstance(output, str)
         texts = []
         for text, messages in zip(*([output], [conversation]) if is_single else (output, conversation), strict=True):
@@ -752,17 +718,8 @@ class MGLlavaProcessor(ImageTextProcessor):
         return texts[0] if is_single else texts
 
 
-def _unpack(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Give boxes and counts that are in one input, see `packs_boxes`, their usual form."""
-    if inputs.get("image_position_ids") is None:
-        return inputs
-    rows = [torch.as_tensor(row) for row in inputs["image_position_ids"]]
-    counts = [int((row[:, 0] >= 0).sum()) for row in rows]
-    return {**inputs, "boxes": [row.clamp(min=0) for row in rows], "num_boxes": counts}
-
-
 def _check_upload_hook() -> None:
-    """Refuse to upload where transformers would not call what uploads the box detector."""
+    """Refuse to upload if transformers would not call the method that uploads the box detector."""
     if not hasattr(ProcessorMixin, _UPLOAD_HOOK):
         raise RuntimeError(
             f"This release of transformers has no `ProcessorMixin.{_UPLOAD_HOOK}`, so the box detector would not be "
@@ -772,7 +729,7 @@ def _check_upload_hook() -> None:
 
 
 def _take_boxes(value: Any, boxes: list[Any]) -> Any:
-    """Copy a conversation without the `boxes` of its images, which go to the list."""
+    """Copy a conversation without the `boxes` of its images, which are appended to the list."""
     if is_image_block(value):
         boxes.append(boxes_of_block(value.get("boxes")))
         return {key: item for key, item in value.items() if key != "boxes"}

@@ -6,16 +6,16 @@ its front, one `<image>` line each, and the rest of that turn is stripped; they 
 `<image>` in the text. With `literal_image_token=False` an `<image>` in the text stays where it is.
 
 **Chunks.** As in training, every piece of a text is encoded alone, without special tokens: the text before and after
-an image, the answer with its suffix, EOS, the separator; the BOS id is put in front by hand. Tokenizers of the
-SentencePiece kind start every chunk with a space piece, and merges never cross chunks, so the ids differ from those of
-the whole string. The cuts are found in two ways, which agree:
+an image, the answer with its suffix, EOS, the separator (a family may cut at images only, see `join_text`); the BOS id
+is put in front by hand. Tokenizers of the SentencePiece kind start every chunk with a space piece, and merges never
+cross chunks, so the ids differ from those of the whole string. The cuts are found in two ways, which agree:
 
 - A template writes `chunk_boundary` before every piece that is given and `answer_boundary` before every piece that is
   learned, if the caller passes these two characters. By default it writes neither.
 - In a rendered string without them, the pieces are found by the strings that the template writes between the texts of
   a conversation ([`ChatFormat`]). These are read off its rendering of a probe conversation.
 
-If a message itself holds such a string, `protect_text` puts an invisible character into it, which is taken out again
+If a message itself contains such a string, `protect_text` puts an invisible character into it, which is removed
 before the text is encoded.
 """
 
@@ -34,15 +34,15 @@ logger = logging.get_logger(__name__)
 
 IMAGE_TOKEN = "<image>"
 
-# Private-use characters: the boundaries that a template writes, and the guard that
-# keeps a part of a text from being taken for a delimiter.
+# Private-use characters: the boundaries that a template writes, and the guard that prevents a part of a message from
+# being taken for a delimiter.
 CHUNK_BOUNDARY = "\U000ff4d0"
 ANSWER_BOUNDARY = "\U000ff4d1"
 GUARD = "\U000ff4d2"
 BOUNDARY_NAMES = {"chunk_boundary": CHUNK_BOUNDARY, "answer_boundary": ANSWER_BOUNDARY}
 PRIVATE_CHARACTERS = re.compile(f"[{CHUNK_BOUNDARY}{ANSWER_BOUNDARY}{GUARD}]")
 _BOUNDARIES = re.compile(f"[{CHUNK_BOUNDARY}{ANSWER_BOUNDARY}]")
-# The texts of a probe conversation, question, answer, question, answer, and its system message.
+# The texts of a probe conversation (question, answer, question, answer), and its system message.
 _PROBE, _SYSTEM = "\U000ff4d4\U000ff4d5\U000ff4d6\U000ff4d7", "\U000ff4d8"
 
 _TEMPLATE = """
@@ -50,6 +50,7 @@ _TEMPLATE = """
 {%- set user_start, user_end = USER_START, USER_END -%}
 {%- set generation_prompt, suffix, separator = GENERATION_PROMPT, SUFFIX, SEPARATOR -%}
 {%- set closed_by_eos, image_end = CLOSED_BY_EOS, IMAGE_END -%}
+{%- set answer_start, closes_empty_answers, has_questions = ANSWER_START, CLOSES_EMPTY_ANSWERS, HAS_QUESTIONS -%}
 {%- set given = chunk_boundary | default('') -%}
 {%- set learned = answer_boundary | default('') -%}
 {%- set state = namespace(system=DEFAULT_SYSTEM, text='', images=0, expected='user') -%}
@@ -95,7 +96,9 @@ _TEMPLATE = """
       {%- set state.images = state.images + state.text.count('<image>') -%}
       {%- set state.text = state.text.replace('<image>', '') -%}
     {%- endif -%}
-    {%- if state.images -%}
+    {%- if not has_questions -%}
+      {%- set state.text = '<image>' * state.images -%}
+    {%- elif state.images -%}
       {%- set state.text = (('<image>' + image_end) * state.images + state.text.strip()).strip() -%}
     {%- endif -%}
     {%- set is_first_turn = loop.index0 == (1 if messages[0]['role'] == 'system' else 0) -%}
@@ -109,7 +112,9 @@ _TEMPLATE = """
     {%- set state.expected = 'assistant' -%}
   {%- else -%}
     {%- generation -%}
-      {{- learned + state.text + suffix -}}
+      {%- if state.text or closes_empty_answers -%}
+        {{- learned + answer_start + state.text + suffix -}}
+      {%- endif -%}
       {%- if closed_by_eos -%}
         {{- learned ~ eos_token -}}
       {%- endif -%}
@@ -131,10 +136,14 @@ def build_chat_template(
     closed_by_eos: bool = False,
     default_system: str = "",
     image_end: str = "\n",
+    answer_start: str = "",
+    closes_empty_answers: bool = True,
+    has_questions: bool = True,
 ) -> str:
     """Make the chat template of a language model; a pair holds the strings before and after a text.
 
-    `default_system` is written in front of a conversation without a system message, and `image_end` after each image.
+    `default_system` is written in front of a conversation without a system message, `image_end` after each image, and
+    `answer_start` before each answer, as a part of it. Without `has_questions`, the text of questions is dropped.
     """
     fields = {
         "SYSTEM_START": system[0],
@@ -147,6 +156,9 @@ def build_chat_template(
         "CLOSED_BY_EOS": closed_by_eos,
         "DEFAULT_SYSTEM": default_system,
         "IMAGE_END": image_end,
+        "ANSWER_START": answer_start,
+        "CLOSES_EMPTY_ANSWERS": closes_empty_answers,
+        "HAS_QUESTIONS": has_questions,
     }
     template = _TEMPLATE
     for name, value in fields.items():
@@ -193,7 +205,7 @@ class ChatFormat:
 
 
 def read_format(template: str, special_tokens: Mapping[str, Any]) -> ChatFormat | None:
-    """Read the format of a template's strings; return `None` if it does not write boundaries as those made here do.
+    """Return the format of a template's strings; `None` if it writes no boundaries as [`build_chat_template`]'s do.
 
     `special_tokens` is the tokenizer's `special_tokens_map`, whose names templates use.
     """
@@ -203,7 +215,7 @@ def read_format(template: str, special_tokens: Mapping[str, Any]) -> ChatFormat 
 
 @lru_cache(maxsize=64)
 def _read_format(template: str, special_tokens: tuple[tuple[str, str], ...]) -> ChatFormat | None:
-    """Render probe conversations, and see what stands around their texts."""
+    """Render probe conversations, and find the strings around their texts."""
 
     def render(*messages: tuple[str, str]) -> str:
         conversation = [{"role": role, "content": text} for role, text in messages]
@@ -219,16 +231,11 @@ def _read_format(template: str, special_tokens: tuple[tuple[str, str], ...]) -> 
     starts = [_BOUNDARIES.split(head)[-1]]
     with suppress(Exception):  # some templates have no system message
         starts.append(_BOUNDARIES.split(render(("system", _SYSTEM), turns[0]).split(_SYSTEM)[0])[-1])
-    chat = ChatFormat(tuple(filter(None, starts)), *map(_delimiter, (opening, between, closing)))
-    is_cut_at_answer = chat.opening.cuts == ((len(chat.opening.text), True),)
+    delimiters = (Delimiter(*_take_boundaries(marked)) for marked in (opening, between, closing))
+    chat = ChatFormat(tuple(filter(None, starts)), *delimiters)
+    is_cut_at_answer = [is_learned for _, is_learned in chat.opening.cuts] == [True]
     is_usable = second == opening and is_cut_at_answer and chat.between.cuts and not chat.between.cuts[-1][1]
     return chat if chat.starts and chat.opening.text and chat.between.text and is_usable else None
-
-
-def _delimiter(marked: str) -> Delimiter:
-    """Make a delimiter of a string with boundary characters."""
-    text, cuts = _take_boundaries(marked)
-    return Delimiter(text, tuple(cuts))
 
 
 def chat_formats(
@@ -236,8 +243,8 @@ def chat_formats(
 ) -> tuple[ChatFormat, ...]:
     """List the formats by which a processor cuts strings, in the order in which it tries them.
 
-    Known templates come after the processor's own, unless one of its own is of another kind: its strings may look like
-    theirs.
+    Known templates come after the processor's own. They are left out if one of its own does not write boundaries,
+    because its strings may look like theirs.
     """
     own = list(chat_template.values()) if isinstance(chat_template, Mapping) else [chat_template or ""]
     writing = [template for template in own if writes_boundaries(template)]
@@ -247,16 +254,14 @@ def chat_formats(
 
 
 def writes_boundaries(template: str) -> bool:
-    """Tell whether a chat template writes boundaries if it is asked to."""
+    """Tell whether a chat template writes the boundary characters that are passed to it."""
     return "chunk_boundary" in template
 
 
-def _take_boundaries(text: str) -> tuple[str, list[Cut]]:
+def _take_boundaries(text: str) -> tuple[str, tuple[Cut, ...]]:
     """Take the boundary characters out of a text, and note where they were."""
-    cuts = [
-        (match.start() - number, match.group() == ANSWER_BOUNDARY)
-        for number, match in enumerate(_BOUNDARIES.finditer(text))
-    ]
+    found = enumerate(_BOUNDARIES.finditer(text))
+    cuts = tuple((match.start() - number, match.group() == ANSWER_BOUNDARY) for number, match in found)
     return _BOUNDARIES.sub("", text), cuts
 
 
@@ -267,12 +272,12 @@ class _Pieces:
     Attributes:
         text: The text, without boundary characters.
         cuts: Where it is cut.
-        bos: Length of the BOS that it starts with; `None` if it has none and needs one.
-        repeated: A delimiter at a place where none can be, as if it were part of a text.
+        bos: Length of the BOS that the text starts with; `None` if it has none and needs one.
+        repeated: A delimiter where only a message can contain it.
     """
 
     text: str
-    cuts: list[Cut]
+    cuts: Sequence[Cut]
     bos: int | None
     repeated: str | None = None
 
@@ -298,7 +303,7 @@ def _cut(text: str, bos_token: str | None, chats: Iterable[ChatFormat]) -> _Piec
             return _cut_by_format(text, 0, chat, is_answer=False)
         if bos and text.startswith(bos) and text.startswith(chat.starts, len(bos)):
             return _cut_by_format(text, len(bos), chat, is_answer=False)
-    # A part of a conversation, such as an answer alone: its first delimiter tells what it starts with.
+    # A part of a conversation, such as an answer alone: its first delimiter shows what it starts with.
     start = len(bos) if text.startswith(bos) else 0
     attempts = [_cut_by_format(text, start, chat, is_answer=None) for chat in chats]
     attempts = [pieces for pieces in attempts if pieces.cuts]
@@ -307,7 +312,7 @@ def _cut(text: str, bos_token: str | None, chats: Iterable[ChatFormat]) -> _Piec
 
 
 def _cut_by_format(text: str, start: int, chat: ChatFormat, is_answer: bool | None) -> _Pieces:
-    """Find the cuts of a text that a template rendered; `is_answer`: what it starts with, if that is known."""
+    """Find the cuts of a text that a template rendered; `is_answer`: whether it starts with an answer."""
     cuts: list[Cut] = []
     position, repeated = start, None
     while True:
@@ -333,9 +338,9 @@ def _cut_by_format(text: str, start: int, chat: ChatFormat, is_answer: bool | No
 
 
 def _find(text: str, literal: str, start: int) -> int:
-    """Find a delimiter that no guard breaks."""
+    """Find a delimiter that is not broken by a guard."""
     place = text.find(literal, start)
-    # A longer delimiter would have the guard inside.
+    # A guard breaks a longer delimiter from inside, but stands in front of a single character.
     while len(literal) == 1 and place > 0 and text[place - 1] == GUARD:
         place = text.find(literal, place + 1)
     return place
@@ -348,10 +353,10 @@ def _find_last(text: str, literal: str, start: int) -> int:
 
 
 def protect_text(marked: str, bos_token: str | None, chat: ChatFormat | None, chats: Sequence[ChatFormat]) -> str:
-    """Take the boundary characters out of a text that `chat` rendered, so that `chats` find its cuts without them.
+    """Remove the boundary characters from a text that `chat` rendered, so that `chats` find its cuts without them.
 
-    A guard is put before the last character of whatever looks like a delimiter and is text: there it does not change
-    what a shorter conversation is rendered to. If the cuts would not be found, the boundary characters stay.
+    If a message contains a delimiter, a guard is put before its last character, where it does not change the rendering
+    of a shorter conversation. If the cuts would still not be found, the boundary characters stay.
     """
     truth = _cut(marked, bos_token, chats)
     if chat in chats and chat is not None:
@@ -362,14 +367,14 @@ def protect_text(marked: str, bos_token: str | None, chat: ChatFormat | None, ch
         if _cut(text, bos_token, chats).split() == truth.split():
             if ends:
                 logger.warning_once(
-                    "A message of the conversation holds what the chat template writes between messages, such as "
-                    f"{chat.opening.text!r}. The string has the invisible character U+{ord(GUARD):X} within it, which "
-                    "this processor takes out again; other tokenizers would encode it."
+                    "A message of the conversation contains a string that the chat template writes between messages, "
+                    f"such as {chat.opening.text!r}. The invisible character U+{ord(GUARD):X} was put into it, which "
+                    "this processor removes again; other tokenizers would encode it."
                 )
             return text
     logger.warning_once(
         "The chat template of this conversation is not one of the processor's: the string keeps the private-use "
-        f"characters U+{ord(CHUNK_BOUNDARY):X} and U+{ord(ANSWER_BOUNDARY):X}, by which this processor cuts it; other "
+        f"characters U+{ord(CHUNK_BOUNDARY):X} and U+{ord(ANSWER_BOUNDARY):X}, where this processor cuts it; other "
         "tokenizers would encode them. Set `processor.chat_template` to that template."
     )
     return marked
@@ -378,7 +383,7 @@ def protect_text(marked: str, bos_token: str | None, chat: ChatFormat | None, ch
 def _false_delimiters(
     truth: _Pieces, bos_token: str | None, chat: ChatFormat, chats: Iterable[ChatFormat]
 ) -> set[int]:
-    """Find the ends of what would be taken for a delimiter, or for the start of a conversation, and is not."""
+    """Find the ends of parts of messages that would be taken for a delimiter or the start of a conversation."""
     text, cuts = truth.text, truth.cuts
     ends = set()
     answers = []
@@ -390,7 +395,8 @@ def _false_delimiters(
     for place in _occurrences(text, chat.opening.text):
         end = place + len(chat.opening.text)
         is_prompt = end == len(text) and not is_open
-        if not (is_prompt or any(start == end for start, _ in answers)):
+        is_opening = any(start == cut for start, _ in answers for cut, _ in chat.opening.cuts_at(place))
+        if not (is_prompt or is_opening):
             ends.add(end)
     for start, stop in answers:
         for place in _occurrences(text, chat.between.text, start, stop):
@@ -407,7 +413,7 @@ def _false_delimiters(
 
 
 def _occurrences(text: str, literal: str, start: int = 0, stop: int | None = None) -> Iterator[int]:
-    """Yield where a string starts, also where it overlaps itself."""
+    """Yield the places of a string, including those that overlap."""
     place = text.find(literal, start)
     while place >= 0 and (stop is None or place < stop):
         yield place
@@ -423,12 +429,14 @@ class TextChunk:
         num_image_tokens: Length of that run, 0 for text.
         is_answer: Whether the chunk is learned in training.
         is_bos: Whether this is the leading BOS; its text is empty if the text does not have it.
+        answers: Where answers start and end in a text with more than an answer.
     """
 
     text: str
     num_image_tokens: int = 0
     is_answer: bool = False
     is_bos: bool = False
+    answers: tuple[tuple[int, int], ...] = ()
 
     @property
     def is_text(self) -> bool:
@@ -451,9 +459,9 @@ def split_text(
     pieces = _cut(text, bos_token, chats)
     if pieces.repeated:
         logger.warning_once(
-            f"`text` holds {pieces.repeated!r} again before the answer is closed. The answer is taken to start after "
-            "the first one, and is encoded from there on. If that one is part of a message, render the conversation "
-            "with the processor's `apply_chat_template`, which keeps them apart."
+            f"`text` holds {pieces.repeated!r} again before the answer is closed. The answer is assumed to start "
+            "after the first one. If the first one is part of a message, render the conversation with the processor's "
+            "`apply_chat_template`, which keeps them apart."
         )
     chunks = []
     if bos_token and pieces.bos != 0:
@@ -467,6 +475,23 @@ def split_text(
             start = cut.end()
         chunks.append(TextChunk(piece[start:], is_answer=is_answer))
     return [chunk for chunk in chunks if chunk.text or chunk.is_bos]
+
+
+def join_text(chunks: Sequence[TextChunk]) -> list[TextChunk]:
+    """Join the chunks of text between two images, and note where answers are."""
+    joined: list[TextChunk] = []
+    for chunk in chunks:
+        if not chunk.is_text:
+            joined.append(chunk)
+            continue
+        if not (joined and joined[-1].is_text):
+            joined.append(TextChunk(""))
+        whole = joined[-1]
+        start = len(whole.text)
+        whole.text += chunk.text
+        if chunk.is_answer:
+            whole.answers += ((start, len(whole.text)),)
+    return joined
 
 
 @dataclass
@@ -488,12 +513,16 @@ class _Row:
     def add(self, chunk: TextChunk, ids: list[int], spans: Iterable[tuple[int, int]]) -> None:
         """Append the tokens of a chunk."""
         self.ids += ids
+        spans = list(spans)
         self.spans += [(self.length + start, self.length + end) for start, end in spans]
-        self.is_answer += [int(chunk.is_answer)] * len(ids)
+        if chunk.answers:
+            self.is_answer += [int(any(first <= start < end for first, end in chunk.answers)) for start, _ in spans]
+        else:
+            self.is_answer += [int(chunk.is_answer)] * len(ids)
         self.length += len(chunk.text)
 
     def truncate(self, max_length: int, side: str, image_token_id: int) -> None:
-        """Leave out tokens of one side, but none of an image."""
+        """Cut off tokens at one side; raise a `ValueError` if that would cut an image."""
         kept = slice(max(0, len(self.ids) - max_length), None) if side == "left" else slice(max_length)
         before, after = self.ids.count(image_token_id), self.ids[kept].count(image_token_id)
         if before != after:
@@ -515,15 +544,14 @@ def encode_chunks(
     max_length: int | None = None,
     padding_side: str | None = None,
     return_offsets_mapping: bool | None = False,
-    return_assistant_tokens_mask: bool = False,
     sanitize_control_tokens: bool | None = False,
     **options: Any,
 ) -> dict[str, list[Any]]:
-    """Encode texts chunk by chunk; options are those of a tokenizer's `__call__`, except that lists are returned.
+    """Encode texts chunk by chunk into lists; the other options are those of a tokenizer's `__call__`.
 
     BOS is put in front by hand, as in the original, since not every tokenizer adds it; with
-    `add_special_tokens=False` only in front of conversations. Spans are those in the text with runs of placeholders.
-    `assistant_masks` is 1 for each token of an answer.
+    `add_special_tokens=False`, only in front of conversations. `offset_mapping` refers to the text with runs of
+    placeholders; `assistant_masks` is 1 for each token of an answer.
     """
     pad_options = {name: options.pop(name, None) for name in ("pad_to_multiple_of", "return_attention_mask")}
     padding = options.pop("padding", False)
@@ -532,7 +560,8 @@ def encode_chunks(
     if wanted := sorted(name for name, value in options.items() if value):
         raise ValueError(f"{wanted} must not be set: text is encoded in chunks around the images. Leave them out.")
 
-    tokenizer_options: dict[str, Any] = {"return_offsets_mapping": bool(return_offsets_mapping)}
+    needs_spans = any(chunk.answers for chunks in texts for chunk in chunks)
+    tokenizer_options: dict[str, Any] = {"return_offsets_mapping": needs_spans or bool(return_offsets_mapping)}
     if sanitize_control_tokens:
         tokenizer_options["sanitize_control_tokens"] = True
     adds_bos = bool(add_special_tokens) and tokenizer.bos_token_id is not None
@@ -553,8 +582,7 @@ def encode_chunks(
     side = padding_side or tokenizer.padding_side
     if return_offsets_mapping:
         output["offset_mapping"] = _pad_like(output["input_ids"], [row.spans for row in rows], (0, 0), side)
-    if return_assistant_tokens_mask:
-        output["assistant_masks"] = _pad_like(output["input_ids"], [row.is_answer for row in rows], 0, side)
+    output["assistant_masks"] = _pad_like(output["input_ids"], [row.is_answer for row in rows], 0, side)
     return output
 
 
@@ -565,7 +593,7 @@ def _encode_rows(
     adds_bos: bool,
     options: Mapping[str, Any],
 ) -> list[_Row]:
-    """Encode the chunks of all texts in one call, and put those of each text together."""
+    """Encode the chunks of all texts in one call of the tokenizer, and join those of each text."""
     to_encode = [chunk.text for chunks in texts for chunk in chunks if chunk.is_text]
     encoded: Mapping[str, Any] = {}
     if to_encode:
@@ -590,7 +618,7 @@ def _encode_rows(
 
 
 def _pad_like(padded: list[list[int]], rows: list[list[Any]], value: Any, side: str) -> list[list[Any]]:
-    """Pad rows to the lengths of others."""
+    """Pad rows to the lengths of rows that are padded."""
     output = []
     for target, row in zip(padded, rows, strict=True):
         padding = [value] * (len(target) - len(row))
@@ -607,6 +635,7 @@ __all__ = [
     "build_chat_template",
     "chat_formats",
     "encode_chunks",
+    "join_text",
     "protect_text",
     "read_format",
     "split_text",

@@ -1,4 +1,4 @@
-"""What sees: the high-resolution tower, fusion, box pooling and projectors (MG-LLaVA, arXiv 2406.17770, section 3)."""
+"""High-resolution tower, projectors, fusion and box pooling of MG-LLaVA (arXiv 2406.17770, section 3)."""
 
 import timm
 import torch
@@ -15,14 +15,14 @@ from .configuration_mgllava import MGLlavaConfig, MGLlavaHighResVisionConfig
 
 
 class MGLlavaHighResVisionModel(PreTrainedModel):
-    """Stem and four stages of a ConvNeXt; parameter names are timm's own."""
+    """Stem and four stages of a ConvNeXt, with the parameter names of timm."""
 
     config: MGLlavaHighResVisionConfig
     config_class = MGLlavaHighResVisionConfig
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _no_split_modules = ["ConvNeXtStage"]
-    # It has no attention, so it must not be what refuses an implementation for the whole model.
+    # Without attention, any implementation works. The whole model supports only what all of its parts support.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -47,7 +47,7 @@ class MGLlavaHighResVisionModel(PreTrainedModel):
             init.constant_(module.gamma, 1e-6)
 
     def forward(self, pixel_values: torch.Tensor) -> BackboneOutput:
-        """Compute the maps of all four stages.
+        """Compute the feature maps of all four stages.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(num_images, 3, height, width)`):
@@ -68,7 +68,7 @@ class MGLlavaHighResVisionModel(PreTrainedModel):
 class MGLlavaCrossAttention(nn.Module):
     """Multi-head cross-attention with layer norms on both sides, without the residual.
 
-    The output projection starts at zero, so that a variant begins as the model without it, as Conv-Gate does.
+    The output projection starts at zero, so that training starts from the model without this module.
     """
 
     def __init__(self, query_size: int, context_size: int, hidden_size: int, num_heads: int):
@@ -90,20 +90,11 @@ class MGLlavaCrossAttention(nn.Module):
         query_positions: torch.Tensor | None = None,
         context_positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Let `query` attend to `context`.
+        """Let `query`, `(batch_size, num_queries, query_size)`, attend to `context`; the output has its shape.
 
-        Args:
-            query (`torch.Tensor` of shape `(batch_size, num_queries, query_size)`): Tokens that ask.
-            context (`torch.Tensor` of shape `(batch_size, num_keys, context_size)`): Tokens that answer.
-            context_mask (`torch.BoolTensor` of shape `(batch_size, num_keys)`, *optional*):
-                `True` where a key may be attended to.
-            query_positions (`torch.Tensor` of shape `(num_queries, hidden_size)`, *optional*):
-                Added to the projected queries.
-            context_positions (`torch.Tensor` of shape `(num_keys, hidden_size)`, *optional*):
-                Added to the projected keys.
-
-        Returns:
-            `torch.Tensor` of shape `(batch_size, num_queries, query_size)`.
+        `context` is `(batch_size, num_keys, context_size)`; `context_mask`, `(batch_size, num_keys)`, is true where a
+        key may be attended to. Positions, `(num_queries or num_keys, hidden_size)`, are added to the projected
+        queries and keys.
         """
         context = self.context_norm(context)
         queries = self.q_proj(self.query_norm(query))
@@ -122,7 +113,7 @@ class MGLlavaCrossAttention(nn.Module):
 
 
 class MGLlavaProjector(nn.Module):
-    """Linear, activation, Linear: from features of a vision tower to embeddings of the language model."""
+    """Projects features to embeddings of the language model, with two linear layers and an activation between them."""
 
     def __init__(self, input_size: int, config: MGLlavaConfig):
         super().__init__()
@@ -137,7 +128,7 @@ class MGLlavaProjector(nn.Module):
 
 
 # Fusion (section 3.2, table 5). Each module takes the low-resolution tokens and the maps of the high-resolution tower,
-# returns as many tokens as it was given, and states their width in `output_size`.
+# and returns as many tokens of width `output_size`.
 
 
 class MGLlavaConvFusion(nn.Module):
@@ -150,8 +141,8 @@ class MGLlavaConvFusion(nn.Module):
         g  = Linear(GELU(Linear(mean over all positions of [x', y'])))      one scalar per image
 
     and the output is `x' + tanh(g) * y'` (`conv_gate`), `[x', tanh(g) * y']` (`conv_gate_concat`) or `[x', y']`
-    (`channel_concat`, which has no gate). Output projections start at zero: at the start of training, `conv_gate` is
-    the identity on `x`.
+    (`channel_concat`, which has no gate). Output projections start at zero, so `conv_gate` starts as the identity on
+    `x`.
     """
 
     def __init__(self, config: MGLlavaConfig):
@@ -196,9 +187,10 @@ class MGLlavaPlainConcatFusion(nn.Module):
 
 
 class MGLlavaPatchInfoMining(nn.Module):
-    """Every token attends to its own cell of the high-resolution map (Mini-Gemini, arXiv 2403.18814, section 3.2).
+    """Lets every token attend to its own cell of the high-resolution map (Mini-Gemini, arXiv 2403.18814, section 3.2).
 
-    The map is the pyramid at the resolution of its first stage, so a cell has 8x8 positions at the published sizes.
+    The map is the concatenation of all stages at the resolution of the first. At the published sizes, a cell has 8x8
+    positions.
     """
 
     def __init__(self, config: MGLlavaConfig):
@@ -227,10 +219,10 @@ class MGLlavaPatchInfoMining(nn.Module):
 
 
 class MGLlavaResampler(nn.Module):
-    """Learned queries read the last stage; the result is added to the tokens (Qwen-VL, arXiv 2308.12966, section 2.1).
+    """Lets learned queries attend to the last stage, and adds the result to the tokens (Qwen-VL, arXiv 2308.12966).
 
-    One query per low-resolution token, with fixed 2-D sine positions on queries and keys. That the two are merged by
-    addition is our choice: the paper only says that the number of tokens stays.
+    There is one query per low-resolution token, and queries and keys have fixed 2-D sine positions (section 2.1). The
+    sum is our choice: the paper of MG-LLaVA only says that the number of tokens does not change.
     """
 
     def __init__(self, config: MGLlavaConfig):
@@ -256,11 +248,7 @@ class MGLlavaResampler(nn.Module):
 
 
 def _sine_positions(height: int, width: int, size: int, device: torch.device) -> torch.Tensor:
-    """Sine and cosine positions, half of the channels for y, half for x, on a map that spans the unit square.
-
-    Returns:
-        `torch.Tensor` of shape `(height * width, size)`.
-    """
+    """Compute sine and cosine positions on the unit square, `(height * width, size)`: first y, then x."""
     frequencies = torch.pi * 2.0 ** torch.linspace(0, 6, size // 4, device=device)
     axes = []
     for length in (height, width):
@@ -272,14 +260,14 @@ def _sine_positions(height: int, width: int, size: int, device: torch.device) ->
 
 
 class MGLlavaNoFusion(nn.Module):
-    """The low-resolution tokens alone (the baseline of the paper's table 4)."""
+    """Returns the low-resolution tokens unchanged (the baseline of table 4)."""
 
     def __init__(self, config: MGLlavaConfig):
         super().__init__()
         self.output_size = config.vision_config.hidden_size
 
     def forward(self, low_res: torch.Tensor, feature_maps: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
-        """Return the tokens `(num_images, num_tokens, low_size)` as they are."""
+        """Return the tokens `(num_images, num_tokens, low_size)` unchanged."""
         return low_res
 
 
@@ -295,54 +283,39 @@ FUSIONS: dict[str, type[nn.Module]] = {
 
 
 # Object features: boxes pooled from the feature pyramid (section 3.3). The reference upsamples all stages to the grid
-# of the first, concatenates them, cuts a 56x56 RoI-align grid out of the result for every box and takes the mean over
-# the grid. All of this is linear in the features and separable in x and y: per channel, the mean is `w_y^T F w_x` with
-# one weight vector per axis, and the upsampling folds into the vectors. So neither the upsampled map (425 MB per
-# image) nor the grids (36 MB per box) exist here, and the value is the same.
+# of the first, concatenates them, computes a 56x56 RoI-align grid for every box and takes the mean over the grid. All
+# of this is linear in the features and separable in x and y: per channel, the mean is `w_y^T F w_x` with one weight
+# vector per axis, and upsampling only changes these vectors. The result is the same, without the upsampled map (425 MB
+# per image) and the grids (36 MB per box).
 
-# Bins per side of the RoI-align grid. The count matters although the mean is taken: it decides how densely the box is
-# sampled.
+# Bins per side of the RoI-align grid. Their number changes the mean, since it decides how densely a box is sampled.
 POOLED_SIZE = {"pyramid": 56, "multi_level": 56, "last_stage": 7}
-# Types that hold every whole coordinate of an image. In bfloat16 259 is 260.
+# Types that represent every integer coordinate of an image exactly. bfloat16 rounds 259 to 260.
 _BOX_DTYPES = (torch.int64, torch.int32, torch.float64, torch.float32)
 
 
 def check_box_dtype(boxes: torch.Tensor) -> None:
-    """Refuse boxes whose coordinates may have been rounded before they came here.
-
-    Args:
-        boxes (`torch.Tensor`): Boxes of any shape.
-
-    Raises:
-        ValueError: If they are not int64, int32, float64 or float32.
-    """
+    """Raise `ValueError` for boxes in a dtype in which their coordinates may have been rounded."""
     if boxes.dtype not in _BOX_DTYPES:
         raise ValueError(
             f"`boxes` must be int64, int32, float64 or float32, got {boxes.dtype}, in which coordinates lose digits. "
-            "Trainers and mixed-precision policies cast floating point inputs: pass boxes as whole numbers (int64, as "
-            "this model's processor makes them), which none of them casts."
+            "Trainers and mixed-precision policies cast floating-point inputs, but not integers: pass int64 boxes, as "
+            "this model's processor returns them."
         )
 
 
 def roi_axis_weights(start: torch.Tensor, end: torch.Tensor, size: int, pooled_size: int) -> torch.Tensor:
-    """Weights that RoI-align, averaged over its bins, gives to the cells along one axis.
+    """Compute the weight `(..., size)` of each cell along one axis in the mean of RoI-align over its bins.
 
-    Equivalent of `roi_align(aligned=False, sampling_ratio=-1)`: regions are at least one cell long; each bin has
-    `ceil(length / pooled_size)` samples, so all samples are evenly spaced; a sample interpolates between its two
-    cells, is clamped onto the map if it lies up to one cell outside and counts as zero beyond that.
+    `start` and `end` `(...)` are the ends of the regions in cells of the map; `size` is the number of cells and
+    `pooled_size` that of bins. Equivalent to `roi_align(aligned=False, sampling_ratio=-1)`: regions are at least one
+    cell long; each bin has `ceil(length / pooled_size)` samples, so all samples are evenly spaced; a sample
+    interpolates between its two cells, is clamped onto the map if it lies up to one cell outside and counts as zero
+    beyond that.
 
-    Instead of visiting samples, this counts those between each pair of neighboring cells: `count` samples whose mean
-    distance to the left cell is `offset` give it `count * (1 - offset)` and the right cell `count * offset`. The
+    Instead of looping over samples, this counts those between each pair of neighboring cells: `count` samples whose
+    mean distance to the left cell is `offset` give it `count * (1 - offset)` and the right cell `count * offset`. The
     shapes do not depend on the boxes, and the cost does not depend on their size.
-
-    Args:
-        start (`torch.Tensor` of shape `(...)`): Lower ends of the regions, in cells of the map.
-        end (`torch.Tensor` of shape `(...)`): Upper ends, likewise.
-        size (`int`): Number of cells along the axis.
-        pooled_size (`int`): Number of bins along the axis.
-
-    Returns:
-        `torch.Tensor` of shape `(..., size)`, in the dtype of `start`.
     """
     start, end = start.unsqueeze(-1), end.unsqueeze(-1)
     length = (end - start).clamp(min=1)
@@ -359,8 +332,8 @@ def roi_axis_weights(start: torch.Tensor, end: torch.Tensor, size: int, pooled_s
     right = count * offset
     weights = F.pad(count - right, (0, 1)) + F.pad(right, (1, 0))
 
-    # Up to one cell outside, samples count for the border cell, then not at all. That is a jump: a sample that falls
-    # on it in exact arithmetic is decided by how the reference rounds, so its own float32 formula decides here too.
+    # Samples up to one cell outside count for the border cell, samples beyond it do not count. For a sample exactly on
+    # this limit, the reference's float32 rounding decides, so its own formula decides here too.
     bin_size = length.float() / pooled_size
     for border, cell in ((-1, 0), (size, size - 1)):
         nearest = torch.minimum(((border - start) / step - 0.5).round().clamp(min=0), num_samples - 1)
@@ -383,25 +356,11 @@ def pool_boxes(
     image_size: int,
     pooled_size: int,
 ) -> list[torch.Tensor]:
-    """Mean of RoI-align over each box, on maps that count as upsampled bilinearly to the size of the first.
+    """Compute the mean of RoI-align over each box, as if all maps were upsampled bilinearly to the size of the first.
 
-    Args:
-        feature_maps (`list` of `torch.Tensor` of shape `(num_images, channels, height, width)`):
-            Feature maps of the same images, the finest first.
-        boxes (`torch.Tensor` of shape `(num_images, num_boxes, 4)`):
-            Boxes as x1, y1, x2, y2 in pixels of the `image_size` x `image_size` input; int64, int32, float64 or
-            float32. No gradient flows into them.
-        image_size (`int`):
-            Side of the input that the maps were computed from, in pixels.
-        pooled_size (`int`):
-            Number of RoI-align bins along each axis.
-
-    Returns:
-        `list` of `torch.Tensor` of shape `(num_images, num_boxes, channels)`, one per map; float32 (float64 for maps
-        in float64).
-
-    Raises:
-        ValueError: If boxes are in a dtype that rounds them, such as bfloat16.
+    `feature_maps` are `(num_images, channels, height, width)`, the finest first. `boxes`,
+    `(num_images, num_boxes, 4)`, are x1, y1, x2, y2 in pixels of the square input with side `image_size`, and get no
+    gradient. Returns `(num_images, num_boxes, channels)` per map, in float32 (float64 for maps in float64).
     """
     check_box_dtype(boxes)
     height, width = feature_maps[0].shape[-2:]
@@ -424,7 +383,7 @@ def pool_boxes(
 
 
 def _fold_upsampling(weights: torch.Tensor, size: int) -> torch.Tensor:
-    """Turn weights of upsampled cells `(..., upsampled)` into weights of the `size` cells they came from."""
+    """Turn weights of upsampled cells `(..., upsampled)` into weights of the `size` original cells."""
     if weights.shape[-1] == size:
         return weights
     identity = torch.eye(size, dtype=weights.dtype, device=weights.device).unsqueeze(0)
@@ -433,7 +392,7 @@ def _fold_upsampling(weights: torch.Tensor, size: int) -> torch.Tensor:
 
 
 class MGLlavaBoxProjector(MGLlavaProjector):
-    """Pools the boxes from what `config.box_feature_type` names, and projects the features to box tokens."""
+    """Pools boxes from the features that `config.box_feature_type` names, and projects them to box tokens."""
 
     def __init__(self, config: MGLlavaConfig):
         widths = config.high_res_vision_config.hidden_sizes
@@ -449,19 +408,9 @@ class MGLlavaBoxProjector(MGLlavaProjector):
             self.level_projections = nn.ModuleList(nn.Linear(width, feature_size) for width in widths)
 
     def forward(self, feature_maps: tuple[torch.Tensor, ...], boxes: torch.Tensor) -> torch.Tensor:
-        """Make one token per box.
+        """Make a token `(num_images, num_boxes, hidden_size)` per box from all maps of the high-resolution tower.
 
-        Args:
-            feature_maps (`tuple` of four `torch.Tensor` of shape `(num_images, hidden_sizes[i], height_i, width_i)`):
-                Maps of the high-resolution tower.
-            boxes (`torch.Tensor` of shape `(num_images, num_boxes, 4)`):
-                Boxes as x1, y1, x2, y2 in pixels of the high-resolution input; int64, int32, float64 or float32.
-
-        Returns:
-            `torch.Tensor` of shape `(num_images, num_boxes, hidden_size)`.
-
-        Raises:
-            ValueError: If boxes are in a dtype that rounds them, such as bfloat16.
+        `boxes`, `(num_images, num_boxes, 4)`, are x1, y1, x2, y2 in pixels of the high-resolution input.
         """
         if self.feature_type == "last_stage":
             feature_maps = feature_maps[-1:]
@@ -469,7 +418,7 @@ class MGLlavaBoxProjector(MGLlavaProjector):
         levels = pool_boxes(feature_maps, boxes, self.image_size, POOLED_SIZE[self.feature_type])
         levels = [level.to(dtype) for level in levels]
         if self.feature_type == "multi_level":
-            # The projections are linear, so projecting the mean equals the mean of the projected map.
+            # The projections are linear, so projecting the mean gives the mean of the projected map.
             features = sum(project(level) for project, level in zip(self.level_projections, levels, strict=True))
         else:
             features = torch.cat(levels, dim=-1)

@@ -7,9 +7,9 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 _RELEASED_TAG_COUNT = 4585
-# The original gives it to every tag that its threshold file does not list.
+# The original uses it for tags that its threshold file does not list.
 DEFAULT_TAG_THRESHOLD = 0.68
-# Where remote code finds the model, by the Auto classes that load it.
+# Entries of `auto_map`: the model class, by the name of each Auto class that loads it.
 _REMOTE_CLASSES = dict.fromkeys(
     ("AutoModel", "AutoModelForImageClassification"), "modeling_ram_plus.RamPlusForImageTagging"
 )
@@ -19,8 +19,8 @@ _REMOTE_CLASSES = dict.fromkeys(
 class RamPlusConfig(PreTrainedConfig):
     r"""Configuration of a [`RamPlusForImageTagging`].
 
-    The defaults are the sizes of the released `ram_plus_swin_large_14m`, with nameless tags: `id2label` holds the
-    tags, in the order of their indices.
+    The defaults are the sizes of the released `ram_plus_swin_large_14m`. `id2label` maps indices to tags, which
+    have no names by default.
 
     Args:
         image_size (`int`, *optional*, defaults to 384):
@@ -32,15 +32,15 @@ class RamPlusConfig(PreTrainedConfig):
         num_heads (`list[int]`, *optional*, defaults to `[6, 12, 24, 48]`):
             Number of attention heads in each stage.
         window_size (`int`, *optional*, defaults to 12):
-            Side of the attention windows, in tokens. A stage that is smaller is one window.
+            Side of the attention windows, in tokens. A smaller stage is a single window.
         drop_path_rate (`float`, *optional*, defaults to 0.1):
-            Stochastic depth of the backbone's last block; it grows from 0. In training only.
+            Rate of stochastic depth in training: it grows linearly from 0 to this value in the last block.
         projection_dim (`int`, *optional*, defaults to 512):
-            Width of the descriptions' embeddings, and of the image's tokens as the decoder sees them.
+            Width of the description embeddings, and of the image tokens in the decoder.
         num_descriptions (`int`, *optional*, defaults to 51):
             Number of descriptions of each tag.
         hidden_size (`int`, *optional*, defaults to 768):
-            Width of the tag decoder. At `projection_dim`, queries enter it unprojected.
+            Width of the tag decoder. If it equals `projection_dim`, queries are not projected.
         num_hidden_layers (`int`, *optional*, defaults to 2):
             Number of decoder layers.
         num_attention_heads (`int`, *optional*, defaults to 4):
@@ -58,11 +58,12 @@ class RamPlusConfig(PreTrainedConfig):
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of new weights.
         thresholds (`list[float]`, *optional*):
-            Probability above which each tag counts as seen; 1 switches a tag off. By default 0.68 for all.
+            Probability that each tag must exceed to be reported; 1 switches a tag off. By default 0.68 for all.
         suppressed_tags (`list[int]`, *optional*, defaults to `[]`):
             Indices of tags that are never reported, whatever their probability.
         tag_chunk_size (`int`, *optional*, defaults to 1024):
-            How many tags are decoded at a time. Bounds memory and changes no result, since tags do not see each other.
+            Number of tags that are decoded at once. It bounds the memory, and does not change the result, since tags
+            do not attend to each other.
 
     Example:
     ```python
@@ -92,13 +93,13 @@ class RamPlusConfig(PreTrainedConfig):
     attention_probs_dropout_prob: float = 0.1
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
-    # A list and dictionaries, with one entry for each tag, once `__post_init__` is done.
+    # `__post_init__` makes a list and dictionaries with one entry for each tag.
     thresholds: Any = None
     id2label: Any = None
     label2id: Any = None
     suppressed_tags: list[int] | tuple[int, ...] = ()
     tag_chunk_size: int = 1024
-    # So that the image-classification pipeline takes a sigmoid for each tag.
+    # This makes the image-classification pipeline apply a sigmoid to each logit.
     problem_type: Literal["multi_label_classification"] = "multi_label_classification"
 
     def __post_init__(self, **kwargs):
@@ -109,10 +110,10 @@ class RamPlusConfig(PreTrainedConfig):
         if self.thresholds is None:
             self.thresholds = [DEFAULT_TAG_THRESHOLD] * len(self.id2label)
         else:
-            self.thresholds = [float(threshold) for threshold in self.thresholds]  # files hold whole numbers too
+            self.thresholds = [float(threshold) for threshold in self.thresholds]  # files hold integers too
 
     def validate_architecture(self):
-        """Check that sizes divide each other, and that there is one threshold for each tag."""
+        """Check that sizes divide each other, then the tags."""
         if len(self.depths) != 4 or len(self.num_heads) != 4:
             raise ValueError(
                 "`depths` and `num_heads` must have one entry for each of the 4 Swin stages, "
@@ -126,7 +127,7 @@ class RamPlusConfig(PreTrainedConfig):
                 )
         if self.image_size % 32:
             raise ValueError(
-                f"`image_size` must be a multiple of 32 (the last stage's stride), got {self.image_size}."
+                f"`image_size` must be a multiple of 32 (the stride of the last stage), got {self.image_size}."
             )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -138,7 +139,7 @@ class RamPlusConfig(PreTrainedConfig):
         self.validate_tags()
 
     def validate_tags(self):
-        """Check that tags, thresholds and suppressed tags fit together."""
+        """Check tags, thresholds and suppressed tags against each other."""
         num_tags = len(self.id2label)
         if not num_tags or sorted(self.id2label) != list(range(num_tags)):
             raise ValueError(
@@ -153,12 +154,9 @@ class RamPlusConfig(PreTrainedConfig):
             raise ValueError(f"`suppressed_tags` must hold indices of tags, 0 to {num_tags - 1}, got {outside}.")
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save the configuration, with every Auto class in `auto_map`: transformers notes one for each object.
+        """Save the configuration: see [`PreTrainedConfig.save_pretrained`].
 
-        Args:
-            save_directory (`str` or `os.PathLike`): The folder.
-            push_to_hub (`bool`, *optional*, defaults to `False`): Whether to upload it.
-            **kwargs: See the base class.
+        `auto_map` gets all Auto classes, where transformers itself writes only one.
         """
         if self._auto_class is not None:
             self.auto_map = {**_REMOTE_CLASSES, **(getattr(self, "auto_map", None) or {})}

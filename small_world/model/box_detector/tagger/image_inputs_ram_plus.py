@@ -1,8 +1,8 @@
-"""What both image processor backends of RAM++ share: the settings of the original, and 8-bit RGB as it makes it.
+"""The part of RAM++'s image processors that does not depend on the backend: settings, opening images, 8-bit RGB.
 
-All functions from [`open_images`] on are those of `processing/images_common.py`, word for word: the two folders are
-copied into different repositories, and must open every image alike. `tests/processing/test_opening_images.py` compares
-them.
+The code from `UnreadableImageError` on is a copy of that in `processing/images_common.py`: the two Hub folders are
+copied into different model folders, and must open every image alike, which
+`tests/processing/test_opening_images.py` checks.
 """
 
 import base64
@@ -43,7 +43,7 @@ _UPRIGHT = {
     7: PIL.Image.Transpose.TRANSVERSE,
     8: PIL.Image.Transpose.ROTATE_90,
 }
-# Where remote code finds the image processor of each backend.
+# Entries of `auto_map`: the image processor class of each backend.
 _REMOTE_CLASSES = {
     "torchvision": "image_processing_ram_plus.RamPlusImageProcessor",
     "pil": "image_processing_ram_plus.RamPlusImageProcessorPil",
@@ -51,12 +51,12 @@ _REMOTE_CLASSES = {
 
 
 class RamPlusImageProcessorKwargs(ImagesKwargs, total=False):
-    r"""Options of the RAM++ image processors beyond those of every image processor.
+    r"""Options of the RAM++ image processors, in addition to those of every image processor.
 
     Args:
         do_exif_transpose (`bool`, *optional*, defaults to `False`):
-            Whether images are turned upright by their EXIF orientation, whatever way they come. The original reads
-            them as they are stored. (Pillow itself turns TIFF files.)
+            Whether images are turned upright by their EXIF orientation, in whatever form they come. The original does
+            not do this. (Pillow itself does it for TIFF files.)
     """
 
     do_exif_transpose: bool | None
@@ -67,13 +67,13 @@ class RamPlusImageProcessorMixin(BaseImageProcessor):
 
     Images may be PIL images (any mode), NumPy arrays, tensors, paths, http(s) URLs, data URLs, base64 strings, bytes,
     binary files, or mappings that hold one of these (`{"bytes": ..., "path": ...}` of the datasets library,
-    `{"url": ...}`), alone or in (nested) lists. They become 8-bit RGB, whatever `do_convert_rgb` says; alpha is
-    dropped, not blended, as the original drops it; of animated files the first frame is read.
+    `{"url": ...}`), alone or in (nested) lists. They become 8-bit RGB, whatever `do_convert_rgb` is. Alpha is
+    dropped, not blended, as in the original. Of an animation, the first frame is read.
 
     Arrays are `(height, width)`, `(height, width, channels)` or `(channels, height, width)`, or 4-dimensional batches
-    of the latter two. Integers are read as 0..255, those of 16 bits without sign (also in files) as 0..65535, floating
-    point values as 0..1 if none is larger than 1, and as 0..255 otherwise, which is a guess: an image of 0..255 whose
-    values are all 0 or 1 is read as black and white. A batch has one range for all of its images.
+    of the latter two. Integers range from 0 to 255, unsigned 16-bit integers (also in files) from 0 to 65535.
+    Floating-point values are read as 0..1 if none is larger than 1, and as 0..255 otherwise. This is a guess: an image
+    of 0..255 whose values are all 0 or 1 is read as black and white. All images of a batch have the same range.
     """
 
     valid_kwargs = RamPlusImageProcessorKwargs
@@ -90,49 +90,26 @@ class RamPlusImageProcessorMixin(BaseImageProcessor):
     do_exif_transpose = False
 
     def to_dict(self) -> dict[str, Any]:
-        """Name the classes of both backends in `auto_map`, where saving notes the one that is saved."""
+        """Name the classes of both backends in `auto_map`, where saving writes only that of the saved class."""
         values = super().to_dict()
         if (values.get("auto_map") or {}).get("AutoImageProcessor") in _REMOTE_CLASSES.values():
             values["auto_map"] = {"AutoImageProcessor": dict(_REMOTE_CLASSES)}
         return values
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Open images, whatever way they come, as they are stored.
-
-        Args:
-            image_url_or_urls: An image or a (nested) list of images, see the class.
-
-        Returns:
-            The same structure, holding PIL images (RGB), arrays of 3 or 4 dimensions, and tensors.
-
-        Raises:
-            TypeError: If something is not an image.
-            UnreadableImageError: If an image cannot be opened; a `ValueError` and an `OSError`.
-        """
+        """Open an image or a (nested) list of images, in any form, without turning them upright."""
         return open_images(image_url_or_urls)
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
         return flat_images(self.fetch_images(images))
 
     def process_image(self, *args: Any, **kwargs: Any) -> Any:
-        """Turn one image into the backend's format, `(3, height, width)` with 8 bits.
-
-        Args:
-            *args: The image, a `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`.
-            **kwargs: `do_exif_transpose`, `input_data_format` and options of the backend.
-
-        Returns:
-            `torch.Tensor` or `np.ndarray`.
-
-        Raises:
-            ValueError: If the channels of an array cannot be found, or its values are out of range.
-            TypeError: If it is not an image.
-        """
+        """Convert an opened image to 8-bit RGB in the backend's format, `(3, height, width)`."""
         image, *others = args
         if kwargs.get("do_exif_transpose"):
             image = upright(image)
         rgb = as_rgb(image, kwargs.get("input_data_format"))
-        if self.backend == "pil":  # type: ignore[attr-defined]  # of the other base class
+        if self.backend == "pil":  # type: ignore[attr-defined]  # set by the other base class
             rgb = rgb.cpu()
         kwargs |= {"do_convert_rgb": False, "input_data_format": ChannelDimension.FIRST}
         return super().process_image(rgb, *others, **kwargs)

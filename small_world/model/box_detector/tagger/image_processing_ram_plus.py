@@ -1,6 +1,6 @@
-"""Image processors of RAM++: on torchvision, the default, and on PIL, with the pixels of the original.
+"""Image processors of RAM++: on torchvision (the default), and on PIL, with the same pixels as the original.
 
-Both are in one file, so that a model folder with one of them has the other as well.
+Both are in one file, so that saving one of them copies the code of both.
 """
 
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
@@ -9,18 +9,18 @@ from .image_inputs_ram_plus import RamPlusImageProcessorMixin
 
 
 class RamPlusImageProcessor(RamPlusImageProcessorMixin, TorchvisionBackend):
-    """Makes `pixel_values` of RAM++ (arXiv 2310.15200): squeezed to a square, bilinear, ImageNet mean and deviation.
+    """Prepares images for RAM++ (arXiv 2310.15200): bilinear resize to a square, ImageNet statistics.
 
-    Pixels differ from the original's (see [`RamPlusImageProcessorPil`]) where torchvision's bilinear resizing rounds
-    to another 8-bit level: over the images of `tests/golden_ram`, by one level (0.018 after normalization) in at most
-    4.1 % of the values, 7e-4 on average; of an upright picture of 480x640 pixels, in 14 % of the values.
+    Pixels differ from the original's (see [`RamPlusImageProcessorPil`]) where torchvision's bilinear resize rounds to
+    another 8-bit level. For the images of `tests/golden_ram`, at most 4.1 % of the values differ, by one level
+    (0.018 after normalization) and by 7e-4 on average; for a portrait image of 480x640 pixels, 14 %.
 
-    Options: see [`RamPlusImageProcessorKwargs`]; the size comes from `size`.
+    Options: see [`RamPlusImageProcessorKwargs`]. `size` sets the size.
     """
 
 
 class RamPlusImageProcessorPil(RamPlusImageProcessorMixin, PilBackend):
-    """The image processor whose 8-bit pixels equal the original's; slower than [`RamPlusImageProcessor`].
+    """Image processor with the same 8-bit pixels as the original; slower than [`RamPlusImageProcessor`].
 
     Options and outputs are those of [`RamPlusImageProcessor`].
     """

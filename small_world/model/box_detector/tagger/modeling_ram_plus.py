@@ -1,7 +1,7 @@
-"""RAM++: which of a list of tags an image shows (arXiv 2310.15200).
+"""The image tagger RAM++ (arXiv 2310.15200): a probability for each tag of a list.
 
-A Swin transformer reads the image. Each tag is a query, a mixture of the embeddings of its descriptions weighted by
-their similarity to the image. A small decoder lets it attend to the image's tokens and gives one number per tag.
+A Swin transformer encodes the image. Each tag is a query: the mean of the embeddings of its descriptions, weighted by
+their similarity to the image. In a small decoder, the query attends to the image tokens and gives one logit.
 """
 
 from collections.abc import Sequence
@@ -35,16 +35,16 @@ class RamPlusImageTaggingOutput(ModelOutput):
 
     Attributes:
         logits (`torch.FloatTensor` of shape `(batch_size, num_tags)`):
-            One number for each tag, float32; its sigmoid is the tag's probability.
+            One logit for each tag, float32; its sigmoid is the probability of the tag.
         image_embeds (`torch.FloatTensor` of shape `(batch_size, num_tokens, projection_dim)`):
-            The projected tokens of the image, the mean over the image first.
+            The projected image tokens, after their mean.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*):
             With `output_hidden_states=True`: the decoder's input and the output of each of its layers, of shape
             `(batch_size, num_tags, hidden_size)`.
         description_weights (`torch.FloatTensor` of shape `(batch_size, num_tags, num_descriptions)`, *optional*):
-            With `output_hidden_states=True`: how much each description counts for its tag; sums to 1.
+            With `output_hidden_states=True`: the weight of each description of a tag; they sum to 1.
         tag_embeds (`torch.FloatTensor` of shape `(batch_size, num_tags, projection_dim)`, *optional*):
-            With `output_hidden_states=True`: the descriptions of each tag, mixed by those weights.
+            With `output_hidden_states=True`: the mean of the description embeddings with these weights.
         vision_hidden_states (`tuple(torch.FloatTensor)`, *optional*):
             With `output_hidden_states=True`: output of the patch embedding and of each stage of the backbone, of shape
             `(batch_size, height, width, channels)`.
@@ -66,31 +66,31 @@ def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class RamPlusLayerNorm(nn.LayerNorm):
-    """Layer norm in float32 whatever the dtype: an epsilon of 1e-12 is zero in float16."""
+    """Layer norm that always computes in float32, since an epsilon of 1e-12 is zero in float16."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Normalize the last axis; the dtype stays."""
+        """Normalize the last axis; the dtype does not change."""
         weight, bias = _at_least_float32(self.weight), _at_least_float32(self.bias)
         normed = F.layer_norm(_at_least_float32(hidden_states), self.normalized_shape, weight, bias, self.eps)
         return normed.to(hidden_states.dtype)
 
 
 class RamPlusUnquantizedLinear(nn.Linear):
-    """A linear layer that quantizers leave alone, since they replace plain `nn.Linear` only."""
+    """A linear layer that is never quantized, since quantizers replace only `nn.Linear` itself."""
 
 
 class RamPlusClassifier(RamPlusUnquantizedLinear):
-    """A linear layer in float32 whatever the dtype."""
+    """A linear layer that always computes in float32 or float64."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Map the last axis; the result is float32 or float64."""
+        """Apply the layer to the last axis."""
         with torch.autocast(hidden_states.device.type, enabled=False):
             hidden_states = _at_least_float32(hidden_states)
             return F.linear(hidden_states, self.weight.to(hidden_states.dtype), self.bias.to(hidden_states.dtype))
 
 
 class RamPlusVisionModel(nn.Module):
-    """timm's Swin transformer without its head; parameter names are timm's own."""
+    """Swin transformer of timm without its head, with the parameter names of timm."""
 
     def __init__(self, config: RamPlusConfig):
         super().__init__()
@@ -105,14 +105,14 @@ class RamPlusVisionModel(nn.Module):
         )
         for module in trunk.modules():
             if isinstance(module, PatchMerging):
-                # Its input has four axes, with which 8-bit layers of bitsandbytes cannot compute.
+                # Its inputs have four dimensions, which LLM.int8 cannot compute with.
                 module.reduction = RamPlusUnquantizedLinear(4 * module.dim, module.out_dim, bias=False)
         self.patch_embed = trunk.patch_embed
         self.layers = trunk.layers
         self.norm = trunk.norm
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Compute the image's tokens, their mean first, and the outputs of the patch embedding and of each stage.
+        """Compute the image tokens after their mean, and the outputs of the patch embedding and of each stage.
 
         Shapes: `(batch_size, 1 + height * width, channels)` and `(batch_size, height, width, channels)`.
         """
@@ -148,11 +148,11 @@ class RamPlusDecoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def project_image(self, image_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute keys and values, `(batch_size, num_heads, num_tokens, head_size)`, which all tags share."""
+        """Compute the keys and values for all tags, `(batch_size, num_heads, num_tokens, head_size)`."""
         return self._split_heads(self.k_proj(image_embeds)), self._split_heads(self.v_proj(image_embeds))
 
     def forward(self, hidden_states: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Let tags, `(batch_size, num_tags, hidden_size)`, attend to what `project_image` made of the image."""
+        """Let tags, `(batch_size, num_tags, hidden_size)`, attend to the keys and values of `project_image`."""
         queries = self._split_heads(self.q_proj(hidden_states))
         dropout = self.attention_dropout if self.training else 0.0
         if self.config._attn_implementation == "eager":
@@ -172,8 +172,8 @@ class RamPlusDecoderLayer(nn.Module):
 class RamPlusTagDecoder(nn.Module):
     """Computes one vector for each tag from the descriptions of all tags and the tokens of an image.
 
-    `label_embed`, `(num_tags, num_descriptions, projection_dim)`, holds the embeddings of the descriptions. They come
-    from a text encoder that is not part of the model, and are not trained.
+    `label_embed`, `(num_tags, num_descriptions, projection_dim)`, holds the description embeddings. They come from a
+    text encoder that is not part of the model, and are not trained.
     """
 
     def __init__(self, config: RamPlusConfig):
@@ -188,12 +188,12 @@ class RamPlusTagDecoder(nn.Module):
         self.layers: Any = nn.ModuleList(RamPlusDecoderLayer(config) for _ in range(config.num_hidden_layers))
 
     def reweight(self, label_embed: torch.Tensor, global_embed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mix the descriptions of each tag by their similarity to the image, in float32 whatever the dtype.
+        """Average the description embeddings of each tag, weighted by their similarity to the image, in float32.
 
-        Returns the mixtures, `(batch_size, num_tags, projection_dim)`, and the weights of the descriptions,
+        Returns the means, `(batch_size, num_tags, projection_dim)`, and the weights,
         `(batch_size, num_tags, num_descriptions)`.
         """
-        # No temporary of batch size times `label_embed`: one product for the scores and one per tag for the mixture.
+        # Two matrix products, so that no temporary tensor is as large as the batch size times `label_embed`.
         with torch.autocast(global_embed.device.type, enabled=False):
             descriptions, image = _at_least_float32(label_embed), _at_least_float32(global_embed)
             image = image / image.norm(dim=-1, keepdim=True)
@@ -205,9 +205,9 @@ class RamPlusTagDecoder(nn.Module):
     def forward(
         self, image_embeds: torch.Tensor, output_hidden_states: bool = False
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Decode all tags; `image_embeds` are the projected tokens of the image, their mean first.
+        """Decode all tags; `image_embeds` are the projected image tokens after their mean.
 
-        Returns the tags, `(batch_size, num_tags, hidden_size)`, and, if asked for, the fields of
+        Returns the decoded tags, `(batch_size, num_tags, hidden_size)`, and with `output_hidden_states` the fields of
         [`RamPlusImageTaggingOutput`] that the decoder computes.
         """
         keys_values = [layer.project_image(image_embeds) for layer in self.layers]
@@ -236,17 +236,17 @@ class RamPlusTagDecoder(nn.Module):
 
 
 class RamPlusForImageTagging(PreTrainedModel):
-    """RAM++ (arXiv 2310.15200): one number for each tag of `config.id2label`.
+    """RAM++ (arXiv 2310.15200): one logit for each tag of `config.id2label`.
 
-    `attn_implementation` chooses how the tag decoder attends: `"sdpa"` (the default) or `"eager"`. The backbone is
-    timm's and keeps timm's setting.
+    `attn_implementation` applies to the tag decoder: `"sdpa"` (the default) or `"eager"`. The attention of the
+    backbone follows timm's own setting.
     """
 
     config: RamPlusConfig
     config_class = RamPlusConfig
     main_input_name = "pixel_values"
     input_modalities: Any = ("image",)
-    # Blocks with residuals and the decoder, whose descriptions and layers meet the image's tokens on one device.
+    # Blocks with residuals, and the decoder, all parts of which read the image tokens, must be on one device.
     _no_split_modules = ["SwinTransformerBlock", "RamPlusTagDecoder"]
     _supports_sdpa = True
 
@@ -260,7 +260,7 @@ class RamPlusForImageTagging(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load a model: see [`PreTrainedModel.from_pretrained`]. The descriptions' embeddings stay untrained."""
+        """Load a model: see [`PreTrainedModel.from_pretrained`]. The description embeddings stay frozen."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.decoder.label_embed.requires_grad_(False)  # loading makes every floating-point parameter trainable
@@ -268,7 +268,7 @@ class RamPlusForImageTagging(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        # Buffers are in no file, and `from_pretrained` builds models without values.
+        # Buffers are not saved, and `from_pretrained` builds models on the meta device.
         buffers: Any = module
         if isinstance(module, WindowAttention):
             init.trunc_normal_(module.relative_position_bias_table, std=0.02)
@@ -277,20 +277,20 @@ class RamPlusForImageTagging(PreTrainedModel):
             if module.attn_mask is not None:
                 init.copy_(buffers.attn_mask, buffers.get_attn_mask())
         elif isinstance(module, RamPlusTagDecoder):
-            init.normal_(module.label_embed, std=module.label_embed.shape[-1] ** -0.5)  # of about unit length
+            init.normal_(module.label_embed, std=module.label_embed.shape[-1] ** -0.5)  # unit length on average
             init.constant_(module.reweight_scale, -torch.tensor(_INITIAL_TEMPERATURE).log().item())
 
     @can_return_tuple
     def forward(
         self, pixel_values: torch.FloatTensor, output_hidden_states: bool | None = None, **kwargs
     ) -> RamPlusImageTaggingOutput:
-        """Score all tags.
+        """Compute the logits of all tags.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, image_size, image_size)`):
                 Images from the model's image processor.
             output_hidden_states (`bool`, *optional*):
-                Whether to return intermediate values. `config.output_hidden_states` by default.
+                Whether to return all optional fields. `config.output_hidden_states` by default.
             **kwargs: `return_dict=False` gives a tuple.
 
         Returns:
@@ -328,17 +328,16 @@ class RamPlusForImageTagging(PreTrainedModel):
 
         Returns:
             `list[dict]`: For each image `labels` (the tags), `scores` (their probabilities) and `indices`, in the
-            order of the tag list; empty lists where no tag exceeds its threshold. `config.suppressed_tags` never
-            appear.
+            order of the indices. Tags in `config.suppressed_tags` are never listed.
 
         Raises:
-            ValueError: If there is not one logit for each tag.
+            ValueError: If `outputs` does not have one logit for each tag.
         """
         logits: Any = outputs.logits
         if logits.ndim != 2 or logits.shape[1] != self.config.num_labels:
             raise ValueError(
                 f"`outputs.logits` must have shape (batch_size, {self.config.num_labels}), got {tuple(logits.shape)}. "
-                "Were the tags changed since?"
+                "Did `set_tags` change the tags after these outputs were computed?"
             )
         probabilities = logits.float().sigmoid()
         limits = probabilities.new_tensor(self.config.thresholds if threshold is None else [threshold])
@@ -362,20 +361,20 @@ class RamPlusForImageTagging(PreTrainedModel):
         tag_embeds: torch.Tensor,
         thresholds: float | Sequence[float] | None = None,
     ) -> None:
-        """Replace the tags. Each new tag may have any number of descriptions, the same number for all.
+        """Replace the tags. All new tags must have the same number of descriptions.
 
-        The released model was trained on embeddings of CLIP ViT-B/16's text encoder, each of unit length; embeddings
-        are not normalized here. The model is saved with its new tags.
+        The released model was trained on unit-length embeddings of the text encoder of CLIP ViT-B/16; this method does
+        not normalize embeddings. The new tags are saved with the model.
 
         Args:
             tags (`Sequence[str]`): The tags.
             tag_embeds (`torch.Tensor` of shape `(num_tags, num_descriptions, projection_dim)`):
-                Embeddings of their descriptions; or the same in rows, `(num_tags * num_descriptions, projection_dim)`.
+                Embeddings of their descriptions, also as `(num_tags * num_descriptions, projection_dim)`.
             thresholds (`float` or `Sequence[float]`, *optional*):
-                For all tags or for each tag the probability above which it counts as seen. 0.68 by default.
+                Probability that a tag must exceed to be reported, for all tags or for each. 0.68 by default.
 
         Raises:
-            ValueError: If tags, embeddings and thresholds do not fit each other or the model.
+            ValueError: If tags, embeddings and thresholds do not match each other or the model.
         """
         tags, width = list(tags), self.config.projection_dim
         rows = tag_embeds.numel() // width
