@@ -84,3 +84,25 @@ def test_what_cannot_be_drawn_is_named():
         kept_tokens(picture, outputs)
     with pytest.raises(ValueError, match="`index` must be from 0 to 0"):
         kept_tokens(picture, outputs, index=1)
+
+
+def test_an_image_after_turns_of_text_alone(session, slime, slime_processor):
+    """The keys and values of the text before the first image are used again."""
+    first = session.ask("Hello.")
+    image = noise(640, 360)
+    session.add_image(image)
+    lengths = []
+    hook = slime.model.register_forward_pre_hook(lambda *_: lengths.append(session._cache.get_seq_length()))
+    second = session.ask("What is this?")
+    hook.remove()
+    assert lengths[0] > 0
+    question = [{"type": "image", "image": image}, {"type": "text", "text": "What is this?"}]
+    messages = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": first.text}]
+    messages.append({"role": "user", "content": question})
+    inputs = slime_processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    output = slime.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    assert torch.equal(output.kept_tokens, second.image_outputs["kept_tokens"])
+    text = slime_processor.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert text.strip() == second.text
