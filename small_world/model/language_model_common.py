@@ -227,8 +227,8 @@ def load_language_model(config: PreTrainedConfig) -> LanguageModelHead:
 # Name under which a cache holds the mask of the tokens that the language model saw, if some were dropped.
 _SEEN = "_mgllava_seen"
 _NO_CACHE = (
-    "`past_key_values` (`cache`) must be empty for a prompt with images: what this model sees of an image depends on "
-    "all text of the prompt. Pass the whole prompt with its images, without a cache of its beginning."
+    "`past_key_values` (`cache`) must hold nothing but text before the first image: what this model sees of an image "
+    "depends on all text of the prompt. Pass the whole prompt with its images, without a cache of them."
 )
 
 
@@ -718,7 +718,7 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
             return inputs, kwargs, {}, None
         cache = next((kwargs[name] for name in ("past_key_values", "cache") if kwargs.get(name) is not None), None)
         if cache is not None and (cached := int(cache.get_seq_length())):
-            self._check_later_turn(cached, ids, kwargs.get("attention_mask"))
+            self._check_cached(cached, ids, kwargs.get("attention_mask"))
         if not images and not features:
             return inputs, kwargs, {}, None
         configs = (generation_config, self.generation_config)
@@ -730,7 +730,6 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
             inputs_embeds=embeds,
             attention_mask=kwargs.get("attention_mask"),
             position_ids=kwargs.get("position_ids"),
-            cache=cache,
             mm_encoder_outputs=features,
         )
         mask, tokens = given["attention_mask"], list(image_outputs.pooler_output)
@@ -757,9 +756,12 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
         inputs, mask = prompts.without_dropped(ids), prompts.without_dropped(mask)
         return inputs, {**kwargs, "attention_mask": mask, "mm_encoder_outputs": features}, seen, prompts
 
-    def _check_later_turn(self, cached: int, ids: torch.Tensor | None, mask: torch.Tensor | None) -> None:
-        """Refuse a cache of `cached` tokens for a prompt whose images it may hold in part only."""
-        if ids is None or (ids == self.config.image_token_id).any():
+    def _check_cached(self, cached: int, ids: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+        """Refuse a cache of `cached` tokens that may hold images, or a part of one, of another prompt."""
+        if ids is None:
+            raise ValueError(_NO_CACHE)
+        is_whole = ids.shape[1] > cached
+        if (ids[:, :cached] if is_whole else ids).eq(self.config.image_token_id).any():
             raise ValueError(_NO_CACHE)
         if mask is not None and mask.shape[1] not in (ids.shape[1], cached + ids.shape[1]):
             raise ValueError(
