@@ -227,8 +227,9 @@ def load_language_model(config: PreTrainedConfig) -> LanguageModelHead:
 # Name under which a cache holds the mask of the tokens that the language model saw, if some were dropped.
 _SEEN = "_mgllava_seen"
 _NO_CACHE = (
-    "`past_key_values` (`cache`) must hold nothing but text before the first image: what this model sees of an image "
-    "depends on all text of the prompt. Pass the whole prompt with its images, without a cache of them."
+    "`past_key_values` (`cache`) must be empty for images, or in `generate` hold nothing but the text before the "
+    "first image: what this model sees of an image depends on all text of the prompt. Pass the whole prompt with its "
+    "images, without a cache of them."
 )
 
 

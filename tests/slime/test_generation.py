@@ -136,7 +136,7 @@ def test_a_cache_of_another_prompt_is_refused(model):
     ids = torch.cat([output.sequences, torch.tensor([[7, 8, 9]])], dim=1)
     longer = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     for images in ({}, {name: inputs[name] for name in model.image_arguments}):
-        with pytest.raises(ValueError, match="must hold nothing but text before the first image"):
+        with pytest.raises(ValueError, match="must be empty for images, or in `generate` hold nothing but"):
             model.generate(**longer, **images, **OPTIONS, **{CACHE_NAME: cache})
     later = {**longer, "input_ids": ids[:, -4:]}
     with pytest.raises(ValueError, match="must have one column for each of the"):
