@@ -392,7 +392,7 @@ class ImageTextModel(ImageTextPreTrainedModel):
         if is_dummy or image_outputs is None:
             self._check_no_placeholders(input_ids, inputs_embeds)
             given = [name for name, value in images.items() if value is not None]
-            if given and cache is None:
+            if given and cache is None and self.placeholders_to_drop is not None:
                 raise ValueError(
                     f"`pixel_values` must be given with `{given[0]}`, got None. Pass all or none of them."
                 )

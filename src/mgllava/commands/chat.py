@@ -42,7 +42,7 @@ def chat(
     ] = None,
     picture_folder: Annotated[
         Path | None,
-        typer.Option("--save-boxes", help=f"{SAVE_BOXES_HELP} SliME: of what is kept.", show_default="chat-boxes"),
+        typer.Option("--save-boxes", help=SAVE_BOXES_HELP, show_default="chat-boxes"),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: Annotated[

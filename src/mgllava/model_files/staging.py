@@ -59,6 +59,7 @@ class StagingFolder:
         self._overwrite = overwrite
         self._model_types = sorted(model_types)
         self._kept: list[str] = []
+        self._check_output()
 
     def __enter__(self) -> "StagingFolder":
         try:
