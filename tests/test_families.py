@@ -33,7 +33,7 @@ def test_other_families_are_refused():
 
     from mgllava import RamPlusConfig
 
-    with pytest.raises(ValueError, match=r"must be MG-LLaVA"):
+    with pytest.raises(ValueError, match=r"must be MG-LLaVA \('mgllava'\) or SliME \('slime'\), got 'llama'"):
         family_of(LlamaConfig())
     with pytest.raises(ValueError, match="got 'ram_plus'"):
         family_of(RamPlusConfig())

@@ -34,3 +34,10 @@ def family(request):
 def any_model(family):
     """A model of each family."""
     return family.model()
+
+
+def comparable_positions(model, inputs):
+    """Positions whose logits differ by rounding alone: in another dtype a router may keep other tokens of images."""
+    is_text = inputs["attention_mask"].bool()
+    drops = model.model.placeholders_to_drop is not None
+    return is_text & (inputs["input_ids"] != model.config.image_token_id) if drops else is_text

@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from mgllava import MGLlavaForConditionalGeneration, MGLlavaModel
+from tests.modeling.conftest import comparable_positions
 from tests.tiny import IMAGE_TOKEN_ID, NUM_FUSED_TOKENS, VARIANTS, one_prompt, tiny_config, tiny_inputs, tiny_model
 
 MIXED = [[3], [], [1, 5], [2]]
@@ -300,7 +301,7 @@ def test_attention_implementations_agree(family, any_model, implementation, tmp_
     for part in (other, other.model.vision_tower, other.model.language_model):
         assert part.config._attn_implementation == implementation
     inputs = family.inputs(MIXED)
-    mask = inputs["attention_mask"].bool() & (inputs["input_ids"] != IMAGE_TOKEN_ID)
+    mask = comparable_positions(any_model, inputs)
     with torch.no_grad():
         torch.testing.assert_close(
             other(**inputs).logits[mask], any_model(**inputs).logits[mask], rtol=1e-4, atol=1e-4

@@ -10,7 +10,8 @@ from transformers import AutoModel, AutoModelForImageTextToText, BitsAndBytesCon
 
 import mgllava
 from mgllava import MGLlavaConfig, MGLlavaForConditionalGeneration, MGLlavaModel
-from tests.tiny import IMAGE_TOKEN_ID, VARIANTS, tiny_inputs, tiny_model, tiny_slime
+from tests.modeling.conftest import comparable_positions
+from tests.tiny import VARIANTS, tiny_inputs, tiny_model, tiny_slime
 
 LLMS = ["llama", "phi3", "qwen2", "qwen3", "mistral"]
 LAYERS = {4: "Linear4bit", 8: "Linear8bitLt"}
@@ -219,7 +220,7 @@ def test_quantized_answers_stay_close(family, save):
         make=family.model, text_config={"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.05}
     )
     inputs = family.inputs(MIXED)
-    mask = inputs["attention_mask"].bool() & (inputs["input_ids"] != IMAGE_TOKEN_ID)
+    mask = comparable_positions(model, inputs)
     expected = model(**inputs).logits[mask]
     for bits, limit in ((8, 0.05), (4, 0.3)):
         quantized = AutoModel.from_pretrained(folder, quantization_config=plain_config(bits), dtype=torch.float32)

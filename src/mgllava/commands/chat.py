@@ -41,8 +41,7 @@ def chat(
         typer.Option("--boxes", help="Box file of `mgllava detect`; the box detector is used for other images only."),
     ] = None,
     picture_folder: Annotated[
-        Path | None,
-        typer.Option("--save-boxes", help=SAVE_BOXES_HELP, show_default="chat-boxes"),
+        Path | None, typer.Option("--save-boxes", help=SAVE_BOXES_HELP, show_default="chat-boxes")
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: Annotated[

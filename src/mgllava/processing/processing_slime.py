@@ -115,7 +115,7 @@ class SlimeProcessor(ImageTextProcessor):
         Args:
             inputs (`Mapping`): Model inputs.
             first (`int`): Index of the first image.
-            last (`int`, *optional*): Index behind the last one. All after `first` by default.
+            last (`int`, *optional*): Index after the last one. All after `first` by default.
 
         Returns:
             `dict[str, torch.Tensor]`: `pixel_values` and `image_grids`; empty if there are no images.
