@@ -92,7 +92,7 @@ class ImageTextProcessor(ProcessorMixin):
         """
         inputs = self._unpack(inputs)
         taken = {name: _given(inputs, name)[first:last] for name in self.image_inputs}
-        return {name: _as_tensor(values) for name, values in taken.items() if len(values)}
+        return {name: as_tensor(values) for name, values in taken.items() if len(values)}
 
     def join_images(self, rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Concatenate what [`~ImageTextProcessor.take_images`] took out of several batches."""
@@ -513,8 +513,9 @@ def _given(inputs: Mapping[str, Any], name: str) -> Any:
     return () if inputs.get(name) is None else inputs[name]
 
 
-def _as_tensor(rows: Any) -> torch.Tensor:
+def as_tensor(rows: Any) -> torch.Tensor:
+    """Stack rows, unless they are a tensor already."""
     return rows if isinstance(rows, torch.Tensor) else torch.stack([torch.as_tensor(row) for row in rows])
 
 
-__all__ = ["ImageTextInputs", "ImageTextProcessor", "ProcessLock", "TrainingTargets", "as_texts"]
+__all__ = ["ImageTextInputs", "ImageTextProcessor", "ProcessLock", "TrainingTargets", "as_tensor", "as_texts"]

@@ -7,13 +7,14 @@ import sys
 import urllib.parse
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import lru_cache
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import PIL.Image
 import torch
 from huggingface_hub.utils import httpx
-from transformers.image_utils import ChannelDimension
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import ChannelDimension, SizeDict
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -501,9 +502,37 @@ def _bicubic(length: int, new_length: int) -> tuple[np.ndarray, np.ndarray]:
     return first, weights / np.cumsum(weights, axis=1)[:, -1:]  # cumsum adds in the order of the C code
 
 
+class UprightImageProcessor(BaseImageProcessor):
+    """Base class of a family's image processors on both backends: images of any form, remote code, resizing."""
+
+    # Where remote code finds the image processor of each backend.
+    remote_classes: ClassVar[Mapping[str, str]] = {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name the classes of both backends in `auto_map`, where the base class names only the one that is saved."""
+        values = super().to_dict()
+        if (values.get("auto_map") or {}).get("AutoImageProcessor") in self.remote_classes.values():
+            values["auto_map"] = {"AutoImageProcessor": dict(self.remote_classes)}
+        return values
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Open an image or a (nested) list of images, and turn them upright.
+
+        They become PIL images in RGB, or stay arrays and tensors of 3 or 4 dimensions.
+        """
+        return fetch_upright(image_url_or_urls)
+
+    def resize_tensor(self, image: torch.Tensor, height: int, width: int, resample: Any) -> torch.Tensor:
+        """Resize an image of shape `(channels, height, width)` with the backend."""
+        backend: Any = self
+        given: Any = image.numpy() if backend.backend == "pil" else image
+        return torch.as_tensor(backend.resize(given, SizeDict(height=height, width=width), resample))
+
+
 __all__ = [
     "IMAGE_KEYS",
     "UnreadableImageError",
+    "UprightImageProcessor",
     "as_rgb",
     "fetch_upright",
     "flat_images",

@@ -12,26 +12,19 @@ from typing import Any
 import torch
 from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
-from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
     ChannelDimension,
     PILImageResampling,
-    SizeDict,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .boxes_mgllava import BoxLimitMode, flatten_boxes, prepare_boxes, select_objects
-from .images_common import as_rgb, fetch_upright, flat_images, group_sizes, make_findable, resize_in_square
+from .images_common import UprightImageProcessor, as_rgb, flat_images, group_sizes, make_findable, resize_in_square
 
 # An image whose sides have a greater ratio is resized without making its square.
 _MILD_ASPECT_RATIO = 2
-# Where remote code finds the image processor of each backend.
-_REMOTE_CLASSES = {
-    "torchvision": "image_processing_mgllava.MGLlavaImageProcessor",
-    "pil": "image_processing_mgllava.MGLlavaImageProcessorPil",
-}
 
 
 class MGLlavaImageProcessorKwargs(ImagesKwargs, total=False):
@@ -68,7 +61,7 @@ class MGLlavaImageProcessorKwargs(ImagesKwargs, total=False):
     pad_boxes_to_multiple_of: int | None
 
 
-class MGLlavaImageProcessorMixin(BaseImageProcessor):
+class MGLlavaImageProcessorMixin(UprightImageProcessor):
     """The part of the image processors that does not depend on the backend.
 
     Images may be PIL images (any mode), NumPy arrays, tensors, paths, http(s) URLs, data URLs, base64 strings, bytes,
@@ -83,6 +76,10 @@ class MGLlavaImageProcessorMixin(BaseImageProcessor):
     """
 
     valid_kwargs = MGLlavaImageProcessorKwargs
+    remote_classes = {
+        "torchvision": "image_processing_mgllava.MGLlavaImageProcessor",
+        "pil": "image_processing_mgllava.MGLlavaImageProcessorPil",
+    }
     model_input_names = ["pixel_values", "boxes", "num_boxes"]
 
     resample = PILImageResampling.BICUBIC
@@ -106,20 +103,6 @@ class MGLlavaImageProcessorMixin(BaseImageProcessor):
         # The base class takes None for "not given"; here it means "no limit" and has to survive saving and loading.
         if "box_limit" in kwargs:
             self.box_limit = kwargs["box_limit"]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Name the classes of both backends in `auto_map`, where the base class names only the one that is saved."""
-        values = super().to_dict()
-        if (values.get("auto_map") or {}).get("AutoImageProcessor") in _REMOTE_CLASSES.values():
-            values["auto_map"] = {"AutoImageProcessor": dict(_REMOTE_CLASSES)}
-        return values
-
-    def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Open an image or a (nested) list of images, and turn them upright.
-
-        They become PIL images in RGB, or stay arrays and tensors of 3 or 4 dimensions.
-        """
-        return fetch_upright(image_url_or_urls)
 
     def objects(self, detections: Any, image_size: tuple[int, int]) -> dict[str, Any]:
         """Select the objects of an image that the model gets a token for, see [`MGLlavaProcessor.objects`]."""
@@ -193,14 +176,10 @@ class MGLlavaImageProcessorMixin(BaseImageProcessor):
         if resize_to is None or max(height, width) <= _MILD_ASPECT_RATIO * min(height, width):
             return pad_to_square(image, fill)
 
-        backend: Any = self
-        is_pil = backend.backend == "pil"
-
         def resize(part: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-            given: Any = part.numpy() if is_pil else part
-            resized = backend.resize(given, SizeDict(height=size[0], width=size[1]), PILImageResampling.BICUBIC)
-            return torch.as_tensor(resized)
+            return self.resize_tensor(part, *size, PILImageResampling.BICUBIC)
 
+        is_pil = getattr(self, "backend", None) == "pil"
         # Pillow's weights have 22 bits.
         return resize_in_square(image.cpu(), resize_to, fill, resize, 22 if is_pil else None).to(image.device)
 

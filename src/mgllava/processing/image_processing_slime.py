@@ -9,25 +9,18 @@ from typing import Any
 import torch
 from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
-from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
     ChannelDimension,
     PILImageResampling,
-    SizeDict,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 
-from .images_common import as_rgb, fetch_upright, flat_images
+from .images_common import UprightImageProcessor, as_rgb, flat_images
 
 # Most tiles that the area of an image asks for. The grid may have one more.
 _MOST_TILES = 6
-# Where remote code finds the image processor of each backend.
-_REMOTE_CLASSES = {
-    "torchvision": "image_processing_slime.SlimeImageProcessor",
-    "pil": "image_processing_slime.SlimeImageProcessorPil",
-}
 
 
 def choose_grid(height: int, width: int, tile_size: int) -> tuple[int, int]:
@@ -82,13 +75,17 @@ class SlimeImageProcessorKwargs(ImagesKwargs, total=False):
     do_tile: bool | None
 
 
-class SlimeImageProcessorMixin(BaseImageProcessor):
+class SlimeImageProcessorMixin(UprightImageProcessor):
     """The part of the image processors that does not depend on the backend.
 
     Images may come in every form that [`MGLlavaImageProcessor`] takes.
     """
 
     valid_kwargs = SlimeImageProcessorKwargs
+    remote_classes = {
+        "torchvision": "image_processing_slime.SlimeImageProcessor",
+        "pil": "image_processing_slime.SlimeImageProcessorPil",
+    }
     model_input_names = ["pixel_values", "image_grids"]
 
     resample = PILImageResampling.BICUBIC
@@ -106,28 +103,6 @@ class SlimeImageProcessorMixin(BaseImageProcessor):
 
     def __init__(self, **kwargs: Unpack[SlimeImageProcessorKwargs]):
         super().__init__(**kwargs)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Name the classes of both backends in `auto_map`, where saving notes the one that is saved."""
-        values = super().to_dict()
-        if (values.get("auto_map") or {}).get("AutoImageProcessor") in _REMOTE_CLASSES.values():
-            values["auto_map"] = {"AutoImageProcessor": dict(_REMOTE_CLASSES)}
-        return values
-
-    def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Open images, whatever way they come, and turn them upright.
-
-        Args:
-            image_url_or_urls: An image or a (nested) list of images, see the class.
-
-        Returns:
-            The same structure, holding PIL images (RGB), arrays of 3 or 4 dimensions, and tensors.
-
-        Raises:
-            TypeError: If something is not an image.
-            UnreadableImageError: If an image cannot be opened; a `ValueError` and an `OSError`.
-        """
-        return fetch_upright(image_url_or_urls)
 
     def _preprocess_image_like_inputs(  # type: ignore[override]  # the options by name
         self,
@@ -171,20 +146,13 @@ class SlimeImageProcessorMixin(BaseImageProcessor):
 
     def _tile(self, image: torch.Tensor, grid: tuple[int, int], size: int, resample: Any) -> list[torch.Tensor]:
         """Cut an image into its views: the global one, squashed to a square, and the tiles in reading order."""
-        backend: Any = self
-        is_pil = backend.backend == "pil"
-
-        def resize(height: int, width: int) -> torch.Tensor:
-            given: Any = image.numpy() if is_pil else image
-            return torch.as_tensor(backend.resize(given, SizeDict(height=height, width=width), resample))
-
         rows, columns = grid
         height, width = fit_size(image.shape[1], image.shape[2], rows * size, columns * size)
         canvas = image.new_zeros(3, rows * size, columns * size)
         top, left = (rows * size - height) // 2, (columns * size - width) // 2
-        canvas[:, top : top + height, left : left + width] = resize(height, width)
+        canvas[:, top : top + height, left : left + width] = self.resize_tensor(image, height, width, resample)
         tiles = canvas.unflatten(2, (columns, size)).unflatten(1, (rows, size)).permute(1, 3, 0, 2, 4).flatten(0, 1)
-        return [resize(size, size), *tiles]
+        return [self.resize_tensor(image, size, size, resample), *tiles]
 
 
 class SlimeImageProcessor(SlimeImageProcessorMixin, TorchvisionBackend):

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from .image_text_processor_common import ImageTextProcessor
+from .image_text_processor_common import ImageTextProcessor, as_tensor
 from .text_chunks_common import IMAGE_TOKEN, build_chat_template
 
 # By the names that the original gives them.
@@ -125,8 +125,7 @@ class SlimeProcessor(ImageTextProcessor):
             return {}
         start = sum(views[:first])
         rows = {"pixel_values": slice(start, start + sum(views[first:last])), "image_grids": slice(first, last)}
-        taken = {name: inputs[name][kept] for name, kept in rows.items()}
-        return {name: torch.stack([torch.as_tensor(row) for row in values]) for name, values in taken.items()}
+        return {name: as_tensor(inputs[name][kept]) for name, kept in rows.items()}
 
 
 def _num_tiles(inputs: Mapping[str, Any]) -> list[int]:
