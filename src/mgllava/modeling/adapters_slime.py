@@ -151,6 +151,8 @@ def route(
         direction = is_text.to(directions) @ directions
         scores = F.normalize(local_tokens, dim=-1, eps=1e-8) @ direction
         noisy = scores + _ROUTER_NOISE * torch.randn_like(scores) if has_noise else scores
+        if top_p >= 1:  # probabilities are rounded, and may add up to more than 1 before the last one
+            return torch.ones_like(scores, dtype=torch.bool), scores
         probabilities, order = (noisy / temperature).softmax(dim=0).sort(descending=True, stable=True)
         num_kept = (probabilities.cumsum(dim=0) <= top_p).sum() + 1
         kept = torch.zeros_like(scores, dtype=torch.bool)
