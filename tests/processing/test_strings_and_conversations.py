@@ -320,6 +320,13 @@ def test_text_without_images_is_encoded_as_with_them(processor, template):
         ]
         measured, learned = processor.encode_text(messages)
         assert measured == [ids[index] for index in kept] and learned == [mask[index] for index in kept]
+        assert processor.encode_text(processor.apply_chat_template(messages)) == (measured, None)
+        question = messages[: -1 if messages[-1]["role"] == "assistant" else None]
+        prompt = processor.encode_text(question, add_generation_prompt=True)[0]
+        assert measured[: len(prompt)] == prompt
+        assert prompt == processor.encode_text(processor.apply_chat_template(question, add_generation_prompt=True))[0]
+    bos = [processor.tokenizer.bos_token_id] if processor.tokenizer.bos_token else []
+    assert processor.encode_text("a")[0] == [*bos, *processor.encode_text("a", add_special_tokens=False)[0]]
 
 
 @pytest.mark.parametrize(

@@ -99,18 +99,24 @@ class ImageTextProcessor(ProcessorMixin):
         rows = [row for row in rows if row]
         return {name: torch.cat([row[name] for row in rows]) for name in self.image_inputs} if rows else {}
 
-    def encode_text(self, conversation: list[dict[str, Any]]) -> tuple[list[int], list[int] | None]:
-        """Tokenize a conversation without processing its images: each is one placeholder.
+    def encode_text(
+        self, conversation: list[dict[str, Any]] | str, *, add_special_tokens: bool = True, **kwargs: Any
+    ) -> tuple[list[int], list[int] | None]:
+        """Tokenize a conversation or a string without processing its images: each is one placeholder.
 
-        Also returns a mask of the ids that are learned; `None` if the chat template does not write boundaries.
+        `kwargs` are those of [`~ImageTextProcessor.apply_chat_template`]. Also returns a mask of the ids that are
+        learned; `None` for a string, or if the chat template does not write boundaries.
         """
-        template = self._find_template(None)
-        knows_answers = writes_boundaries(template)
-        boundaries: dict[str, Any] = BOUNDARY_NAMES if knows_answers else {}
-        text = self.apply_chat_template(conversation, **boundaries)
-        chunks = self._split(text, repeat(1))
+        text, knows_answers = conversation, False
+        if not isinstance(text, str):
+            knows_answers = writes_boundaries(self._find_template(kwargs.get("chat_template")))
+            boundaries: dict[str, Any] = BOUNDARY_NAMES if knows_answers else {}
+            text = self.apply_chat_template(text, **boundaries, **kwargs)
+        chunks = self._split(text, repeat(1), self._chat_formats())
         with self._tokenizer_lock:
-            encoded = encode_chunks(self.tokenizer, [chunks], self.image_token_id)
+            encoded = encode_chunks(
+                self.tokenizer, [chunks], self.image_token_id, add_special_tokens=add_special_tokens
+            )
         return encoded["input_ids"][0], encoded["assistant_masks"][0] if knows_answers else None
 
     def __call__(

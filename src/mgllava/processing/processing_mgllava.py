@@ -630,21 +630,27 @@ class MGLlavaProcessor(ImageTextProcessor):
         """
         return self.image_processor.objects(detections, image_size)
 
-    def encode_text(self, conversation: list[dict[str, Any]]) -> tuple[list[int], list[int] | None]:
-        """Tokenize a conversation without processing its images or their boxes.
+    def encode_text(
+        self, conversation: list[dict[str, Any]] | str, **kwargs: Any
+    ) -> tuple[list[int], list[int] | None]:
+        """Tokenize a conversation or a string without processing its images or their boxes.
 
         Args:
-            conversation (`list[dict]`): Messages.
+            conversation (`list[dict]` or `str`): Messages, or a text.
+            **kwargs: `add_special_tokens`; for messages also the options of
+                [`~MGLlavaProcessor.apply_chat_template`].
 
         Returns:
             `tuple`: Ids, with one placeholder for each image, and a mask of those that are learned; `None` instead of
-            the mask if the chat template does not mark them.
+            the mask for a string, or if the chat template does not mark them.
 
         Raises:
             TypeError: If boxes in an image block are not boxes.
             ValueError: If a message has boxes outside of an image block, or holds what the chat template would drop.
         """
-        return super().encode_text(_take_boxes(conversation, []))
+        if isinstance(conversation, str):
+            return super().encode_text(take_boxes_from_text(conversation, self._placeholder)[0], **kwargs)
+        return super().encode_text(_take_boxes(conversation, []), **kwargs)
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
         """Return the number of placeholders that serving engines plan with for each image.
