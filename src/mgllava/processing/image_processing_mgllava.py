@@ -128,12 +128,6 @@ class MGLlavaImageProcessorMixin(UprightImageProcessor):
                 "no padding beyond the image with the most boxes."
             )
         box_options = _box_options(SimpleNamespace(**kwargs))
-        if kwargs["do_normalize"] and not kwargs["do_rescale"]:
-            raise ValueError(
-                "`do_rescale` must be True when `do_normalize` is, got False. Images are kept in 8 bits until then; "
-                "floating point images between 0 and 1 are recognized."
-            )
-
         opened = self.fetch_images(images)
         rgb = [as_rgb(image, input_data_format, f"images[{index}]") for index, image in enumerate(flat_images(opened))]
         if getattr(self, "backend", None) == "pil":
@@ -160,6 +154,7 @@ class MGLlavaImageProcessorMixin(UprightImageProcessor):
             for image in rgb
         ]
         features = self._preprocess(pixels, *args, do_pad=False, return_tensors=None, **kwargs)
+        self.check_one_shape(features["pixel_values"], return_tensors, kwargs)
 
         num_boxes = [len(kept) for kept, _ in prepared]
         padded = torch.nn.utils.rnn.pad_sequence([kept for kept, _ in prepared], batch_first=True)

@@ -4,6 +4,7 @@ Images are turned upright, which the original does not do, and become 8-bit RGB,
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -69,7 +70,8 @@ class SlimeImageProcessorKwargs(ImagesKwargs, total=False):
     Args:
         do_tile (`bool`, *optional*, defaults to `True`):
             Whether to make a global view and 2 to 7 tiles of each image. `False`: one view, resized on its short side
-            and center-cropped, which is what VLMEvalKit shows the model.
+            and center-cropped, which is what VLMEvalKit shows the model. `do_resize=False`, `do_center_crop=False` and
+            `do_pad=True` are refused where it is `True`, since all views have the size of a tile.
     """
 
     do_tile: bool | None
@@ -108,19 +110,17 @@ class SlimeImageProcessorMixin(UprightImageProcessor):
         self,
         images: Any,
         *args: Any,
-        do_tile: bool,
+        do_tile: bool | None,
         return_tensors: Any,
         input_data_format: str | ChannelDimension | None,
         device: Any,
         **kwargs: Any,
     ) -> BatchFeature:
         """Make `pixel_values` and `image_grids` of all images."""
+        do_tile = self.do_tile if do_tile is None else do_tile
+        if do_tile:
+            _check_tile_options(kwargs)
         crop_size = kwargs["crop_size"]
-        if do_tile and (crop_size.height != crop_size.width or kwargs["size"].shortest_edge != crop_size.height):
-            raise ValueError(
-                "`size` and `crop_size` must be one square, the tile, where `do_tile` is True, got "
-                f"{dict(kwargs['size'])} and {dict(crop_size)}."
-            )
         opened = self.fetch_images(images)
         views: list[torch.Tensor] = []
         grids: list[tuple[int, int]] = []
@@ -141,6 +141,7 @@ class SlimeImageProcessorMixin(UprightImageProcessor):
         ]
         # Views of the size of a tile pass the resizing and the crop unchanged.
         features = self._preprocess(pixels, *args, return_tensors=None, **kwargs)
+        self.check_one_shape(features["pixel_values"], return_tensors, kwargs)
         data = {"pixel_values": features["pixel_values"], "image_grids": [list(grid) for grid in grids]}
         return BatchFeature(data, tensor_type=return_tensors)
 
@@ -153,6 +154,24 @@ class SlimeImageProcessorMixin(UprightImageProcessor):
         canvas[:, top : top + height, left : left + width] = self.resize_tensor(image, height, width, resample)
         tiles = canvas.unflatten(2, (columns, size)).unflatten(1, (rows, size)).permute(1, 3, 0, 2, 4).flatten(0, 1)
         return [self.resize_tensor(image, size, size, resample), *tiles]
+
+
+def _check_tile_options(options: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` for options that views cannot follow: their size is that of a tile."""
+    size, crop_size = options["size"], options["crop_size"]
+    side = crop_size.height
+    if side is None or crop_size.width != side or size.shortest_edge != side or size.longest_edge is not None:
+        raise ValueError(
+            "`size` and `crop_size` must be one square, the tile, where `do_tile` is True, got "
+            f"{dict(size)} and {dict(crop_size)}."
+        )
+    for name, expected in (("do_resize", True), ("do_center_crop", True), ("do_pad", False)):
+        if bool(options.get(name)) != expected:
+            raise ValueError(
+                f"`{name}` must be {expected} where `do_tile` is True, got {options.get(name)}: an image is resized "
+                "to its tiles, which have one size and are neither cropped nor padded. Pass `do_tile=False` for one "
+                "view of each image that follows this option."
+            )
 
 
 class SlimeImageProcessor(SlimeImageProcessorMixin, TorchvisionBackend):
