@@ -28,7 +28,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     CausalLMOutputWithPast,
 )
-from transformers.utils import logging, torch_compilable_check
+from transformers.utils import is_torchdynamo_compiling, logging, torch_compilable_check
 
 from .pretrained_common import CACHE_NAME, ImageTextPreTrainedModel
 
@@ -60,6 +60,8 @@ if CACHE_NAME == "past_key_values":  # before transformers 5.24
         "dbrx": "this release does not read the configuration that it saves inside another one",
         "inkling_text": "this release normalizes the embeddings of ids, but not `inputs_embeds`",
     }
+# Outputs of a language model, besides its last states, that have a place for every token.
+_OUTPUTS_OF_ALL_TOKENS = ("output_attentions", "output_hidden_states", "output_router_logits")
 # Configuration values that make layers read token ids.
 _READS_IDS_IF = ("hidden_size_per_layer_input", "ple_layer_ids")
 
@@ -430,10 +432,18 @@ class ImageTextModel(ImageTextPreTrainedModel):
         self, images: dict[str, Any], arguments: dict[str, Any], **kwargs
     ) -> ImageTextModelOutputWithPast:
         """Call `embed` with `images` and `arguments`, and the language model with its result and `kwargs`."""
+        is_seen = isinstance((arguments["mm_encoder_outputs"] or {}).get("image"), SeenImageFeatures)
+        if (given := arguments["inputs_embeds"]) is not None and not is_seen:
+            embeds = self.without_placeholders_in_padding(given, arguments["attention_mask"])
+            arguments = {**arguments, "inputs_embeds": embeds}
         inputs, image_features, image_outputs = self.embed(images, **arguments)
         if hasattr(inputs[CACHE_NAME], _SEEN):
             inputs |= _without_dropped_in_cache(inputs[CACHE_NAME], inputs)
-        outputs = self.language_model(return_dict=True, **inputs, **kwargs)
+        drops = self.placeholders_to_drop is not None and image_features is not None and not is_seen
+        if drops and not self._shows_all_tokens(inputs[CACHE_NAME], kwargs):
+            outputs = self._run_without_masked(inputs, **kwargs)
+        else:
+            outputs = self.language_model(return_dict=True, **inputs, **kwargs)
         seen, hidden_states = {}, outputs.last_hidden_state
         if self.placeholders_to_drop is not None and image_features is not None:
             is_placeholder = self.find_placeholders(arguments["input_ids"], arguments["inputs_embeds"])
@@ -451,6 +461,45 @@ class ImageTextModel(ImageTextPreTrainedModel):
             image_outputs=image_outputs,
             router_logits=outputs.get("router_logits"),
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
+        )
+
+    def _shows_all_tokens(self, cache: Cache | None, kwargs: dict[str, Any]) -> bool:
+        """Tell whether an output of the language model besides its last states has a place for every token."""
+        config = self.config.text_config
+        use_cache = kwargs.get("use_cache")
+        if use_cache is None:  # nobody continues from the cache of a training step
+            use_cache = config.use_cache and not self.training
+        wanted = (kwargs.get(name, getattr(config, name, None)) for name in _OUTPUTS_OF_ALL_TOKENS)
+        return cache is not None or use_cache or any(wanted) or is_torchdynamo_compiling()
+
+    def _run_without_masked(self, inputs: dict[str, Any], **kwargs) -> BaseModelOutputWithPast:
+        """Run the language model without the tokens that it does not see, which costs less than masking them."""
+        mask = inputs["attention_mask"]
+        counts = mask.long().cumsum(-1)
+        order = (mask == 0).to(torch.uint8).argsort(dim=-1, stable=True)[:, : max(int(counts.max()), 1)]
+        embeds = inputs["inputs_embeds"]
+        shortened = {
+            **inputs,
+            "inputs_embeds": embeds.gather(1, order.unsqueeze(-1).expand(-1, -1, embeds.shape[-1])),
+            "attention_mask": mask.gather(1, order),
+            "position_ids": inputs["position_ids"].gather(1, order),
+        }
+        outputs = self.language_model(return_dict=True, **shortened, **{**kwargs, "use_cache": False})
+        # A token that was left out gets the state of the last one before it.
+        states = outputs.last_hidden_state
+        places = (counts - 1).clamp(min=0).unsqueeze(-1).expand(-1, -1, states.shape[-1])
+        outputs.last_hidden_state = states.gather(1, places.to(states.device))
+        return outputs
+
+    def without_placeholders_in_padding(
+        self, inputs_embeds: torch.FloatTensor, attention_mask: torch.Tensor | None
+    ) -> torch.FloatTensor:
+        """Change padding that has the embedding of the placeholder, such as zeros, so that it is not taken for one."""
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != inputs_embeds.shape[:2]:
+            return inputs_embeds
+        is_padding = attention_mask.to(inputs_embeds.device) == 0
+        return torch.where(
+            (is_padding & self.find_placeholders(None, inputs_embeds)).unsqueeze(-1), inputs_embeds + 1, inputs_embeds
         )
 
     def _drop_placeholders(
@@ -676,6 +725,15 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
             )
         rules, criteria = list(logits_processor or ()), list(stopping_criteria or ())
         kwargs |= dict(zip(_LATER_ARGUMENTS, args, strict=False))
+        early_exit = _option("assistant_early_exit", kwargs, (generation_config, self.generation_config))
+        if early_exit is not None:
+            raise ValueError(
+                f"`assistant_early_exit` must be None, got {early_exit}: transformers exits early from language "
+                "models without images only. Pass `prompt_lookup_num_tokens`, or an `assistant_model`."
+            )
+        if kwargs.get("inputs_embeds") is not None:
+            embeds = self.model.without_placeholders_in_padding(kwargs["inputs_embeds"], kwargs.get("attention_mask"))
+            kwargs["inputs_embeds"] = embeds
         seen, prompts = {}, None
         if self.model.placeholders_to_drop is not None:
             inputs, kwargs, seen, prompts = self._without_dropped_placeholders(

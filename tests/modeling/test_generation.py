@@ -177,6 +177,13 @@ def test_assisted_decoding_equals_greedy(family, any_model, options):
     assert torch.equal(new_tokens(any_model, inputs, max_new_tokens=12, **options(family)), expected)
 
 
+def test_early_exit_is_refused(family, any_model):
+    inputs, config = family.inputs([[3]]), GenerationConfig(assistant_early_exit=1)
+    for options in ({"assistant_early_exit": 1}, {"generation_config": config}):
+        with pytest.raises(ValueError, match="`assistant_early_exit` must be None, got 1"):
+            generate(any_model, inputs, **options)
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
 def test_generate_from_embeddings_equals_ids(family, any_model, kwargs):
     inputs = family.inputs([[3], [1, 2]])

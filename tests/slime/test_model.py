@@ -260,3 +260,56 @@ def test_number_of_tokens_of_the_branches():
         model = tiny_slime(branch=branch, router_top_p=1.0)
         with torch.no_grad():
             assert model(**inputs).kept_tokens.sum() == kept
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_training_runs_no_token_that_is_dropped(side):
+    """It costs what the language model sees, and is equal to masking the others, gradients included."""
+    model = tiny_slime().double().train()
+    inputs = slime_inputs(MIXED, padding_side=side)
+    is_text = (inputs["attention_mask"] == 1) & (inputs["input_ids"] != model.config.image_token_id)
+    labels = inputs["input_ids"].masked_fill(~is_text | (inputs["input_ids"] == 1), -100)
+    lengths, found = [], []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda _, __, arguments: lengths.append(arguments["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    for options in ({"use_cache": True}, {}):
+        torch.manual_seed(0)
+        output = model(**inputs, labels=labels, **options)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        gradients = torch.autograd.grad(output.loss, parameters, allow_unused=True)
+        found.append((output.loss, output.logits[labels != -100], [one for one in gradients if one is not None]))
+    hook.remove()
+    torch.testing.assert_close(found[1], found[0])
+    seen = inputs["attention_mask"].clone()
+    seen[inputs["input_ids"] == model.config.image_token_id] = output.kept_tokens.long()
+    assert lengths == [inputs["input_ids"].shape[1], int(seen.sum(-1).max())]
+
+
+def test_a_model_of_global_views_encodes_no_tile():
+    model, inputs = tiny_slime(branch="global"), slime_inputs([[4], [1]])
+    views = []
+    hook = model.model.vision_tower.register_forward_pre_hook(lambda _, given: views.append(len(given[0])))
+    with torch.no_grad():
+        output = model(**inputs)
+        inputs["pixel_values"][1:5] = 7.0  # all tiles of the first image
+        torch.testing.assert_close(model(**inputs).logits, output.logits)
+    hook.remove()
+    assert views == [2, 2]
+
+
+@torch.no_grad()
+def test_padding_with_the_embedding_of_the_placeholder_is_padding():
+    """Such as zeros, where the row of the placeholder is zero because it was never trained."""
+    model = tiny_slime().double()
+    model.get_input_embeddings().weight[model.config.image_token_id] = 0
+    inputs = slime_inputs(MIXED)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    logits, is_text = model(**inputs).logits, inputs["attention_mask"].bool()
+    answers = [model.generate(**inputs, **options, num_beams=beams) for beams in (1, 2)]
+    length = inputs["input_ids"].shape[1]
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids")).masked_fill(~is_text.unsqueeze(-1), 0)
+    torch.testing.assert_close(model(inputs_embeds=embeds, **inputs).logits[is_text], logits[is_text])
+    for beams, expected in zip((1, 2), answers, strict=True):
+        found = model.generate(inputs_embeds=embeds, **inputs, **options, num_beams=beams)
+        assert torch.equal(found, expected[:, length:])

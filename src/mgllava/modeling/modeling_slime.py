@@ -30,11 +30,11 @@ class SlimeImageFeatures(BaseModelOutputWithPooling):
             Embeddings of the global views.
         pooler_output (`list` of `torch.FloatTensor` of shape `(num_tokens, hidden_size)`):
             All embeddings of each image: of its global view, the separator, and of its tiles. Those that the language
-            model does not see are among them.
+            model does not see are among them; with `branch="global"` those of tiles are zeros.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*):
-            Of the vision tower, for all views, when asked for.
+            Of the vision tower, for all views that the branch uses, when asked for.
         attentions (`tuple(torch.FloatTensor)`, *optional*):
-            Of the vision tower, for all views, when asked for.
+            Of the vision tower, for all views that the branch uses, when asked for.
         image_grids (`torch.LongTensor` of shape `(num_images, 2)`):
             Rows and columns of tiles of each image.
         local_order (`str`): Order of the embeddings of tiles, as in the configuration.
@@ -196,7 +196,12 @@ class SlimeModel(SlimePreTrainedModel, ImageTextModel):
         num_tiles = [rows * columns for rows, columns in grids]
         firsts = torch.tensor([0, *(1 + tiles for tiles in num_tiles)][:-1]).cumsum(0)
         is_global[firsts] = True
+        if self.config.branch == "global":  # of the tiles, nobody sees anything
+            pixel_values, is_global = pixel_values[is_global], is_global[is_global]
         global_tokens, local_tokens, vision_outputs = self.embed_views(pixel_values, is_global, **kwargs)
+        if self.config.branch == "global":
+            width = global_tokens.shape[-1]
+            local_tokens = global_tokens.new_zeros(sum(num_tiles), self.config.num_local_tokens, width)
         separator = self._separator(global_tokens)
         features = []
         for view, tiles, grid in zip(global_tokens, local_tokens.split(num_tiles), grids, strict=True):
