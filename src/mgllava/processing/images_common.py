@@ -515,7 +515,7 @@ class UprightImageProcessor(BaseImageProcessor):
             values["auto_map"] = {"AutoImageProcessor": dict(self.remote_classes)}
         return values
 
-    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
+    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:  # type: ignore[override]  # the options by name
         """Check the options, before any image is opened; raise a `ValueError` if they contradict each other."""
         if kwargs.get("do_normalize") and not kwargs.get("do_rescale"):
             raise ValueError(
