@@ -8,6 +8,7 @@ from .card_sections import (
     checks,
     citation,
     hub_ids,
+    license_section,
     memory_note,
     parameter_table,
     place,
@@ -131,9 +132,8 @@ def _licenses(contents: Contents, llm: str | None) -> str:
         ("language model", place(llm), terms(llm)),
         ("CLIP", place(vision_tower), terms(vision_tower)),
         ("adapters, tuning", place(contents.argument("checkpoint")), "unknown: ask where the checkpoint came from"),
-        ("code", "mgllava", "Apache-2.0"),
     ]
-    return f"## License\n\nEach part keeps its own.\n\n{table(('part', 'from', 'license'), rows)}"
+    return license_section(rows)
 
 
 def _limits(contents: Contents) -> str:

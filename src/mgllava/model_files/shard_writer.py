@@ -16,7 +16,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from mgllava.atomic_files import replacing
 
 from .errors import ConversionError
-from .tensor_files import LazyTensor
+from .lazy_tensor import LazyTensor
 
 # Called with the name of a stage, the bytes just done and the bytes of the whole stage.
 Progress = Callable[[str, int, int], None]

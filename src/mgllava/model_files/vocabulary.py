@@ -13,7 +13,7 @@ from mgllava.processing.text_chunks_common import IMAGE_TOKEN
 
 from .errors import ConversionError, one_line
 from .json_files import read_json
-from .tensor_files import LazyTensor
+from .lazy_tensor import LazyTensor
 
 # Tables with a multiple of 64 rows suit tensor cores and tensor parallelism; other LLaVA models have them too.
 _ROW_MULTIPLE = 64

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from mgllava.model_files.errors import ConversionError
-from mgllava.model_files.tensor_files import LazyTensor, tensors_of
+from mgllava.model_files.lazy_tensor import LazyTensor
+from mgllava.model_files.tensor_files import tensors_of
 from mgllava.model_files.torch_files import open_torch_file
 
 from .zero import meta_of, open_zero_folder

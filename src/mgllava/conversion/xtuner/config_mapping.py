@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from mgllava.conversion.parts import stored_vision_config
 from mgllava.model_files.errors import ConversionError
-from mgllava.model_files.tensor_files import LazyTensor
+from mgllava.model_files.lazy_tensor import LazyTensor
 from mgllava.model_files.vocabulary import Vocabulary
 from mgllava.modeling import MGLlavaConfig
 

@@ -12,9 +12,10 @@ from mgllava.conversion.model_folder import check_weights, read_model_config, re
 from mgllava.conversion.parts import rename
 from mgllava.folder_lock import FolderLock, FolderLockedError
 from mgllava.model_files.errors import ConversionError
+from mgllava.model_files.lazy_tensor import LazyTensor
 from mgllava.model_files.shard_writer import check_disk_space
 from mgllava.model_files.staging import REPORT_NAME
-from mgllava.model_files.tensor_files import LazyTensor, open_weights
+from mgllava.model_files.tensor_files import open_weights
 from mgllava.modeling import MGLlavaConfig
 
 from .key_mapping import XTUNER_TO_MODEL, to_xtuner

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from mgllava.conversion.lora import check_lora_alpha, is_positive_number, scaling_of
 from mgllava.model_files.errors import ConversionError
-from mgllava.model_files.tensor_files import LazyTensor
+from mgllava.model_files.lazy_tensor import LazyTensor
 
 _WRAPPER = "llm.base_model.model."
 _LOW_RANK = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.default\.weight$")

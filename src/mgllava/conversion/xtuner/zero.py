@@ -13,8 +13,9 @@ import torch
 
 from mgllava.extras import install_hint
 from mgllava.model_files.errors import ConversionError, one_line
+from mgllava.model_files.lazy_tensor import LazyTensor
 from mgllava.model_files.shard_writer import check_disk_space
-from mgllava.model_files.tensor_files import LazyTensor, tensors_of
+from mgllava.model_files.tensor_files import tensors_of
 from mgllava.model_files.torch_files import materialize, open_torch_file
 
 # Every file has pickled objects of deepspeed (loss scalers, address tables), which are skipped.
