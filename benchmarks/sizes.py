@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Owlv2Config, Owlv2ForObjectDetection
 
 from mgllava import MGLlavaConfig, MGLlavaForConditionalGeneration
-from mgllava.ram_plus import RamPlusConfig, RamPlusForImageTagging
+from mgllava.modeling import RamPlusConfig, RamPlusForImageTagging
 
 _GB = 1e9
 # NF4 with double quantization: 4 bits, an 8-bit scale for each 64 weights, a float32 one for each 256 of these.

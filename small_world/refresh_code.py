@@ -3,7 +3,7 @@
     python -m small_world.refresh_code
 
 Like every saved model, the shipped one contains its code, so that it loads where `mgllava` is not installed. Run this
-after each change of `src/mgllava/modeling`, `src/mgllava/processing` or `src/mgllava/ram_plus`; a test compares them.
+after each change of `src/mgllava/modeling` or `src/mgllava/processing`; a test compares them.
 """
 
 import json

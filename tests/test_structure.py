@@ -12,7 +12,7 @@ import mgllava
 from mgllava.families import FAMILIES
 
 PACKAGE = Path(mgllava.__file__).parent
-HUB_FOLDERS = ("modeling", "processing", "ram_plus")
+HUB_FOLDERS = ("modeling", "processing")
 HUB_FILES = sorted(path for folder in HUB_FOLDERS for path in (PACKAGE / folder).glob("*.py"))
 # A file belongs to one family, or to all.
 SUFFIXES = (*(f"_{family}.py" for family in FAMILIES), "_common.py")
@@ -30,7 +30,7 @@ HUB_PACKAGES = {
 
 # From the lowest floor to the highest: imports only go downward. "mgllava" is the `__init__` of the package.
 FLOORS = (
-    ("modeling", "processing", "ram_plus"),
+    ("modeling", "processing"),
     ("errors", "families", "quantization"),
     ("mgllava",),
     ("extras", "noise", "model_files", "atomic_files", "folder_lock", "user_text"),

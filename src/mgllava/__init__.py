@@ -15,6 +15,8 @@ from mgllava.modeling import (
     MGLlavaForConditionalGeneration,
     MGLlavaModel,
     MGLlavaPreTrainedModel,
+    RamPlusConfig,
+    RamPlusForImageTagging,
     SlimeConfig,
     SlimeForConditionalGeneration,
     SlimeModel,
@@ -26,12 +28,13 @@ from mgllava.processing import (
     MGLlavaImageProcessor,
     MGLlavaImageProcessorPil,
     MGLlavaProcessor,
+    RamPlusImageProcessor,
+    RamPlusImageProcessorPil,
     SlimeImageProcessor,
     SlimeImageProcessorPil,
     SlimeProcessor,
 )
 from mgllava.quantization import quantization_config
-from mgllava.ram_plus import RamPlusConfig, RamPlusForImageTagging, RamPlusImageProcessor, RamPlusImageProcessorPil
 
 __version__ = "0.1.0"
 

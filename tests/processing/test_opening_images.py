@@ -9,7 +9,6 @@ import struct
 import threading
 import zlib
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -23,7 +22,6 @@ from mgllava import (
     RamPlusImageProcessorPil,
 )
 from mgllava.processing import images_common
-from mgllava.ram_plus import image_inputs_ram_plus
 
 SIDE = 16
 RAW = {"do_rescale": False, "do_normalize": False}
@@ -36,7 +34,7 @@ PROCESSORS = [
     RamPlusImageProcessor(**OF_RAM_PLUS),
 ]
 with_each_processor = pytest.mark.parametrize("processor", PROCESSORS, ids=lambda processor: type(processor).__name__)
-with_each_package = pytest.mark.parametrize("processor", PROCESSORS[1:3], ids=["mgllava", "ram_plus"])
+PROCESSOR = PROCESSORS[1]  # all open images with the same function
 
 GRAY = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE), dtype=np.uint8)
 GRAY[0, 0], GRAY[0, 1] = 0, 255
@@ -155,10 +153,9 @@ def levels(processor, images):
     return [np.asarray(pixels).transpose(1, 2, 0) for pixels in processor(images, **RAW)["pixel_values"]]
 
 
-@with_each_package
 @pytest.mark.parametrize("kind", PICTURES)
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency", "ignore:Corrupt EXIF data")
-def test_an_image_is_the_same_however_it_is_given(processor, kind, folder, site):
+def test_an_image_is_the_same_however_it_is_given(kind, folder, site):
     data, expected = PICTURES[kind]
     path = folder / f"{list(PICTURES).index(kind)}.img"
     text = base64.b64encode(data).decode()
@@ -183,7 +180,7 @@ def test_an_image_is_the_same_however_it_is_given(processor, kind, folder, site)
             "block with an image": {"type": "image", "image": PIL.Image.open(path)},
             "block of OpenAI": {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{text}"}},
         }
-        found = levels(processor, list(ways.values()))
+        found = levels(PROCESSOR, list(ways.values()))
     for way, pixels in zip(ways, found, strict=True):
         np.testing.assert_array_equal(pixels, expected, err_msg=way)
 
@@ -224,23 +221,21 @@ def test_a_batch_of_floats_has_one_range(processor):
     assert levels(processor, batch)[1].max() == 1
 
 
-@with_each_package
-def test_images_may_be_nested_in_any_sequence(processor, folder):
+def test_images_may_be_nested_in_any_sequence(folder):
     names = [str(folder / "0.img"), str(folder / "11.img")]
     expected = [gray(GRAY), RGB]
     for given in (tuple(names), (name for name in names), np.array(names), np.array([*names, None], object)[:2]):
-        np.testing.assert_array_equal(levels(processor, given), expected)
+        np.testing.assert_array_equal(levels(PROCESSOR, given), expected)
     mixed = [names[0], [PIL.Image.fromarray(RGB), [np.stack([RGB, RGB])]], ()]
-    np.testing.assert_array_equal(levels(processor, mixed), [gray(GRAY), RGB, RGB, RGB])
+    np.testing.assert_array_equal(levels(PROCESSOR, mixed), [gray(GRAY), RGB, RGB, RGB])
 
 
-@with_each_package
-def test_files_are_opened_one_by_one(processor, folder):
+def test_files_are_opened_one_by_one(folder):
     names = sorted(os.listdir("/proc/self/fd"), key=int) if os.path.isdir("/proc/self/fd") else []
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (int(names[-1]) + 8 if names else 256, hard))
     try:
-        opened = processor.fetch_images([folder / "0.img"] * 300)
+        opened = PROCESSOR.fetch_images([folder / "0.img"] * 300)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert len(opened) == 300
@@ -269,8 +264,7 @@ def test_a_file_that_was_just_written_is_read_from_its_beginning():
         ("empty", "not in a format that Pillow knows"),
     ],
 )
-@with_each_package
-def test_files_that_are_not_images_are_named(processor, make, said, tmp_path):
+def test_files_that_are_not_images_are_named(make, said, tmp_path):
     path = tmp_path / "picture.png"
     if make == "folder":
         path.mkdir()
@@ -281,10 +275,10 @@ def test_files_that_are_not_images_are_named(processor, make, said, tmp_path):
     for given in (path, str(path), {"path": str(path)}):
         for error in (ValueError, OSError):
             with pytest.raises(error, match=rf"(?s)`images\[1\]`.*{said}") as caught:
-                processor([good, given])
+                PROCESSOR([good, given])
             assert "picture.png" in str(caught.value) and "padding" not in str(caught.value)
     with pytest.raises(ValueError, match=r"`images\[0\]\[1\]`"):
-        processor([[good, path]])
+        PROCESSOR([[good, path]])
 
 
 @pytest.mark.parametrize(
@@ -318,18 +312,16 @@ def test_files_that_are_not_images_are_named(processor, make, said, tmp_path):
         (PIL.Image.fromarray(np.full((5, 5), np.nan, np.float32)), ValueError, "got nan"),
     ],
 )
-@with_each_package
-def test_what_is_not_an_image_is_named(processor, given, error, said):
+def test_what_is_not_an_image_is_named(given, error, said):
     with pytest.raises(error, match=f"(?s)`images.*{said}"):
-        processor([given])
+        PROCESSOR([given])
 
 
-@with_each_package
-def test_errors_do_not_print_the_data(processor):
+def test_errors_do_not_print_the_data():
     text = base64.b64encode(b"not an image" * 5000).decode()
     for given in (text, f"data:image/png;base64,{text}", b"not an image" * 5000, {"base64": text}):
         with pytest.raises(ValueError, match="not in a format") as caught:
-            processor([given])
+            PROCESSOR([given])
         assert len(str(caught.value)) < 400
 
 
@@ -347,21 +339,10 @@ def test_a_decompression_bomb_is_named(monkeypatch):
         PROCESSORS[0]([PICTURES["gray"][0]])
 
 
-@pytest.mark.parametrize("module", [images_common, image_inputs_ram_plus])
-def test_16_bits_that_are_nearly_black_give_a_warning(module, monkeypatch):
+def test_16_bits_that_are_nearly_black_give_a_warning(monkeypatch):
     messages = []
-    monkeypatch.setattr(module.logger, "warning_once", messages.append)
-    module.as_rgb(RGB.astype(np.uint16))
+    monkeypatch.setattr(images_common.logger, "warning_once", messages.append)
+    images_common.as_rgb(RGB.astype(np.uint16))
     assert len(messages) == 1 and "65535 is white" in messages[0]
-    module.as_rgb(RGB * np.uint16(257))
+    images_common.as_rgb(RGB * np.uint16(257))
     assert len(messages) == 1
-
-
-def test_both_hub_folders_open_images_with_the_same_code():
-    """They are copied into different saved models, so one cannot import the other."""
-    texts = [Path(module.__file__).read_text() for module in (images_common, image_inputs_ram_plus)]
-    start, end = "class UnreadableImageError", "    return array.to(torch.uint8)\n"
-    blocks = [text[text.index(start) : text.rindex(end)] for text in texts]
-    assert blocks[0] == blocks[1]
-    for name in ("IMAGE_KEYS", "_CHANNEL_COUNTS", "_SHORTEST_BASE64", "_DOWNLOAD_TIMEOUT", "_ROUNDING", "_UPRIGHT"):
-        assert getattr(images_common, name) == getattr(image_inputs_ram_plus, name)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModel, BitsAndBytesConfig
 
 from mgllava import RamPlusConfig, RamPlusForImageTagging
-from mgllava.ram_plus.modeling_ram_plus import RamPlusLayerNorm
+from mgllava.modeling.modeling_ram_plus import RamPlusLayerNorm
 from tests.ram_plus.golden import NUM_DESCRIPTIONS, NUM_TAGS, arrays, original_state
 
 TINY = {

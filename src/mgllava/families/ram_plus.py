@@ -4,12 +4,12 @@ from .family import Family
 
 RAM_PLUS = Family(
     title="RAM++",
-    config="mgllava.ram_plus:RamPlusConfig",
-    model="mgllava.ram_plus:RamPlusForImageTagging",
+    config="mgllava.modeling:RamPlusConfig",
+    model="mgllava.modeling:RamPlusForImageTagging",
     auto_classes=("AutoModel", "AutoModelForImageClassification"),
     image_processors={
-        "torchvision": "mgllava.ram_plus:RamPlusImageProcessor",
-        "pil": "mgllava.ram_plus:RamPlusImageProcessorPil",
+        "torchvision": "mgllava.processing:RamPlusImageProcessor",
+        "pil": "mgllava.processing:RamPlusImageProcessorPil",
     },
     source_formats=("mgllava.conversion.ram_plus:RAM_PLUS",),
     card="mgllava.hub.ram_plus_card:ram_plus_card",

@@ -1,6 +1,7 @@
-"""Configurations and modules of MG-LLaVA and SliME; a Hub folder, whose files are copied into saved models."""
+"""Configurations and modules of MG-LLaVA, SliME and RAM++; a Hub folder, whose files are copied into saved models."""
 
 from .configuration_mgllava import MGLlavaConfig, MGLlavaHighResVisionConfig
+from .configuration_ram_plus import RamPlusConfig
 from .configuration_slime import SlimeConfig
 from .modeling_mgllava import (
     MGLlavaCausalLMOutputWithPast,
@@ -9,6 +10,7 @@ from .modeling_mgllava import (
     MGLlavaModelOutputWithPast,
     MGLlavaPreTrainedModel,
 )
+from .modeling_ram_plus import RamPlusForImageTagging, RamPlusImageTaggingOutput
 from .modeling_slime import (
     SlimeCausalLMOutputWithPast,
     SlimeForConditionalGeneration,
@@ -30,6 +32,9 @@ __all__ = [
     "MGLlavaModel",
     "MGLlavaModelOutputWithPast",
     "MGLlavaPreTrainedModel",
+    "RamPlusConfig",
+    "RamPlusForImageTagging",
+    "RamPlusImageTaggingOutput",
     "SlimeCausalLMOutputWithPast",
     "SlimeConfig",
     "SlimeForConditionalGeneration",

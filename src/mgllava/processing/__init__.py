@@ -7,6 +7,7 @@ from .image_processing_mgllava import (
     MGLlavaImageProcessorKwargs,
     MGLlavaImageProcessorPil,
 )
+from .image_processing_ram_plus import RamPlusImageProcessor, RamPlusImageProcessorPil
 from .image_processing_slime import SlimeImageProcessor, SlimeImageProcessorKwargs, SlimeImageProcessorPil
 from .processing_mgllava import CHAT_TEMPLATES, MGLlavaProcessor
 from .processing_slime import SLIME_CHAT_TEMPLATES, SlimeProcessor
@@ -21,6 +22,8 @@ __all__ = [
     "MGLlavaImageProcessorKwargs",
     "MGLlavaImageProcessorPil",
     "MGLlavaProcessor",
+    "RamPlusImageProcessor",
+    "RamPlusImageProcessorPil",
     "SlimeImageProcessor",
     "SlimeImageProcessorKwargs",
     "SlimeImageProcessorPil",

@@ -22,8 +22,9 @@ from mgllava.model_files.json_files import read_json
 from mgllava.model_files.lazy_tensor import LazyTensor
 from mgllava.model_files.tensor_files import tensors_of
 from mgllava.model_files.torch_files import StoredTensor, open_torch_file
-from mgllava.ram_plus import RamPlusConfig, RamPlusImageProcessor
-from mgllava.ram_plus.configuration_ram_plus import DEFAULT_TAG_THRESHOLD
+from mgllava.modeling import RamPlusConfig
+from mgllava.modeling.configuration_ram_plus import DEFAULT_TAG_THRESHOLD
+from mgllava.processing import RamPlusImageProcessor
 
 _ORIGINAL = "https://raw.githubusercontent.com/xinyu1205/recognize-anything/main/ram/data/"
 TAG_LIST_URL = _ORIGINAL + "ram_tag_list.txt"

@@ -1,29 +1,20 @@
-"""The part of RAM++'s image processors that does not depend on the backend: settings, opening images, 8-bit RGB.
-
-The code from `UnreadableImageError` on is a copy of that in `processing/images_common.py`: the two Hub folders are
-copied into different model folders, and must open every image alike, which
-`tests/processing/test_opening_images.py` checks.
-"""
+"""Images from any source: opened, turned upright, converted to 8-bit RGB, and resized exactly as other code does."""
 
 import base64
 import io
 import os
+import sys
 import urllib.parse
-from collections.abc import Iterable, Mapping, Set
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from functools import lru_cache
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import PIL.Image
 import torch
 from huggingface_hub.utils import httpx
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    ChannelDimension,
-    PILImageResampling,
-)
-from transformers.processing_utils import ImagesKwargs
+from transformers.image_utils import ChannelDimension, SizeDict
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -43,76 +34,30 @@ _UPRIGHT = {
     7: PIL.Image.Transpose.TRANSVERSE,
     8: PIL.Image.Transpose.ROTATE_90,
 }
-# Entries of `auto_map`: the image processor class of each backend.
-_REMOTE_CLASSES = {
-    "torchvision": "image_processing_ram_plus.RamPlusImageProcessor",
-    "pil": "image_processing_ram_plus.RamPlusImageProcessorPil",
-}
 
 
-class RamPlusImageProcessorKwargs(ImagesKwargs, total=False):
-    r"""Options of the RAM++ image processors, in addition to those of every image processor.
+def make_findable(module: str) -> None:
+    """Set a module as an attribute of its package, where dill looks up the classes of objects that `datasets` hashes.
 
-    Args:
-        do_exif_transpose (`bool`, *optional*, defaults to `False`):
-            Whether images are turned upright by their EXIF orientation, in whatever form they come. The original does
-            not do this. (Pillow itself does it for TIFF files.)
+    transformers does not do so for remote code. dill then pickles the classes by value, until the stack overflows.
     """
+    package, _, name = module.rpartition(".")
+    if package in sys.modules:
+        setattr(sys.modules[package], name, sys.modules[module])
 
-    do_exif_transpose: bool | None
+
+def fetch_upright(images: Any) -> Any:
+    """Open the images of a (nested) list with [`open_images`], and turn them upright."""
+
+    def turn(image: Any) -> Any:
+        return [turn(item) for item in image] if isinstance(image, list) else upright(image)
+
+    return turn(open_images(images))
 
 
-class RamPlusImageProcessorMixin(BaseImageProcessor):
-    """The part of the image processors that does not depend on the backend.
-
-    Images may be PIL images (any mode), NumPy arrays, tensors, paths, http(s) URLs, data URLs, base64 strings, bytes,
-    binary files, or mappings that hold one of these (`{"bytes": ..., "path": ...}` of the datasets library,
-    `{"url": ...}`), alone or in (nested) lists. They become 8-bit RGB, whatever `do_convert_rgb` is. Alpha is
-    dropped, not blended, as in the original. Of an animation, the first frame is read.
-
-    Arrays are `(height, width)`, `(height, width, channels)` or `(channels, height, width)`, or 4-dimensional batches
-    of the latter two. Integers range from 0 to 255, unsigned 16-bit integers (also in files) from 0 to 65535.
-    Floating-point values are read as 0..1 if none is larger than 1, and as 0..255 otherwise. This is a guess: an image
-    of 0..255 whose values are all 0 or 1 is read as black and white. All images of a batch have the same range.
-    """
-
-    valid_kwargs = RamPlusImageProcessorKwargs
-    model_input_names = ["pixel_values"]
-
-    resample = PILImageResampling.BILINEAR
-    image_mean = IMAGENET_DEFAULT_MEAN
-    image_std = IMAGENET_DEFAULT_STD
-    size = {"height": 384, "width": 384}
-    do_resize = True
-    do_rescale = True
-    do_normalize = True
-    do_convert_rgb = True
-    do_exif_transpose = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """Name the classes of both backends in `auto_map`, where saving writes only that of the saved class."""
-        values = super().to_dict()
-        if (values.get("auto_map") or {}).get("AutoImageProcessor") in _REMOTE_CLASSES.values():
-            values["auto_map"] = {"AutoImageProcessor": dict(_REMOTE_CLASSES)}
-        return values
-
-    def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Open an image or a (nested) list of images, in any form, without turning them upright."""
-        return open_images(image_url_or_urls)
-
-    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
-        return flat_images(self.fetch_images(images))
-
-    def process_image(self, *args: Any, **kwargs: Any) -> Any:
-        """Convert an opened image to 8-bit RGB in the backend's format, `(3, height, width)`."""
-        image, *others = args
-        if kwargs.get("do_exif_transpose"):
-            image = upright(image)
-        rgb = as_rgb(image, kwargs.get("input_data_format"))
-        if self.backend == "pil":  # type: ignore[attr-defined]  # set by the other base class
-            rgb = rgb.cpu()
-        kwargs |= {"do_convert_rgb": False, "input_data_format": ChannelDimension.FIRST}
-        return super().process_image(rgb, *others, **kwargs)
+def load_upright(image: Any, name: str = "image") -> Any:
+    """Open one image with [`open_image`], and turn it upright."""
+    return upright(open_image(image, name))
 
 
 class UnreadableImageError(OSError, ValueError):
@@ -409,4 +354,197 @@ def _as_uint8(array: torch.Tensor, name: str) -> torch.Tensor:
     return array.to(torch.uint8)
 
 
-__all__ = ["RamPlusImageProcessorKwargs", "RamPlusImageProcessorMixin"]
+def group_sizes(images: Any) -> list[int] | None:
+    """Count the images of each prompt; `None` if the images are not nested per prompt."""
+    if isinstance(images, list | tuple) and images and all(isinstance(group, list | tuple) for group in images):
+        return [len(flat_images(group)) for group in images]
+    return None
+
+
+def is_image_block(value: Any) -> bool:
+    """Tell whether a part of a conversation is an image."""
+    return isinstance(value, Mapping) and value.get("type") in ("image", "image_url")
+
+
+def image_block(block: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert an image block of a conversation to the form that transformers reads: `bytes` are under `image`.
+
+    Keys that are `None`, which the datasets library adds, are left out.
+    """
+    block = {key: value for key, value in block.items() if key not in IMAGE_KEYS or value is not None}
+    if "bytes" in block:
+        block.pop("path", None)  # where the bytes come from
+        block["image"] = block.pop("bytes")
+    if len(given := [key for key in IMAGE_KEYS if key in block]) > 1:
+        raise ValueError(f"An image block must have one image, got {', '.join(map(repr, given))}.")
+    return block
+
+
+# Pillow's weights are whole numbers of this unit. Sums of them are exact in float64, in whatever order.
+_PRECISION = 2**22
+
+
+@lru_cache(maxsize=8)
+def _weights(length: int, new_length: int, device: torch.device) -> torch.Tensor:
+    """Make the float64 matrix of shape `(new_length, length)` that holds Pillow's integer weights of one axis."""
+    scale = length / new_length
+    support = max(scale, 1.0)  # the triangle is widened when shrinking
+    centers = (torch.arange(new_length, dtype=torch.float64, device=device)[:, None] + 0.5) * scale
+    samples = torch.arange(length, dtype=torch.float64, device=device)
+    first = (centers - support + 0.5).trunc().clamp(min=0)
+    end = (centers + support + 0.5).trunc().clamp(max=length)
+    weights = (1 - ((samples - centers + 0.5) / support).abs()).clamp(min=0)
+    weights = weights.masked_fill((samples < first) | (samples >= end), 0)
+    return (weights / weights.sum(dim=1, keepdim=True) * _PRECISION + 0.5).floor()
+
+
+def resize_like_pil(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resize 8-bit RGB with the bilinear filter that Pillow had in 2024, the horizontal axis first, on any device.
+
+    torchvision's filter differs from it by one of 255 levels in places. So does the present Pillow's on portrait
+    images: it resizes the vertical axis first if that is cheaper, and rounds to 8 bits after each axis. The result is
+    on the GPU if the image is on a CUDA device, otherwise on the CPU.
+    """
+    if image.device.type == "cuda":
+        return resize_by_products(image, size)
+    picture = PIL.Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+    for new_size in ((size[1], picture.height), (size[1], size[0])):
+        picture = picture.resize(new_size, PIL.Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def resize_by_products(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resize like [`resize_like_pil`] with one matrix product per axis: fast on a GPU, slow on a CPU.
+
+    The device must have float64; the image may have any number of channels.
+    """
+    values = image.double()
+    if image.shape[2] != size[1]:  # Pillow skips an axis that keeps its length
+        values = _round(values @ _weights(image.shape[2], size[1], image.device).T)
+    if image.shape[1] != size[0]:
+        values = _round(_weights(image.shape[1], size[0], image.device) @ values)
+    return values.to(torch.uint8)
+
+
+def _round(values: torch.Tensor) -> torch.Tensor:
+    """Divide by the unit of the weights, and round to 8 bits."""
+    return ((values + _PRECISION // 2) / _PRECISION).floor_().clamp_(0, 255)
+
+
+def resize_in_square(
+    image: torch.Tensor,
+    side: int,
+    fill: Sequence[int],
+    resize: Callable[[torch.Tensor, tuple[int, int]], torch.Tensor],
+    precision: int | None,
+) -> torch.Tensor:
+    """Resize an image in the middle of a square of one color, without making the square.
+
+    The square of a 12000 x 40 image has 300 times as many pixels as the image. The result is bit-identical to that of
+    padding to the square first, because resizing takes the horizontal axis first, rounds to 8 bits in between, and
+    does not change an area of one color.
+
+    `resize` is the bicubic resize to a `(height, width)`, called for the long axis only; `precision` is the number of
+    bits of its integer weights (`None`: the most with which the largest weight fits into 15 bits, as in PyTorch).
+    Takes and returns uint8 RGB on the CPU.
+    """
+    height, width = image.shape[1:]
+    square = image.new_tensor(fill)[:, None, None].repeat(1, side, side)
+    if width >= height:
+        rows = resize(image, (height, side)).numpy().transpose(1, 0, 2)
+        start, rows = _resize_between(rows, width, side, fill, precision)
+        square[:, start : start + len(rows)] = torch.from_numpy(rows).permute(1, 0, 2)
+    else:
+        columns = image.numpy().transpose(2, 0, 1)
+        start, columns = _resize_between(columns, height, side, fill, precision)
+        strip = torch.from_numpy(columns).permute(1, 2, 0).contiguous()
+        square[:, :, start : start + len(columns)] = resize(strip, (side, len(columns)))
+    return square
+
+
+def _resize_between(
+    image: np.ndarray, length: int, new_length: int, fill: Sequence[int], precision: int | None
+) -> tuple[int, np.ndarray]:
+    """Resize the first axis of `(n, 3, m)` in the middle of `length` samples of one color.
+
+    Returns the part of the new samples that the image reaches, and the index where it starts.
+    """
+    offset = (length - len(image)) // 2
+    first, weights = _bicubic(length, new_length)
+    if precision is None:
+        precision = next(bits for bits in range(22, -1, -1) if int(weights.max() * 2**bits + 0.5) < 2**15)
+    whole = np.trunc(weights * 2**precision + np.where(weights < 0, -0.5, 0.5)).astype(np.int32)
+    end = first + whole.shape[1]
+    start, stop = np.searchsorted(end, offset, "right"), np.searchsorted(first, offset + len(image), "left")
+    # The sum as if all samples had the color, to which the differences of the image's samples are added.
+    color = np.array(fill, np.int32)[:, None]
+    total = 2**precision // 2 + whole[start:stop].sum(axis=1, dtype=np.int32)[:, None, None] * color
+    total = np.repeat(total, image.shape[2], axis=2)
+    for sample, values in enumerate(image, start=offset):
+        reached = slice(np.searchsorted(end, sample, "right"), np.searchsorted(first, sample, "right"))
+        weight = whole[reached][np.arange(reached.stop - reached.start), sample - first[reached]]
+        total[reached.start - start : reached.stop - start] += weight[:, None, None] * (values - color)
+    return int(start), np.clip(total >> precision, 0, 255).astype(np.uint8)
+
+
+@lru_cache(maxsize=8)
+def _bicubic(length: int, new_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Make the bicubic weights of one axis: the first sample of each new one, and an array `(new, taps)`."""
+    scale = length / new_length
+    stretch = max(scale, 1.0)
+    centers = (np.arange(new_length) + 0.5) * scale
+    first = np.maximum((centers - 2 * stretch + 0.5).astype(np.int64), 0)
+    end = np.minimum((centers + 2 * stretch + 0.5).astype(np.int64), length)
+    samples = first[:, None] + np.arange(int((end - first).max()))
+    x = np.abs((samples - centers[:, None] + 0.5) * (1 / stretch))
+    weights = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, (((x - 5) * x + 8) * x - 4) * -0.5, 0.0))
+    weights = np.where(samples < end[:, None], weights, 0.0)
+    return first, weights / np.cumsum(weights, axis=1)[:, -1:]  # cumsum adds in the order of the C code
+
+
+class UprightImageProcessor(BaseImageProcessor):
+    """Base class of a family's image processors on both backends: images of any form, remote code, resizing."""
+
+    # Where remote code finds the image processor of each backend.
+    remote_classes: ClassVar[Mapping[str, str]] = {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name the classes of both backends in `auto_map`, where the base class names only the one that is saved."""
+        values = super().to_dict()
+        if (values.get("auto_map") or {}).get("AutoImageProcessor") in self.remote_classes.values():
+            values["auto_map"] = {"AutoImageProcessor": dict(self.remote_classes)}
+        return values
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Open an image or a (nested) list of images, and turn them upright.
+
+        They become PIL images in RGB, or stay arrays and tensors of 3 or 4 dimensions.
+        """
+        return fetch_upright(image_url_or_urls)
+
+    def resize_tensor(self, image: torch.Tensor, height: int, width: int, resample: Any) -> torch.Tensor:
+        """Resize an image of shape `(channels, height, width)` with the backend."""
+        backend: Any = self
+        given: Any = image.numpy() if backend.backend == "pil" else image
+        return torch.as_tensor(backend.resize(given, SizeDict(height=height, width=width), resample))
+
+
+__all__ = [
+    "IMAGE_KEYS",
+    "UnreadableImageError",
+    "UprightImageProcessor",
+    "as_rgb",
+    "fetch_upright",
+    "flat_images",
+    "group_sizes",
+    "image_block",
+    "is_image_block",
+    "load_upright",
+    "make_findable",
+    "open_image",
+    "open_images",
+    "resize_by_products",
+    "resize_in_square",
+    "resize_like_pil",
+    "upright",
+]
