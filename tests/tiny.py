@@ -104,6 +104,80 @@ def tiny_inputs(
     return inputs
 
 
+VIDEO_TOKEN_ID = 101
+
+
+def tiny_video_inputs(
+    prompts: list[list[int | list[int]]], padding_side: str = "left", seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Make a batch of prompts with images (their number of boxes) and videos (the number of boxes of each frame)."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, images, videos = [], [], []
+    for index, prompt in enumerate(prompts):
+        ids = [1, *torch.randint(3, 90, (2 + index,), generator=generator).tolist()]
+        for item in prompt:
+            counts = item if isinstance(item, list) else [item]
+            (videos if isinstance(item, list) else images).append(counts)
+            token = VIDEO_TOKEN_ID if isinstance(item, list) else IMAGE_TOKEN_ID
+            ids += [token] * (NUM_FUSED_TOKENS * len(counts) + sum(counts))
+            ids += torch.randint(3, 90, (3,), generator=generator).tolist()
+        rows.append(torch.tensor(ids))
+    pad = {"batch_first": True, "padding_side": padding_side}
+    inputs = {
+        "input_ids": torch.nn.utils.rnn.pad_sequence(rows, **pad),
+        "attention_mask": torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], **pad),
+    }
+    for groups, names in (
+        (images, ("pixel_values", "boxes", "num_boxes")),
+        (videos, ("pixel_values_videos", "video_boxes", "num_video_boxes")),
+    ):
+        counts = [count for group in groups for count in group]
+        if not counts:
+            continue
+        boxes = torch.zeros(len(counts), max(counts), 4, dtype=torch.int64)
+        for index, count in enumerate(counts):
+            boxes[index, :count] = random_boxes(count, seed=seed + index)
+        # Drawn item by item: those of a prompt do not depend on the others.
+        pixels = torch.stack(
+            [
+                torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed + index))
+                for index in range(len(counts))
+            ]
+        )
+        inputs |= dict(zip(names, (pixels, boxes, torch.tensor(counts)), strict=True))
+    if videos:
+        size = _VISION_SIZES["image_size"]
+        inputs["low_res_pixel_values_videos"] = torch.randn(
+            len(inputs["pixel_values_videos"]), 3, size, size, generator=torch.Generator().manual_seed(seed)
+        )
+        inputs["num_video_frames"] = torch.tensor([len(group) for group in videos])
+    return inputs
+
+
+def one_prompt_with_videos(
+    inputs: dict[str, torch.Tensor], prompts: list[list[int | list[int]]], index: int
+) -> dict[str, torch.Tensor]:
+    """Return one prompt of a batch of `tiny_video_inputs`, without its padding."""
+    mask = inputs["attention_mask"][index].bool()
+    single = {"input_ids": inputs["input_ids"][index : index + 1, mask]}
+    single["attention_mask"] = torch.ones_like(single["input_ids"])
+
+    def count(items: list, kind: type) -> int:
+        return sum(len(item) if kind is list else 1 for item in items if isinstance(item, kind))
+
+    before = [item for prompt in prompts[:index] for item in prompt]
+    for kind, names in (
+        (int, ("pixel_values", "boxes", "num_boxes")),
+        (list, ("pixel_values_videos", "low_res_pixel_values_videos", "video_boxes", "num_video_boxes")),
+    ):
+        first, number = count(before, kind), count(prompts[index], kind)
+        if number:
+            single |= {name: inputs[name][first : first + number] for name in names}
+    if frames := [len(item) for item in prompts[index] if isinstance(item, list)]:
+        single["num_video_frames"] = torch.tensor(frames)
+    return single
+
+
 def one_prompt(inputs: dict, box_counts: list[list[int]], index: int) -> dict[str, torch.Tensor]:
     """Return one prompt of a batch of `tiny_inputs`, without its padding."""
     mask = inputs["attention_mask"][index].bool()

@@ -226,6 +226,8 @@ def load_language_model(config: PreTrainedConfig) -> LanguageModelHead:
     return LanguageModelHead(AutoModelForCausalLM.from_config(config))
 
 
+# The argument of `forward` that holds the pixels of each modality. They are named like this in errors, too.
+_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 # Name under which a cache holds the mask of the tokens that the language model saw, if some were dropped.
 _SEEN = "_mgllava_seen"
 _NO_CACHE = (
@@ -357,9 +359,21 @@ class ImageTextModel(ImageTextPreTrainedModel):
         """Return the arguments of `get_image_features` for one dummy image."""
         raise NotImplementedError
 
+    def encode_inputs(self, inputs: dict[str, dict[str, Any]]) -> dict[str, BaseModelOutputWithPooling]:
+        """Encode the inputs of each modality that a batch has, `"image"` and `"video"`.
+
+        A family overrides this to run its modules once for all of them if other processes must run them as often.
+        """
+        encoders = {"image": "get_image_features", "video": "get_video_features"}
+        return {
+            modality: getattr(self, encoders[modality])(**arguments, return_dict=True)
+            for modality, arguments in inputs.items()
+        }
+
     def embed(
         self,
         images: dict[str, Any],
+        videos: dict[str, Any] | None = None,
         *,
         input_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
@@ -368,47 +382,68 @@ class ImageTextModel(ImageTextPreTrainedModel):
         cache: Cache | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         labels: torch.LongTensor | None = None,
-    ) -> tuple[dict[str, Any], torch.FloatTensor | None, BaseModelOutputWithPooling | None]:
-        """Embed text and images; `images` holds the arguments of `get_image_features`.
+    ) -> tuple[dict[str, Any], dict[str, torch.FloatTensor], dict[str, BaseModelOutputWithPooling]]:
+        """Embed text, images and videos.
 
-        Returns the arguments of the language model, the embeddings of all images `(num_placeholders, hidden_size)`,
-        and the output of `get_image_features`.
+        `images` and `videos` hold the arguments of `get_image_features` and `get_video_features`. Returns the
+        arguments of the language model and, of each modality that the batch has, the embeddings
+        `(num_placeholders, hidden_size)` and the output of these methods.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
-        image_outputs = None if mm_encoder_outputs is None else mm_encoder_outputs.get("image")
-        if images.get("pixel_values") is not None:
-            if image_outputs is not None:
-                raise ValueError("Pass either `pixel_values` or `mm_encoder_outputs` with an image, not both.")
-            image_outputs = self.get_image_features(**images, return_dict=True)
+        given = {"image": images, "video": videos or {}}
+        outputs = {name: value for name, value in (mm_encoder_outputs or {}).items() if value is not None}
+        to_encode = {name: values for name, values in given.items() if values.get(_PIXELS[name]) is not None}
+        if doubled := [name for name in to_encode if name in outputs]:
+            article = "an" if doubled[0] == "image" else "a"
+            raise ValueError(
+                f"Pass either `{_PIXELS[doubled[0]]}` or `mm_encoder_outputs` with {article} {doubled[0]}, not both."
+            )
+        self._check_modalities([*outputs, *to_encode])
+        outputs |= self.encode_inputs(to_encode)
         # Other processes may have images in their batches, and run these modules now. This one runs them on a dummy
         # image, whose embeddings are multiplied by zero below.
-        is_dummy = image_outputs is None and cache is None and must_be_touched(self.vision_modules())
-        if is_dummy:
+        dummy = None
+        if not outputs and cache is None and must_be_touched(self.vision_modules()):
             device = input_ids.device if inputs_embeds is None else inputs_embeds.device
-            image_outputs = self.get_image_features(**self.dummy_images(device), return_dict=True)
+            dummy = self.get_image_features(**self.dummy_images(device), return_dict=True)
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        image_features = None
-        if is_dummy or image_outputs is None:
-            self._check_no_placeholders(input_ids, inputs_embeds)
-            given = [name for name, value in images.items() if value is not None]
-            if given and cache is None and self.placeholders_to_drop is not None:
+        features, masks = {}, {}
+        modalities = list(self.config.placeholder_ids)
+        if input_ids is None and len(modalities) > 1 and self._have_equal_rows(modalities):
+            # Then a placeholder can be of any modality.
+            if len(outputs) > 1:
                 raise ValueError(
-                    f"`pixel_values` must be given with `{given[0]}`, got None. Pass all or none of them."
+                    f"Pass `input_ids` for a prompt with {' and '.join(f'{name}s' for name in outputs)}, got "
+                    "`inputs_embeds`: the rows of their placeholders in the embedding table are equal, so they cannot "
+                    "be told apart."
                 )
-        if is_dummy:
+            modalities = list(outputs) or modalities
+        for modality in modalities:
+            if modality in outputs:
+                pooled = outputs[modality].pooler_output
+                # Of the embeddings of text: those of another modality are no placeholders.
+                masks[modality] = self.get_placeholder_mask(input_ids, inputs_embeds, pooled, modality)
+                features[modality] = torch.cat(list(pooled)).to(inputs_embeds.device, inputs_embeds.dtype)
+            else:
+                self._check_no_placeholders(input_ids, inputs_embeds, modality)
+        given_names = [name for name, value in images.items() if value is not None]
+        if given_names and "image" not in outputs and cache is None and self.placeholders_to_drop is not None:
+            raise ValueError(
+                f"`pixel_values` must be given with `{given_names[0]}`, got None. Pass all or none of them."
+            )
+        if dummy is not None:
             # The product must be zero even if the dummy image overflows.
-            total = torch.nan_to_num(torch.cat(list(image_outputs.pooler_output)), posinf=0.0, neginf=0.0).sum()
+            total = torch.nan_to_num(torch.cat(list(dummy.pooler_output)), posinf=0.0, neginf=0.0).sum()
             inputs_embeds = inputs_embeds + (0 * total).to(inputs_embeds.device, inputs_embeds.dtype)
-        elif image_outputs is None:
+        elif not outputs:
             inputs_embeds = self._with_gradient(inputs_embeds)
-        else:
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_outputs.pooler_output)
-            image_features = torch.cat(list(image_outputs.pooler_output))
-            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-            inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
+        for modality, mask in masks.items():
+            inputs_embeds = inputs_embeds.masked_scatter(mask, features[modality])
+        if "image" in outputs:
+            image_outputs, mask = outputs["image"], masks["image"]
             if self.placeholders_to_drop is not None and not isinstance(image_outputs, SeenImageFeatures):
                 if cache is not None and cache.get_seq_length():
                     raise ValueError(_NO_CACHE)
@@ -426,17 +461,35 @@ class ImageTextModel(ImageTextPreTrainedModel):
             "position_ids": position_ids,
             CACHE_NAME: cache,
         }
-        return arguments, image_features, None if is_dummy else image_outputs
+        return arguments, features, outputs
+
+    def _have_equal_rows(self, modalities: list[str]) -> bool:
+        """Tell whether placeholders of several modalities have the same embedding, such as the mean of all others."""
+        table = self.get_input_embeddings()
+        ids = torch.tensor([self.config.placeholder_ids[modality] for modality in modalities])
+        rows = table(ids.to(table.weight.device))
+        return bool((rows == rows[:1]).all())
+
+    def _check_modalities(self, modalities: list[str]) -> None:
+        """Raise `ValueError` for inputs of a modality that the model does not have."""
+        for modality in modalities:
+            if modality not in self.config.placeholder_ids:
+                name = _PIXELS.get(modality, "mm_encoder_outputs")
+                raise ValueError(
+                    f"`{name}` must be None for this model, which takes no inputs of modality {modality!r}: "
+                    f"`config.{modality}_token_id` is not set. docs/video.md shows how to add videos to a model."
+                )
 
     def embed_and_run(
-        self, images: dict[str, Any], arguments: dict[str, Any], **kwargs
+        self, images: dict[str, Any], arguments: dict[str, Any], videos: dict[str, Any] | None = None, **kwargs
     ) -> ImageTextModelOutputWithPast:
-        """Call `embed` with `images` and `arguments`, and the language model with its result and `kwargs`."""
+        """Call `embed` with the first three, and the language model with its result and `kwargs`."""
         is_seen = isinstance((arguments["mm_encoder_outputs"] or {}).get("image"), SeenImageFeatures)
         if (given := arguments["inputs_embeds"]) is not None and not is_seen:
             embeds = self.without_placeholders_in_padding(given, arguments["attention_mask"])
             arguments = {**arguments, "inputs_embeds": embeds}
-        inputs, image_features, image_outputs = self.embed(images, **arguments)
+        inputs, features, encoded = self.embed(images, videos, **arguments)
+        image_features, image_outputs = features.get("image"), encoded.get("image")
         if hasattr(inputs[CACHE_NAME], _SEEN):
             inputs |= _without_dropped_in_cache(inputs[CACHE_NAME], inputs)
         drops = self.placeholders_to_drop is not None and image_features is not None and not is_seen
@@ -452,6 +505,8 @@ class ImageTextModel(ImageTextPreTrainedModel):
                 hidden_states = _repeat_seen(hidden_states, mask.bool() | ~is_placeholder)
                 if outputs.get(CACHE_NAME) is not None and not isinstance(image_outputs, SeenImageFeatures):
                     setattr(outputs[CACHE_NAME], _SEEN, mask)
+        if "video" in encoded:
+            seen |= {"video_hidden_states": features["video"], "video_outputs": encoded["video"]}
         return self.output_class(
             **seen,
             last_hidden_state=hidden_states,
@@ -498,9 +553,10 @@ class ImageTextModel(ImageTextPreTrainedModel):
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != inputs_embeds.shape[:2]:
             return inputs_embeds
         is_padding = attention_mask.to(inputs_embeds.device) == 0
-        return torch.where(
-            (is_padding & self.find_placeholders(None, inputs_embeds)).unsqueeze(-1), inputs_embeds + 1, inputs_embeds
-        )
+        for modality in self.config.placeholder_ids:
+            is_changed = is_padding & self.find_placeholders(None, inputs_embeds, modality)
+            inputs_embeds = torch.where(is_changed.unsqueeze(-1), inputs_embeds + 1, inputs_embeds)
+        return inputs_embeds
 
     def _drop_placeholders(
         self,
@@ -536,13 +592,14 @@ class ImageTextModel(ImageTextPreTrainedModel):
         return attention_mask, (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
     def find_placeholders(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None, modality: str = "image"
     ) -> torch.BoolTensor:
         """Tell which positions are placeholders, `(batch_size, sequence_length)`; without ids, by their embeddings."""
+        token_id = self.config.placeholder_ids[modality]
         if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(image_token).to(inputs_embeds.device)).all(-1)
+            return input_ids == token_id
+        token = torch.tensor(token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token).to(inputs_embeds.device)).all(-1)
 
     def vision_modules(self) -> list[nn.Module]:
         """List the modules that images pass through, such as towers, fusion and projectors."""
@@ -561,18 +618,21 @@ class ImageTextModel(ImageTextPreTrainedModel):
         zero = torch.zeros((), dtype=inputs_embeds.dtype, device=inputs_embeds.device)
         return inputs_embeds + zero * torch.nan_to_num(trained.flatten()[0]).to(inputs_embeds.device)
 
-    def _check_no_placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> None:
-        """Raise `ValueError` for placeholders that have no image."""
+    def _check_no_placeholders(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, modality: str
+    ) -> None:
+        """Raise `ValueError` for placeholders that have no image or video."""
         if inputs_embeds.shape[1] == 1:
             return  # a step of generation, which never generates a placeholder
-        mask = self.find_placeholders(input_ids, inputs_embeds)
+        mask = self.find_placeholders(input_ids, inputs_embeds, modality)
         torch_compilable_check(
             ~mask.any(),
             lambda: (
-                f"The prompt holds {int(mask.sum())} image placeholders, but no image: `pixel_values` and "
-                "`mm_encoder_outputs` are missing. Pass all that the processor returned, or, if images are "
-                "left out on purpose, write the prompt without `<image>`. With a cache that holds them already, pass "
-                "only the ids that follow (chunked prefill works from transformers 5.24 on)."
+                f"The prompt holds {int(mask.sum())} {modality} placeholders, but no {modality}: "
+                f"`{_PIXELS[modality]}` and `mm_encoder_outputs` are missing. Pass all that the processor returned, "
+                f"or, if {modality}s are left out on purpose, write the prompt without `<{modality}>`. With a cache "
+                "that holds them already, pass only the ids that follow (chunked prefill works from transformers "
+                "5.24 on)."
             ),
         )
 
@@ -581,19 +641,21 @@ class ImageTextModel(ImageTextPreTrainedModel):
         input_ids: torch.LongTensor | None,
         inputs_embeds: torch.FloatTensor,
         image_features: list[torch.FloatTensor],
+        modality: str = "image",
     ) -> torch.BoolTensor:
         """Find the placeholders, `(batch_size, sequence_length, 1)`; raise `ValueError` if their number is wrong.
 
-        `image_features` holds the embeddings of each image, `(num_tokens, hidden_size)`.
+        `image_features` holds the embeddings of each image or video, `(num_tokens, hidden_size)`.
         """
-        mask = self.find_placeholders(input_ids, inputs_embeds)
+        mask = self.find_placeholders(input_ids, inputs_embeds, modality)
         num_features = sum(len(features) for features in image_features)
         torch_compilable_check(
             mask.sum() == num_features,
             lambda: (
-                f"The prompt holds {int(mask.sum())} image placeholders, but its {len(image_features)} image(s) give "
-                f"{num_features} embeddings ({[len(features) for features in image_features]}). Prepare text, images "
-                "and boxes in one call of the processor, and do not truncate inside an image."
+                f"The prompt holds {int(mask.sum())} {modality} placeholders, but its {len(image_features)} "
+                f"{modality}(s) give {num_features} embeddings ({[len(features) for features in image_features]}). "
+                f"Prepare text, {modality}s and boxes in one call of the processor, and do not truncate inside "
+                f"{'an image' if modality == 'image' else f'a {modality}'}."
             ),
         )
         return mask.unsqueeze(-1).to(inputs_embeds.device)
@@ -608,8 +670,9 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
 
     body_class: type[ImageTextModel]
     output_class: type[ImageTextCausalLMOutputWithPast] = ImageTextCausalLMOutputWithPast
-    # Arguments of `forward` that hold tensors of images, `pixel_values` first.
+    # Arguments of `forward` that hold tensors of images, `pixel_values` first, and of videos.
     image_arguments: tuple[str, ...] = ("pixel_values",)
+    video_arguments: tuple[str, ...] = ()
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
@@ -666,7 +729,8 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
             and logits_to_keep.dtype == torch.bool
         ):
             logits = logits[0]
-        seen = {"kept_tokens": outputs["kept_tokens"]} if "kept_tokens" in outputs else {}
+        names = ("kept_tokens", "video_hidden_states", "video_outputs")
+        seen = {name: outputs[name] for name in names if name in outputs}
         return self.output_class(
             **seen,
             loss=scored.loss,
@@ -684,14 +748,17 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
         self, logits: torch.FloatTensor, labels: torch.LongTensor, input_ids: torch.LongTensor | None, **kwargs
     ) -> torch.FloatTensor:
         """Compute the cross-entropy over the original vocabulary, without the positions of placeholders."""
-        placeholder = self.config.image_token_id
-        if input_ids is not None:
-            labels = labels.masked_fill(input_ids == placeholder, -100)
-        labels = labels.masked_fill(labels == placeholder, -100)
+        shifted = kwargs.get("shift_labels")
+        for placeholder in self.config.placeholder_ids.values():
+            if input_ids is not None:
+                labels = labels.masked_fill(input_ids == placeholder, -100)
+            labels = labels.masked_fill(labels == placeholder, -100)
+            if shifted is not None:
+                shifted = shifted.masked_fill(shifted == placeholder, -100)
         # A trainer that splits sequences passes labels that it has shifted already; they replace `labels`.
         targets = labels
-        if (shifted := kwargs.get("shift_labels")) is not None:
-            targets = kwargs["shift_labels"] = shifted.masked_fill(shifted == placeholder, -100)
+        if shifted is not None:
+            targets = kwargs["shift_labels"] = shifted
         # Without any label the sum is 0, and the loss must be 0 too instead of 0 / 0.
         if (count := kwargs.get("num_items_in_batch")) is not None:
             kwargs["num_items_in_batch"] = torch.as_tensor(count).clamp(min=1)
@@ -783,7 +850,7 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
         configs = (generation_config, self.generation_config)
         if ids is not None and kwargs.get("attention_mask") is None:
             kwargs = {**kwargs, "attention_mask": _without_padding(ids, kwargs, configs)}
-        given, _, image_outputs = self.model.embed(
+        given, _, encoded = self.model.embed(
             images,
             input_ids=ids,
             inputs_embeds=embeds,
@@ -791,6 +858,7 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
             position_ids=kwargs.get("position_ids"),
             mm_encoder_outputs=features,
         )
+        image_outputs = encoded["image"]
         mask, tokens = given["attention_mask"], list(image_outputs.pooler_output)
         # Positions are counted without the dropped tokens.
         kwargs = {name: value for name, value in kwargs.items() if name not in (*images, "position_ids")}
@@ -841,32 +909,39 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
         inputs = prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         # transformers passes images to the first step only. But Phi-3 computes the whole prompt again when its
         # position embeddings change, and an assistant model has no first step.
-        names = (*self.image_arguments, "mm_encoder_outputs")
+        names = (*self.image_arguments, *self.video_arguments, "mm_encoder_outputs")
         images = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         ids = inputs.get("input_ids")
         is_left_out = ids is not None and ids.shape[1] > 1 and not images.keys() <= inputs.keys()
-        if is_left_out and (ids == self.config.image_token_id).any():
+        if is_left_out and self._holds_placeholders(ids):
             inputs |= self._images_of_own_width(images)
         # Releases before 5.24 pass `mm_encoder_outputs` to every step, also where one checks several drafted tokens.
         is_later = ids is not None and not kwargs.get("is_first_iteration")
-        if is_later and (ids.shape[1] == 1 or not (ids == self.config.image_token_id).any()):
+        if is_later and (ids.shape[1] == 1 or not self._holds_placeholders(ids)):
             inputs.pop("mm_encoder_outputs", None)
         if not self._head.takes_positions:
             inputs.pop("position_ids", None)
         return inputs
 
+    def _holds_placeholders(self, ids: torch.LongTensor) -> bool:
+        """Tell whether ids hold a placeholder of any modality."""
+        return any(bool((ids == token_id).any()) for token_id in self.config.placeholder_ids.values())
+
     def _images_of_own_width(self, images: dict) -> dict:
         """Replace image features of another width by zeros: an assistant gets those of the model that it assists."""
-        features = (images.get("mm_encoder_outputs") or {}).get("image")
         width = self.config.text_config.hidden_size
-        if features is None or features.pooler_output[0].shape[-1] == width:
-            return images
-        logger.warning_once(
-            f"The image features are {features.pooler_output[0].shape[-1]} wide, but the layers of the assistant "
-            f"model are {width} wide. It drafts without the images: the answer is the same, but takes longer."
-        )
-        blank = [tokens.new_zeros(len(tokens), width) for tokens in features.pooler_output]
-        return {**images, "mm_encoder_outputs": {"image": type(features)(pooler_output=blank)}}
+        own = {}
+        for modality, features in (images.get("mm_encoder_outputs") or {}).items():
+            given = width if features is None else features.pooler_output[0].shape[-1]
+            own[modality] = features
+            if given != width:
+                logger.warning_once(
+                    f"The {modality} features are {given} wide, but the layers of the assistant model are {width} "
+                    f"wide. It drafts without the {modality}s: the answer is the same, but takes longer."
+                )
+                blank = [tokens.new_zeros(len(tokens), width) for tokens in features.pooler_output]
+                own[modality] = type(features)(pooler_output=blank)
+        return {**images, "mm_encoder_outputs": own} if own else images
 
     def create_masks_for_generate(self, *args, **kwargs) -> torch.Tensor | dict[str, torch.Tensor]:
         """Make attention masks for a static cache, as the language model's own class does."""
@@ -886,32 +961,58 @@ class ImageTextForConditionalGeneration(ImageTextPreTrainedModel, GenerationMixi
         # Releases that do not encode images before the prefill repeat every tensor row by row, and features not at
         # all. Images must be repeated prompt by prompt instead, since a prompt may have no image or several.
         images: dict[str, Any] = {}
-        features = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
-        if expand_size > 1 and (features is not None or model_kwargs.get("pixel_values") is not None):
-            names = (*self.image_arguments, "mm_encoder_outputs")
-            images = {name: model_kwargs.pop(name) for name in names if model_kwargs.get(name) is not None}
+        encoded = model_kwargs.get("mm_encoder_outputs") or {}
+        if expand_size > 1:
             embeds = model_kwargs.get("inputs_embeds")  # with these, `input_ids` is empty
-            is_placeholder = self.model.find_placeholders(input_ids if embeds is None else None, embeds)
-            if features is None:
-                order = _repeated_groups(self._num_image_tokens(images), is_placeholder, expand_size)
-                images = self._take_images(images, order)
-            else:
-                tokens = list(features.pooler_output)
-                order = _repeated_groups(torch.tensor(list(map(len, tokens))), is_placeholder, expand_size)
-                repeated = type(features)(pooler_output=[tokens[index] for index in order])
-                images["mm_encoder_outputs"] = {**images["mm_encoder_outputs"], "image": repeated}
+            ids = input_ids if embeds is None else None
+            repeated = {}
+            for modality in self.config.placeholder_ids:
+                features, names = encoded.get(modality), self._arguments_of(modality)
+                if features is None and model_kwargs.get(names[0] if names else "") is None:
+                    continue
+                is_placeholder = self.model.find_placeholders(ids, embeds, modality)
+                given = {name: model_kwargs.pop(name) for name in names if model_kwargs.get(name) is not None}
+                if features is None:
+                    lengths = self._num_tokens(modality, given)
+                    images |= self._take(modality, given, _repeated_groups(lengths, is_placeholder, expand_size))
+                else:
+                    tokens = list(features.pooler_output)
+                    order = _repeated_groups(torch.tensor(list(map(len, tokens))), is_placeholder, expand_size)
+                    repeated[modality] = type(features)(pooler_output=[tokens[index] for index in order])
+            if repeated:
+                images["mm_encoder_outputs"] = {**model_kwargs.pop("mm_encoder_outputs"), **repeated}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         return input_ids, {**model_kwargs, **images}
 
+    def _arguments_of(self, modality: str) -> tuple[str, ...]:
+        """Return the names of the arguments that hold the tensors of a modality."""
+        return self.image_arguments if modality == "image" else self.video_arguments
+
+    def _num_tokens(self, modality: str, given: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the number of placeholders of each image or video."""
+        return self._num_image_tokens(given) if modality == "image" else self._num_video_tokens(given)
+
+    def _take(self, modality: str, given: dict[str, torch.Tensor], order: list[int]) -> dict[str, torch.Tensor]:
+        """Put images or videos in another order."""
+        return self._take_images(given, order) if modality == "image" else self._take_videos(given, order)
+
     def _num_image_tokens(self, images: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the number of placeholders of each image, `(num_images,)`."""
+        raise NotImplementedError
+
+    def _num_video_tokens(self, videos: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the number of placeholders of each video, `(num_videos,)`."""
         raise NotImplementedError
 
     def _take_images(self, images: dict[str, torch.Tensor], order: list[int]) -> dict[str, torch.Tensor]:
         """Put images in another order. A family overrides this if an image has several rows in a tensor."""
         return {name: tensor[order] for name, tensor in images.items()}
+
+    def _take_videos(self, videos: dict[str, torch.Tensor], order: list[int]) -> dict[str, torch.Tensor]:
+        """Put videos, of one or several rows each, in another order."""
+        raise NotImplementedError
 
 
 _Configs = tuple[GenerationConfig | None, ...]

@@ -18,6 +18,7 @@ from .language_model_common import (
     ImageTextForConditionalGeneration,
     ImageTextModel,
     ImageTextModelOutputWithPast,
+    must_be_touched,
 )
 from .pretrained_common import CACHE_NAME, ImageTextPreTrainedModel, either_cache
 from .vision_mgllava import (
@@ -50,9 +51,16 @@ class MGLlavaModelOutputWithPast(ImageTextModelOutputWithPast):
             Embeddings of the images: for each image its fused tokens, then its box tokens.
         image_outputs (`BaseModelOutputWithPooling`, *optional*):
             Output of `get_image_features`.
+        video_hidden_states (`torch.FloatTensor` of shape `(num_video_placeholders, hidden_size)`, *optional*):
+            Embeddings of the videos: for each frame its fused tokens, then its box tokens.
+        video_outputs (`BaseModelOutputWithPooling`, *optional*):
+            Output of `get_video_features`.
         router_logits (`tuple(torch.FloatTensor)`, *optional*):
             With `output_router_logits=True`: scores of the experts in every layer of a mixture of experts.
     """
+
+    video_hidden_states: torch.FloatTensor | None = None
+    video_outputs: BaseModelOutputWithPooling | None = None
 
 
 @dataclass
@@ -70,6 +78,26 @@ class MGLlavaCausalLMOutputWithPast(ImageTextCausalLMOutputWithPast):
         aux_loss (`torch.FloatTensor` of shape `()`, *optional*):
             With `output_router_logits=True`: the language model's load-balancing loss of its experts.
     """
+
+    video_hidden_states: torch.FloatTensor | None = None
+    video_outputs: BaseModelOutputWithPooling | None = None
+
+
+# Arguments of `forward` that hold the tensors of videos, and how errors name them.
+_VIDEO_ARGUMENTS = (
+    "pixel_values_videos",
+    "low_res_pixel_values_videos",
+    "video_boxes",
+    "num_video_boxes",
+    "num_video_frames",
+)
+_VIDEO_NAMES = ("frame", "pixel_values_videos", "video_boxes", "num_video_boxes")
+
+
+def _drop_unused(kwargs: dict) -> None:
+    """Remove what the processor may return in addition to the model's inputs."""
+    for name in ("box_labels", "video_box_labels", "video_metadata"):
+        kwargs.pop(name, None)
 
 
 def _unpack_boxes(
@@ -95,6 +123,7 @@ class MGLlavaPreTrainedModel(ImageTextPreTrainedModel):
 
     config: MGLlavaConfig
     config_class = MGLlavaConfig
+    input_modalities = ("image", "video", "text")
     # The inputs of each of these modules come from several modules, and must be on one device.
     _no_split_modules = [
         "MGLlavaConvFusion",
@@ -155,17 +184,25 @@ class MGLlavaModel(MGLlavaPreTrainedModel, ImageTextModel):
         return {"pixel_values": torch.zeros(1, 3, size, size, device=device), "boxes": no_box}
 
     def encode_images(
-        self, pixel_values: torch.FloatTensor, boxes: torch.LongTensor, num_boxes: torch.LongTensor, **kwargs
+        self,
+        pixel_values: torch.FloatTensor,
+        boxes: torch.LongTensor,
+        num_boxes: torch.LongTensor,
+        low_res_pixel_values: torch.FloatTensor | None = None,
+        **kwargs,
     ) -> tuple[torch.FloatTensor, torch.FloatTensor | None, BaseModelOutputWithPooling]:
         """Run both towers, fusion, box pooling and projectors. Shapes do not depend on the values of tensors.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(num_images, 3, image_size, image_size)`):
-                High-resolution images. The low-resolution images are made from them.
+                High-resolution images, or frames of videos.
             boxes (`torch.LongTensor` of shape `(num_images, max_boxes, 4)`):
                 Boxes as x1, y1, x2, y2 in pixels of the high-resolution image; int64, int32, float32 or float64.
             num_boxes (`torch.LongTensor` of shape `(num_images,)`):
                 Number of boxes of each image; the rows of `boxes` after them are padding.
+            low_res_pixel_values (`torch.FloatTensor`, *optional*):
+                Low-resolution images of shape `(num_images, 3, low_res_size, low_res_size)`. By default they are made
+                from the high-resolution images.
             **kwargs: Arguments of the low-resolution tower, such as `output_hidden_states`.
 
         Returns:
@@ -173,11 +210,10 @@ class MGLlavaModel(MGLlavaPreTrainedModel, ImageTextModel):
             `(num_images, max_boxes, hidden_size)` or `None` if the model has none; the output of the low-resolution
             tower.
         """
-        # Bilinear, without antialiasing, in float32, as in training (section 3.1).
-        size = self.config.vision_config.image_size
-        pixels = pixel_values.to(torch.promote_types(pixel_values.dtype, torch.float32))
-        low_res_pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
-        vision_outputs = self.vision_tower(low_res_pixels.to(self.vision_tower.dtype), return_dict=True, **kwargs)
+        if low_res_pixel_values is None:
+            low_res_pixel_values = self._low_res_images(pixel_values)
+        low_res_pixels = low_res_pixel_values.to(self.vision_tower.dtype)
+        vision_outputs = self.vision_tower(low_res_pixels, return_dict=True, **kwargs)
         low_res = vision_outputs.last_hidden_state[:, 1:]
         feature_maps = None
         if self.high_res_vision_tower is not None:
@@ -194,6 +230,12 @@ class MGLlavaModel(MGLlavaPreTrainedModel, ImageTextModel):
             attended = self.object_attention(fused_tokens, box_tokens, context_mask=is_box)
             return fused_tokens + attended.to(fused_tokens.device), None, vision_outputs
         return fused_tokens, box_tokens, vision_outputs
+
+    def _low_res_images(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
+        """Make low-resolution images: bilinear, without antialiasing, in float32, as in training (section 3.1)."""
+        size = self.config.vision_config.image_size
+        pixels = pixel_values.to(torch.promote_types(pixel_values.dtype, torch.float32))
+        return F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
 
     @can_return_tuple
     def get_image_features(
@@ -230,7 +272,16 @@ class MGLlavaModel(MGLlavaPreTrainedModel, ImageTextModel):
                 configuration, or boxes are not finite, or in a dtype that rounds them (such as bfloat16).
         """
         boxes, num_boxes = self._check_image_inputs(pixel_values, boxes, num_boxes)
-        fused_tokens, box_tokens, vision_outputs = self.encode_images(pixel_values, boxes, num_boxes, **kwargs)
+        return self._join_tokens(*self.encode_images(pixel_values, boxes, num_boxes, **kwargs), num_boxes)
+
+    @staticmethod
+    def _join_tokens(
+        fused_tokens: torch.Tensor,
+        box_tokens: torch.Tensor | None,
+        vision_outputs: BaseModelOutputWithPooling,
+        num_boxes: torch.Tensor,
+    ) -> BaseModelOutputWithPooling:
+        """Put the box tokens of each image after its fused tokens."""
         tokens = list(fused_tokens)
         if box_tokens is not None:
             tokens = [
@@ -244,53 +295,196 @@ class MGLlavaModel(MGLlavaPreTrainedModel, ImageTextModel):
             attentions=vision_outputs.attentions,
         )
 
-    def _check_image_inputs(
-        self, pixel_values: torch.Tensor, boxes: torch.Tensor | None, num_boxes: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fill in missing `boxes` and `num_boxes`, and raise `ValueError` for wrong shapes, dtypes and values."""
-        size = self.config.high_res_vision_config.image_size
-        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
+    @can_return_tuple
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.FloatTensor,
+        low_res_pixel_values_videos: torch.FloatTensor,
+        video_boxes: torch.LongTensor | None = None,
+        num_video_boxes: torch.LongTensor | None = None,
+        num_video_frames: torch.LongTensor | None = None,
+        frames_per_step: int | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """Embed videos for the language model: each frame like an image, one after the other.
+
+        Args:
+            pixel_values_videos (`torch.FloatTensor` of shape `(total_frames, 3, image_size, image_size)`):
+                High-resolution frames of all videos, one video after the other.
+            low_res_pixel_values_videos (`torch.FloatTensor` of shape `(total_frames, 3, low_res_size, low_res_size)`):
+                The same frames, resized from the original ones as well. They cannot be made from the others.
+            video_boxes (`torch.LongTensor` of shape `(total_frames, max_boxes, 4)`, *optional*):
+                Boxes of each frame, like `boxes` in [`MGLlavaModel.get_image_features`]. Required unless the model
+                uses no boxes.
+            num_video_boxes (`torch.LongTensor` of shape `(total_frames,)`, *optional*):
+                Number of boxes of each frame, at least 1. By default `video_boxes` has no padding.
+            num_video_frames (`torch.LongTensor` of shape `(num_videos,)`, *optional*):
+                Number of frames of each video. By default all frames are of one video.
+            frames_per_step (`int`, *optional*):
+                Number of frames that pass the towers at a time. By default that of the configuration.
+            **kwargs: `output_hidden_states` and `output_attentions` of the low-resolution tower; `return_dict=False`
+                gives a tuple.
+
+        Returns:
+            `BaseModelOutputWithPooling`: `last_hidden_state` holds the fused tokens, of shape
+            `(total_frames, image_seq_length, hidden_size)`; `pooler_output` lists the embeddings that replace the
+            placeholders of each video, frame by frame its fused tokens and then its box tokens; `hidden_states` and
+            `attentions` are those of the low-resolution tower.
+
+        Raises:
+            ValueError: If the model takes no videos, or shapes, dtypes or values of the arguments do not match each
+                other or the configuration.
+        """
+        self._check_modalities(["video"])
+        low_res, boxes, num_boxes, counts = self._check_video_inputs(
+            pixel_values_videos, low_res_pixel_values_videos, video_boxes, num_video_boxes, num_video_frames
+        )
+        limit = self.config.frames_per_step if frames_per_step is None else frames_per_step
+        if limit is not None and limit < 1:
+            raise ValueError(f"`frames_per_step` must be a positive number, got {limit}.")
+        limit = limit or len(boxes)
+        steps = []
+        for first in range(0, len(boxes), limit):
+            rows = slice(first, first + limit)
+            encoded = self.encode_images(
+                pixel_values_videos[rows], boxes[rows], num_boxes[rows], low_res[rows], **kwargs
+            )
+            steps.append(self._join_tokens(*encoded, num_boxes[rows]))
+        return self._join_frames(steps, counts)
+
+    @staticmethod
+    def _join_frames(steps: list[BaseModelOutputWithPooling], counts: list[int]) -> BaseModelOutputWithPooling:
+        """Join the features of frames from one or more steps, those of each video in one tensor."""
+        frames = [tokens for step in steps for tokens in step.pooler_output]
+        videos = []
+        for count in counts:
+            videos.append(torch.cat(frames[:count]))
+            frames = frames[count:]
+        layers = {}
+        for name in ("hidden_states", "attentions"):
+            given = [step[name] for step in steps if step.get(name) is not None]
+            layers[name] = tuple(map(torch.cat, zip(*given, strict=True))) if given else None
+        fused_tokens = torch.cat([step.last_hidden_state for step in steps])
+        return BaseModelOutputWithPooling(last_hidden_state=fused_tokens, pooler_output=videos, **layers)
+
+    def encode_inputs(self, inputs: dict[str, dict]) -> dict[str, BaseModelOutputWithPooling]:
+        """Encode images and videos; see [`ImageTextModel`]."""
+        # Other processes wait for this one in each module that they share with it, so each module must run once,
+        # however many images and frames there are.
+        if "video" not in inputs or not must_be_touched(self.vision_modules()):
+            return super().encode_inputs(inputs)
+        videos = inputs["video"]
+        pixels = videos["pixel_values_videos"]
+        low_res, boxes, num_boxes, counts = self._check_video_inputs(
+            pixels, *(videos.get(name) for name in _VIDEO_ARGUMENTS[1:])
+        )
+        num_images = 0
+        if "image" in inputs:
+            images = inputs["image"]["pixel_values"]
+            num_images, pixels = len(images), torch.cat([images, pixels.to(images.dtype)])
+            low_res = torch.cat([self._low_res_images(images), low_res.to(images.device)])
+            image_boxes, image_counts = self._check_image_inputs(**inputs["image"])
+            most = max(image_boxes.shape[1], boxes.shape[1])
+            boxes = torch.cat([F.pad(rows, (0, 0, 0, most - rows.shape[1])) for rows in (image_boxes, boxes)])
+            num_boxes = torch.cat([image_counts, num_boxes])
+        encoded = self._join_tokens(*self.encode_images(pixels, boxes, num_boxes, low_res), num_boxes)
+        outputs = {}
+        for modality, rows in (("image", slice(0, num_images)), ("video", slice(num_images, None))):
+            if modality in inputs:
+                outputs[modality] = BaseModelOutputWithPooling(
+                    last_hidden_state=encoded.last_hidden_state[rows], pooler_output=encoded.pooler_output[rows]
+                )
+        outputs["video"] = self._join_frames([outputs["video"]], counts)
+        return outputs
+
+    def _check_video_inputs(
+        self,
+        pixel_values: torch.Tensor,
+        low_res_pixel_values: torch.Tensor | None,
+        boxes: torch.Tensor | None,
+        num_boxes: torch.Tensor | None,
+        num_frames: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
+        """Check the arguments of `get_video_features`, and return all but the first, complete."""
+        boxes, num_boxes = self._check_image_inputs(pixel_values, boxes, num_boxes, _VIDEO_NAMES)
+        total, size = len(pixel_values), self.config.vision_config.image_size
+        if low_res_pixel_values is None or low_res_pixel_values.shape != (total, 3, size, size):
+            given = "None" if low_res_pixel_values is None else tuple(low_res_pixel_values.shape)
             raise ValueError(
-                f"`pixel_values` must have shape (num_images, 3, {size}, {size}), got {tuple(pixel_values.shape)}. "
-                "Prepare images with this model's own processor."
+                f"`low_res_pixel_values_videos` must have shape ({total}, 3, {size}, {size}), got {given}. Pass all "
+                "that the processor returned: these frames cannot be made from `pixel_values_videos`."
+            )
+        counts = [total] if num_frames is None else num_frames.tolist()
+        if sum(counts) != total or min(counts, default=0) < 1:
+            raise ValueError(
+                f"`num_video_frames` must hold the number of frames of each video, {total} in all, got {counts}."
+            )
+        return low_res_pixel_values.to(pixel_values.device), boxes, num_boxes, counts
+
+    def _check_image_inputs(
+        self,
+        pixel_values: torch.Tensor,
+        boxes: torch.Tensor | None = None,
+        num_boxes: torch.Tensor | None = None,
+        names: tuple[str, str, str, str] = ("image", "pixel_values", "boxes", "num_boxes"),
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fill in missing boxes and their counts, and raise `ValueError` for wrong shapes, dtypes and values.
+
+        `names` are those of one item and of the arguments, for errors.
+        """
+        item, pixels_name, boxes_name, counts_name = names
+        size = self.config.high_res_vision_config.image_size
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size) or len(pixel_values) == 0:
+            raise ValueError(
+                f"`{pixels_name}` must have shape (num_{item}s, 3, {size}, {size}), got {tuple(pixel_values.shape)}. "
+                f"Prepare {item}s with this model's own processor."
             )
         num_images = len(pixel_values)
         if boxes is None:
             # An image without objects has a box too, and its placeholder: counting placeholders would not find this.
             if self.box_projector is not None:
+                advice = (
+                    ""
+                    if item != "image"
+                    else (
+                        " TRL's GRPOTrainer and RLOOTrainer pass on only arguments that they know: set "
+                        "`processor.packs_boxes = True`."
+                    )
+                )
                 raise ValueError(
-                    f"`boxes` must be given with `pixel_values`, got None for {num_images} image(s). Pass all that "
-                    "the processor returned. An image without objects has one box, [0, 0, 0, 0]: "
-                    f"`boxes=torch.zeros({num_images}, 1, 4, dtype=torch.int64)`. TRL's GRPOTrainer and RLOOTrainer "
-                    "pass on only arguments that they know: set `processor.packs_boxes = True`."
+                    f"`{boxes_name}` must be given with `{pixels_name}`, got None for {num_images} {item}(s). Pass "
+                    f"all that the processor returned. One without objects has one box, [0, 0, 0, 0]: "
+                    f"`{boxes_name}=torch.zeros({num_images}, 1, 4, dtype=torch.int64)`.{advice}"
                 )
             boxes = pixel_values.new_zeros(num_images, 1, 4, dtype=torch.int64)
         if boxes.ndim != 3 or boxes.shape[0] != num_images or boxes.shape[1] == 0 or boxes.shape[2] != 4:
             raise ValueError(
-                f"`boxes` must have shape (num_images, max_boxes, 4) with {num_images} images and at least one box, "
-                f"got {tuple(boxes.shape)}. Pass x1, y1, x2, y2 in pixels of the {size}x{size} input, zero-padded."
+                f"`{boxes_name}` must have shape (num_{item}s, max_boxes, 4) with {num_images} {item}s and at least "
+                f"one box, got {tuple(boxes.shape)}. Pass x1, y1, x2, y2 in pixels of the {size}x{size} input, "
+                "zero-padded."
             )
         if num_boxes is None:
             num_boxes = torch.full((num_images,), boxes.shape[1], device=boxes.device)
         check_box_dtype(boxes)
         if num_boxes.shape != (num_images,):
-            raise ValueError(f"`num_boxes` must have shape ({num_images},), got {tuple(num_boxes.shape)}.")
+            raise ValueError(f"`{counts_name}` must have shape ({num_images},), got {tuple(num_boxes.shape)}.")
         if num_boxes.dtype not in (torch.int64, torch.int32):
             raise ValueError(
-                f"`num_boxes` must be int64 or int32, got {num_boxes.dtype}. Pass the processor's output unchanged."
+                f"`{counts_name}` must be int64 or int32, got {num_boxes.dtype}. Pass the processor's output "
+                "unchanged."
             )
         torch_compilable_check(
             ((num_boxes >= 1) & (num_boxes <= boxes.shape[1])).all(),
             lambda: (
-                f"`num_boxes` must lie between 1 and the {boxes.shape[1]} rows of `boxes`, got {num_boxes.tolist()}. "
-                "An image without objects has one box, [0, 0, 0, 0]."
+                f"`{counts_name}` must lie between 1 and the {boxes.shape[1]} rows of `{boxes_name}`, got "
+                f"{num_boxes.tolist()}. One without objects has one box, [0, 0, 0, 0]."
             ),
         )
         if boxes.is_floating_point():
             torch_compilable_check(
                 torch.isfinite(boxes).all(),
                 lambda: (
-                    "`boxes` must be finite, got NaN or infinity for image(s) "
+                    f"`{boxes_name}` must be finite, got NaN or infinity for {item}(s) "
                     f"{(~torch.isfinite(boxes).flatten(1).all(1)).nonzero().flatten().tolist()}."
                 ),
             )
@@ -311,13 +505,18 @@ class MGLlavaModel(MGLlavaPreTrainedModel, ImageTextModel):
         cache: Cache | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         image_position_ids: torch.LongTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        low_res_pixel_values_videos: torch.FloatTensor | None = None,
+        video_boxes: torch.LongTensor | None = None,
+        num_video_boxes: torch.LongTensor | None = None,
+        num_video_frames: torch.LongTensor | None = None,
         **kwargs,
     ) -> MGLlavaModelOutputWithPast:
         """Embed text and images and run the language model.
 
         For the arguments see [`MGLlavaForConditionalGeneration.forward`], except `labels` and `logits_to_keep`.
         """
-        kwargs.pop("box_labels", None)
+        _drop_unused(kwargs)
         boxes, num_boxes = _unpack_boxes(boxes, num_boxes, image_position_ids)
         arguments = {
             "input_ids": input_ids,
@@ -328,7 +527,14 @@ class MGLlavaModel(MGLlavaPreTrainedModel, ImageTextModel):
             "mm_encoder_outputs": mm_encoder_outputs,
         }
         images = {"pixel_values": pixel_values, "boxes": boxes, "num_boxes": num_boxes}
-        return self.embed_and_run(images, arguments, **kwargs)
+        videos = {
+            "pixel_values_videos": pixel_values_videos,
+            "low_res_pixel_values_videos": low_res_pixel_values_videos,
+            "video_boxes": video_boxes,
+            "num_video_boxes": num_video_boxes,
+            "num_video_frames": num_video_frames,
+        }
+        return self.embed_and_run(images, arguments, videos, **kwargs)
 
 
 class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, ImageTextForConditionalGeneration):
@@ -352,6 +558,28 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, ImageTextForCondit
     body_class = MGLlavaModel
     output_class = MGLlavaCausalLMOutputWithPast
     image_arguments = ("pixel_values", "boxes", "num_boxes")
+    video_arguments = _VIDEO_ARGUMENTS
+
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.FloatTensor,
+        low_res_pixel_values_videos: torch.FloatTensor,
+        video_boxes: torch.LongTensor | None = None,
+        num_video_boxes: torch.LongTensor | None = None,
+        num_video_frames: torch.LongTensor | None = None,
+        frames_per_step: int | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """Embed videos for the language model: see [`MGLlavaModel.get_video_features`]."""
+        return self.model.get_video_features(
+            pixel_values_videos,
+            low_res_pixel_values_videos,
+            video_boxes,
+            num_video_boxes,
+            num_video_frames,
+            frames_per_step,
+            **kwargs,
+        )
 
     def get_image_features(
         self,
@@ -380,6 +608,11 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, ImageTextForCondit
         cache: Cache | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         image_position_ids: torch.LongTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        low_res_pixel_values_videos: torch.FloatTensor | None = None,
+        video_boxes: torch.LongTensor | None = None,
+        num_video_boxes: torch.LongTensor | None = None,
+        num_video_frames: torch.LongTensor | None = None,
         **kwargs,
     ) -> MGLlavaCausalLMOutputWithPast:
         """Compute the logits of the next token, and the loss if `labels` are given.
@@ -411,17 +644,29 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, ImageTextForCondit
                 of every row. An integer tensor `(batch_size, num_positions)`: these positions of each row. A boolean
                 tensor `(batch_size, sequence_length)`: where it is true; the logits are `(num_true, vocab_size)`.
             mm_encoder_outputs (`dict`, *optional*):
-                `{"image": output of get_image_features}`, to use instead of `pixel_values`.
+                `{"image": output of get_image_features, "video": output of get_video_features}`, to use instead of
+                `pixel_values` and `pixel_values_videos`.
             cache (`Cache`, *optional*):
                 `past_key_values` by the name that it has since transformers 5.24.
             mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Accepted but not used, so that the processor's whole output can be passed. The same holds for
-                `box_labels`, which is taken from `kwargs`, since `Trainer` treats each argument in the signature with
-                "label" in its name as labels.
+                `box_labels` and `video_metadata`, which are taken from `kwargs`, since `Trainer` treats each argument
+                in the signature with "label" in its name as labels.
             image_position_ids (`torch.LongTensor` of shape `(num_images, max_boxes, 4)`, *optional*):
                 `boxes` and `num_boxes` in one tensor: boxes as x1, y1, x2, y2 in pixels of `pixel_values`, padded with
                 rows of -1. For trainers that pass on only arguments that they know; the processor returns it with
                 `packs_boxes`.
+            pixel_values_videos (`torch.FloatTensor` of shape `(total_frames, 3, image_size, image_size)`, *optional*):
+                Frames of the videos of the whole batch, in the order of their placeholders.
+            low_res_pixel_values_videos (`torch.FloatTensor`, *optional*):
+                The same frames for the low-resolution tower, `(total_frames, 3, low_res_size, low_res_size)`.
+            video_boxes (`torch.LongTensor` of shape `(total_frames, max_boxes, 4)`, *optional*):
+                Boxes of each frame, like `boxes`. This and the other arguments of videos are ignored without
+                `pixel_values_videos`.
+            num_video_boxes (`torch.LongTensor` of shape `(total_frames,)`, *optional*):
+                Number of boxes of each frame; the rows of `video_boxes` after them are padding.
+            num_video_frames (`torch.LongTensor` of shape `(num_videos,)`, *optional*):
+                Number of frames of each video. By default all frames are of one video.
             **kwargs: Arguments of the language model, such as `use_cache` and `output_hidden_states`, and of the loss
                 (`num_items_in_batch`).
 
@@ -431,7 +676,7 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, ImageTextForCondit
         Raises:
             ValueError: If inputs are missing, given twice, or inconsistent.
         """
-        kwargs.pop("box_labels", None)
+        _drop_unused(kwargs)
         arguments = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -446,6 +691,11 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, ImageTextForCondit
             "num_boxes": num_boxes,
             "mm_encoder_outputs": mm_encoder_outputs,
             "image_position_ids": image_position_ids,
+            "pixel_values_videos": pixel_values_videos,
+            "low_res_pixel_values_videos": low_res_pixel_values_videos,
+            "video_boxes": video_boxes,
+            "num_video_boxes": num_video_boxes,
+            "num_video_frames": num_video_frames,
         }
         return self._score(images, arguments, logits_to_keep, **kwargs)
 
@@ -475,7 +725,7 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, ImageTextForCondit
             ValueError: If inputs are missing, given twice, or inconsistent.
             RuntimeError: If the installed transformers lacks a private method that this needs.
         """
-        kwargs.pop("box_labels", None)
+        _drop_unused(kwargs)
         if (packed := kwargs.pop("image_position_ids", None)) is not None:
             kwargs["boxes"], kwargs["num_boxes"] = _unpack_boxes(kwargs.get("boxes"), kwargs.get("num_boxes"), packed)
         elif self.training and kwargs.get("boxes") is not None:
@@ -491,6 +741,29 @@ class MGLlavaForConditionalGeneration(MGLlavaPreTrainedModel, ImageTextForCondit
             boxes = images.get("boxes")
             num_boxes = torch.full((len(images["pixel_values"]),), 1 if boxes is None else boxes.shape[1])
         return self.config.image_seq_length + self.config.num_tokens_per_box * num_boxes
+
+    def _num_video_tokens(self, videos: dict[str, torch.Tensor]) -> torch.Tensor:
+        pixels, boxes, num_boxes = (
+            videos.get(name) for name in ("pixel_values_videos", "video_boxes", "num_video_boxes")
+        )
+        frames = self._num_image_tokens({"pixel_values": pixels, "boxes": boxes, "num_boxes": num_boxes})
+        return torch.stack([part.sum() for part in frames.split(_frame_counts(videos))])
+
+    def _take_videos(self, videos: dict[str, torch.Tensor], order: list[int]) -> dict[str, torch.Tensor]:
+        counts = _frame_counts(videos)
+        rows = torch.arange(sum(counts)).split(counts)
+        taken = torch.cat([rows[index] for index in order])
+        counts_of_order = torch.tensor([counts[index] for index in order])
+        return {
+            name: counts_of_order.to(tensor.device) if name == "num_video_frames" else tensor[taken.to(tensor.device)]
+            for name, tensor in ({"num_video_frames": counts_of_order} | videos).items()
+        }
+
+
+def _frame_counts(videos: dict[str, torch.Tensor]) -> list[int]:
+    """Return the number of frames of each video."""
+    counts = videos.get("num_video_frames")
+    return [len(videos["pixel_values_videos"])] if counts is None else counts.tolist()
 
 
 __all__ = [

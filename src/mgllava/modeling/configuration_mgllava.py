@@ -72,6 +72,9 @@ class MGLlavaConfig(ImageTextConfig):
             Configuration of the ConvNeXt that reads the high-resolution image.
         image_token_id (`int`, *optional*, defaults to 32000):
             Id of the `<image>` placeholder, which is replaced by fused tokens and box tokens.
+        video_token_id (`int`, *optional*):
+            Id of the `<video>` placeholder, which is replaced by the fused tokens and box tokens of each frame in
+            turn. By default the model takes no videos.
         unpadded_vocab_size (`int`, *optional*):
             Number of rows of the embedding table that are vocabulary of the language model. The rows after them (the
             placeholder, padding) are excluded from the loss and never generated. By default all rows are vocabulary.
@@ -90,6 +93,9 @@ class MGLlavaConfig(ImageTextConfig):
             Width of the per-stage projections of `"multi_level"`.
         projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation of the two projectors.
+        frames_per_step (`int`, *optional*, defaults to 8):
+            Number of video frames that pass the vision towers at a time, which limits the memory. `None`: all frames
+            at once, as always if other processes hold parts of the towers or train them too.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
             Whether `lm_head` shares the embedding table. Also true if `text_config.tie_word_embeddings` is.
 
@@ -111,6 +117,12 @@ class MGLlavaConfig(ImageTextConfig):
         "modeling_mgllava.MGLlavaForConditionalGeneration",
     )
 
+    keys_to_ignore_at_inference = [
+        *ImageTextConfig.keys_to_ignore_at_inference,
+        "video_hidden_states",
+        "video_outputs",
+    ]
+
     high_res_vision_config: Any = None
     fusion_type: Literal[
         "conv_gate",
@@ -125,6 +137,8 @@ class MGLlavaConfig(ImageTextConfig):
     box_feature_type: Literal["pyramid", "multi_level", "last_stage"] = "pyramid"
     box_multi_level_size: int = 1024
     projector_hidden_act: str = "gelu"
+    video_token_id: int | None = None
+    frames_per_step: int | None = 8
 
     def __post_init__(self, **kwargs):
         if self.high_res_vision_config is None:
@@ -134,8 +148,18 @@ class MGLlavaConfig(ImageTextConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Check that both towers give the same grid, if the fusion needs it."""
+        """Check the placeholders, and that both towers give the same grid if the fusion needs it."""
         super().validate_architecture()
+        if self.video_token_id == self.image_token_id:
+            raise ValueError(
+                f"`video_token_id` must differ from `image_token_id`, got {self.video_token_id} for both. Give each "
+                "a row of the embedding table, or pass `video_token_id=None` for a model without videos."
+            )
+        if self.frames_per_step is not None and self.frames_per_step < 1:
+            raise ValueError(
+                f"`frames_per_step` must be a positive number, got {self.frames_per_step}. Pass None for all frames "
+                "at once."
+            )
         grid, high_res_grid = self.token_grid_size, self.high_res_vision_config.image_size // 32
         if self.fusion_type not in ("none", "resampler") and grid != high_res_grid:
             raise ValueError(
@@ -143,6 +167,12 @@ class MGLlavaConfig(ImageTextConfig):
                 f"{grid}x{grid} tokens, `high_res_vision_config` a last stage of {high_res_grid}x{high_res_grid}. "
                 "Choose sizes with vision_config.image_size / patch_size == high_res_vision_config.image_size / 32."
             )
+
+    @property
+    def placeholder_ids(self) -> dict[str, int]:
+        """Id of the placeholder of each modality: of images and, if the model takes them, of videos."""
+        videos = {} if self.video_token_id is None else {"video": self.video_token_id}
+        return {**super().placeholder_ids, **videos}
 
     @property
     def token_grid_size(self) -> int:

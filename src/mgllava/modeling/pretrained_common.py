@@ -131,11 +131,12 @@ class ImageTextPreTrainedModel(PreTrainedModel):
             ValueError: If this would remove the row of the placeholder.
         """
         config = self.config
-        if new_num_tokens is not None and new_num_tokens <= config.image_token_id:
-            raise ValueError(
-                f"`new_num_tokens` must be greater than the id of the placeholder (`config.image_token_id`, "
-                f"{config.image_token_id}), got {new_num_tokens}. Pass the `len` of this model's tokenizer."
-            )
+        for modality, token_id in config.placeholder_ids.items():
+            if new_num_tokens is not None and new_num_tokens <= token_id:
+                raise ValueError(
+                    f"`new_num_tokens` must be greater than the id of the placeholder (`config.{modality}_token_id`, "
+                    f"{token_id}), got {new_num_tokens}. Pass the `len` of this model's tokenizer."
+                )
         unpadded, unused = config.unpadded_vocab_size, set(config.unused_token_ids)
         rows = config.text_config.vocab_size
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
@@ -264,11 +265,12 @@ class ImageTextConfig(PreTrainedConfig):
                 f"got model_type {self.vision_config.model_type!r}."
             )
         rows = self.text_config.vocab_size
-        if not 0 <= self.image_token_id < rows:
-            raise ValueError(
-                f"`image_token_id` must be a row of the embedding table, 0 to {rows - 1} "
-                f"(`text_config.vocab_size` is {rows}), got {self.image_token_id}."
-            )
+        for modality, token_id in self.placeholder_ids.items():
+            if not 0 <= token_id < rows:
+                raise ValueError(
+                    f"`{modality}_token_id` must be a row of the embedding table, 0 to {rows - 1} "
+                    f"(`text_config.vocab_size` is {rows}), got {token_id}."
+                )
         if self.unpadded_vocab_size is not None and not 0 < self.unpadded_vocab_size <= rows:
             raise ValueError(
                 f"`unpadded_vocab_size` must be between 1 and `text_config.vocab_size` ({rows}), "
@@ -282,11 +284,16 @@ class ImageTextConfig(PreTrainedConfig):
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @property
+    def placeholder_ids(self) -> dict[str, int]:
+        """Id of the placeholder of each modality, such as `{"image": 32000}`."""
+        return {"image": self.image_token_id}
+
+    @property
     def unused_token_ids(self) -> list[int]:
-        """Ids that must never be generated: the placeholder and the padding of the embedding table."""
+        """Ids that must never be generated: placeholders and the padding of the embedding table."""
         rows = self.text_config.vocab_size
         first_padding = rows if self.unpadded_vocab_size is None else self.unpadded_vocab_size
-        return sorted({self.image_token_id, *range(first_padding, rows)})
+        return sorted({*self.placeholder_ids.values(), *range(first_padding, rows)})
 
 
 __all__ = ["CACHE_NAME", "ImageTextConfig", "ImageTextPreTrainedModel", "either_cache", "read_sub_config"]
