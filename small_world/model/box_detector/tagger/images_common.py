@@ -515,6 +515,25 @@ class UprightImageProcessor(BaseImageProcessor):
             values["auto_map"] = {"AutoImageProcessor": dict(self.remote_classes)}
         return values
 
+    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:  # type: ignore[override]  # the options by name
+        """Check the options, before any image is opened; raise a `ValueError` if they contradict each other."""
+        if kwargs.get("do_normalize") and not kwargs.get("do_rescale"):
+            raise ValueError(
+                "`do_rescale` must be True when `do_normalize` is, got False. Images are kept in 8 bits until then; "
+                "floating point images between 0 and 1 are recognized."
+            )
+        super()._validate_preprocess_kwargs(**kwargs)
+
+    def check_one_shape(self, pixels: Sequence[Any], return_tensors: Any, options: Mapping[str, Any]) -> None:
+        """Raise a `ValueError` for pixels of several shapes that shall become one tensor; `options` were used."""
+        shapes = sorted({tuple(image.shape) for image in pixels})
+        if return_tensors is not None and len(shapes) > 1:
+            given = ", ".join(f"`{name}={options[name]}`" for name in ("do_resize", "do_center_crop"))
+            raise ValueError(
+                f"`return_tensors` must be None for images of several shapes, got {return_tensors!r} and "
+                f"{', '.join(map(str, shapes[:4]))}, with {given}. Crop the images to one size, or pass one image."
+            )
+
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Open an image or a (nested) list of images, and turn them upright.
 
