@@ -17,17 +17,17 @@ from mgllava.commands.console import errors_as_messages
 COMMANDS = typer.main.get_command(app).commands
 # Options with the same help in all commands that have them.
 SHARED = {
-    "--revision": {"chat", "serve", "export"},
-    "--bits": {"chat", "serve"},
-    "--device": {"chat", "serve"},
-    "--attn-implementation": {"chat", "serve"},
+    "--revision": {"chat", "serve", "export", "eval"},
+    "--bits": {"chat", "serve", "eval"},
+    "--device": {"chat", "serve", "eval"},
+    "--attn-implementation": {"chat", "serve", "eval"},
     "--no-box-detector": {"chat", "serve"},
     "--save-boxes": {"chat", "detect"},
     "--threshold": {"chat", "detect"},
-    "--dtype": {"chat", "serve", "convert", "convert-ram-plus"},
+    "--dtype": {"chat", "serve", "eval", "convert", "convert-ram-plus"},
     "--max-shard-size": {"convert", "convert-ram-plus"},
     "--trust-pickle": {"convert", "convert-ram-plus"},
-    "--trust-remote-code": {"chat", "serve", "detect"},
+    "--trust-remote-code": {"chat", "serve", "detect", "eval"},
 }
 
 
@@ -48,7 +48,7 @@ def test_model_is_the_positional_argument_of_commands():
         name: [parameter.metavar for parameter in command.params if parameter.param_type_name == "argument"]
         for name, command in COMMANDS.items()
     }
-    assert {name for name, words in positional.items() if words == ["MODEL"]} == {"chat", "serve", "export"}
+    assert {name for name, words in positional.items() if words == ["MODEL"]} == {"chat", "serve", "export", "eval"}
     assert not any("--model" in parameter.opts for command in COMMANDS.values() for parameter in command.params)
 
 

@@ -35,7 +35,7 @@ FLOORS = (
     ("mgllava",),
     ("extras", "noise", "model_files", "atomic_files", "folder_lock", "user_text"),
     ("conversion", "hub", "training", "chat", "box_files", "visualization"),
-    ("serving",),
+    ("serving", "evaluation"),
     ("commands",),
     ("cli",),
     ("__main__",),

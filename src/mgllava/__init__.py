@@ -47,6 +47,7 @@ _LAZY_MODULES = (
     "box_files",
     "chat",
     "conversion",
+    "evaluation",
     "folder_lock",
     "hub",
     "serving",

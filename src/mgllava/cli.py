@@ -8,6 +8,7 @@ import mgllava
 from mgllava.commands.chat import chat
 from mgllava.commands.convert import convert, convert_ram_plus
 from mgllava.commands.detect import detect
+from mgllava.commands.eval import evaluate
 from mgllava.commands.export import export
 from mgllava.commands.serve import serve
 from mgllava.commands.train import train
@@ -34,6 +35,8 @@ def _mgllava(
 
 for _command in (convert, convert_ram_plus, export, chat, serve, detect, train):
     app.command()(_command)
+# `eval` is a built-in function of Python.
+app.command("eval")(evaluate)
 
 
 def main() -> None:

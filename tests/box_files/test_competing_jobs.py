@@ -154,7 +154,7 @@ def test_damaged_file_of_a_complete_slice_is_resumed_after_its_intact_lines(some
 def test_folder_of_the_user_is_refused(some_images, tmp_path, name, options):
     (tmp_path / name).mkdir()
     (tmp_path / name / "thesis.txt").write_text("years of work")
-    with pytest.raises(BoxFileError, match=r"is in the way: it is not the folder of a detection job \(thesis\.txt"):
+    with pytest.raises(BoxFileError, match=r"is in the way: it is not the folder of an interrupted job \(thesis\.txt"):
         detect_images(some_images, tmp_path / "boxes.json", StubDetector(), **OPTIONS, **options)
     assert (tmp_path / name / "thesis.txt").read_text() == "years of work"
 
@@ -162,7 +162,7 @@ def test_folder_of_the_user_is_refused(some_images, tmp_path, name, options):
 def test_link_instead_of_the_folder_is_refused(some_images, tmp_path):
     (tmp_path / "precious").mkdir()
     os.symlink(tmp_path / "precious", tmp_path / "boxes.json.shards")
-    with pytest.raises(BoxFileError, match=r"not the folder of a detection job \(a link\)"):
+    with pytest.raises(BoxFileError, match=r"not the folder of an interrupted job \(a link\)"):
         detect_images(some_images, tmp_path / "boxes.json", StubDetector(), overwrite=True, **OPTIONS)
     assert (tmp_path / "precious").is_dir()
 

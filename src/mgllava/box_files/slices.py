@@ -1,4 +1,4 @@
-"""The progress of a detection job, in a folder that stays consistent if the job is killed."""
+"""The progress of a job over many inputs, in a folder that stays consistent if the job is killed."""
 
 import errno
 import json
@@ -163,7 +163,7 @@ class SliceFolder:
         position = _check_lines(partial, start, stop)[1]
         if position != stop:
             raise BoxFileError(
-                f"{partial} is damaged after image {position} of {start} to {stop}. Run the same command with "
+                f"{partial} is damaged after input {position} of {start} to {stop}. Run the same command with "
                 "`resume=True`: it starts there."
             )
         partial.rename(self._complete(number))
@@ -183,8 +183,8 @@ class SliceFolder:
                         yield batch
             if position != stop:
                 raise BoxFileError(
-                    f"{path} is absent or damaged (images {start} to {stop}, complete up to {position}). Run the same "
-                    "command with `resume=True`: it detects what is missing."
+                    f"{path} is absent or damaged (inputs {start} to {stop}, complete up to {position}). Run the same "
+                    "command with `resume=True`: it computes what is missing."
                 )
 
 
@@ -218,7 +218,7 @@ def _check_own(folder: Path, needs_manifest: bool) -> None:
     else:
         others = ["a link" if folder.is_symlink() else "a file"]
     raise BoxFileError(
-        f"{folder} is in the way: it is not the folder of a detection job ({', '.join(others[:3])}). Move it, or "
+        f"{folder} is in the way: it is not the folder of an interrupted job ({', '.join(others[:3])}). Move it, or "
         "choose another output."
     )
 

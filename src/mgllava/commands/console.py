@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import typer
@@ -93,13 +93,22 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         yield progress
 
 
-@contextmanager
-def image_bar() -> Iterator[Callable[[int, int], None]]:
+def image_bar() -> AbstractContextManager[Callable[[int, int], None]]:
     """Show the progress of the main process, whose share of the images is as large as any other."""
+    return _bar("images")
+
+
+def question_bar() -> AbstractContextManager[Callable[[int, int], None]]:
+    """Show the progress of the main process in answering questions."""
+    return _bar("questions")
+
+
+@contextmanager
+def _bar(unit: str) -> Iterator[Callable[[int, int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(file=sys.stderr), disable=not is_main_process()) as bars:
         processes = int(os.environ.get("WORLD_SIZE", "1"))
-        task = bars.add_task("images" if processes == 1 else f"images (process 1 of {processes})", total=None)
+        task = bars.add_task(unit if processes == 1 else f"{unit} (process 1 of {processes})", total=None)
 
         def progress(done: int, total: int) -> None:
             bars.update(task, advance=done, total=total)
@@ -107,4 +116,4 @@ def image_bar() -> Iterator[Callable[[int, int], None]]:
         yield progress
 
 
-__all__ = ["errors_as_messages", "image_bar", "is_main_process", "printable", "progress_bars", "say"]
+__all__ = ["errors_as_messages", "image_bar", "is_main_process", "printable", "progress_bars", "question_bar", "say"]

@@ -1,0 +1,389 @@
+"""Answering the questions of a task, in one or several processes, so that it can be interrupted and resumed."""
+
+import hashlib
+import json
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+from mgllava.atomic_files import replacing
+from mgllava.box_files import BoxFile
+from mgllava.box_files.box_file import describe_differences
+from mgllava.box_files.slices import Batch, SliceFolder
+from mgllava.folder_lock import FolderLock
+from mgllava.model_files.json_files import try_read_json
+
+from .answering import Picture, open_as_stored, plain
+from .box_sources import BoxChanges, BoxSource, boxes_of, partners, scaled
+from .errors import BadRowError, EvaluationError
+from .questions import Question
+from .task import BadRow, OnError, Task
+
+logger = logging.getLogger(__name__)
+
+# Called with the number of questions just done (those of an earlier run together) and the number of all.
+Progress = Callable[[int, int], None]
+
+ANSWERS = "answers.jsonl"
+SETTINGS = "settings.json"
+# Questions that a process takes at a time.
+_SLICE_SIZE = 64
+_BATCHES_AHEAD = 2
+# Images whose detected boxes are kept.
+_REMEMBERED = 512
+# Processes wait for the slowest one. The default timeout of minutes would end a long evaluation.
+_TIMEOUT = timedelta(days=365)
+
+
+class Answers(Protocol):
+    """What [`Answerer`] does for a job."""
+
+    takes_boxes: bool
+
+    @property
+    def placeholder(self) -> str:
+        """The text that stands for an image."""
+
+    def detect(self, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
+        """Find the boxes of images."""
+
+    def objects(self, record: Mapping[str, Any], image: Image.Image) -> dict[str, Any]:
+        """Return the objects that get tokens."""
+
+    def answer(
+        self,
+        images: Sequence[Image.Image],
+        prompts: Sequence[str],
+        boxes: Sequence[Mapping[str, Any]] | None = None,
+        **image_options: Any,
+    ) -> list[str]:
+        """Answer questions."""
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """The boxes of a task: their source, their file if they are from one, and changes to them."""
+
+    source: BoxSource
+    file: BoxFile | None
+    changes: BoxChanges
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A question with its opened image, and the question and image whose boxes it gets.
+
+    `owner_id` is the same for all questions about this image.
+    """
+
+    question: Question
+    picture: Picture
+    owner: Question
+    owner_image: Image.Image
+    owner_id: str
+
+
+def answer_task(
+    task: Task,
+    answerer: Callable[[], Answers],
+    boxes: Boxes,
+    output: Path,
+    settings: Mapping[str, Any],
+    *,
+    on_error: OnError = "stop",
+    batch_size: int = 8,
+    resume: bool = False,
+    overwrite: bool = False,
+    workers: int = 4,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]] | None:
+    """Answer the questions of a task, and write `answers.jsonl` into a folder.
+
+    Answers are appended to files, so that a run that was interrupted resumes after its last batch. Under
+    `accelerate launch` every process calls this; the main process returns all answers, the others `None`.
+
+    Args:
+        task ([`Task`]): The questions.
+        answerer (`Callable`): Returns what answers them; called if there are questions left.
+        boxes ([`Boxes`]): Their boxes.
+        output (`Path`): The folder.
+        settings (`Mapping`): What answers depend on; a run with other settings does not resume this one.
+        on_error (`str`): `"stop"` at the first question that cannot be asked, or `"skip"` such questions.
+        batch_size (`int`): Questions at a time.
+        resume (`bool`): Whether to resume an interrupted run; without one, a run is started.
+        overwrite (`bool`): Whether to start over.
+        workers (`int`): Threads that open images.
+        progress (`Callable`, *optional*): Called with the number of questions just done, and of all of this process.
+
+    Returns:
+        `list[dict]`, *optional*: Per question `number`, `key` and `answer`, and `boxes` with `labels` if the model
+        takes boxes; or `number`, `key` and `reason` for a question that was skipped.
+
+    Raises:
+        EvaluationError: If a question cannot be asked and `on_error` is `"stop"`, or there are answers already.
+        BoxFileError: If the folder has an interrupted run of other settings.
+        FolderLockedError: If another run writes there.
+    """
+    path = output / ANSWERS
+    manifest = {
+        "settings": dict(settings),
+        "inputs_digest": task.digest,
+        "images": len(task.questions),
+        "shard_size": _SLICE_SIZE,
+    }
+    # Imported here, because it is slow.
+    from accelerate import PartialState
+
+    state = PartialState(timeout=_TIMEOUT)
+    folder = SliceFolder(path)
+    with ExitStack() as stack:
+        # The main process holds the lock for the other processes, which end with it.
+        lock = stack.enter_context(FolderLock(path, "evaluating")) if state.is_main_process else None
+        if state.is_main_process:
+            _prepare(path, folder, manifest, resume, overwrite)
+        state.wait_for_everyone()
+        folder.read_manifest()
+        if folder.manifest is None:
+            return _read_answers(path) if state.is_main_process else None
+        share = range(state.process_index, folder.num_slices, state.num_processes)
+        _Job(task, answerer, boxes, on_error, batch_size, workers).run(folder, share, lock, progress)
+        state.wait_for_everyone()
+        if lock is None:
+            return None
+        lock.check()
+        answers = [record for batch in folder.batches() for record in (*batch.records, *batch.unreadable)]
+        answers.sort(key=lambda record: record["number"])
+        # Before the answers: until these have their name, the run counts as interrupted.
+        with replacing(output / SETTINGS) as partial:
+            content = {"settings": dict(settings), "questions_digest": task.digest}
+            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        with replacing(path) as partial:
+            partial.write_text("".join(json.dumps(record) + "\n" for record in answers), encoding="utf-8")
+        folder.remove()
+        return answers
+
+
+def _prepare(path: Path, folder: SliceFolder, manifest: dict[str, Any], resume: bool, overwrite: bool) -> None:
+    """Start or resume a run, or raise. Afterwards there is a manifest, unless all answers are there."""
+    folder.clean()
+    if overwrite:
+        folder.remove()
+        path.unlink(missing_ok=True)
+    begun = folder.has_begun()
+    if (begun or path.exists()) and not resume:
+        raise EvaluationError(
+            f"{path.parent} holds {'an interrupted' if begun else 'a finished'} evaluation. Pass `resume=True` to "
+            f"{'continue it' if begun else 'score its answers again'}, or `overwrite=True` to start over."
+        )
+    if path.exists() and not begun:
+        made = try_read_json(path.with_name(SETTINGS)) or {}
+        wanted = {"settings": manifest["settings"], "questions_digest": manifest["inputs_digest"]}
+        if made != json.loads(json.dumps(wanted)):
+            raise EvaluationError(
+                f"{path} has the answers of other settings: {describe_differences(made, wanted)}. Choose another "
+                "`output`, or pass `overwrite=True`."
+            )
+        folder.remove()
+        return
+    folder.begin(manifest)
+
+
+def _read_answers(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+class _Job:
+    """The share of one process."""
+
+    def __init__(
+        self,
+        task: Task,
+        answerer: Callable[[], Answers],
+        boxes: Boxes,
+        on_error: OnError,
+        batch_size: int,
+        workers: int,
+    ):
+        self.task = task
+        self.make_answerer = answerer
+        self.answerer: Answers | None = None
+        self.boxes = boxes
+        self.on_error = on_error
+        self.batch_size = batch_size
+        self.workers = workers
+        self._partners: dict[Any, Any] = {}
+        self._owners: dict[Any, Question] = {}
+        self._detections: dict[str, Mapping[str, Any]] = {}
+        if boxes.changes.shuffle:
+            self._partners = partners([question.box_key for question in task.questions], boxes.changes.seed)
+            self._owners = {question.box_key: question for question in reversed(task.questions)}
+
+    def run(self, folder: SliceFolder, share: range, lock: FolderLock | None, progress: Progress | None) -> None:
+        """Answer the questions of some slices."""
+        total = sum(stop - start for start, stop in map(folder.bounds, share))
+
+        def report(done: int) -> None:
+            if progress is not None and done:
+                progress(done, total)
+
+        with ThreadPoolExecutor(self.workers) as pool:
+
+            def upcoming() -> Iterator[tuple[int, int, list[Future[_Asked]]]]:
+                for number in share:
+                    start, stop = folder.bounds(number)
+                    position = folder.next_image(number)
+                    report(position - start)
+                    for first in range(position, stop, self.batch_size):
+                        questions = self.task.questions[first : min(first + self.batch_size, stop)]
+                        yield number, first, [pool.submit(self._open, question) for question in questions]
+
+            try:
+                for number, first, opened in _ahead(upcoming(), _BATCHES_AHEAD):
+                    if lock is not None:
+                        lock.check()
+                    folder.append(number, self._answer(first, opened))
+                    report(len(opened))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _open(self, question: Question) -> _Asked:
+        stored = self.task.find_image(question)
+        picture = open_as_stored(stored)
+        owner, image = question, picture.image
+        if self._partners:
+            owner = self._owners[self._partners[question.box_key]]
+            try:
+                stored = self.task.find_image(owner)
+                image = open_as_stored(stored).image
+            except BadRowError as error:
+                raise BadRowError(f"it gets the boxes of {owner.row.place}, and there {error}") from error
+        image_id = hashlib.sha256(stored).hexdigest() if isinstance(stored, bytes) else str(stored)
+        return _Asked(question, picture, owner, image, image_id)
+
+    def _answer(self, first: int, opened: Sequence[Future[_Asked]]) -> Batch:
+        """Answer a batch; questions that cannot be asked are skipped, or end the run."""
+        if self.answerer is None:
+            self.answerer = self.make_answerer()
+        batch = Batch(first, first + len(opened))
+        asked: list[_Asked] = []
+        records: list[Mapping[str, Any] | None] = []
+        for question, future in zip(self.task.questions[first : batch.stop], opened, strict=True):
+            try:
+                if self.answerer.placeholder in question.prompt:
+                    raise BadRowError(f"its text has {self.answerer.placeholder}, which stands for an image")
+                item = future.result()
+                record = boxes_of(item.owner, self.boxes.source, self.boxes.file)
+                asked.append(item)
+                records.append(record)
+            except BadRowError as error:
+                self._skip(batch, question, error)
+        kept, given, objects = self._with_boxes(batch, asked, records)
+        options = {"box_limit": self.task.benchmark.box_limit} if self.answerer.takes_boxes else {}
+        texts = (
+            self.answerer.answer(
+                [item.picture.image for item in kept], [item.question.prompt for item in kept], given, **options
+            )
+            if kept
+            else []
+        )
+        for item, text, seen in zip(kept, texts, objects, strict=True):
+            turned = {"is_turned": True} if item.picture.is_turned else {}
+            batch.records.append(
+                {"number": item.question.number, "key": item.question.key, "answer": text, **seen, **turned}
+            )
+        return batch
+
+    def _with_boxes(
+        self, batch: Batch, asked: Sequence[_Asked], records: Sequence[Mapping[str, Any] | None]
+    ) -> tuple[list[_Asked], list[Mapping[str, Any]] | None, list[dict[str, Any]]]:
+        """Detect missing boxes, change them, and find out which get tokens."""
+        assert self.answerer is not None
+        if not self.answerer.takes_boxes:
+            return list(asked), None, [{}] * len(asked)
+        self._detect([item for item, record in zip(asked, records, strict=True) if record is None])
+        complete = [
+            self._detections[item.owner_id] if record is None else plain(record)
+            for item, record in zip(asked, records, strict=True)
+        ]
+        kept: list[_Asked] = []
+        given: list[Mapping[str, Any]] = []
+        objects: list[dict[str, Any]] = []
+        for item, record in zip(asked, complete, strict=True):
+            image = item.picture.image
+            record = scaled(record, item.owner_image.size, image.size) if item.owner is not item.question else record
+            changed = self.boxes.changes.apply(record, item.question.box_key, image.size)
+            try:
+                seen = self.answerer.objects(changed, image)
+            except (TypeError, ValueError) as error:
+                self._skip(batch, item.question, BadRowError(f"its boxes cannot be used: {error}"))
+                continue
+            kept.append(item)
+            given.append(changed)
+            objects.append(
+                {
+                    "boxes": [[round(value, 1) for value in box] for box in seen["boxes"]],
+                    **({"labels": list(seen["labels"])} if "labels" in seen else {}),
+                }
+            )
+        return kept, given, objects
+
+    def _detect(self, asked: Sequence[_Asked]) -> None:
+        """Detect the boxes of images, each once: benchmarks ask several questions about an image."""
+        assert self.answerer is not None
+        wanted = {item.owner_id: item.owner_image for item in asked}
+        # Those of the last batches are enough, since questions about an image follow each other.
+        while len(self._detections) > _REMEMBERED and (old := next(iter(self._detections))) not in wanted:
+            del self._detections[old]
+        new = {name: image for name, image in wanted.items() if name not in self._detections}
+        self._detections |= zip(new, self.answerer.detect(list(new.values())), strict=True)
+
+    def _skip(self, batch: Batch, question: Question, error: BadRowError) -> None:
+        if self.on_error == "stop":
+            raise EvaluationError(
+                f"{question.row.place} (id {question.key!r}) cannot be asked: {error}. Correct it, or "
+                "set `on_error` to skip."
+            ) from error
+        logger.warning("Skipped %s (id %r): %s.", question.row.place, question.key, error)
+        batch.unreadable.append({"number": question.number, "key": question.key, "reason": str(error)})
+
+
+def _ahead(items: Iterator[Any], number: int) -> Iterator[Any]:
+    """Yield items, always a number of them behind."""
+    waiting: deque[Any] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > number:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def with_boxes(task: Task, boxes: Boxes) -> Task:
+    """Move questions whose boxes are not there to the bad rows."""
+    questions, bad_rows = [], []
+    for question in task.questions:
+        try:
+            boxes_of(question, boxes.source, boxes.file)
+        except BadRowError as error:
+            bad_rows.append(BadRow(question.row.place, question.key, str(error)))
+        else:
+            questions.append(question)
+    return replace(task, questions=questions, bad_rows=[*task.bad_rows, *bad_rows])
+
+
+def skipped(task: Task, answers: Sequence[Mapping[str, Any]]) -> list[BadRow]:
+    """Return the rows that were skipped while asking."""
+    places = {question.number: question.row.place for question in task.questions}
+    return [BadRow(places[line["number"]], line["key"], line["reason"]) for line in answers if "reason" in line]
+
+
+__all__ = ["ANSWERS", "Answers", "Boxes", "answer_task", "skipped", "with_boxes"]

@@ -1,0 +1,200 @@
+"""The report of an evaluation: one HTML file without scripts or links to other files."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from mgllava.atomic_files import replacing
+from mgllava.visualization import draw_boxes
+
+from .answering import open_as_stored
+from .errors import BadRowError
+from .questions import Question
+from .task import Task
+
+REPORT = "report.html"
+# Answers shown of those that are right, and of those that are wrong.
+SHOWN = 12
+_THUMBNAIL = 360
+_JPEG_QUALITY = 80
+_BAR, _LABEL, _ROW = 360, 220, 22
+_STYLE = """
+body{font:15px/1.45 system-ui,sans-serif;color:#222;max-width:1120px;margin:2em auto;padding:0 1em}
+h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}
+table{border-collapse:collapse}td,th{padding:.25em .8em;border-bottom:1px solid #ddd;text-align:left}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}tr.main{font-weight:600}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:1em}
+figure{margin:0;border:1px solid #ddd;border-radius:6px;padding:.6em;border-top:4px solid #2a7d4f}
+figure.wrong{border-top-color:#b3402e}figure.open{border-top-color:#888}
+img{max-width:100%;display:block;margin:auto}
+figcaption{font-size:.86em;white-space:pre-wrap;overflow-wrap:anywhere}
+.small{color:#666;font-size:.86em}svg text{font:13px system-ui,sans-serif}
+"""
+
+
+def write_report(
+    path: Path,
+    task: Task,
+    summary: Mapping[str, Any],
+    answers: Mapping[int, Mapping[str, Any]],
+    credits: Mapping[int, float],
+) -> None:
+    """Write the report.
+
+    Args:
+        path (`Path`): The HTML file.
+        task ([`Task`]): The questions.
+        summary (`Mapping`): The content of `scores.json`.
+        answers (`Mapping[int, Mapping]`): The answers by number of the question, see [`answer_task`].
+        credits (`Mapping[int, float]`): What each of them counts, from 0 to 1; empty without reference answers.
+    """
+    asked = [question for question in task.questions if "answer" in answers.get(question.number, {})]
+    parts = [
+        f"<h1>{escape(summary['title'])}</h1>",
+        f"<p class=small>{escape(summary['model'])}</p>",
+        *_score_table(summary),
+        *(f"<p>{escape(note)}</p>" for note in summary["notes"]),
+        *_bars(summary),
+    ]
+    if credits:
+        right = [question for question in asked if credits[question.number] >= 0.5]
+        wrong = [question for question in asked if credits[question.number] < 0.5]
+        for name, group, kind in (("Right answers", right, "right"), ("Wrong answers", wrong, "wrong")):
+            parts.append(f"<h2>{name} ({len(group):,})</h2>")
+            parts += _gallery(task, _spread(group), answers, kind)
+    else:
+        parts.append(f"<h2>Answers ({len(asked):,})</h2>")
+        parts += _gallery(task, _spread(asked), answers, "open")
+    if summary["skipped"]:
+        parts.append(f"<h2>Skipped rows ({len(summary['skipped']):,})</h2><ul>")
+        parts += [f"<li>{escape(row['place'])}: {escape(row['reason'])}</li>" for row in summary["skipped"]]
+        parts.append("</ul>")
+    parts.append("<h2>Settings</h2><table>")
+    parts += [
+        f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>"
+        for name, value in _flat(summary["settings"]).items()
+    ]
+    parts.append("</table>")
+    title = escape(f"{summary['title']}: {summary['model']}")
+    page = (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{_STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )
+    with replacing(path) as partial:
+        partial.write_bytes(page.encode("utf-8", "xmlcharrefreplace"))
+
+
+def _score_table(summary: Mapping[str, Any]) -> list[str]:
+    """Rows of scores, with the paper's numbers next to the main one."""
+    paper: Mapping[str, float] = summary["paper"]
+    if not summary["scores"]:
+        rows = [f"<p>No score: {escape(summary['no_score'])}</p>"]
+        if paper:
+            rows.append(
+                f"<p>The paper reports: {escape(', '.join(f'{key} {value}' for key, value in paper.items()))}.</p>"
+            )
+        return rows
+    head = "".join(f"<th class=n>paper, {escape(name)}</th>" for name in paper)
+    rows = [f"<table><tr><th>score</th><th class=n>this run</th>{head}</tr>"]
+    for name, value in summary["scores"].items():
+        is_main = name == summary["main"]
+        cells = "".join(f"<td class=n>{number if is_main else ''}</td>" for number in paper.values())
+        kind = " class=main" if is_main else ""
+        rows.append(f"<tr{kind}><td>{escape(name)}</td><td class=n>{value:.1f}</td>{cells}</tr>")
+    rows.append("</table>")
+    counts = summary["rows"]
+    rows.append(
+        f"<p class=small>{counts['answered']:,} of {counts['all']:,} rows answered, {counts['skipped']:,} skipped, "
+        f"{counts['left_out']:,} without an image left out.</p>"
+    )
+    return rows
+
+
+def _bars(summary: Mapping[str, Any]) -> list[str]:
+    """Horizontal bars of the categories."""
+    categories: Mapping[str, float] = summary["categories"]
+    if not categories:
+        return []
+    largest = max(100.0, *categories.values())
+    height = _ROW * len(categories)
+    drawn = [
+        f"<h2>By category</h2><svg role=img width={_LABEL + _BAR + 60} height={height} "
+        f'viewBox="0 0 {_LABEL + _BAR + 60} {height}" xmlns="http://www.w3.org/2000/svg">'
+    ]
+    for row, (name, value) in enumerate(categories.items()):
+        top, width = row * _ROW, _BAR * value / largest
+        short = name if len(name) <= 30 else name[:29] + "…"
+        drawn.append(
+            f'<text x="{_LABEL - 8}" y="{top + 15}" text-anchor="end"><title>{escape(name)}</title>'
+            f"{escape(short)}</text>"
+            f'<rect x="{_LABEL}" y="{top + 3}" width="{width:.1f}" height="{_ROW - 6}" fill="#3b6ea5"/>'
+            f'<text x="{_LABEL + width + 6:.1f}" y="{top + 15}">{value:.1f}</text>'
+        )
+    drawn.append("</svg>")
+    return drawn
+
+
+def _spread(questions: Sequence[Question]) -> list[Question]:
+    """Choose some questions evenly over all."""
+    if len(questions) <= SHOWN:
+        return list(questions)
+    return [questions[number * len(questions) // SHOWN] for number in range(SHOWN)]
+
+
+def _gallery(
+    task: Task, questions: Sequence[Question], answers: Mapping[int, Mapping[str, Any]], kind: str
+) -> list[str]:
+    parts = ["<div class=grid>"]
+    for question in questions:
+        line = answers[question.number]
+        wanted = "" if question.answer is None else f"\n<b>Expected:</b> {escape(_wanted(question.answer))}"
+        boxes = f"\n<span class=small>{len(line['boxes'])} boxes</span>" if "boxes" in line else ""
+        parts.append(
+            f"<figure class={kind}>{_picture(task, question, line)}<figcaption>{escape(question.prompt)}\n"
+            f"<b>Answer:</b> {escape(line['answer'])}{wanted}{boxes}\n"
+            f"<span class=small>{escape(str(question.key))}</span></figcaption></figure>"
+        )
+    parts.append("</div>")
+    return parts
+
+
+def _wanted(answer: str | tuple[str, ...]) -> str:
+    return answer if isinstance(answer, str) else " | ".join(dict.fromkeys(answer))
+
+
+def _picture(task: Task, question: Question, line: Mapping[str, Any]) -> str:
+    """Draw an image with the boxes that the model saw, small and inside the page."""
+    try:
+        image = open_as_stored(task.find_image(question)).image
+    except BadRowError as error:  # removed since it was asked
+        return f"<p class=small>{escape(str(error))}</p>"
+    factor = min(1.0, _THUMBNAIL / max(image.size))
+    small = image.resize((max(1, round(image.width * factor)), max(1, round(image.height * factor))))
+    if line.get("boxes"):
+        limits = (small.width, small.height) * 2
+        boxes = [
+            [min(max(value * factor, 0), limit) for value, limit in zip(box, limits, strict=True)]
+            for box in line["boxes"]
+        ]
+        shown = {"boxes": boxes, "labels": line["labels"]} if any(line.get("labels", ())) else {"boxes": boxes}
+        small = draw_boxes(small, shown)
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=_JPEG_QUALITY)
+    content = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return f'<img alt="" src="data:image/jpeg;base64,{content}">'
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+__all__ = ["REPORT", "SHOWN", "write_report"]

@@ -1,0 +1,299 @@
+"""Rows of benchmark files: TSV, CSV, JSON, JSON lines, Parquet, and the folders of MME."""
+
+import base64
+import binascii
+import csv
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mgllava.extras import import_extra
+
+from .errors import BadRowError, EvaluationError
+
+EXTENSIONS = (".tsv", ".csv", ".json", ".jsonl", ".parquet")
+_IMAGE_COLUMNS = ("image", "image_path", "img", "decoded_image")
+# Shorter texts in the column of images are the index of the row that has the image, as in VLMEvalKit's files.
+_SHORTEST_BASE64 = 16
+# How writers of TSV say that a cell is empty. Words such as "None" and "NA" are text: they occur as options.
+_EMPTY = ("", "nan", "NaN")
+_MME_QUESTIONS = "questions_answers_YN"
+_MME_IMAGES = (".jpg", ".png", ".jpeg")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a benchmark.
+
+    Attributes:
+        values: The columns without images; absent cells are left out.
+        place: File and number of the row, for messages.
+        stem: Name of the file without its extension.
+        image: Returns what the columns of images hold, by column; decoded images would fill the memory.
+        table: Rows of the same file by the text of `index`, where a row may take its image from.
+        box_id: Id of the image in a box file, if no column has it.
+    """
+
+    values: Mapping[str, Any]
+    place: str
+    stem: str
+    image: Callable[[], Mapping[str, Any]]
+    table: Mapping[str, "Row"]
+    box_id: Any = None
+
+
+def read_rows(paths: Sequence[str | Path]) -> list[Row]:
+    """Read the rows of one or several files, in their order.
+
+    Args:
+        paths (`Sequence[str | Path]`): Files (.tsv, .csv, .json, .jsonl, .parquet), folders with Parquet files, or the
+            folder of MME as it is distributed.
+
+    Returns:
+        `list[Row]`: The rows.
+
+    Raises:
+        EvaluationError: If a file has another format or no rows.
+        ImportError: If a file is Parquet and pyarrow is not installed.
+        OSError: If a file cannot be read.
+    """
+    rows: list[Row] = []
+    for path in map(Path, paths):
+        found = list(_read(path))
+        if not found:
+            raise EvaluationError(f"`data`: {path} has no rows.")
+        rows += found
+    return rows
+
+
+def _read(path: Path) -> Iterator[Row]:
+    if path.is_dir():
+        files = sorted(path.rglob("*.parquet"))
+        if not files:
+            yield from _mme_folder(path)
+        for file in files:
+            yield from _parquet(file)
+        return
+    extension = path.suffix.lower()
+    if extension == ".parquet":
+        yield from _parquet(path)
+    elif extension in (".tsv", ".csv"):
+        yield from _rows(path, _separated(path, "\t" if extension == ".tsv" else ","))
+    elif extension in (".json", ".jsonl"):
+        yield from _rows(path, _json(path))
+    else:
+        raise EvaluationError(f"`data` must be a folder or end in {', '.join(EXTENSIONS)}, got {path}.")
+
+
+def _rows(path: Path, records: Iterator[dict[str, Any]]) -> Iterator[Row]:
+    table: dict[str, Row] = {}
+    for number, record in enumerate(records, start=1):
+        images = {name: record.pop(name) for name in _IMAGE_COLUMNS if name in record}
+        if isinstance(images.get("image_path"), str):
+            # Scores of MME and names in messages need it, and it is short.
+            record["image_path"] = images["image_path"]
+        row = Row(record, f"{path}, row {number}", path.stem, lambda images=images: images, table)  # type: ignore[misc]
+        if "index" in record:
+            table.setdefault(str(record["index"]), row)
+        yield row
+
+
+def _separated(path: Path, separator: str) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(sys.maxsize)  # images are in the cells
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=separator)
+        header = next(reader, [])
+        lines = [line for line in reader if line]
+    # As with pandas, a column of whole numbers holds numbers.
+    whole = {
+        column
+        for column in range(len(header))
+        if (cells := [line[column] for line in lines if column < len(line) and line[column] not in _EMPTY])
+        and all(cell.isascii() and cell.isdecimal() and (cell == "0" or cell[0] != "0") for cell in cells)
+    }
+    for line in lines:
+        if len(line) > len(header):
+            raise EvaluationError(
+                f"`data`: {path} has {len(line)} cells in row {lines.index(line) + 1}, but {len(header)} columns. Are "
+                "quotation marks in its cells doubled?"
+            )
+        yield {
+            name: int(cell) if column in whole and name not in _IMAGE_COLUMNS else cell
+            for column, (name, cell) in enumerate(zip(header, line, strict=False))
+            if cell not in _EMPTY
+        }
+
+
+def _json(path: Path) -> Iterator[dict[str, Any]]:
+    """Read JSON lines (also in files that end in .json), a list of rows, or a dictionary from ids to rows."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        content = json.loads(text)
+    except ValueError:
+        content = [_json_line(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if isinstance(content, dict) and isinstance(content.get("data"), list):
+        content = content["data"]
+    elif isinstance(content, dict) and content and all(isinstance(row, dict) for row in content.values()):
+        content = [{"pid": key, **row} for key, row in content.items()]
+    elif isinstance(content, dict):
+        content = [content]  # JSON lines with one line
+    if not isinstance(content, list):
+        raise EvaluationError(f"`data`: {path} must hold a list of rows, got {type(content).__name__}.")
+    for number, row in enumerate(content, start=1):
+        if not isinstance(row, dict):
+            raise EvaluationError(f"`data`: {path}, row {number} must be a dictionary, got {type(row).__name__}.")
+        yield {name: value for name, value in row.items() if value is not None}
+
+
+def _json_line(path: Path, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise EvaluationError(f"`data`: {path}, line {number} is not JSON ({error}).") from error
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    import_extra("pyarrow", "eval", "Parquet")
+    import pyarrow as pa
+    from pyarrow.parquet import read_table
+
+    try:
+        content = read_table(path)
+    except pa.ArrowInvalid as error:
+        raise EvaluationError(f"`data`: {path} is not a Parquet file ({error}).") from error
+    images = [name for name in _IMAGE_COLUMNS if name in content.column_names]
+    plain = content.drop_columns(images)
+    table: dict[str, Row] = {}
+    for number, record in enumerate(plain.to_pylist()):
+
+        def image(number: int = number) -> Mapping[str, Any]:
+            return {name: content[name][number].as_py() for name in images}
+
+        values = {name: value for name, value in record.items() if value is not None}
+        row = Row(values, f"{path}, row {number + 1}", path.stem, image, table)
+        if "index" in values:
+            table.setdefault(str(values["index"]), row)
+        yield row
+
+
+def _mme_folder(path: Path) -> Iterator[Row]:
+    """Read MME as it is distributed: a folder per category, with images and lines of question, tab and answer."""
+    texts = sorted(file for file in path.glob("*/*.txt")) + sorted(path.glob(f"*/{_MME_QUESTIONS}/*.txt"))
+    if not texts:
+        raise EvaluationError(
+            f"`data`: the folder {path} has no Parquet files, and no questions of MME (CATEGORY/NAME.txt next to "
+            "CATEGORY/NAME.jpg). Give the file of the questions, and the folder of their images as `image_folder`."
+        )
+    for file in texts:
+        category = file.parent.parent if file.parent.name == _MME_QUESTIONS else file.parent
+        folder = category / "images" if file.parent.name == _MME_QUESTIONS else category
+        picture = next(
+            (folder / (file.stem + end) for end in _MME_IMAGES if (folder / (file.stem + end)).is_file()),
+            folder / f"{file.stem}.jpg",
+        )
+        name = picture.relative_to(path).as_posix()
+        for number, line in enumerate(filter(str.strip, file.read_text(encoding="utf-8").splitlines()), start=1):
+            question, _, answer = line.rpartition("\t")
+            values = {"index": f"{name}#{number}", "question": question, "answer": answer.strip()}
+            stored = {"image_path": name}
+            yield Row(
+                {**values, "category": category.name, **stored},
+                f"{file}, line {number}",
+                path.stem,
+                lambda stored=stored: stored,  # type: ignore[misc]
+                {},
+                # `mgllava detect` on this folder names images by their path in it.
+                name,
+            )
+
+
+def find_image(row: Row, folder: Path, default: str | None = None, prefers_files: bool = False) -> Any:
+    """Return the image of a row in a form that can be opened: a path or bytes.
+
+    Args:
+        row ([`Row`]): The row.
+        folder (`Path`): Where paths start.
+        default (`str`, *optional*): Path of the image of rows that do not name one.
+        prefers_files (`bool`): Whether to take the file if a row has a path and pixels.
+
+    Returns:
+        `Path` or `bytes`: The image; a path is that of an existing file.
+
+    Raises:
+        BadRowError: If the row has no image, or the image is not there.
+    """
+    for _ in range(len(row.table) + 1):
+        stored = row.image()
+        paths = [stored[name] for name in ("image_path", "image") if _is_path(stored.get(name))]
+        if paths and (prefers_files or len(paths) == sum(value is not None for value in stored.values())):
+            return _inside(folder, paths[0])
+        image = next(
+            (stored[name] for name in ("decoded_image", "image", "img") if stored.get(name) is not None), None
+        )
+        if isinstance(image, Mapping):
+            if image.get("bytes"):
+                return image["bytes"]
+            image = image.get("path") or None
+            if image is not None:
+                return _inside(folder, image)
+        if isinstance(image, bytes | bytearray) and image:
+            return bytes(image)
+        if (image is None or image == "") and default is not None:
+            return _inside(folder, default)
+        if image is None or image == "":
+            raise BadRowError("it has no image")
+        if isinstance(image, list):
+            if len(image) != 1:
+                raise BadRowError(f"it has {len(image)} images, and the original's questions have one")
+            image = image[0]
+        if isinstance(image, int) or (isinstance(image, str) and len(image) < _SHORTEST_BASE64):
+            other = row.table.get(str(image))
+            if other is None:
+                raise BadRowError(f"its image is that of the row with index {image}, which is absent")
+            row = other
+            continue
+        return _decode(str(image))
+    raise BadRowError("its image is that of another row, in a circle")
+
+
+def _is_path(value: Any) -> bool:
+    """Tell whether the cell of an image is a path: base64 has no point."""
+    return isinstance(value, str) and not value.startswith(("data:", "[")) and "." in value[-6:]
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Return the path of an image; files of benchmarks are downloaded, so it must be inside the folder."""
+    relative = os.path.normpath(os.path.relpath(name, folder.absolute()) if os.path.isabs(name) else name)
+    if relative == ".." or relative.startswith(".." + os.sep) or os.path.isabs(relative):
+        raise BadRowError(f"its image {name!r} is outside the folder {folder}")
+    path = folder / relative
+    if not path.is_file():
+        raise BadRowError(f"its image {path} does not exist")
+    return path
+
+
+def _decode(text: str) -> bytes:
+    if text.startswith("["):
+        try:
+            several = json.loads(text.replace("'", '"'))
+        except ValueError:
+            several = [text]
+        if len(several) != 1:
+            raise BadRowError(f"it has {len(several)} images, and the original's questions have one")
+        text = str(several[0])
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        content = base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadRowError(f"its image is not base64 ({error}), which begins with {text[:20]!r}") from error
+    if not content:
+        raise BadRowError("its image is empty")
+    return content
+
+
+__all__ = ["EXTENSIONS", "Row", "find_image", "read_rows"]

@@ -1,0 +1,159 @@
+"""A benchmark with the user's files: its questions, and the rows that cannot be asked."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from .benchmarks import Benchmark, find_benchmark
+from .errors import BadRowError, EvaluationError
+from .questions import Question, make_question, read_annotations
+from .tables import find_image, read_rows
+
+OnError = Literal["stop", "skip"]
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that is not scored, and the reason."""
+
+    place: str
+    key: Any
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Questions of a benchmark.
+
+    Attributes:
+        benchmark: The benchmark.
+        questions: The questions that can be asked, in the order of the files.
+        bad_rows: The other rows.
+        left_out: Number of rows without an image, which this benchmark has by design.
+        image_folder: Where paths of images start.
+        prefers_files: Whether the user named this folder, so that a file is preferred to pixels in the row.
+    """
+
+    benchmark: Benchmark
+    questions: list[Question]
+    bad_rows: list[BadRow]
+    left_out: int
+    image_folder: Path
+    prefers_files: bool
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether the questions have reference answers."""
+        return bool(self.questions) and self.questions[0].answer is not None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of keys and prompts, in hexadecimal. Pixels are not read."""
+        content = hashlib.sha256()
+        for question in self.questions:
+            content.update(json.dumps([question.number, question.key, question.prompt, question.row.place]).encode())
+        return content.hexdigest()
+
+    def find_image(self, question: Question) -> Any:
+        """Return the image of a question.
+
+        Args:
+            question ([`Question`]): The question.
+
+        Returns:
+            `Path` or `bytes`: The image in its file format.
+
+        Raises:
+            BadRowError: If it is not there.
+        """
+        default = None if self.benchmark.image_of is None else self.benchmark.image_of.format(question.key)
+        return find_image(question.row, self.image_folder, default, self.prefers_files)
+
+
+def load_task(
+    benchmark: str | Benchmark,
+    data: str | Path | Sequence[str | Path],
+    *,
+    image_folder: str | Path | None = None,
+    annotations: str | Path | None = None,
+    box_key: str | None = None,
+    limit: int | None = None,
+) -> Task:
+    """Read the questions of a benchmark.
+
+    Args:
+        benchmark (`str` or [`Benchmark`]): The benchmark, or its name in `BENCHMARKS`.
+        data (`str`, `Path` or list of them): Files or folders with its rows, see [`read_rows`].
+        image_folder (`str` or `Path`, *optional*): Folder that paths of images start from; by default the folder of
+            the data.
+        annotations (`str` or `Path`, *optional*): File with the answers, if they are in another file.
+        box_key (`str`, *optional*): Column with the ids of the box file; by default that of the questions' ids.
+        limit (`int`, *optional*): Number of rows to read, from the first.
+
+    Returns:
+        [`Task`]: Questions, and rows that cannot be asked.
+
+    Raises:
+        EvaluationError: If there is no such benchmark, a file has another form, or no row can be asked.
+        ImportError: If a file is Parquet and pyarrow is not installed.
+        OSError: If a file cannot be read.
+    """
+    chosen = find_benchmark(benchmark) if isinstance(benchmark, str) else benchmark
+    paths = [Path(path) for path in ([data] if isinstance(data, str | Path) else data)]
+    if not paths:
+        raise EvaluationError("`data` must name at least one file.")
+    if limit is not None and limit < 1:
+        raise EvaluationError(f"`limit` must be at least 1, got {limit}.")
+    rows = read_rows(paths)[:limit]
+    answers = None if annotations is None else read_annotations(annotations)
+    if image_folder is None:
+        folder = paths[0] if paths[0].is_dir() else paths[0].parent
+    else:
+        folder = Path(image_folder)
+        if not folder.is_dir():
+            raise EvaluationError(f"`image_folder` must be a folder, got {folder}.")
+    task = Task(chosen, [], [], 0, folder, image_folder is not None)
+    seen: set[Any] = set()
+    left_out = 0
+    for number, row in enumerate(rows):
+        if chosen.leaves_out and not any(row.image().values()):
+            left_out += 1
+            continue
+        try:
+            question = make_question(number, row, chosen.prompt, chosen.answer, chosen.keys, box_key, answers)
+            # The same question may be in several files of POPE, which are its categories.
+            if (row.stem, question.key) in seen:
+                raise BadRowError(f"its id {question.key!r} is that of an earlier row")
+            task.find_image(question)
+        except BadRowError as error:
+            key = next((row.values[name] for name in chosen.keys if name in row.values), number + 1)
+            task.bad_rows.append(BadRow(row.place, key, str(error)))
+        else:
+            seen.add((row.stem, question.key))
+            task.questions.append(question)
+    if any(question.answer is not None for question in task.questions):
+        silent = [question for question in task.questions if question.answer is None]
+        task.bad_rows.extend(
+            BadRow(question.row.place, question.key, "it has no answer, while other rows have one")
+            for question in silent
+        )
+        task.questions[:] = [question for question in task.questions if question.answer is not None]
+    if not task.questions:
+        raise EvaluationError(f"`data`: no row of {paths[0]} can be asked. {describe(task.bad_rows)}")
+    return replace(task, left_out=left_out)
+
+
+def describe(bad_rows: Sequence[BadRow]) -> str:
+    """Name bad rows, at most a few."""
+    named = "; ".join(map(str, bad_rows[:_NAMED]))
+    return named + (f"; and {len(bad_rows) - _NAMED} more." if len(bad_rows) > _NAMED else ".")
+
+
+__all__ = ["BadRow", "OnError", "Task", "describe", "load_task"]

@@ -1,0 +1,130 @@
+"""`mgllava eval` with small models: answers as of single prompts, boxes of models that have some, and of others."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from mgllava.box_files import write_boxes
+from mgllava.cli import app
+from mgllava.evaluation import Answerer, evaluate
+
+from .conftest import in_base64
+
+
+def command(model, data, output, *options):
+    arguments = ["eval", model, "--benchmark", "multiple-choice", "--data", data, "--output", output, *options]
+    return CliRunner().invoke(app, [*map(str, arguments), "--dtype", "float32", "--max-new-tokens", "5"])
+
+
+def alone(model, processor, prompt, color, boxes):
+    """Answer one prompt, encoded from its text instead of a conversation."""
+    text = f"USER: <image>\n{prompt} ASSISTANT:"
+    inputs = processor(images=Image.new("RGB", (40, 30), color), text=text, boxes=[boxes], return_tensors="pt")
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=5)
+    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_answers_are_those_of_single_prompts(repository, model, processor, choices, tmp_path):
+    lists = [[[3, 3, 20, 20]], [], [[0, 0, 40, 30], [5, 5, 12, 12]], [[1, 1, 9, 9]]]
+    records = [
+        {"id": n, "boxes": boxes, "labels": ["a", "b"][: len(boxes)], "scores": [0.9, 0.8][: len(boxes)]}
+        for n, boxes in enumerate(lists)
+    ]
+    file = write_boxes(tmp_path / "boxes.json", records)
+    result = command(repository, choices, tmp_path / "out", "--box-file", file, "--batch-size", "3")
+    assert result.exit_code == 0, result.output
+    assert "accuracy: " in result.output and "report.html" in result.output
+    answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").open()]
+    colors = ("red", "green", "blue", "red")
+    request = "Answer with the option's letter from the given choices directly."
+    for number, (color, record) in enumerate(zip(colors, records, strict=True)):
+        prompt = f"Q{number}?\nA. one\nB. two\n{request}"
+        assert answers[number]["answer"] == alone(model, processor, prompt, color, record)
+        assert len(answers[number]["boxes"]) == len(record["boxes"])
+    settings = json.loads((tmp_path / "out" / "scores.json").read_text())["settings"]
+    assert settings["boxes"]["source"] == "file" and settings["boxes"]["file"].startswith("sha256:")
+
+
+def test_boxes_of_the_truth_are_not_suppressed(repository, write_tsv, tmp_path):
+    """Two boxes that overlap, with the same label: a detector's would be one object."""
+    line = {"question": "Q?", "A": "x", "answer": "A", "boxes": "[[2, 2, 20, 20], [2, 2, 21, 20]]"}
+    data = write_tsv([{"index": 1, **line, "image": in_base64()}])
+    result = evaluate(
+        str(repository), "seed", data, tmp_path / "out", boxes="oracle", dtype="float32", max_new_tokens=2
+    )
+    (answer,) = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").open()]
+    assert result.answered == 1 and len(answer["boxes"]) == 2
+
+
+def test_bad_rows_stop_before_the_model_answers_or_are_skipped(repository, write_tsv, tmp_path):
+    line = {"question": "Q?", "A": "x", "answer": "A", "image": in_base64()}
+    data = write_tsv(
+        [
+            {"index": 1, **line},
+            {"index": 2, **line, "image": ""},
+            {"index": 3, **line, "A": ""},
+            {"index": 4, **line, "answer": "F"},
+            {"index": 5, **line},
+        ]
+    )
+    file = write_boxes(tmp_path / "b.json", [{"id": n, "boxes": [], "labels": [], "scores": []} for n in range(1, 5)])
+    reasons = ["no image", "its options are empty", "'F' is not one of its options A", "no boxes for the id 5"]
+    result = command(repository, data, tmp_path / "out", "--box-file", file)
+    assert result.exit_code == 1 and "4 rows cannot be asked" in result.output and "--on-error" in result.output
+    assert all(reason in result.output for reason in reasons)
+    assert not (tmp_path / "out").exists()
+    result = command(repository, data, tmp_path / "out", "--box-file", file, "--on-error", "skip")
+    assert result.exit_code == 0 and "1 answers, 4 rows skipped" in result.output
+    skipped = json.loads((tmp_path / "out" / "scores.json").read_text())["skipped"]
+    assert all(reason in row["reason"] for reason, row in zip(reasons, skipped, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--boxes", "file"], "--boxes is file, so --box-file must name one"),
+        (["--boxes", "none", "--drop-boxes", "0.5"], "but --boxes is none"),
+        (["--boxes", "none", "--box-file", "b.json"], "--box-file must be left out if --boxes is none"),
+        (["--boxes", "detector"], "has none. Choose none, file or oracle"),
+        (["--shift-boxes", "3"], "the model has no box detector, so there are no boxes to change"),
+        (["--drop-boxes", "2"], "--drop-boxes must be from 0 to 1, got 2.0"),
+        (["--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--limit", "0"], "--limit must be at least 1"),
+        (["--resume", "--overwrite"], "pass one of them"),
+        (["--annotations", "absent.json"], "absent.json"),
+        (["--image-folder", "absent"], "--image-folder must be a folder"),
+        (["--box-key", "name"], "it has no name as text or a whole number"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, problem, repository, choices, tmp_path):
+    result = command(repository, choices, tmp_path / "out", *options)
+    assert result.exit_code == 1 and problem in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    "options", [["--boxes", "detector"], ["--box-file", "b.json"], ["--boxes", "oracle"], ["--drop-boxes", "0.5"]]
+)
+def test_options_of_boxes_are_refused_for_models_without_boxes(options, stand_in_path, choices, tmp_path):
+    result = command(stand_in_path, choices, tmp_path / "out", *options)
+    assert result.exit_code == 1 and "must be left out: Stand-in has no boxes" in " ".join(result.output.split())
+    assert options[0] in result.output
+
+
+def test_models_without_boxes_are_asked_without(stand_in_path, choices, tmp_path):
+    result = command(stand_in_path, choices, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").open()]
+    assert len(answers) == 4 and all("boxes" not in answer for answer in answers)
+
+
+def test_answers_are_greedy_whatever_the_model_suggests(model, processor, monkeypatch):
+    image = Image.new("RGB", (40, 30))
+    expected = Answerer(model, processor, 5).answer([image], ["Q?"])
+    suggestion = {"do_sample": True, "temperature": 5.0, "top_k": 3, "repetition_penalty": 3.0, "num_beams": 2}
+    for name, value in suggestion.items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    torch.manual_seed(1)
+    assert Answerer(model, processor, 5).answer([image], ["Q?"]) == expected

@@ -1,0 +1,169 @@
+"""Prompts of the benchmarks, word by word as in the original, and rows that cannot be asked."""
+
+import json
+
+import pytest
+
+from mgllava.evaluation import BENCHMARKS, EvaluationError, load_task
+from mgllava.evaluation.questions import question_in_prompt, read_annotations
+from mgllava.evaluation.tables import Row
+
+LETTER = "Answer with the option's letter from the given choices directly."
+SHORT = "\nAnswer the question using a single word or phrase."
+PROMPTS = [
+    ("mmbench-dev", {"question": "Q?", "A": "x", "B": "y"}, f"Q?\nA. x\nB. y\n{LETTER}"),
+    ("seed", {"question": "Q?", "hint": "H", "A": "x", "C": "z"}, f"H\nQ?\nA. x\nC. z\n{LETTER}"),
+    ("mmbench-dev-cn", {"question": "这是什么?", "A": "x"}, "这是什么?\nA. x\n请直接回答选项字母。"),
+    ("mmstar", {"question": "Q?", "A": "图"}, "Q?\nA. 图\n请直接回答选项字母。"),
+    ("scienceqa", {"question": "Q?", "choices": ["x", "y"], "hint": ""}, f"Q?\nA. x\nB. y\n{LETTER}"),
+    ("textvqa", {"text": "Q?\nReference OCR token: a, b" + SHORT}, "Q?\nReference OCR token: a, b" + SHORT),
+    ("textvqa", {"question": "Q?", "ocr_tokens": ["a", "b"]}, "Q?\nReference OCR token: a, b" + SHORT),
+    ("docvqa", {"question": "Q?"}, "Q?" + SHORT),
+    ("pope", {"text": "Q?"}, "Q?\nPlease answer the question with yes or no."),
+    ("hallusionbench", {"index": "VD_a_b_1_2_3", "question": "Q?"}, "Q?\nPlease answer the question with yes or no."),
+    (
+        "mme",
+        {"question": "Q? Please answer yes or no."},
+        "Q? Please answer the question only a single word yes or no.",
+    ),
+    ("gqa", {"text": "Q?" + SHORT}, "Q?" + SHORT),
+    ("vqav2", {"question": "Q?"}, "Q?" + SHORT),
+    ("llava-wild", {"text": "Q?"}, "Q?"),
+    ("mmvet", {"text": "Q?"}, "Q?"),
+    (
+        "mathvista",
+        {"question": "Q?", "question_type": "multi_choice", "answer_type": "text", "choices": ["1", "2"], "unit": "m"},
+        "Hint: Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end.\n"
+        "Question: Q? (Unit: m)\nChoices:\n(A) 1\n(B) 2",
+    ),
+    (
+        "mathvista",
+        {"question": "Q?", "question_type": "free_form", "answer_type": "float", "precision": 2.0},
+        "Hint: Please answer the question requiring a floating-point number with two decimal places and provide the "
+        "final value, e.g., 1.23, 1.34, 1.45, at the end.\nQuestion: Q?",
+    ),
+    ("mmvp", {"Question": "Q?", "Options": "(a) x (b) y"}, "Q? (a) x (b) y"),
+]
+
+
+def row(values):
+    return Row(values, "row", "data", dict, {})
+
+
+@pytest.mark.parametrize(("name", "values", "prompt"), PROMPTS)
+def test_prompt(name, values, prompt):
+    assert BENCHMARKS[name].prompt(row(values)) == prompt
+
+
+def test_box_limits_are_those_of_the_original():
+    unlimited = {name for name, benchmark in BENCHMARKS.items() if benchmark.box_limit is None}
+    assert unlimited == {"vqav2", "llava-wild", "mmvet", "mathvista", "mmvp"}
+    assert {benchmark.box_limit for benchmark in BENCHMARKS.values()} == {100, None}
+
+
+def test_open_questions_of_mmmu_become_choices(write_tsv):
+    from .conftest import in_base64
+
+    rows = [{"index": 1, "question": "Q?", "answer": "24", "image": in_base64()}]
+    (question,) = load_task("mmmu", write_tsv(rows, "MMMU_DEV_VAL.tsv")).questions
+    assert question.prompt == f"Q?\nA. 24\nB. Other Answers\n{LETTER}" and question.answer == "24"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "question"),
+    [
+        ("What is it?\nReference OCR token: A\nAnswer.", "what is it?"),
+        ("Reference OCR token: A\nWhat is it?\nAnswer.", "what is it?"),
+        ("What is it?\nAnswer.", "what is it?"),
+        ("OCR tokens: A. Question: What is it? Short answer:", "what is it?"),
+    ],
+)
+def test_question_in_a_prompt_of_textvqa(prompt, question):
+    assert question_in_prompt(prompt) == question
+
+
+def test_answers_of_textvqa_come_from_its_annotations(tmp_path, write_lines):
+    from .conftest import png
+
+    (tmp_path / "a.png").write_bytes(png())
+    data = write_lines([{"question_id": "a", "image": "a.png", "text": "What?\nAnswer."}])
+    annotations = tmp_path / "val.json"
+    entry = {"image_id": "a", "question": "what?", "answers": ["x"] * 10}
+    annotations.write_text(json.dumps({"data": [entry]}))
+    (question,) = load_task("textvqa", data, annotations=annotations).questions
+    assert question.answer == ("x",) * 10
+    annotations.write_text(json.dumps({"data": [{**entry, "question": "Who?"}]}))
+    with pytest.raises(EvaluationError, match=r"the annotations have no answer for \('a', 'what\?'\)"):
+        load_task("textvqa", data, annotations=annotations)
+
+
+def test_annotations_of_vqav2_and_gqa(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"annotations": [{"question_id": 7, "answers": [{"answer": "x"}]}]}))
+    assert read_annotations(path) == {"7": [{"answer": "x"}]}
+    path.write_text(json.dumps({"7": {"answer": "x", "isBalanced": True}, "8": {"answer": "y", "isBalanced": False}}))
+    assert read_annotations(path) == {"7": "x"}
+    path.write_text("[]")
+    with pytest.raises(EvaluationError, match="`annotations`"):
+        read_annotations(path)
+
+
+BAD = [
+    ("multiple-choice", {"question": "Q?", "answer": "A"}, "its options are empty"),
+    ("multiple-choice", {"question": "Q?", "A": "x", "B": "y", "answer": "C"}, "'C' is not one of its options A, B"),
+    ("multiple-choice", {"A": "x", "answer": "A"}, "it has no question"),
+    ("pope", {"question": "Q?", "answer": "maybe"}, "must be yes or no, got 'maybe'"),
+    ("docvqa", {"question": "Q?", "answer": "[]"}, "its list of answers is empty"),
+    ("textvqa", {"question": "Q?", "answers": '["a", "b"]'}, "it has 2 human answers"),
+    ("mathvista", {"question": "Q?", "question_type": "free_form", "answer_type": "text"}, "asks? for 'text'"),
+    ("hallusionbench", {"question": "Q?", "answer": "yes"}, "its index must end in"),
+]
+
+
+@pytest.mark.parametrize(("name", "values", "reason"), BAD)
+def test_bad_rows_are_named(name, values, reason, write_tsv):
+    from .conftest import in_base64
+
+    good = {"index": 1, "pid": 1, "image": in_base64()}
+    fine = {
+        "multiple-choice": {"question": "Q?", "A": "x", "answer": "A"},
+        "pope": {"question": "Q?", "answer": "Yes"},
+        "docvqa": {"question": "Q?", "answer": "['x']"},
+        "textvqa": {"question": "Q?", "answers": json.dumps(["x"] * 10)},
+        "mathvista": {"question": "Q?", "question_type": "free_form", "answer_type": "integer"},
+        "hallusionbench": {"index": "VD_a_b_1_2_3", "question": "Q?", "answer": "no"},
+    }[name]
+    data = write_tsv([{**good, **fine}, {**good, "index": 2, "pid": 2, **values}])
+    task = load_task(name, data)
+    assert len(task.questions) == 1
+    (bad,) = task.bad_rows
+    assert bad.place == f"{data}, row 2"
+    import re
+
+    assert re.search(reason, bad.reason)
+
+
+def test_an_id_that_occurs_twice_is_named(write_tsv):
+    from .conftest import in_base64
+
+    line = {"index": 1, "question": "Q?", "A": "x", "answer": "A", "image": in_base64()}
+    task = load_task("seed", write_tsv([line, line]))
+    assert [bad.reason for bad in task.bad_rows] == ["its id 1 is that of an earlier row"]
+
+
+def test_some_rows_without_an_answer_are_named(write_tsv):
+    from .conftest import in_base64
+
+    line = {"question": "Q?", "A": "x", "image": in_base64()}
+    data = write_tsv([{"index": 1, **line, "answer": "A"}, {"index": 2, **line}])
+    assert [bad.key for bad in load_task("seed", data).bad_rows] == [2]
+
+
+def test_no_good_row_is_an_error(write_tsv):
+    with pytest.raises(EvaluationError, match=r"no row of .* can be asked.*row 1: its options are empty"):
+        load_task("seed", write_tsv([{"index": 1, "question": "Q?", "image": "x" * 20}]))
+
+
+def test_unknown_benchmark():
+    with pytest.raises(EvaluationError, match="`benchmark` must be one of mmbench-dev"):
+        load_task("mmbench", "x.tsv")

@@ -1,0 +1,135 @@
+"""Scores of made-up answers, with values computed by hand from the definitions of the benchmarks."""
+
+import pytest
+
+from mgllava.evaluation.questions import Question
+from mgllava.evaluation.scores import (
+    score_choices,
+    score_documents,
+    score_exactly,
+    score_gqa,
+    score_hallusion,
+    score_mme,
+    score_pope,
+    score_softly,
+)
+from mgllava.evaluation.tables import Row
+
+
+def ask(*lines):
+    """Make questions of (key, answer, category, other columns)."""
+    return [
+        Question(number, key, key, "Q", answer, category, Row(values, "row", "data", dict, {}))
+        for number, (key, answer, category, *rest) in enumerate(lines)
+        for values in [rest[0] if rest else {}]
+    ]
+
+
+def test_rotations_of_a_question_count_as_one():
+    questions = ask(
+        *((key, "A", "x") for key in (1, 1_000_001, 2_000_001)),
+        *((key, "B", "y") for key in (2, 1_000_002)),
+        (3, "C", "y"),
+        # Its question is not there, so that it does not count.
+        (1_000_009, "D", "y"),
+    )
+    scores = score_choices(questions, ["A", "A.", "(A)", "B", "C", "Cats", "D"])
+    # Of 1, 2 and 3, the second has a wrong rotation.
+    assert scores.main == "accuracy" and scores.values["accuracy"] == pytest.approx(100 * 2 / 3)
+    assert scores.categories == pytest.approx({"x": 100, "y": 50})
+    assert scores.values["accuracy of single questions"] == pytest.approx(100 * 6 / 7)
+    assert scores.credits == [1, 1, 1, 1, 0, 1, 1]
+    assert "CircularEval" in scores.notes[0]
+
+
+def test_letters_beyond_d_are_wrong_and_said():
+    scores = score_choices(ask((1, "E", ""), (2, "A", "")), ["E", "A"])
+    assert scores.values["accuracy"] == 50 and "A to D" in scores.notes[0]
+
+
+def test_splits_and_groups_of_categories():
+    rows = ((1, "A", "x", "dev", "L"), (2, "A", "y", "test", "L"), (3, "A", "y", "test", "M"))
+    questions = ask(
+        *((key, answer, cat, {"split": split, "l2-category": two}) for key, answer, cat, split, two in rows)
+    )
+    scores = score_choices(questions, ["A", "B", "A"])
+    assert scores.values == pytest.approx(
+        {
+            "accuracy": 200 / 3,
+            "accuracy, split dev": 100,
+            "accuracy, split test": 50,
+            "accuracy, L": 50,
+            "accuracy, M": 100,
+        }
+    )
+
+
+def test_pope_is_the_mean_over_its_files():
+    """Two of three said yes are right, two of four wanted are found; the other file is all right."""
+    first = [("Yes", "yes"), ("Yes", "Yes."), ("No", "yes"), ("Yes", "no"), ("Yes", "I think"), ("No", "No")]
+    questions = ask(
+        *((number, wanted, "popular") for number, (wanted, _) in enumerate(first)),
+        (6, "Yes", "random"),
+        (7, "No", "random"),
+    )
+    scores = score_pope(questions, [*(said for _, said in first), "yes", "no"])
+    f1 = 2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4)
+    assert scores.categories == pytest.approx({"popular": 100 * f1, "random": 100})
+    expected = {
+        "F1": (f1 + 1) / 2,
+        "precision": 5 / 6,
+        "recall": 3 / 4,
+        "accuracy": (3 / 6 + 1) / 2,
+        "share of yes": 0.5,
+    }
+    assert {name: scores.values[name] for name in expected} == pytest.approx(
+        {name: 100 * value for name, value in expected.items()}
+    )
+    assert scores.main == "F1" and sum(scores.credits) == 5
+
+
+def test_pope_without_any_yes():
+    assert score_pope(ask((1, "No", "a")), ["no"]).values["F1"] == 0
+
+
+def test_mme_adds_accuracy_of_questions_and_of_images():
+    rows = [
+        ("count", "a"),
+        ("count", "a"),
+        ("count", "b"),
+        ("count", "b"),
+        ("code_reasoning", "c"),
+        ("code_reasoning", "c"),
+    ]
+    questions = ask(*((n, "Yes", category, {"image_path": image}) for n, (category, image) in enumerate(rows)))
+    scores = score_mme(questions, ["yes", "yes", "yes", "no", "Yes", "Yes"])
+    # count: three of four questions, one of two images.
+    assert scores.values["perception"] == pytest.approx(75 + 50)
+    assert scores.values["cognition"] == pytest.approx(200) and scores.values["total"] == pytest.approx(325)
+    assert scores.categories == pytest.approx({"count": 125, "code_reasoning": 200})
+    assert "perception is the sum without OCR, artwork" in scores.notes[0]
+
+
+def test_hallusionbench_counts_figures_and_questions():
+    keys = ["VD_a_b_0_0_0", "VD_a_b_0_0_1", "VD_a_b_0_1_0", "VD_a_b_0_1_1"]
+    scores = score_hallusion(
+        ask(*((key, "Yes", "VD", {"l2-category": "a"}) for key in keys)), ["yes", "yes", "yes", "no"]
+    )
+    # Figure 0 is right in both questions; question 0 is right for both figures.
+    assert scores.values == pytest.approx({"aAcc": 75, "fAcc": 50, "qAcc": 50})
+
+
+def test_gqa_compares_lower_case_without_points_at_the_end():
+    scores = score_gqa(ask((1, "cat", ""), (2, "cat", ""), (3, "cat", "")), ["Cat.", "the cat", "cat "])
+    assert scores.values["accuracy"] == pytest.approx(100 / 3)
+
+
+def test_exact_match_ignores_case_and_surrounding_spaces():
+    assert score_exactly(ask((1, "Top Left", "x"), (2, "E", "y")), [" top left", "F"]).categories == {"x": 100, "y": 0}
+
+
+def test_soft_accuracy_and_anls_are_means():
+    humans = tuple(["cat"] * 2 + ["dog"] * 8)
+    scores = score_softly(ask((1, humans, ""), (2, humans, "")), ["Cat", "a dog"])
+    assert scores.values["accuracy"] == pytest.approx(100 * (0.6 + 1) / 2)
+    assert score_documents(ask((1, ("sitting",), "")), ["kitten"]).values["ANLS"] == pytest.approx(100 * 4 / 7)
