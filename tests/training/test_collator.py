@@ -152,6 +152,7 @@ def test_samples_of_all_kinds_share_a_batch(small_processor):
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
 
 
+TWO, THREE = ([{"from": "human", "value": "<image>" * number + "Which?"}, TURNS[1]] for number in (2, 3))
 IMAGE_URL = [{"type": "image_url", "image_url": IMAGE}, {"type": "text", "text": "What is it?"}]
 BAD = {
     "url_without_boxes": (
@@ -166,8 +167,14 @@ BAD = {
     "no_file": ({"image": "/nowhere/cup.jpg"}, "/nowhere/cup.jpg"),
     "no_boxes": ({"boxes": None}, "without boxes"),
     "no_answer": ({"conversations": TURNS[:1]}, "no answer"),
-    "no_placeholder": ({"conversations": [{"from": "human", "value": "Hm?"}, TURNS[1]]}, "1 images, but 0"),
-    "no_image": ({"image": None}, "more <image> than images"),
+    "no_placeholder": ({"conversations": [{"from": "human", "value": "Hm?"}, TURNS[1]]}, "got 0 <image> and 1 images"),
+    "no_image": ({"image": None, "boxes": None}, "got 1 <image> and 0 images"),
+    "boxes_without_image": (
+        {"image": None, "conversations": [{"from": "human", "value": "Hm?"}, TURNS[1]]},
+        "0 images",
+    ),
+    "too_few_images": ({"image": [IMAGE] * 2, "boxes": None, "conversations": THREE}, "got 3 <image> and 2 images"),
+    "one_record_for_two": ({"image": [IMAGE] * 2, "conversations": TWO}, "got 1 entries for 2 images"),
     "wrong_turn": ({"conversations": [{"from": "robot", "value": "Hm?"}]}, "from"),
     "wrong_boxes": ({"boxes": [[40, 10, 5, 30]]}, "x1 <= x2"),
     "wrong_number_of_boxes": ({"boxes": [[[5, 10, 40, 30]], []]}, "for each image"),

@@ -173,6 +173,67 @@ def test_each_image_of_a_sample_has_its_own_boxes(small_processor, tmp_path):
         assert batch["boxes"].tolist() == [boxes.tolist() for boxes in expected["boxes"]]
 
 
+def boxes_of(sample, processor):
+    batch = MGLlavaDataCollator(processor)([sample])
+    return [boxes[:number].tolist() for boxes, number in zip(batch["boxes"], batch["num_boxes"], strict=True)]
+
+
+def test_boxes_of_a_sample_come_first_then_those_of_its_id_then_those_of_paths(small_processor, tmp_path):
+    """A record of the sample's id has a list with an entry for each image."""
+    images = [str(tmp_path / "images" / name) for name in ("0.png", "1.png")]
+
+    def expected(*boxes):
+        prepared = small_processor.image_processor(images, boxes=[[box] for box in boxes])
+        return [boxes.tolist() for boxes in prepared["boxes"]]
+
+    paths = {"0.png": FIRST, "1.png": FIRST}
+    by_path = two_pictures(tmp_path, paths)
+    assert boxes_of(ConversationDataset([by_path], small_processor)[0], small_processor) == expected(FIRST, FIRST)
+    records = [{"id": name, **found_at(box)} for name, box in paths.items()]
+    write_boxes(tmp_path / "l.json", [{"id": "pair", "frames": [found_at(FIRST), found_at(SECOND)]}, *records])
+    by_id = open_source(tmp_path / "pair.json", tmp_path / "images", tmp_path / "l.json")
+    for given in (ConversationDataset([by_id], small_processor)[0], next(iter(stream_samples([by_id])))):
+        assert boxes_of(given, small_processor) == expected(FIRST, SECOND)
+    two_pictures(tmp_path, paths, boxes=[[SECOND], [FIRST]])
+    assert boxes_of(ConversationDataset([by_id], small_processor)[0], small_processor) == expected(SECOND, FIRST)
+
+
+def test_a_list_of_boxes_for_another_number_of_images_is_refused(small_processor, tmp_path, caplog):
+    source = two_pictures(tmp_path, {"0.png": FIRST, "1.png": SECOND})
+    write_boxes(tmp_path / "pair-boxes.json", [{"id": "pair", "frames": [found_at(FIRST)] * 3}])
+    source = open_source(source.samples, source.images, tmp_path / "pair-boxes.json")
+    expected = r"Sample pair has 2 images, and .*pair-boxes.json boxes of 3 for it"
+    with pytest.raises(TrainingError, match=expected):
+        ConversationDataset([source], small_processor)
+    with pytest.raises(TrainingError, match="No sample is left"):
+        ConversationDataset([source], small_processor, on_bad_sample="skip")
+
+
+def test_the_only_image_of_a_sample_may_have_its_boxes_by_path(folder, small_processor):
+    """A job over a folder names records by paths, and samples with one and with several images share the file."""
+    expected = ConversationDataset([source(folder)], small_processor)[1]["boxes"]
+    records = [
+        {**record, "id": f"{record['id'].removeprefix('sample-')}.png"}
+        for record in read_boxes(folder / "boxes.json").values()
+    ]
+    write_boxes(folder / "by-path.json", records)
+    found = ConversationDataset([source(folder, "by-path.json")], small_processor)[1]["boxes"]
+    assert [entry["boxes"] for entry in found] == [entry["boxes"] for entry in expected]
+
+
+def test_images_without_boxes_do_not_take_those_of_the_others_away(small_processor, tmp_path):
+    source = two_pictures(tmp_path, {"1.png": SECOND})
+    with pytest.raises(TrainingError, match=r"has none for 0\.png"):
+        ConversationDataset([source], small_processor)
+    dataset = ConversationDataset([source], small_processor, missing_boxes="empty")
+    collator = MGLlavaDataCollator(small_processor, missing_boxes="empty")
+    boxes = collator([dataset[0]])["boxes"]
+    assert boxes[0].tolist() == [[0, 0, 0, 0]] and boxes[1].any()
+    two_pictures(tmp_path, {}, boxes=[[FIRST], None])
+    with pytest.raises(TrainingError, match="Sample pair has boxes for some of its images only"):
+        ConversationDataset([source], small_processor)
+
+
 @pytest.mark.parametrize("missing_boxes", ["error", "empty"])
 def test_one_record_for_several_images_is_refused(small_processor, tmp_path, missing_boxes):
     source = two_pictures(tmp_path, {"pair": FIRST})

@@ -17,12 +17,14 @@ from mgllava.extras import import_extra
 from mgllava.families import takes_boxes
 
 from .errors import SampleError, TrainingError
-from .samples import BadSamples, MissingBoxes, labels_of, longest_text, sample_images, to_conversation
+from .samples import BadSamples, MissingBoxes, has_boxes, labels_of, longest_text, sample_images, to_conversation
 
 logger = logging.getLogger(__name__)
 
 # How many bad samples a message names.
 _NAMED = 5
+# Part of the keys of cached rows; raised when their columns change.
+_CACHE_VERSION = 2
 # Threads that check whether images exist, which is slow on network file systems.
 _THREADS = 16
 
@@ -34,8 +36,10 @@ class SampleSource:
     Attributes:
         samples: LLaVA's JSON: a list (`.json`) or one sample per line (`.jsonl`).
         images: Folder that image paths are relative to; by default the folder of `samples`.
-        boxes: The boxes of the images by the ids of the samples; `None` if boxes are in the samples, or there are
-            none.
+        boxes: The boxes of the images, by the ids of the samples or by the paths of the images as in the samples.
+            Boxes in a sample come first, then the record of its id (for several images one that has a list, `frames`,
+            with one entry for each of them), then the records of its images' paths. `None`: all boxes are in the
+            samples, or there are none.
     """
 
     samples: Path
@@ -150,19 +154,26 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def _problems(self, rows: Any) -> Iterator[tuple[int, str, str]]:
         """Yield row, kind and message of each bad sample; images may be gone since the rows were cached."""
-        columns = [rows[name] for name in ("id", "source", "image", "kind", "problem", "has_boxes")]
+        columns = [rows[name] for name in ("id", "source", "image", "kind", "problem", "boxes")]
         pictures: dict[tuple[int, str], list[str]] = {}
         with ThreadPoolExecutor(_THREADS) as pool:
             absent = list(pool.map(self._absent_image, columns[1], columns[2], chunksize=256))
-        for row, (key, source, images, kind, problem, has_boxes) in enumerate(zip(*columns, strict=True)):
+        for row, (key, source, images, kind, problem, given) in enumerate(zip(*columns, strict=True)):
             boxes = self.sources[source].boxes
             if kind:
                 yield row, kind, problem
             elif absent[row]:
                 yield row, "without an image", f"Sample {key}: there is no image {absent[row]}."
-            elif not images or has_boxes:
+            elif given == "some" and self._missing_boxes == "error":
+                problem = f"Sample {key} has boxes for some of its images only: give each an entry, [] for no objects."
+                yield row, "without boxes", problem
+            elif not images or given:
                 continue
-            elif boxes is not None and pictures.setdefault((source, key), images) != images:
+            elif (
+                boxes is not None
+                and _shares_id(key, images, boxes)
+                and (pictures.setdefault((source, key), images) != images)
+            ):
                 problem = "has another image than an earlier sample of this id"
                 yield (
                     row,
@@ -182,8 +193,8 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self._rows[index]
         sample = complete_row(row, self.sources[row["source"]])
-        if row["image"] and self._missing_boxes == "empty":
-            sample.setdefault("boxes", [[]] * len(row["image"]))
+        if row["image"] and self._missing_boxes == "empty" and not has_boxes(sample):
+            sample["boxes"] = [[]] * len(row["image"])
         return sample
 
 
@@ -215,29 +226,44 @@ def complete_row(row: Mapping[str, Any], source: SampleSource) -> dict[str, Any]
     sample: dict[str, Any] = {"id": row["id"], **json.loads(row["turns"])}
     if row["image"]:
         sample["images"] = [str(source.image_folder / image) for image in row["image"]]
-        if "boxes" not in sample and source.boxes is not None:
+        if source.boxes is not None and not has_boxes(sample):
             # Streamed samples have not been checked yet.
             if problem := _box_problem(row["id"], row["image"], source.boxes, "empty"):
                 raise SampleError(f"Sample {row['id']} {problem}.")
-            keys = _box_keys(row["id"], row["image"])
-            if all(key in source.boxes for key in keys):
-                sample["boxes"] = [source.boxes[key] for key in keys]
+            records = _records(row["id"], row["image"], source.boxes)
+            if any(record is not None for record in records):
+                sample["boxes"] = records
     return sample
 
 
-def _box_keys(key: str, images: Sequence[str]) -> list[str]:
-    """Return the ids of a sample's images in a box file: the sample's id for one image, their paths for several."""
-    return [key] if len(images) == 1 else list(images)
+def _shares_id(key: str, images: Sequence[str], boxes: BoxFile) -> bool:
+    """Tell whether a record of a sample's id holds the boxes of its images."""
+    return key in boxes and (len(images) == 1 or boxes.holds_frames(key))
+
+
+def _records(key: str, images: Sequence[str], boxes: BoxFile) -> list[Any]:
+    """Return the boxes of each image of a sample, `None` where the file has none.
+
+    The record of the sample's id comes first: for one image its boxes, for several its list with an entry for each.
+    Otherwise, each image has the record of its path.
+    """
+    if _shares_id(key, images, boxes):
+        return [boxes[key]] if len(images) == 1 else list(boxes[key]["frames"])
+    return [boxes.get(image) for image in images]
 
 
 def _box_problem(key: str, images: Sequence[str], boxes: BoxFile | None, missing_boxes: MissingBoxes | None) -> str:
     """Return what is wrong with the boxes of a sample's images, or an empty string."""
     if boxes is None:
         return "has no boxes: no box file is given" if missing_boxes == "error" else ""
-    keys = _box_keys(key, images)
+    by_id = _shares_id(key, images, boxes)
+    keys = [key] if by_id else list(images)
     if twice := [name for name in keys if name in boxes.duplicates]:
         return f"has two records in {boxes.name} ({twice[0]})"
-    if len(images) > 1 and key in boxes and not all(name in boxes for name in keys):
+    if by_id and len(images) > 1:
+        number = len(boxes[key]["frames"])
+        return "" if number == len(images) else f"has {len(images)} images, and {boxes.name} boxes of {number} for it"
+    if key in boxes and not all(name in boxes for name in keys):
         return (
             f"has {len(images)} images, and {boxes.name} one record for all of them. Give the sample `boxes`, a list "
             "with one entry for each image, or run the detector on the folder of images, which names records by path"
@@ -246,7 +272,9 @@ def _box_problem(key: str, images: Sequence[str], boxes: BoxFile | None, missing
         return f"is of images, but {boxes.name} has boxes of the frames of a video for it ({videos[0]})"
     absent = [name for name in keys if name not in boxes]
     if absent and missing_boxes == "error":
-        return f"has no boxes: {boxes.name} has none" + (f" for {absent[0]}" if len(images) > 1 else "")
+        return f"has no boxes: {boxes.name} has none for " + (
+            absent[0] if len(images) > 1 else f"{key} or {absent[0]}"
+        )
     return ""
 
 
@@ -297,11 +325,11 @@ def _generate(datasets: Any, **options: Any) -> Any:
 
 def _stamp(path: Path) -> str:
     status = path.stat()
-    return f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+    return f"{_CACHE_VERSION} {path.resolve()} {status.st_size} {status.st_mtime_ns}"
 
 
 class _Measure:
-    """Return the `length` of a row, whether it `has_boxes`, and `kind` and `problem` of a bad sample (else empty)."""
+    """Return the `length` of a row, which `boxes` it has, and `kind` and `problem` of a bad sample (else empty)."""
 
     def __init__(self, processor: Any, max_text_length: int, original_labels: bool):
         self.processor, self.max_text_length = processor, max_text_length
@@ -336,7 +364,15 @@ class _Measure:
         except Exception as error:  # chat templates raise errors of their own
             kind, problem = "of another form", f"Sample {row['id']}: {error}"
         measured = {"length": length if row["image"] else -length, "kind": kind, "problem": problem}
-        return {**measured, "has_boxes": "boxes" in sample}
+        return {**measured, "boxes": ("all" if self._is_complete(sample) else "some") if has_boxes(sample) else ""}
+
+    def _is_complete(self, sample: Mapping[str, Any]) -> bool:
+        """Tell whether a sample has boxes for each image."""
+        try:
+            to_conversation(sample, "error")
+        except SampleError:
+            return False
+        return True
 
 
 def open_source(

@@ -73,6 +73,15 @@ def sample_images(sample: Mapping[str, Any]) -> list[Any]:
     return list(images) if isinstance(images, list | tuple) else [images]
 
 
+def has_boxes(sample: Mapping[str, Any]) -> bool:
+    """Tell whether a sample itself has boxes, in `boxes` or in the blocks of its messages."""
+    contents = [message.get("content") for message in sample.get("messages") or () if isinstance(message, Mapping)]
+    blocks = [block for content in contents if isinstance(content, list | tuple) for block in content]
+    return sample.get("boxes") is not None or any(
+        isinstance(block, Mapping) and block.get("boxes") is not None for block in blocks
+    )
+
+
 def to_conversation(sample: Mapping[str, Any], missing_boxes: MissingBoxes | None = "error") -> list[dict[str, Any]]:
     """Turn a sample into messages, each with `role` and a list of blocks; image blocks have the image and its boxes.
 
@@ -94,7 +103,7 @@ def to_conversation(sample: Mapping[str, Any], missing_boxes: MissingBoxes | Non
     if boxes is not None and missing_boxes is None:
         raise SampleError(_no_boxes(name))
     try:
-        entries = flatten_boxes(boxes, len(images)) if images else []
+        entries = flatten_boxes(boxes, len(images))
     except (TypeError, ValueError) as error:
         raise SampleError(f"Sample {name} must have boxes for each image: {error}") from error
     if sample.get("messages") is not None:
@@ -115,27 +124,32 @@ def to_conversation(sample: Mapping[str, Any], missing_boxes: MissingBoxes | Non
     turns = _in_turn(turns)
     if not turns:
         raise SampleError(f"Sample {name} has no answer to learn.")
+    placeholders = sum(block["type"] == "image" and "image" not in block for _, blocks in turns for block in blocks)
+    if placeholders != len(images):
+        raise SampleError(_other_number(name, len(images), placeholders))
     conversation: list[dict[str, Any]] = []
     pending = iter(zip(images, entries, strict=True))
-    used = 0
     for role, blocks in turns:
         content = []
         for block in blocks:
             if block["type"] == "image" and "image" not in block:
-                image, entry = next(pending, (None, None))
-                if image is None:
-                    raise SampleError(
-                        f"Sample {name} has more {IMAGE_TOKEN} than images: it has {len(images)}. Name the image in "
-                        f"`image`, or remove {IMAGE_TOKEN} from the text."
-                    )
+                image, entry = next(pending)
                 if entry is not None and block.get("boxes") is not None:
                     raise SampleError(f"Sample {name} must have boxes in `boxes` or in its image blocks, got both.")
-                block, used = {"boxes": entry, **block, "image": image}, used + 1
+                block = {"boxes": entry, **block, "image": image}
             content.append(_with_boxes(block, missing_boxes, name) if block["type"] in _IMAGE_BLOCKS else block)
         conversation.append({"role": role, "content": content})
-    if used != len(images):
-        raise SampleError(f"Sample {name} has {len(images)} images, but {used} {IMAGE_TOKEN} in its questions.")
     return conversation
+
+
+def _other_number(name: str, num_images: int, num_placeholders: int) -> str:
+    advice = f"Name each image in `image`, in the order of the {IMAGE_TOKEN}, or remove {IMAGE_TOKEN} from the text."
+    if num_placeholders < num_images:
+        advice = f"Write {IMAGE_TOKEN} into a question that has an answer, once for each image, or remove the images."
+    return (
+        f"Sample {name} must have one {IMAGE_TOKEN} in its questions for each image, got {num_placeholders} "
+        f"{IMAGE_TOKEN} and {num_images} images. {advice}"
+    )
 
 
 def _with_boxes(block: dict[str, Any], missing_boxes: MissingBoxes | None, name: str) -> dict[str, Any]:
@@ -221,6 +235,7 @@ __all__ = [
     "BadSamples",
     "MissingBoxes",
     "ends_with_question",
+    "has_boxes",
     "labels_of",
     "longest_text",
     "sample_id",
