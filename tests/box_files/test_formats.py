@@ -55,6 +55,27 @@ def test_videos_as_in_training(tmp_path, content):
     assert read_boxes(tmp_path / "boxes.json")["v.1"]["frames"] == FRAMES
 
 
+def test_images_and_videos_share_a_parquet_file(tmp_path):
+    """Rows of images have no frames, rows of videos no boxes, and an empty frame stays a frame."""
+    video = {"id": "v.mp4", "frames": FRAMES}
+    path = write_boxes(tmp_path / "boxes.parquet", [RECORDS[0], video, {"video": "w.mkv", "frames": FRAMES[1:]}])
+    file = read_boxes(path)
+    assert boxes_of(file["a"]) == boxes_of(RECORDS[0]) and "frames" not in file["a"]
+    assert file["v.mp4"]["frames"] == FRAMES and file["w"]["frames"] == FRAMES[1:] and "boxes" not in file["w"]
+    assert [file.holds_frames(key) for key in ("a", "v.mp4", "w")] == [False, True, True]
+    assert all(type(corner) is int for corner in file["v.mp4"]["frames"][0]["boxes"][0])
+
+
+def test_damaged_frames_in_parquet_are_named(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    frames = [[{"boxes": [[1.0, 2.0, 3.0]], "labels": ["a"], "scores": [0.5]}]]
+    pyarrow.parquet.write_table(pyarrow.table({"id": ["v"], "frames": frames}), tmp_path / "boxes.parquet")
+    with pytest.raises(BoxFileError, match="record 0, frame 0: every box must be"):
+        read_boxes(tmp_path / "boxes.parquet")
+
+
 def test_videos_as_in_evaluation_have_ids_without_extension(tmp_path):
     records = [{"video": "first.mp4", "frames": FRAMES}, {"video": "sec.ond.mkv", "frames": FRAMES[1:]}]
     path = write_boxes(tmp_path / "boxes.json", records)
@@ -154,7 +175,6 @@ def test_damaged_parquet_is_refused(tmp_path):
 def test_records_that_a_format_cannot_hold_are_refused_without_a_file(tmp_path):
     for name, records, layout, said in [
         ("boxes.parquet", [RECORDS[0], {**RECORDS[1], "id": 3}], "list", "needs ids of one type"),
-        ("boxes.parquet", [{"id": "v", "frames": FRAMES}], "list", "write the boxes of videos to JSON"),
         ("boxes.json", [RECORDS[0], RECORDS[0]], "dictionary", "occurs twice"),
     ]:
         with pytest.raises(BoxFileError, match=said):

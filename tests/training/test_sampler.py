@@ -52,6 +52,18 @@ def test_small_sets_and_single_modalities(lengths):
     assert sorted(ModalityLengthSampler(lengths, 16)) == list(range(len(lengths)))
 
 
+def test_videos_have_batches_of_their_own():
+    modalities = [
+        ("text" if length < 0 else "video" if index % 5 else "image") for index, length in enumerate(LENGTHS)
+    ]
+    found = batches(ModalityLengthSampler(LENGTHS, 16, seed=1, modalities=modalities), 16)
+    assert sorted(index for batch in found for index in batch) == list(range(len(LENGTHS)))
+    whole = sum(modalities.count(name) // 16 for name in ("image", "text", "video"))
+    assert all(len({modalities[index] for index in batch}) == 1 for batch in found[:whole])
+    with pytest.raises(ValueError, match="each of the 2 lengths, got 1"):
+        ModalityLengthSampler([1, 2], 1, modalities=["image"])
+
+
 def test_a_length_of_zero_is_refused():
     with pytest.raises(ValueError, match="lengths"):
         ModalityLengthSampler([3, 0], 2)

@@ -106,8 +106,11 @@ class BoxFile(Mapping[Any, Record]):
             `bool`: `False` also if there is no such id.
         """
         row = self._row(key)
-        # Only JSON files, whose records are a list of dictionaries, hold videos.
-        return row is not None and isinstance(self._records, list) and "frames" in self._records[row]
+        if row is None:
+            return False
+        # Records of Parquet are created when they are read, which takes longer than asking for one column.
+        of_row = getattr(self._records, "holds_frames", None)
+        return "frames" in self._records[row] if of_row is None else bool(of_row(row))
 
     def __contains__(self, key: object) -> bool:
         return self._row(key) is not None

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 FORMATS = (".json", ".parquet")
 _BOX_KEYS = ("boxes", "scores", "labels")
+_FRAMES = "frames"
 _METADATA_KEY = b"mgllava"
 # Rows of a row group: they are converted to Arrow together, which limits memory.
 _ROWS_AT_A_TIME = 10_000
@@ -70,22 +71,26 @@ def write_boxes(
     inputs_digest: str | None = None,
     layout: Literal["list", "dictionary"] = "list",
     integer_boxes: bool | None = None,
+    has_frames: bool | None = None,
 ) -> Path:
     """Write a box file, which gets its name when it is complete.
 
     JSON has exactly the original's keys, and the settings go to `NAME.settings.json`. Parquet has the columns `id`,
-    `image`, `width`, `height`, `boxes`, `labels` and `scores`, and the settings in its metadata.
+    `image`, `width`, `height`, `boxes`, `labels` and `scores`, and the settings in its metadata. If there are videos,
+    there is the column `frames`, too: a list of `boxes`, `labels` and `scores` for a video, and null for an image.
 
     Args:
         path (`str` or `Path`): The file, `.json` or `.parquet`.
         records (`Iterable[Mapping]`): The records, which are read once and in order. Each has `id` (text or integer)
-            and the lists `boxes` (xyxy in pixels of the original image), `labels` and `scores` of one length. JSON
-            also takes `video` (a file name) instead of `id`, and `frames` instead of the lists; Parquet also takes
-            `image`, `width` and `height` (pixels).
+            and the lists `boxes` (xyxy in pixels of the original image), `labels` and `scores` of one length, or, for
+            a video, `frames`: a list of such lists for each frame. JSON also takes `video` (a file name) instead of
+            `id`; Parquet also takes `image`, `width` and `height` (pixels).
         settings (`Mapping`, *optional*): Settings of the detector, see [`detection_settings`].
         inputs_digest (`str`, *optional*): Digest of the list of images.
         layout (`str`): JSON only: `"list"` for training and evaluation, `"dictionary"` for training alone.
         integer_boxes (`bool`, *optional*): Parquet only: whether all coordinates are integers. By default all records
+            are loaded into memory to find out.
+        has_frames (`bool`, *optional*): Parquet only: whether some records are those of videos. By default all records
             are loaded into memory to find out.
 
     Returns:
@@ -117,7 +122,7 @@ def write_boxes(
             else:
                 side_file.unlink(missing_ok=True)
         else:
-            _write_parquet(partial, checked, metadata, integer_boxes)
+            _write_parquet(partial, checked, metadata, integer_boxes, has_frames)
     return path
 
 
@@ -293,53 +298,65 @@ def require_pyarrow() -> None:
     import_extra("pyarrow.parquet", "datasets", "Parquet")
 
 
-def _schema(integer_ids: bool, integer_boxes: bool, metadata: Mapping[str, Any]) -> "pyarrow.Schema":
+def _schema(integer_ids: bool, integer_boxes: bool, has_frames: bool, metadata: Mapping[str, Any]) -> "pyarrow.Schema":
     import pyarrow as pa
 
     coordinate = pa.int32() if integer_boxes else pa.float64()
+    of_image = [
+        ("boxes", pa.list_(pa.list_(coordinate, 4))),
+        ("labels", pa.list_(pa.string())),
+        ("scores", pa.list_(pa.float64())),
+    ]
     fields = [
         ("id", pa.int64() if integer_ids else pa.string()),
         ("image", pa.string()),
         ("width", pa.int32()),
         ("height", pa.int32()),
-        ("boxes", pa.list_(pa.list_(coordinate, 4))),
-        ("labels", pa.list_(pa.string())),
-        ("scores", pa.list_(pa.float64())),
+        *of_image,
+        *([(_FRAMES, pa.list_(pa.struct(of_image)))] if has_frames else []),
     ]
     return pa.schema(fields, metadata={_METADATA_KEY: json.dumps(metadata, ensure_ascii=False)})
 
 
 def _write_parquet(
-    path: Path, records: Iterator[Record], metadata: Mapping[str, Any], integer_boxes: bool | None
+    path: Path,
+    records: Iterator[Record],
+    metadata: Mapping[str, Any],
+    integer_boxes: bool | None,
+    has_frames: bool | None,
 ) -> None:
     require_pyarrow()
     import pyarrow as pa
     from pyarrow.parquet import ParquetWriter
 
-    if integer_boxes is None:
+    if integer_boxes is None or has_frames is None:
         in_memory = list(records)
-        integer_boxes = all(has_integer_boxes(record) for record in in_memory)
+        integer_boxes = all(map(has_integer_boxes, in_memory)) if integer_boxes is None else integer_boxes
+        has_frames = any(_FRAMES in record for record in in_memory) if has_frames is None else has_frames
         records = iter(in_memory)
     first = next(records, None)
     integer_ids = first is not None and isinstance(_identified(first, "record 0"), int)
-    schema = _schema(integer_ids, integer_boxes, metadata)
+    schema = _schema(integer_ids, integer_boxes, has_frames, metadata)
     remaining = chain([] if first is None else [first], records)
     with ParquetWriter(path, schema, compression="zstd") as writer:
         while rows := list(islice(remaining, _ROWS_AT_A_TIME)):
             for record in rows:
-                if "frames" in record:
-                    raise BoxFileError("Parquet box files hold images; write the boxes of videos to JSON.")
+                if _FRAMES in record and not has_frames:
+                    raise BoxFileError("`has_frames` must be true for records of videos, got false.")
                 if isinstance(_identified(record, "a record"), int) != integer_ids:
                     raise BoxFileError(
-                        f"Parquet needs ids of one type, got both text and integers ({record['id']!r}). Write JSON, "
+                        "Parquet needs ids of one type, got both text and integers "
+                        f"({_identified(record, 'a record')!r}). Write JSON, "
                         "or turn all ids into text."
                     )
+            rows = [{"id": _identified(record, "a record"), **record} for record in rows]
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
 
 
 def has_integer_boxes(record: Mapping[str, Any]) -> bool:
     """Tell whether all coordinates of a record are integers."""
-    return all(isinstance(value, int) for box in record.get("boxes", ()) for value in box)
+    images = record.get(_FRAMES) or [record]
+    return all(isinstance(value, int) for image in images for box in image.get("boxes") or () for value in box)
 
 
 class _ArrowRecords(Sequence[Record]):
@@ -361,7 +378,17 @@ class _ArrowRecords(Sequence[Record]):
         if isinstance(row, slice):
             return [self[number] for number in range(*row.indices(len(self)))]
         record: Record = self._table.slice(row, 1).to_pylist()[0]
+        # A column holds null where it does not apply.
+        if record.get(_FRAMES) is None:
+            record.pop(_FRAMES, None)
+        elif all(record.get(name) is None for name in _BOX_KEYS):
+            for name in _BOX_KEYS:
+                record.pop(name, None)
         return record
+
+    def holds_frames(self, row: int) -> bool:
+        """Tell whether a row is that of a video."""
+        return _FRAMES in self._table.column_names and self._table[_FRAMES][row].is_valid
 
 
 def _is_clean(table: "pyarrow.Table") -> bool:
@@ -370,6 +397,8 @@ def _is_clean(table: "pyarrow.Table") -> bool:
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    if _FRAMES in table.column_names:
+        return False  # each row has boxes or frames
     boxes, labels, scores = (table[name].combine_chunks() for name in ("boxes", "labels", "scores"))
     try:
         lengths = [pc.list_value_length(column) for column in (boxes, labels, scores)]
@@ -401,7 +430,8 @@ def _read_parquet(path: Path, missing: Missing) -> BoxFile:
         table = read_table(path)
     except pa.ArrowInvalid as error:
         raise BoxFileError(f"{path} is not a Parquet file ({error}). Is it truncated?") from error
-    absent = [name for name in ("id", *_BOX_KEYS) if name not in table.column_names]
+    wanted = ("id",) if _FRAMES in table.column_names else ("id", *_BOX_KEYS)
+    absent = [name for name in wanted if name not in table.column_names]
     if absent:
         raise BoxFileError(f"{path} has no column {', '.join(absent)}, so it is not a box file.")
     records = _ArrowRecords(table)

@@ -10,24 +10,38 @@ _BATCHES_TOGETHER = 50
 
 
 class ModalityLengthSampler(Sampler[int]):
-    """Groups samples by modality (with or without images) and by length, as the original does.
+    """Groups samples by modality (images, videos or only text) and by length, as the original does.
 
     Every batch (over all processes) has one modality, except for the last ones, which mix the samples that are left
     over. The group with the longest sample comes first, so that a training that runs out of memory does so at once.
 
     Args:
-        lengths (`Sequence[int]`): Length of each sample in tokens, negative for samples without an image.
+        lengths (`Sequence[int]`): Length of each sample in tokens, negative for samples without images and videos.
         batch_size (`int`): Samples of one optimizer step, over all processes and accumulated batches.
         seed (`int`, *optional*, defaults to 0): Random seed; the number of the epoch is added to it.
+        modalities (`Sequence[str]`, *optional*): Modality of each sample; by default `lengths` tells those with
+            images from those of only text.
 
     Raises:
-        ValueError: If a length is zero.
+        ValueError: If a length is zero, or there is another number of modalities.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int = 0):
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, seed: int = 0, modalities: Sequence[str] | None = None
+    ):
         if not all(lengths):
             raise ValueError("`lengths` must not be zero: positive for samples with an image, negative for others.")
+        if modalities is None:
+            modalities = ["image" if length > 0 else "text" for length in lengths]
+        if len(modalities) != len(lengths):
+            raise ValueError(
+                f"`modalities` must have one entry for each of the {len(lengths)} lengths, got {len(modalities)}."
+            )
         self.lengths = lengths
+        # In alphabetical order: images, text, videos.
+        self._groups: dict[str, list[int]] = {name: [] for name in sorted(set(modalities))}
+        for index, modality in enumerate(modalities):
+            self._groups[modality].append(index)
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
@@ -48,8 +62,7 @@ class ModalityLengthSampler(Sampler[int]):
         together = max(1, min(len(self.lengths) // (self.batch_size * 4), _BATCHES_TOGETHER)) * self.batch_size
         groups: list[list[int]] = []
         left_over: list[int] = []
-        for sign in (1, -1):
-            of_modality = [index for index, length in enumerate(self.lengths) if length * sign > 0]
+        for of_modality in self._groups.values():
             order = torch.randperm(len(of_modality), generator=generator).tolist()
             whole = len(order) // self.batch_size * self.batch_size
             left_over += [of_modality[position] for position in order[whole:]]

@@ -128,7 +128,7 @@ class MGLlavaTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return ModalityLengthSampler(lengths, batch_size, seed)
+        return ModalityLengthSampler(lengths, batch_size, seed, getattr(dataset, "modalities", None))
 
     def create_optimizer(self, model: Any = None, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Create the optimizer, with groups of parameters for `learning_rates`.
