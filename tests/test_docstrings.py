@@ -27,9 +27,21 @@ DEFAULTS_ELSEWHERE = {
 }
 
 
+# Programs that plugins belong to, and that are not installed with the development tools.
+HOSTS = ("vllm",)
+
+
 def modules():
-    names = [module.name for module in pkgutil.walk_packages(mgllava.__path__, "mgllava.")]
-    return [importlib.import_module(name) for name in ["mgllava", *names] if not name.endswith("__main__")]
+    """Import all modules, except those of plugins whose program is not installed."""
+    names = ["mgllava", *(module.name for module in pkgutil.walk_packages(mgllava.__path__, "mgllava."))]
+    found = []
+    for name in names:
+        try:
+            if not name.endswith("__main__"):
+                found.append(importlib.import_module(name))
+        except ModuleNotFoundError as error:
+            assert name.startswith("mgllava.integrations.") and error.name in HOSTS, (name, error)
+    return found
 
 
 def is_package(module):

@@ -36,6 +36,7 @@ FLOORS = (
     ("extras", "noise", "model_files", "atomic_files", "folder_lock", "user_text"),
     ("conversion", "hub", "training", "chat", "box_files", "visualization"),
     ("serving", "evaluation"),
+    ("integrations",),
     ("commands",),
     ("cli",),
     ("__main__",),

@@ -27,7 +27,7 @@ def encode_conversation(processor: Any, messages: list[dict[str, Any]], **kwargs
             "This release of transformers cannot encode control tokens in the text of users as text. A space is "
             "inserted into each: `</s>` becomes `< /s>`. Upgrade transformers to leave the text unchanged."
         )
-        messages = _break_tokens(messages, control_tokens(processor))
+        messages = break_tokens(messages, control_tokens(processor))
     return processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **kwargs
     )
@@ -42,19 +42,17 @@ def control_tokens(processor: Any) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
 
 
-def _break_tokens(value: Any, tokens: re.Pattern[str]) -> Any:
-    """Copy a conversation, with a space inserted into each control token."""
+def break_tokens(value: Any, tokens: re.Pattern[str]) -> Any:
+    """Copy a conversation, with a space inserted into each control token of its texts."""
     if isinstance(value, str):
         while tokens.search(value):
             value = tokens.sub(lambda match: f"{match.group()[0]} {match.group()[1:]}", value)
         return value
     if isinstance(value, Mapping):
-        return {
-            key: _break_tokens(item, tokens) if key in ("content", "text") else item for key, item in value.items()
-        }
+        return {key: break_tokens(item, tokens) if key in ("content", "text") else item for key, item in value.items()}
     if isinstance(value, list):
-        return [_break_tokens(item, tokens) for item in value]
+        return [break_tokens(item, tokens) for item in value]
     return value
 
 
-__all__ = ["control_tokens", "encode_conversation"]
+__all__ = ["break_tokens", "control_tokens", "encode_conversation"]

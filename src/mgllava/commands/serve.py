@@ -1,7 +1,7 @@
 """The command `mgllava serve`."""
 
 from dataclasses import fields
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,6 +15,13 @@ from .options import AttnImplementation, Bits, Device, Dtype, Model, Revision, T
 @errors_as_messages(ValueError, ImportError)
 def serve(
     model: Model,
+    engine: Annotated[
+        Literal["transformers", "vllm"],
+        typer.Option(help="What runs the model. vllm answers many requests at once; needs the extra `vllm`."),
+    ] = "transformers",
+    engine_options: Annotated[
+        str | None, typer.Option(help="JSON object: further options of vLLM, such as tensor_parallel_size.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Server listen address.")] = "localhost",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Server listen port.")] = 8000,
     revision: Revision = None,
@@ -89,16 +96,23 @@ def serve(
 ) -> None:
     """Serve a model through an OpenAI-compatible API like that of `transformers serve`, with boxes in requests.
 
-    One answer is generated at a time. Needs the extra `serve`.
+    One answer is generated at a time, unless vLLM is the engine. Needs the extra `serve`.
     """
     options = {**locals(), "allowed_hosts": allowed_hosts or [], "api_keys": api_keys or []}
+    limits = ServingLimits(**{field.name: options.pop(field.name) for field in fields(ServingLimits)})
+    del options["engine"]
+    if engine == "vllm":
+        from mgllava.integrations.vllm.command import run_vllm
+
+        return run_vllm(**options, limits=limits)
+    if options.pop("engine_options") is not None:
+        raise ValueError("`engine_options` must be left out without `--engine vllm`.")
     from transformers.utils.import_utils import is_serve_available
 
     if not is_serve_available():
         raise ImportError(f"Serving needs FastAPI and other packages. {install_hint('serve')}")
     from mgllava.serving.server import run_server
 
-    limits = ServingLimits(**{field.name: options.pop(field.name) for field in fields(ServingLimits)})
     run_server(**options, limits=limits)
 
 

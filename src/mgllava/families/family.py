@@ -1,7 +1,7 @@
 """Description of a model family by the names of its classes and functions."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -32,6 +32,7 @@ class Family:
         original_labels: Class that tells from which samples the original learns nothing, if there are such.
         images_depend_on_text: Whether the embeddings of an image depend on the text of the prompt. The KV cache
             after the first image can then not be used for another prompt.
+        values_without_text: Values of the configuration with which they do not depend on it.
     """
 
     title: str
@@ -50,6 +51,7 @@ class Family:
     max_text_length: int | None = None
     original_labels: str | None = None
     images_depend_on_text: bool = False
+    values_without_text: Mapping[str, Any] = field(default_factory=dict)
 
 
 def resolve(name: str) -> Any:

@@ -27,6 +27,7 @@ SLIME = Family(
     max_text_length=1472,
     original_labels="mgllava.training.slime_labels:SlimeLabels",
     images_depend_on_text=True,
+    values_without_text={"router_top_p": 1.0, "branch": "both"},
 )
 
 __all__ = ["SLIME"]

@@ -67,7 +67,7 @@ class MessageReader:
     def read(
         self, messages: Any, root: str = "messages", instructions: str | None = None, boxes: Any = None
     ) -> Conversation:
-        """Check messages and bring them into the order that chat templates expect, see [`_in_trained_order`].
+        """Check messages and bring them into the order that chat templates expect, see [`in_trained_order`].
 
         `root` is the field that has them; `instructions` is a system message that comes first. `boxes` is the field
         `boxes` of the request, one entry per image, for clients that cannot write boxes into image parts.
@@ -96,7 +96,7 @@ class MessageReader:
             self._distribute_boxes(boxes, conversation.images)
         if instructions is not None:
             turns.insert(0, {"role": "system", "content": [_text(instructions)]})
-        conversation.messages = _in_trained_order(turns)
+        conversation.messages = in_trained_order(turns)
         return conversation
 
     def _read_part(self, part: Any, param: str, role: str, images: list[ImageSource]) -> dict[str, Any]:
@@ -199,7 +199,7 @@ def _read_message(message: Any, param: str) -> tuple[str, list[Any]]:
     return _ROLES[role], content
 
 
-def _in_trained_order(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def in_trained_order(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Bring turns into the order of training: at most one system message, then user and assistant in turn.
 
     System messages are joined at the start; several messages of one role are joined with a line break; an empty user
@@ -317,4 +317,4 @@ def _check_detail(part: Mapping[str, Any], param: str) -> None:
         raise wrong_value(f"{param}.detail", f"one of {kinds}", detail)
 
 
-__all__ = ["Conversation", "ImageSource", "MessageReader", "check_text_length"]
+__all__ = ["Conversation", "ImageSource", "MessageReader", "check_text_length", "in_trained_order"]

@@ -1,0 +1,190 @@
+"""From images with boxes to the model's inputs and placeholders, image by image, as vLLM caches them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+
+from mgllava.families import takes_boxes
+
+from .boxed_images import BoxedImage, boxed_images, run_lengths
+from .hooks import (
+    BaseDummyInputsBuilder,
+    BaseMultiModalProcessor,
+    BaseProcessingInfo,
+    MediaWithBytes,
+    MultiModalDataParser,
+    MultiModalFieldConfig,
+    ProcessorBatchItems,
+    PromptReplacement,
+    open_image,
+)
+from .options import MAX_BOXES, PluginOptions
+
+# Arrangements of views, rows and columns, one of which takes the most placeholders.
+_GRIDS = ((1, 1), (1, 7), (7, 1), (2, 3), (3, 2), (1, 6), (6, 1))
+
+
+class BoxedImageItems(ProcessorBatchItems):
+    """The images of a prompt with their boxes."""
+
+    def __init__(self, data: Sequence[BoxedImage]):
+        super().__init__(data, "image")
+
+    def get_item_for_hash(self, index: int) -> object:
+        """Return what the caches of vLLM know an image by: the image or its file, and its boxes."""
+        item = self.data[index]
+        return {"image": item.image, "boxes": item.boxes_text()}
+
+
+class BoxedImageParser(MultiModalDataParser):
+    """Reads images with boxes, and leaves the images as they are: the processor opens them in its own way."""
+
+    def _parse_image_data(self, data: Any) -> BoxedImageItems | None:
+        return None if data is None else BoxedImageItems(boxed_images(data))
+
+
+class ServedInfo(BaseProcessingInfo):
+    """Limits of a model."""
+
+    def get_supported_mm_limits(self) -> dict[str, int | None]:
+        """Accept any number of images."""
+        return {"image": None}
+
+    def get_data_parser(self) -> BoxedImageParser:
+        """Return the parser of images with boxes."""
+        return BoxedImageParser()
+
+    @cached_property
+    def largest_image(self) -> tuple[BoxedImage, int]:
+        """An image with the most placeholders, and their number."""
+        processor = self.get_hf_processor()
+        size = processor.image_processor.crop_size
+        found = []
+        for rows, columns in _GRIDS:
+            image = np.zeros((rows * size["height"], columns * size["width"], 3), dtype=np.uint8)
+            boxes = [[0, 0, 1, 1]] * self.most_boxes if takes_boxes(processor) else None
+            item = BoxedImage(image, boxes, is_complete=True)
+            found.append((item, processor.num_image_tokens(image_features(processor, item, {}))[0]))
+        return max(found, key=lambda entry: entry[1])
+
+    @cached_property
+    def most_boxes(self) -> int:
+        """Most boxes of an image: as many as fit into the context of the model."""
+        processor = self.get_hf_processor()
+        image = BoxedImage(np.zeros((8, 8, 3), dtype=np.uint8), [[0, 0, 1, 1]], is_complete=True)
+        alone = processor.num_image_tokens(image_features(processor, image, {}))[0]
+        return max(
+            1,
+            min(
+                getattr(self.ctx.model_config.hf_config, MAX_BOXES, PluginOptions.max_boxes),
+                self.ctx.model_config.max_model_len - alone - 1,
+            ),
+        )
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> dict[str, int]:
+        """Return the number of placeholders for which memory is reserved."""
+        return {"image": self.largest_image[1]}
+
+
+class ServedDummyInputs(BaseDummyInputsBuilder):
+    """Makes the inputs with which vLLM measures memory."""
+
+    def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        """Return a prompt of placeholders."""
+        return str(self.info.get_hf_processor().image_token) * mm_counts.get("image", 0)
+
+    def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> dict[str, Any]:
+        """Return the images of that prompt."""
+        return {"image": [self.info.largest_image[0]] * mm_counts.get("image", 0)}
+
+
+class ServedProcessor(BaseMultiModalProcessor):
+    """Processes each image alone, so that nothing of it depends on its neighbors."""
+
+    def _get_mm_hashes(self, inputs: Any) -> Any:
+        """Let names that users give to images stand for the image with these boxes."""
+        names, items = (inputs.mm_uuid_items or {}).get("image"), inputs.mm_data_items.get("image")
+        if names and items is not None:
+            names = [
+                None if name is None else f"{name} {item.boxes_text()}"
+                for name, item in zip(names, items, strict=True)
+            ]
+            inputs = replace(inputs, mm_uuid_items={**inputs.mm_uuid_items, "image": names})
+        return super()._get_mm_hashes(inputs)
+
+    def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> Any:
+        from transformers import BatchFeature
+
+        processor = self.info.get_hf_processor()
+        options = image_options(processor, hf_kwargs)
+        most = self.info.most_boxes
+        rows = []
+        for index, item in enumerate(hf_data["images"]):
+            features = image_features(processor, item, options, f"image {index}")
+            if item.boxes is not None and processor.num_image_tokens(features)[0] > self.info.largest_image[1]:
+                raise ValueError(
+                    f"`boxes` of image {index} must be at most {most}, got more. The operator sets "
+                    "`additional_config['mgllava']['max_boxes']`."
+                )
+            rows.append(features)
+        return BatchFeature({name: [row[name] for row in rows] for name in processor.image_inputs})
+
+    def _get_mm_fields_config(
+        self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        names = self.info.get_hf_processor().image_inputs
+        return {name: MultiModalFieldConfig.batched("image") for name in names}
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
+    ) -> list[PromptReplacement]:
+        processor = self.info.get_hf_processor()
+        token = processor.image_token_id
+        runs = []
+        for item in out_mm_kwargs.get("image", []):
+            row = {name: item[name].data for name in processor.image_inputs}
+            runs.append([token] * processor.num_image_tokens(row)[0])
+        return [PromptReplacement(modality="image", target=[token], replacement=runs.__getitem__)]
+
+    def _apply_prompt_updates(self, token_ids: list[int], mm_prompt_updates: Any) -> Any:
+        """Write runs of placeholders, also into prompts that have them already."""
+        lengths = [len(updates[0].content.full) for updates in mm_prompt_updates.get("image", [])]
+        ids = run_lengths(token_ids, self.info.get_hf_processor().image_token_id, lengths)
+        return super()._apply_prompt_updates(ids, mm_prompt_updates)
+
+
+def image_options(processor: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of the image processor in `mm_processor_kwargs`; raise a `ValueError` for others."""
+    merged = {**options, **(options.get("images_kwargs") or {})}
+    merged.pop("images_kwargs", None)
+    known = set(processor.image_processor.valid_kwargs.__annotations__) - {"boxes", "return_tensors"}
+    if unknown := sorted(set(merged) - known):
+        raise ValueError(
+            f"`mm_processor_kwargs` must be options of the image processor, got {', '.join(unknown)}. It has "
+            f"{', '.join(sorted(known))}."
+        )
+    return merged
+
+
+def open_item(image: Any) -> Any:
+    """Return an image as the processor takes it: vLLM composes transparent files with white, which it does not."""
+    return open_image(BytesIO(image.original_bytes)) if isinstance(image, MediaWithBytes) else image
+
+
+def image_features(processor: Any, item: BoxedImage, options: Mapping[str, Any], name: str = "image") -> Any:
+    """Make the model's inputs of one image."""
+    if item.image is None:
+        raise ValueError(f"{name} must be given: it is no longer in the cache.")
+    image = open_item(item.image)
+    boxes = {"boxes": [item.boxes]} if takes_boxes(processor) else {}
+    if item.boxes is not None and not boxes:
+        raise ValueError(f"`boxes` of {name} must be left out: this model takes no boxes.")
+    features = processor.image_processor(images=[image], return_tensors="pt", **boxes, **options)
+    return processor.take_images(features, 0)
+
+
+__all__ = ["ServedDummyInputs", "ServedInfo", "ServedProcessor", "image_features", "image_options", "open_item"]
