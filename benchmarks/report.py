@@ -1,6 +1,7 @@
 """Report of a benchmark: the machine, the versions, a table, and a JSON file under `benchmarks/results/`."""
 
 import json
+import os
 import platform
 import shlex
 import sys
@@ -11,7 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-RESULTS = Path(__file__).parent / "results"
+# Another folder for figures that must not replace those of this git repository, such as a rehearsal's.
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "results")
 
 
 def machine() -> dict[str, str | int]:

@@ -55,7 +55,7 @@ def test_all_tokens_give_the_answers_of_generate(folders, generate):
         [ask("What is in the picture?", (first, None))],
         [ask("What color?", (second, None))],
         [ask("Compare.", (second, None), (first, None))],
-        [ask("What?", (first, None)), answer("a circle"), ask("Sure?", (picture(3, (50, 200)), None))],
+        [ask("What?", (first, None)), answer("a circle"), ask("Sure?", (picture(3, (70, 200)), None))],
         [ask("Hello.")],
     ]
     expected = [generate(conversation, folder=folders[1], max_new_tokens=12) for conversation in asked]
