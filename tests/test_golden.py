@@ -1,5 +1,6 @@
 """The original's numbers through the public interface: convert, load, process, run."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -8,6 +9,7 @@ from transformers import AutoModel, AutoProcessor
 from tests.golden_cases import (
     GOLDEN,
     IMAGE_ID,
+    NUM_FUSED_TOKENS,
     VOCAB_SIZE,
     case,
     cases,
@@ -252,3 +254,58 @@ def test_training_text_equals_golden(processor):
     assert (
         labels[:position] + labels[position + 577 :] == golden["labels"][:position] + golden["labels"][position + 1 :]
     )
+
+
+VIDEO_CASES = [golden["name"] for golden in cases("video")]
+
+
+def process_video(processor, golden, **kwargs):
+    frames = load_tensors("cases/video_pad")["frames"].numpy()
+    video = np.zeros((golden["total_frames"], *frames.shape[1:]), np.uint8)
+    video[golden["sampled_frame_indices"]] = frames
+    return processor(
+        text=f"USER: <video>\n{golden['question']} ASSISTANT:",
+        videos=video,
+        video_boxes=[golden["raw_frames"]],
+        num_frames=golden["num_frames"],
+        do_pad=golden["pad_to_square"],
+        return_tensors="pt",
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize("name", VIDEO_CASES)
+def test_videos_equal_golden(model, processor, name):
+    golden, tensors = case(name), load_tensors(f"cases/{name}")
+    inputs = process_video(processor, golden, return_box_labels=True, return_metadata=True)
+    assert inputs["video_metadata"][0].frames_indices == golden["sampled_frame_indices"]
+    assert inputs["video_box_labels"][0] == golden["labels"]
+    assert inputs["num_video_boxes"].tolist() == tensors["n_boxes"].tolist()
+    counts = inputs["num_video_boxes"].tolist()
+    boxes = torch.cat([rows[:count] for rows, count in zip(inputs["video_boxes"], counts, strict=True)])
+    assert boxes.tolist() == tensors["boxes"].tolist()
+    low, high = inputs["low_res_pixel_values_videos"], inputs["pixel_values_videos"]
+    assert_near(low[:, :, 8::16, 8::16].transpose(0, 1), tensors["pixel_values_s16"], PIXELS)
+    assert_near(high[:, :, 16::32, 16::32].transpose(0, 1), tensors["pixel_values_aux_s32"], PIXELS)
+
+    ids, video_id = golden["input_ids"], processor.video_token_id
+    start = ids.index(golden["video_token_index"])
+    length = NUM_FUSED_TOKENS * len(counts) + sum(counts)
+    assert inputs["input_ids"][0].tolist() == ids[:start] + [video_id] * length + ids[start + 1 :]
+    assert len(inputs["input_ids"][0]) == golden["seq_len"]
+    with torch.no_grad():
+        stages = {}
+        hook = model.model.language_model.register_forward_pre_hook(
+            lambda m, i, kwargs: stages.update(embeds=kwargs["inputs_embeds"][0]), with_kwargs=True
+        )
+        logits = model(**inputs).logits[0, :, :VOCAB_SIZE]
+        hook.remove()
+    assert_near(stages["embeds"][::4], tensors["inputs_embeds_s4"], FEATURES)
+    assert_near(logits[-16:], tensors["logits_last16"], LOGITS)
+    assert_near(logits[::64], tensors["logits_s64"], LOGITS)
+    if "generated_ids" in golden:
+        assert greedy(model, inputs) == golden["generated_ids"]
+
+
+def test_every_golden_video_is_compared():
+    assert len(VIDEO_CASES) == 2

@@ -132,3 +132,10 @@ def test_weight_conversions_are_what_saving_reverts(tmp_path, monkeypatch):
         for name in ("saved", "loaded by us", "loaded as under ZeRO-3")
     )
     assert found == expected != broken
+
+
+def test_the_parts_of_a_processor_are_loaded_by_a_method_that_is_overridden():
+    """Without it, model folders that were saved before videos would not load."""
+    assert hasattr(ProcessorMixin, "_get_arguments_from_pretrained")
+    names = list(inspect.signature(ProcessorMixin._get_arguments_from_pretrained).parameters)
+    assert names[:2] == ["pretrained_model_name_or_path", "processor_dict"]

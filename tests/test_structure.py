@@ -163,7 +163,7 @@ def test_saved_classes_save_their_code():
         if hasattr(value := getattr(mgllava, name), "save_pretrained") and name != "BoxDetector"
     ]
     unregistered = [value.__name__ for value in saved if value._auto_class is None]
-    assert len(saved) == 18 and unregistered == ["MGLlavaPreTrainedModel", "SlimePreTrainedModel"]
+    assert len(saved) == 19 and unregistered == ["MGLlavaPreTrainedModel", "SlimePreTrainedModel"]
 
 
 def test_public_names():
@@ -178,6 +178,7 @@ def test_public_names():
         "MGLlavaModel",
         "MGLlavaPreTrainedModel",
         "MGLlavaProcessor",
+        "MGLlavaVideoProcessor",
         "RamPlusConfig",
         "RamPlusForImageTagging",
         "RamPlusImageProcessor",
@@ -189,6 +190,7 @@ def test_public_names():
         "SlimeModel",
         "SlimePreTrainedModel",
         "SlimeProcessor",
+        "add_videos",
         "build_from_parts",
         "quantization_config",
     ]

@@ -50,6 +50,7 @@ def prepare_boxes(
     limit_mode: BoxLimitMode = "per_category",
     limit: int | None = 100,
     close_to_max_length: bool = False,
+    per_category: int | None = None,
     name: str = "boxes",
 ) -> tuple[torch.Tensor, list[Label]]:
     """Turn the boxes of one image into rows of the model's `boxes` input.
@@ -73,6 +74,7 @@ def prepare_boxes(
         limit_mode (`str`): `"per_category"` or `"per_image"`, see [`limit_boxes`].
         limit (`int`, *optional*): Number of boxes above which the limit applies; `None` for no limit.
         close_to_max_length (`bool`): Whether the text leaves little room, see [`limit_boxes`].
+        per_category (`int`, *optional*): Number of boxes per label if the limit applies, see [`limit_boxes`].
         name (`str`): Name of the entry in error messages.
 
     Returns:
@@ -95,6 +97,7 @@ def prepare_boxes(
         limit_mode=limit_mode,
         limit=limit,
         close_to_max_length=close_to_max_length,
+        per_category=per_category,
         name=name,
     )
     return (boxes, objects.get("labels", [])) if len(boxes) else (torch.zeros(1, 4, dtype=torch.int64), [])
@@ -111,6 +114,7 @@ def select_objects(
     limit_mode: BoxLimitMode,
     limit: int | None,
     close_to_max_length: bool = False,
+    per_category: int | None = None,
     name: str = "boxes",
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Select the boxes that the model gets; arguments and errors are those of [`prepare_boxes`].
@@ -126,7 +130,7 @@ def select_objects(
     if scores is not None:
         names = labels or [None] * len(boxes)
         kept = nms_per_label(boxes, scores, names, iou_threshold)
-        chosen = limit_boxes([names[row] for row in kept], limit_mode, limit, close_to_max_length)
+        chosen = limit_boxes([names[row] for row in kept], limit_mode, limit, close_to_max_length, per_category)
         kept = [kept[row] for row in chosen]
     boxes, inside = to_model_frame(boxes[kept], image_size, resize_to=resize_to, crop_to=crop_to)
     if scores is None and (index := _first(~inside)) is not None:
@@ -273,6 +277,93 @@ def flatten_boxes(boxes: Any, num_images: int, group_sizes: Sequence[int] | None
             "Pass None or [] for an image without boxes."
         )
     return [[] if isinstance(entry, list | tuple) and not _entry_levels(entry) else entry for entry in entries]
+
+
+def flatten_video_boxes(
+    boxes: Any, frame_counts: Sequence[int], group_sizes: Sequence[int] | None = None
+) -> list[list[Any]]:
+    """List one entry (see [`prepare_boxes`]) per frame of each video, however `boxes` are nested.
+
+    They may be the list of one video, a list of such lists, or these nested per prompt; `frame_counts` says how many
+    frames of each video are sampled, `group_sizes` how many videos each prompt has. A mapping with `frames` stands for
+    the list of a video; `None` or an empty list in its place means that its boxes are not given, or that it has none.
+    """
+    if boxes is None:
+        return [[None] * count for count in frame_counts]
+    boxes = _as_frame_lists(as_lists(boxes))
+    level = max(_entry_levels(boxes), default=None)
+    if level is not None and level < 1:
+        raise ValueError(
+            f"`video_boxes` must hold a list with one entry per frame for each video, got {_cut(boxes)}. Wrap it: one "
+            "box in the only frame of one video is video_boxes=[[[[x1, y1, x2, y2]]]]."
+        )
+    if level is None:
+        level = _level_of_empty(boxes, frame_counts, group_sizes)
+    if level == 1:
+        videos = [boxes]
+    elif level == 2:
+        videos = list(boxes) if len(boxes) or not frame_counts else [[]] * len(frame_counts)
+    elif level == 3:
+        videos = []
+        for index, group in enumerate(boxes):
+            sizes = group_sizes if group_sizes is not None and len(group_sizes) == len(boxes) else None
+            size = sizes[index] if sizes else len(group or [])
+            videos += list(group) if group else [group] * size
+    else:
+        raise ValueError(f"`video_boxes` must have at most one list per prompt, video and frame, got {_cut(boxes)}.")
+    if len(videos) != len(frame_counts):
+        raise ValueError(
+            f"`video_boxes` must have one list per video, got {len(videos)} lists for {len(frame_counts)} videos."
+        )
+    return [
+        _entries_of_video(video, count, index)
+        for index, (video, count) in enumerate(zip(videos, frame_counts, strict=True))
+    ]
+
+
+def _as_frame_lists(boxes: Any) -> Any:
+    """Replace the records of videos, mappings with `frames`, by their lists of entries."""
+    if isinstance(boxes, Mapping) and "frames" in boxes:
+        return as_lists(boxes["frames"])
+    return [_as_frame_lists(item) for item in boxes] if isinstance(boxes, list | tuple) else boxes
+
+
+def _level_of_empty(boxes: Any, frame_counts: Sequence[int], group_sizes: Sequence[int] | None) -> int:
+    """Tell what lists without any box are lists of: frames (1), videos (2) or prompts (3)."""
+    is_one_level = all(item is None or len(item) == 0 for item in boxes)
+    if len(frame_counts) == 1 and len(boxes) == frame_counts[0] and is_one_level:
+        return 1
+    is_grouped = group_sizes is not None and len(group_sizes) == len(boxes)
+    if len(boxes) == len(frame_counts) and not (is_grouped and group_sizes != [1] * len(boxes)):
+        nested = [item for item in boxes if item]
+        fits = all(len(item) == count for item, count in zip(boxes, frame_counts, strict=True) if item)
+        return 2 if not nested or fits else 3
+    return 3 if is_grouped else 2
+
+
+def _entries_of_video(video: Any, count: int, index: int) -> list[Any]:
+    """List the entries of the sampled frames of one video."""
+    if video is None or len(video) == 0:
+        return [None if video is None else []] * count
+    if len(video) != count:
+        raise ValueError(
+            f"`video_boxes[{index}]` must have one entry for each of the {count} sampled frames, got {len(video)}. "
+            "Find boxes on the frames that are sampled (`processor.detect(videos=...)`, `mgllava detect`), pass "
+            f"`num_frames={len(video)}` if they were found on as many frames, or `do_sample_frames=False` if they are "
+            "those of all frames."
+        )
+    return [[] if isinstance(entry, list | tuple) and not _entry_levels(entry) else entry for entry in video]
+
+
+def boxes_of_video_block(boxes: Any) -> Any:
+    """Check that the `boxes` of a video block of a conversation are one list of entries, and return them."""
+    boxes = _as_frame_lists(as_lists(boxes))
+    if levels := _entry_levels(boxes) - {1}:
+        advice = "Give each frame a list of boxes." if min(levels) < 1 else "Remove lists, or give each video a block."
+        raise ValueError(
+            f"`boxes` of a video block must be a list with one entry per sampled frame, got {_cut(boxes)}. {advice}"
+        )
+    return boxes
 
 
 def boxes_of_block(boxes: Any) -> Any:
@@ -477,11 +568,16 @@ def nms_per_label(
 
 
 def limit_boxes(
-    labels: Sequence[Label], mode: BoxLimitMode, limit: int | None, close_to_max_length: bool = False
+    labels: Sequence[Label],
+    mode: BoxLimitMode,
+    limit: int | None,
+    close_to_max_length: bool = False,
+    per_category: int | None = None,
 ) -> list[int]:
     """Return the indices of the boxes to keep, given the labels of all boxes with the best box first.
 
-    `"per_category"`: only if more than `limit` boxes are given, at most 20 per label (5 if `limit` < 50) are kept,
+    `"per_category"`: only if more than `limit` boxes are given, at most `per_category` per label are kept, by default
+    20 (5 if `limit` < 50),
     regrouped by label with the labels in the order of their first box; the total may still exceed `limit`.
     `"per_image"`: the best `limit` boxes are kept. When the text is close to its maximum length (in training: within
     50 tokens of its limit), the limit always applies: 1 per label, or 20 per image. (The original raises for a limit
@@ -498,6 +594,8 @@ def limit_boxes(
 
     if close_to_max_length:
         per_label = _PER_CATEGORY_LONG_TEXT
+    elif per_category is not None:
+        per_label = per_category
     else:
         per_label = _PER_CATEGORY_SMALL_LIMIT if limit is not None and limit < _SMALL_LIMIT else _PER_CATEGORY
     groups: dict[Label, list[int]] = {}
@@ -582,7 +680,9 @@ __all__ = [
     "BoxLimitMode",
     "as_lists",
     "boxes_of_block",
+    "boxes_of_video_block",
     "flatten_boxes",
+    "flatten_video_boxes",
     "limit_boxes",
     "nms_per_label",
     "padding_offset",

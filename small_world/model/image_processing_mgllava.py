@@ -106,7 +106,7 @@ class MGLlavaImageProcessorMixin(UprightImageProcessor):
 
     def objects(self, detections: Any, image_size: tuple[int, int]) -> dict[str, Any]:
         """Select the objects of an image that the model gets a token for, see [`MGLlavaProcessor.objects`]."""
-        return select_objects(detections, image_size, **_box_options(self))[1]
+        return select_objects(detections, image_size, **box_options(self))[1]
 
     def _preprocess_image_like_inputs(  # type: ignore[override]  # the options by name
         self,
@@ -127,7 +127,7 @@ class MGLlavaImageProcessorMixin(UprightImageProcessor):
                 f"`pad_boxes_to_multiple_of` must be a positive number, got {pad_boxes_to_multiple_of}. Pass None for "
                 "no padding beyond the image with the most boxes."
             )
-        box_options = _box_options(SimpleNamespace(**kwargs))
+        selection = box_options(SimpleNamespace(**kwargs))
         opened = self.fetch_images(images)
         rgb = [as_rgb(image, input_data_format, f"images[{index}]") for index, image in enumerate(flat_images(opened))]
         if getattr(self, "backend", None) == "pil":
@@ -138,7 +138,7 @@ class MGLlavaImageProcessorMixin(UprightImageProcessor):
             prepare_boxes(
                 entry,
                 image_size,
-                **box_options,
+                **selection,
                 close_to_max_length=bool(close_to_max_length),
                 name=f"boxes[{index}]",
             )
@@ -148,7 +148,7 @@ class MGLlavaImageProcessorMixin(UprightImageProcessor):
         if kwargs.pop("do_pad"):
             fill = [int(channel * 255) for channel in kwargs["image_mean"]]
             is_bicubic = kwargs["resample"] == PILImageResampling.BICUBIC
-            rgb = [self._as_square(image, fill, box_options["resize_to"] if is_bicubic else None) for image in rgb]
+            rgb = [self._as_square(image, fill, selection["resize_to"] if is_bicubic else None) for image in rgb]
         pixels = [
             self.process_image(image, do_convert_rgb=False, input_data_format=ChannelDimension.FIRST, device=device)
             for image in rgb
@@ -214,7 +214,7 @@ def pad_to_square(image: torch.Tensor, fill: Sequence[int]) -> torch.Tensor:
     return square
 
 
-def _box_options(options: Any) -> dict[str, Any]:
+def box_options(options: Any) -> dict[str, Any]:
     """Give the options of an image processor the names that they have in [`prepare_boxes`]."""
     size, crop_size = dict(options.size), dict(options.crop_size)
     if options.do_resize and (not size.get("shortest_edge") or size.get("longest_edge")):
@@ -231,4 +231,4 @@ def _box_options(options: Any) -> dict[str, Any]:
 
 make_findable(__name__)
 
-__all__ = ["MGLlavaImageProcessor", "MGLlavaImageProcessorKwargs", "MGLlavaImageProcessorPil"]
+__all__ = ["MGLlavaImageProcessor", "MGLlavaImageProcessorKwargs", "MGLlavaImageProcessorPil", "box_options"]

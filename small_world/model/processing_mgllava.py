@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import HfApi
-from transformers import BatchFeature
+from transformers import AutoImageProcessor, AutoTokenizer, AutoVideoProcessor, BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils import PROCESSOR_NAME, logging
 
@@ -30,19 +30,36 @@ from .boxes_mgllava import (
     BOX_MARKS,
     as_lists,
     boxes_of_block,
+    boxes_of_video_block,
     flatten_boxes,
+    flatten_video_boxes,
     plain_boxes,
     take_boxes_from_text,
     write_boxes_into_text,
 )
-from .image_text_processor_common import ImageTextProcessor, ProcessLock, TrainingTargets, as_texts
+from .image_text_processor_common import (
+    ImageTextProcessor,
+    ProcessLock,
+    TrainingTargets,
+    as_tensor,
+    as_texts,
+    is_empty,
+)
 from .images_common import flat_images, group_sizes, is_image_block, make_findable
-from .text_chunks_common import IMAGE_TOKEN, PRIVATE_CHARACTERS, build_chat_template
+from .text_chunks_common import IMAGE_TOKEN, PRIVATE_CHARACTERS, VIDEO_TOKEN, build_chat_template
+from .video_processing_mgllava import MGLlavaVideoProcessor
+from .video_reading_mgllava import Clip, count_per_prompt, flat_videos, is_video_block, video_block
 
 logger = logging.get_logger(__name__)
 
 # The method of transformers that uploads files. It is private, so uploading checks first that it exists.
 _UPLOAD_HOOK = "_upload_modified_files"
+
+_READING_OPTIONS = ("num_frames", "fps", "do_sample_frames", "video_metadata")
+_NO_VIDEOS = (
+    "This model takes no videos yet: its tokenizer has no {token!r}. Call `mgllava.add_videos(model, processor)` and "
+    "save both again; no weights change. Models that this release converts can take videos. See docs/video.md."
+)
 
 # The chat templates of the language models that MG-LLaVA was trained with (arXiv 2406.17770, section 4.1).
 CHAT_TEMPLATES: dict[str, str] = {
@@ -57,6 +74,7 @@ CHAT_TEMPLATES: dict[str, str] = {
         generation_prompt=" ASSISTANT:",
         separator="\n",
         closed_by_eos=True,
+        has_videos=True,
     ),
     # Llama-3-Instruct
     "llama3": build_chat_template(
@@ -64,6 +82,7 @@ CHAT_TEMPLATES: dict[str, str] = {
         user=("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
         generation_prompt="<|start_header_id|>assistant<|end_header_id|>\n\n",
         suffix="<|eot_id|>",
+        has_videos=True,
     ),
     # Phi-3-mini
     "phi3": build_chat_template(
@@ -72,6 +91,7 @@ CHAT_TEMPLATES: dict[str, str] = {
         generation_prompt="<|assistant|>\n",
         suffix="<|end|>",
         separator="\n",
+        has_videos=True,
     ),
     # Yi-1.5-Chat (ChatML; the original calls it `qwen_chat`)
     "yi": build_chat_template(
@@ -80,16 +100,17 @@ CHAT_TEMPLATES: dict[str, str] = {
         generation_prompt="<|im_start|>assistant\n",
         suffix="<|im_end|>",
         separator="\n",
+        has_videos=True,
     ),
 }
 
 
 class MGLlavaProcessor(ImageTextProcessor):
-    r"""Prepares images, boxes and text for MG-LLaVA.
+    r"""Prepares images, videos, boxes and text for MG-LLaVA.
 
-    Each `<image>` in the text becomes `image_seq_length + num_tokens_per_box * num_boxes` placeholders in one run, and
-    text is encoded in chunks around the images and between the pieces of a conversation, as in training (see
-    `text_chunks_common.py`).
+    Each `<image>` in the text becomes `image_seq_length + num_tokens_per_box * num_boxes` placeholders in one run,
+    each `<video>` the sum of these numbers over its frames. Text is encoded in chunks around them and between the
+    pieces of a conversation, as in training (see `text_chunks_common.py`).
 
     Example:
         ```python
@@ -100,7 +121,10 @@ class MGLlavaProcessor(ImageTextProcessor):
 
     Args:
         image_processor ([`MGLlavaImageProcessor`]): Makes `pixel_values`, `boxes` and `num_boxes`.
-        tokenizer ([`PreTrainedTokenizerBase`]): Has `image_token` in its vocabulary.
+        tokenizer ([`PreTrainedTokenizerBase`]): Has `image_token` in its vocabulary, and `video_token` if the model
+            takes videos.
+        video_processor ([`MGLlavaVideoProcessor`], *optional*): Makes the inputs of videos. By default one with the
+            sizes and options of the image processor.
         image_seq_length (`int`, *optional*, defaults to 576): Fused tokens per image, from the model's config.
         num_tokens_per_box (`int`, *optional*, defaults to 1): 0 for model variants without box tokens.
         chat_template (`str`, *optional*): Jinja template; see `text_chunks_common.py`.
@@ -111,6 +135,8 @@ class MGLlavaProcessor(ImageTextProcessor):
             `tagger_revision` and `detector_revision` (commits of repository ids) and `mode`. A saved file must not
             name folders outside its repository. Setting [`~MGLlavaProcessor.box_detector`] sets the configuration
             too; it is `None` if there is no detector, or if plain values cannot describe it.
+        video_token (`str`, *optional*, defaults to `"<video>"`): The placeholder of videos, if the tokenizer does not
+            name one. It is `None` after loading if the tokenizer does not have it; then videos are refused.
 
     Attributes:
         packs_boxes (`bool`, defaults to `False`): Whether outputs have `image_position_ids` (the boxes, padded with
@@ -122,19 +148,33 @@ class MGLlavaProcessor(ImageTextProcessor):
     """
 
     image_inputs = ("pixel_values", "boxes", "num_boxes")
+    video_inputs = (
+        "pixel_values_videos",
+        "low_res_pixel_values_videos",
+        "video_boxes",
+        "num_video_boxes",
+        "num_video_frames",
+    )
     chat_templates = CHAT_TEMPLATES
     private_characters = re.compile(f"{PRIVATE_CHARACTERS.pattern}|{BOX_MARKS.pattern}")
-    skip_tensor_conversion = [*ProcessorMixin.skip_tensor_conversion, "box_labels"]
+    skip_tensor_conversion = [
+        *ProcessorMixin.skip_tensor_conversion,
+        "box_labels",
+        "video_box_labels",
+        "video_metadata",
+    ]
 
     def __init__(
         self,
         image_processor: Any = None,
         tokenizer: Any = None,
+        video_processor: Any = None,
         image_seq_length: int = 576,
         num_tokens_per_box: int = 1,
         chat_template: str | dict[str, str] | None = None,
         image_token: str = IMAGE_TOKEN,
         box_detector_config: dict[str, Any] | None = None,
+        video_token: str | None = VIDEO_TOKEN,
     ):
         self.image_seq_length = image_seq_length
         self.num_tokens_per_box = num_tokens_per_box
@@ -142,7 +182,34 @@ class MGLlavaProcessor(ImageTextProcessor):
         self._repository: ProcessorRepository | None = None
         self.packs_boxes = False
         self.box_detector_config = box_detector_config
-        super().__init__(image_processor, tokenizer, chat_template, image_token)
+        if video_processor is None:
+            video_processor = MGLlavaVideoProcessor.like(image_processor)
+        super().__init__(image_processor, tokenizer, chat_template, image_token, video_processor=video_processor)
+        self.find_video_token(video_token)
+
+    def find_video_token(self, video_token: str | None = None) -> None:
+        """Set `video_token` and `video_token_id`, if the tokenizer has the placeholder.
+
+        Args:
+            video_token (`str`, *optional*): The placeholder; by default the tokenizer's, or `"<video>"`.
+        """
+        token = getattr(self.tokenizer, "video_token", None) or video_token or VIDEO_TOKEN
+        token_id = self.tokenizer.get_vocab().get(token)
+        self.video_token, self.video_token_id = (token, token_id) if token_id is not None else (None, None)
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: Any, processor_dict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> list[Any]:
+        """Load the parts. Models that were saved before this class read videos have no video processor."""
+        parts = [AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)]
+        parts.append(AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs))
+        kwargs.pop("backend", None)  # of the image processor: frames are always made by PyTorch
+        if "video_processor" in (processor_dict or {}):
+            return [*parts, AutoVideoProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)]
+        names = MGLlavaVideoProcessor.valid_kwargs.__annotations__
+        options = {name: value for name, value in kwargs.items() if name in names and value is not None}
+        return [*parts, MGLlavaVideoProcessor.like(parts[0], **options)]
 
     @classmethod
     def from_pretrained(
@@ -344,22 +411,40 @@ class MGLlavaProcessor(ImageTextProcessor):
             for name, value in self.box_detector_config.items()
         }
 
-    def detect(self, images: Any, *, input_data_format: str | None = None, **kwargs: Any) -> list[Mapping[str, Any]]:
-        """Find the boxes of images, to look at them or to pass them as `boxes` later.
+    def detect(
+        self,
+        images: Any = None,
+        *,
+        videos: Any = None,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        do_sample_frames: bool | None = None,
+        video_metadata: Any = None,
+        input_data_format: str | None = None,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Find the boxes of images, or of the frames of videos, to look at them or to pass them later.
 
         Args:
             images: An image or a (nested) list of images, in any form that the processor takes.
+            videos: Instead, a video or a (nested) list of videos.
+            num_frames (`int`, *optional*): Number of frames that are sampled from each video, as in a call.
+            fps (`float`, *optional*): Instead, the number of frames for each second of a video.
+            do_sample_frames (`bool`, *optional*): Whether frames are sampled; by default as in a call.
+            video_metadata (*optional*): See [`MGLlavaVideoProcessor.read_clips`].
             input_data_format (`str`, *optional*): Channel order of arrays and tensors, `"channels_first"` or
                 `"channels_last"`; inferred by default.
             **kwargs: Options of the detector: `labels`, `threshold`, `batch_size`, see [`BoxDetector.detect`].
 
         Returns:
             `list[Mapping]`: One mapping per image, even for a single image: `boxes` `(num_boxes, 4)` (xyxy, pixels of
-            the upright original image), `labels` and `scores`.
+            the upright original image), `labels` and `scores`, to pass as `boxes`. For videos, a list of such mappings
+            per video, one for each sampled frame, to pass as `video_boxes`.
 
         Raises:
-            ValueError: If the processor has no box detector, an image cannot be read, or what the detector returns is
-                not one result per image with as many labels and scores as boxes.
+            ValueError: If the processor has no box detector, both or neither of images and videos are given, one
+                cannot be read, or what the detector returns is not one result per image with as many labels and scores
+                as boxes.
             TypeError: If something is not an image, or the detector returns something other than mappings.
         """
         detector = self.box_detector
@@ -368,8 +453,21 @@ class MGLlavaProcessor(ImageTextProcessor):
                 "`box_detector` must be set to find boxes, got None. Set `processor.box_detector` to a BoxDetector, "
                 "or call `processor.load_box_detector()` if it was switched off."
             )
-        loaded = flat_images(self.image_processor.fetch_images(images))
-        return find_boxes(detector, loaded, input_data_format, kwargs)
+        if (images is None) == (videos is None):
+            raise ValueError("Pass either `images` or `videos`.")
+        sampling = {
+            "num_frames": num_frames,
+            "fps": fps,
+            "do_sample_frames": do_sample_frames,
+            "video_metadata": video_metadata,
+        }
+        if videos is None:
+            if given := [name for name, value in sampling.items() if value is not None]:
+                raise ValueError(f"`{given[0]}` must be None for images, got {sampling[given[0]]!r}.")
+            loaded = flat_images(self.image_processor.fetch_images(images))
+            return find_boxes(detector, loaded, input_data_format, kwargs)
+        clips = self.video_processor.read_clips(videos, **sampling, input_data_format=input_data_format)
+        return [find_boxes_of_frames(detector, clip, range(len(clip.frames)), kwargs) for clip in clips]
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
@@ -475,10 +573,11 @@ class MGLlavaProcessor(ImageTextProcessor):
         self,
         images: Any = None,
         text: str | list[str] | None = None,
-        videos: None = None,
+        videos: Any = None,
         audio: None = None,
         *,
         processed_images: Mapping[str, Any] | None = None,
+        processed_videos: Mapping[str, Any] | None = None,
         return_assistant_tokens_mask: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
@@ -492,32 +591,44 @@ class MGLlavaProcessor(ImageTextProcessor):
         Args:
             images: An image, a list of images in the order of their placeholders, or one list of images per text; in
                 any form that the image processor takes.
-            text (`str` or `list[str]`): One prompt or several, with one `<image>` per image. The ids start with one
-                BOS, whether the text has it or not; with `add_special_tokens=False`, only if the text has it.
-            videos: Not supported; `None` or empty.
+            text (`str` or `list[str]`): One prompt or several, with one `<image>` per image and one `<video>` per
+                video. The ids start with one BOS, whether the text has it or not; with `add_special_tokens=False`,
+                only if the text has it.
+            videos: A video, a list of videos in the order of their placeholders, or one list of videos per text; in
+                any form that the video processor takes.
             audio: Not supported; `None` or empty.
             processed_images (`Mapping`, *optional*): Instead of `images`: `pixel_values`, `boxes` and `num_boxes` that
                 an earlier call returned for them.
+            processed_videos (`Mapping`, *optional*): Instead of `videos`: the inputs of videos that an earlier call
+                returned for them.
             return_assistant_tokens_mask (`bool`): Whether to return `assistant_masks`, 1 for each token of an answer;
                 needs a chat template of this package, or one that writes boundaries as they do.
             **kwargs: `boxes` (one entry per image, xyxy in pixels of the original image) and the other options of the
-                image processor ([`MGLlavaImageProcessorKwargs`]); options of the tokenizer such as `padding`,
+                image processor ([`MGLlavaImageProcessorKwargs`]); `video_boxes` (per video one entry for each sampled
+                frame), `num_frames`, `fps`, `do_sample_frames`, `video_metadata` and the other options of the video
+                processor ([`MGLlavaVideoProcessorKwargs`]); options of the tokenizer such as `padding`,
                 `padding_side`, `truncation`, `max_length`, `return_offsets_mapping`; `return_tensors`,
-                `return_mm_token_type_ids`, `return_text_replacement_offsets`; or `text_kwargs`, `images_kwargs`.
+                `return_mm_token_type_ids`, `return_text_replacement_offsets`; or `text_kwargs`, `images_kwargs`,
+                `videos_kwargs`. Options that images and videos share, such as `do_pad`, apply to both.
 
         Returns:
             [`BatchFeature`]: `input_ids` and `attention_mask` of shape `(batch_size, length)` where text is given;
             `pixel_values` `(num_images, 3, height, width)`, `boxes` `(num_images, max_boxes, 4)` (int64, xyxy in
-            pixels of `pixel_values`) and `num_boxes` `(num_images,)` where images are given.
+            pixels of `pixel_values`) and `num_boxes` `(num_images,)` where images are given; `pixel_values_videos`,
+            `low_res_pixel_values_videos`, `video_boxes`, `num_video_boxes` and `num_video_frames` where videos are
+            given, see [`MGLlavaVideoProcessor`].
 
         Raises:
-            ValueError: If the numbers of placeholders, images and boxes differ, `text` is not text, truncation would
-                cut an image, or the answers cannot be located.
+            ValueError: If the numbers of placeholders, images, videos, frames and boxes differ, `text` is not text,
+                truncation would cut an image or a video, the answers cannot be located, or videos are given and the
+                tokenizer has no placeholder for them.
             NotImplementedError: If `sanitize_control_tokens` is set, and this release of transformers cannot do it.
         """
         text = as_texts(images, text)
         if kwargs.get("boxes") is not None:
             kwargs["boxes"] = as_lists(kwargs["boxes"])  # generators are read once
+        if kwargs.get("video_boxes") is not None:
+            kwargs["video_boxes"] = as_lists(kwargs["video_boxes"])
         text, kwargs = self._take_boxes_of_text(text, kwargs)
         return super().__call__(
             images,
@@ -525,6 +636,7 @@ class MGLlavaProcessor(ImageTextProcessor):
             videos,
             audio,
             processed_images=processed_images,
+            processed_videos=processed_videos,
             return_assistant_tokens_mask=return_assistant_tokens_mask,
             **kwargs,
         )
@@ -533,23 +645,69 @@ class MGLlavaProcessor(ImageTextProcessor):
         """Move the boxes in rendered conversations to the arguments."""
         if text is None or not any(isinstance(sample, str) and BOX_MARKS.search(sample) for sample in text):
             return text, kwargs
-        taken = [take_boxes_from_text(sample, self._placeholder) for sample in text]
-        texts, entries = [sample for sample, _ in taken], [entry for _, of_text in taken for entry in of_text]
-        given = [options.get("boxes") for options in (kwargs, kwargs.get("images_kwargs") or {})]
-        if all(boxes is None for boxes in given):
-            return texts, {**kwargs, "boxes": entries}
-        if any(boxes is not None and plain_boxes(flatten_boxes(boxes, len(entries))) != entries for boxes in given):
-            raise ValueError(
-                "`boxes` must be those of the image blocks that `text` was rendered from, or not given, got others. "
-                "Leave them out of the blocks, or do not pass `boxes`."
+        for modality in self.placeholder_ids:
+            name, options_name = (
+                ("boxes", "images_kwargs") if modality == "image" else ("video_boxes", "videos_kwargs")
             )
-        return texts, kwargs
+            taken = [take_boxes_from_text(sample, self.placeholder_pattern(modality)) for sample in text]
+            text, entries = [sample for sample, _ in taken], [entry for _, of_text in taken for entry in of_text]
+            if all(entry is None for entry in entries):
+                continue
+            given = [options.get(name) for options in (kwargs, kwargs.get(options_name) or {})]
+            if all(boxes is None for boxes in given):
+                kwargs = {**kwargs, name: entries}
+            elif any(boxes is not None and not _are_entries(boxes, entries, modality) for boxes in given):
+                raise ValueError(
+                    f"`{name}` must be those of the {modality} blocks that `text` was rendered from, or not given, "
+                    f"got others. Leave them out of the blocks, or do not pass `{name}`."
+                )
+        return text, kwargs
 
-    def validate_inputs(self, images: Any = None, text: Any = None, *args: Any, **kwargs: Any) -> None:
+    def validate_inputs(
+        self, images: Any = None, text: Any = None, videos: Any = None, *args: Any, **kwargs: Any
+    ) -> None:
         """Check that the arguments fit together, before anything is computed; see [`ImageTextProcessor`]."""
         if kwargs.get("boxes") is not None and not flat_images(images):
             raise ValueError("`boxes` must come with images, got boxes without an image. Pass `images` too.")
-        super().validate_inputs(images, text, *args, **kwargs)
+        super().validate_inputs(images, text, videos, *args, **kwargs)
+        if kwargs.get("video_boxes") is not None and is_empty(videos):
+            raise ValueError("`video_boxes` must come with videos, got boxes without a video. Pass `videos` too.")
+        processed = kwargs.get("processed_videos") or {}
+        if not self.takes_videos:
+            if processed or not is_empty(videos):
+                raise ValueError(_NO_VIDEOS.format(token=VIDEO_TOKEN))
+            return
+        num_videos = 0 if is_empty(videos) else len(flat_videos(videos))
+        if processed:
+            if num_videos:
+                raise ValueError("`processed_videos` must be None where `videos` are given, got both.")
+            if absent := [name for name in self.video_inputs if processed.get(name) is None]:
+                raise ValueError(
+                    f"`processed_videos` must have {', '.join(self.video_inputs)}, got none of {', '.join(absent)}."
+                )
+            num_videos = self.count_videos(processed)
+        if num_videos and self.packs_boxes:
+            raise ValueError(
+                "`packs_boxes` must be False for videos: their inputs are not known to TRL's GRPO and RLOO trainers, "
+                "which would drop them."
+            )
+        if text is None:
+            return
+        placeholder = self.placeholder_pattern("video")
+        expected = [len(placeholder.findall(sample)) for sample in text]
+        if sum(expected) != num_videos:
+            raise ValueError(
+                f"`text` must have one {self.video_token!r} per video, got {sum(expected)} placeholders and "
+                f"{num_videos} videos."
+            )
+        groups = count_per_prompt(videos)
+        if groups is not None and len(groups) == len(text):
+            for index, (placeholders, count) in enumerate(zip(expected, groups, strict=True)):
+                if placeholders != count:
+                    raise ValueError(
+                        f"`text[{index}]` must have one {self.video_token!r} per video of `videos[{index}]`, got "
+                        f"{placeholders} placeholders and {count} videos."
+                    )
 
     def _process(self, images: Any, targets: TrainingTargets, **kwargs: Any) -> Mapping[str, Any]:
         """Find the boxes that are not given, then process the images."""
@@ -579,6 +737,42 @@ class MGLlavaProcessor(ImageTextProcessor):
             )
         return self.image_processor(images, boxes=entries, **kwargs)
 
+    def _process_clips(self, videos: Any, targets: TrainingTargets, **kwargs: Any) -> Mapping[str, Any]:
+        """Sample frames, find the boxes that are not given, then make the inputs of the videos."""
+        groups = count_per_prompt(videos)
+        reading = {name: kwargs.pop(name, None) for name in _READING_OPTIONS}
+        clips = self.video_processor.read_clips(
+            videos, **reading, input_data_format=kwargs.pop("input_data_format", None)
+        )
+        counts = [len(clip.frames) for clip in clips]
+        entries = flatten_video_boxes(kwargs.pop("video_boxes", None), counts, groups)
+        missing = {
+            index: [frame for frame, entry in enumerate(of_video) if entry is None]
+            for index, of_video in enumerate(entries)
+            if any(entry is None for entry in of_video)
+        }
+        if missing and (detector := self.box_detector) is not None:
+            for index, frames in missing.items():
+                found = find_boxes_of_frames(detector, clips[index], frames, {})
+                for frame, entry in zip(frames, found, strict=True):
+                    entries[index][frame] = entry
+            targets.remark = (
+                "The boxes of this training batch are those that the processor's detector finds now. To train on "
+                "your own, put them into the video blocks of the conversation."
+            )
+        elif missing:
+            targets.problem = (
+                f"`video_boxes` must be given for training, got none for the video(s) {list(missing)} of the batch. "
+                'Put them into the video blocks of the conversation, `{"type": "video", "boxes": [entry per frame]}` '
+                "([] for a frame without objects), or set `processor.box_detector`."
+            )
+            logger.warning_once(
+                "`video_boxes` is not given and the processor has no `box_detector`: the model gets the single box "
+                "[0, 0, 0, 0] per frame, as in training for frames without objects. Pass `video_boxes` for better "
+                "answers, or [] for a frame without objects."
+            )
+        return self.video_processor(clips, video_boxes=entries, **kwargs)
+
     def _pack(self, features: Mapping[str, Any]) -> Mapping[str, Any]:
         """Put boxes and their counts into one input, if `packs_boxes` is set."""
         if not self.packs_boxes or not features:
@@ -604,14 +798,55 @@ class MGLlavaProcessor(ImageTextProcessor):
         counts = [] if counts is None else torch.as_tensor(counts).tolist()
         return [self.image_seq_length + self.num_tokens_per_box * count for count in counts]
 
+    def num_video_tokens(self, inputs: Mapping[str, Any]) -> list[int]:
+        """Count the placeholders of each video, in order.
+
+        Args:
+            inputs (`Mapping`): Model inputs with `num_video_boxes` and `num_video_frames`.
+
+        Returns:
+            `list[int]`: Their numbers.
+        """
+        if inputs.get("num_video_frames") is None:
+            return []
+        boxes = torch.as_tensor(inputs["num_video_boxes"]).tolist()
+        counts, first = [], 0
+        for frames in torch.as_tensor(inputs["num_video_frames"]).tolist():
+            of_video = boxes[first : first + frames]
+            counts.append(self.image_seq_length * frames + self.num_tokens_per_box * sum(of_video))
+            first += frames
+        return counts
+
+    def take_videos(self, inputs: Mapping[str, Any], first: int, last: int | None = None) -> dict[str, torch.Tensor]:
+        """Take videos out of a batch.
+
+        Args:
+            inputs (`Mapping`): Model inputs.
+            first (`int`): Index of the first video.
+            last (`int`, *optional*): Index after the last one. All after `first` by default.
+
+        Returns:
+            `dict[str, torch.Tensor]`: The inputs of these videos; empty if there are none.
+        """
+        if inputs.get("num_video_frames") is None:
+            return {}
+        frames = torch.as_tensor(inputs["num_video_frames"]).tolist()
+        if not frames[first:last]:
+            return {}
+        start = sum(frames[:first])
+        rows = slice(start, start + sum(frames[first:last]))
+        return {
+            name: as_tensor(inputs[name][slice(first, last) if name == "num_video_frames" else rows])
+            for name in self.video_inputs
+        }
+
+    def join_videos(self, rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Join videos with `video_boxes` padded to the greatest number, see [`ImageTextProcessor.join_videos`]."""
+        return super().join_videos(_with_equal_rows(rows, "video_boxes"))
+
     def join_images(self, rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Join images with `boxes` padded to the greatest number, see [`ImageTextProcessor.join_images`]."""
-        rows = [row for row in rows if row]
-        most = max((row["boxes"].shape[1] for row in rows), default=0)
-        pad = torch.nn.functional.pad
-        return super().join_images(
-            [{**row, "boxes": pad(row["boxes"], (0, 0, 0, most - row["boxes"].shape[1]))} for row in rows]
-        )
+        return super().join_images(_with_equal_rows(rows, "boxes"))
 
     def objects(self, detections: Any, image_size: tuple[int, int]) -> dict[str, Any]:
         """Select the objects that the model gets a token for, in the order of these tokens.
@@ -649,18 +884,27 @@ class MGLlavaProcessor(ImageTextProcessor):
             ValueError: If a message has boxes outside of an image block, or holds what the chat template would drop.
         """
         if isinstance(conversation, str):
-            return super().encode_text(take_boxes_from_text(conversation, self._placeholder)[0], **kwargs)
-        return super().encode_text(_take_boxes(conversation, []), **kwargs)
+            for modality in self.placeholder_ids:
+                conversation, _ = take_boxes_from_text(conversation, self.placeholder_pattern(modality))
+            return super().encode_text(conversation, **kwargs)
+        return super().encode_text(_take_boxes(conversation, [], []), **kwargs)
 
-    def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
-        """Return the number of placeholders that serving engines plan with for each image.
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Any = None, video_sizes: Any = None, **kwargs: Any
+    ) -> MultiModalData:
+        """Return the number of placeholders that serving engines plan with for each image and video.
 
-        It does not depend on the size of an image, but on the number of its boxes: `box_limit` is assumed.
+        It does not depend on sizes, but on the numbers of boxes and frames: `box_limit` and `num_frames` are assumed.
         """
-        if image_sizes is None:
-            return MultiModalData()
-        most = self.image_seq_length + self.num_tokens_per_box * (self.image_processor.box_limit or 1)
-        return MultiModalData(num_image_tokens=[most] * len(image_sizes), num_image_patches=[1] * len(image_sizes))
+        counts: dict[str, Any] = {}
+        if image_sizes is not None:
+            most = self.image_seq_length + self.num_tokens_per_box * (self.image_processor.box_limit or 1)
+            counts |= {"num_image_tokens": [most] * len(image_sizes), "num_image_patches": [1] * len(image_sizes)}
+        if video_sizes is not None:
+            of_frame = self.image_seq_length + self.num_tokens_per_box * (self.video_processor.box_limit or 1)
+            frames = kwargs.get("num_frames") or self.video_processor.num_frames or 1
+            counts["num_video_tokens"] = [of_frame * frames] * len(video_sizes)
+        return MultiModalData(**counts)
 
     def apply_chat_template(  # type: ignore[override]  # the options by name
         self,
@@ -674,8 +918,9 @@ class MGLlavaProcessor(ImageTextProcessor):
         """Render conversations and, with `tokenize=True`, make the model's inputs from them.
 
         In addition to what the base class supports, image blocks may have `boxes`, as in
-        `{"type": "image", "url": ..., "boxes": [[10, 20, 110, 70]]}`. A rendered string holds them after the
-        placeholder, between two private-use characters, and the processor reads them from there.
+        `{"type": "image", "url": ..., "boxes": [[10, 20, 110, 70]]}`, and video blocks one entry for each sampled
+        frame, as in `{"type": "video", "path": ..., "boxes": [[[10, 20, 110, 70]], [], ...]}`. A rendered string holds
+        them after the placeholder, between two private-use characters, and the processor reads them from there.
 
         With the templates of this package, every piece of a conversation is encoded alone, as in training, and
         `assistant_masks` marks exactly the tokens that the original trains on. Passing the rendered string to the
@@ -702,13 +947,19 @@ class MGLlavaProcessor(ImageTextProcessor):
             NotImplementedError: If this release of transformers cannot sanitize.
             TypeError: If a message or a block has the wrong type.
         """
-        boxes: list[Any] = []
-        plain = _take_boxes(conversation, boxes)
-        if has_boxes := any(entry is not None for entry in boxes):
-            if (processor_kwargs or {}).get("boxes") is not None:
-                raise ValueError("`boxes` must be in the conversation or in `processor_kwargs`, got both.")
+        boxes: dict[str, list[Any]] = {"boxes": [], "video_boxes": []}
+        plain = _take_boxes(conversation, *boxes.values())
+        if boxes["video_boxes"] and not self.takes_videos:
+            raise ValueError(_NO_VIDEOS.format(token=VIDEO_TOKEN))
+        has_boxes = False
+        for name, entries in boxes.items():
+            if all(entry is None for entry in entries):
+                continue
+            has_boxes = True
+            if (processor_kwargs or {}).get(name) is not None:
+                raise ValueError(f"`{name}` must be in the conversation or in `processor_kwargs`, got both.")
             if tokenize:
-                processor_kwargs = {**(processor_kwargs or {}), "boxes": boxes}
+                processor_kwargs = {**(processor_kwargs or {}), name: entries}
         output = super().apply_chat_template(
             plain, chat_template, tokenize=tokenize, processor_kwargs=processor_kwargs, **kwargs
         )
@@ -718,10 +969,18 @@ class MGLlavaProcessor(ImageTextProcessor):
         is_single = isinstance(output, str)
         texts = []
         for text, messages in zip(*([output], [conversation]) if is_single else (output, conversation), strict=True):
-            of_text: list[Any] = []
-            _take_boxes(messages, of_text)
-            texts.append(write_boxes_into_text(text, self._placeholder, of_text))
+            of_images: list[Any] = []
+            of_videos: list[Any] = []
+            _take_boxes(messages, of_images, of_videos)
+            if any(entry is not None for entry in of_images):
+                text = write_boxes_into_text(text, self.placeholder_pattern("image"), of_images)
+            if any(entry is not None for entry in of_videos):
+                text = write_boxes_into_text(text, self.placeholder_pattern("video"), of_videos)
+            texts.append(text)
         return texts[0] if is_single else texts
+
+    def _plain_block(self, block: Mapping[str, Any]) -> Mapping[str, Any]:
+        return video_block(block) if is_video_block(block) else super()._plain_block(block)
 
 
 def _check_upload_hook() -> None:
@@ -734,19 +993,56 @@ def _check_upload_hook() -> None:
         )
 
 
-def _take_boxes(value: Any, boxes: list[Any]) -> Any:
-    """Copy a conversation without the `boxes` of its images, which are appended to the list."""
-    if is_image_block(value):
-        boxes.append(boxes_of_block(value.get("boxes")))
+def _take_boxes(value: Any, boxes: list[Any], video_boxes: list[Any]) -> Any:
+    """Copy a conversation without the `boxes` of its images and videos, which are appended to the lists."""
+    if is_image_block(value) or is_video_block(value):
+        of_block = value.get("boxes")
+        if is_image_block(value):
+            boxes.append(boxes_of_block(of_block))
+        else:
+            video_boxes.append(boxes_of_video_block(of_block))
         return {key: item for key, item in value.items() if key != "boxes"}
     if isinstance(value, Mapping):
         if value.get("boxes") is not None and ("role" in value or "type" in value):
             where = f"a message of role {value['role']!r}" if "role" in value else f"a block of type {value['type']!r}"
-            raise ValueError(f"`boxes` must be in image blocks, got them in {where}. Move them to the image's block.")
-        return {key: _take_boxes(item, boxes) for key, item in value.items()}
-    return [_take_boxes(item, boxes) for item in value] if isinstance(value, list | tuple) else value
+            raise ValueError(
+                f"`boxes` must be in image or video blocks, got them in {where}. Move them to the image's block."
+            )
+        return {key: _take_boxes(item, boxes, video_boxes) for key, item in value.items()}
+    return [_take_boxes(item, boxes, video_boxes) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _are_entries(boxes: Any, entries: list[Any], modality: str) -> bool:
+    """Tell whether boxes are the same as the entries of blocks."""
+    if modality == "image":
+        return plain_boxes(flatten_boxes(boxes, len(entries))) == entries
+    counts = [len(entry) if entry is not None else 0 for entry in entries]
+    try:
+        given = flatten_video_boxes(boxes, counts)
+    except ValueError:
+        return False
+    return plain_boxes(given) == [entry if entry is not None else [] for entry in entries]
+
+
+def _with_equal_rows(rows: Sequence[Mapping[str, torch.Tensor]], name: str) -> list[dict[str, torch.Tensor]]:
+    """Pad the boxes of several batches to the greatest number."""
+    given = [row for row in rows if row]
+    most = max((row[name].shape[1] for row in given), default=0)
+    pad = torch.nn.functional.pad
+    return [{**row, name: pad(row[name], (0, 0, 0, most - row[name].shape[1]))} for row in given]
+
+
+def find_boxes_of_frames(
+    detector: BoxDetectorProtocol, clip: Clip, frames: Sequence[int], options: Mapping[str, Any]
+) -> list[Mapping[str, Any]]:
+    """Find the boxes of frames of a video in one call; a frame that was sampled several times is processed once."""
+    indices = list(clip.metadata.frames_indices or range(len(clip.frames)))
+    first_of = {indices[frame]: frame for frame in reversed(frames)}
+    found = find_boxes(detector, [clip.frames[frame] for frame in first_of.values()], "channels_first", options)
+    by_index = dict(zip(first_of, found, strict=True))
+    return [by_index[indices[frame]] for frame in frames]
 
 
 make_findable(__name__)
 
-__all__ = ["CHAT_TEMPLATES", "MGLlavaProcessor"]
+__all__ = ["CHAT_TEMPLATES", "MGLlavaProcessor", "find_boxes_of_frames"]

@@ -28,6 +28,7 @@ from mgllava.processing import (
     MGLlavaImageProcessor,
     MGLlavaImageProcessorPil,
     MGLlavaProcessor,
+    MGLlavaVideoProcessor,
     RamPlusImageProcessor,
     RamPlusImageProcessorPil,
     SlimeImageProcessor,
@@ -55,7 +56,7 @@ _LAZY_MODULES = (
     "visualization",
 )
 # Functions of these modules that are names of the package, each with its module.
-_LAZY_NAMES = {"build_from_parts": "conversion"}
+_LAZY_NAMES = {"add_videos": "conversion", "build_from_parts": "conversion"}
 
 
 def __getattr__(name: str) -> Any:
@@ -83,6 +84,7 @@ __all__ = [
     "MGLlavaModel",
     "MGLlavaPreTrainedModel",
     "MGLlavaProcessor",
+    "MGLlavaVideoProcessor",
     "RamPlusConfig",
     "RamPlusForImageTagging",
     "RamPlusImageProcessor",
@@ -94,6 +96,7 @@ __all__ = [
     "SlimeModel",
     "SlimePreTrainedModel",
     "SlimeProcessor",
+    "add_videos",
     "build_from_parts",
     "quantization_config",
 ]

@@ -38,7 +38,8 @@ def control_tokens(processor: Any) -> re.Pattern[str]:
     template = str(processor.chat_template)
     added = processor.tokenizer.added_tokens_decoder.values()
     tokens = {token.content for token in added if token.special or token.content in template}
-    tokens = {token for token in tokens | {processor.image_token} if token.strip()}
+    placeholders = {processor.image_token, getattr(processor, "video_token", None)} - {None}
+    tokens = {token for token in tokens | placeholders if token.strip()}
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
 
 

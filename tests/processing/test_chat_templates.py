@@ -129,7 +129,8 @@ def test_engines_see_that_content_may_be_blocks(family):
     loops = list(
         jinja2.Environment(extensions=[GenerationTag]).parse(CHAT_TEMPLATES[family]).find_all(jinja2.nodes.For)
     )
-    assert [(loop.iter.node.name, loop.iter.arg.value) for loop in loops[1:]] == [("message", "content")]
+    items = [loop.iter for loop in loops if isinstance(loop.iter, jinja2.nodes.Getitem)]
+    assert [(item.node.name, item.arg.value) for item in items] == [("message", "content")]
     messages = [{"role": "user", "content": "a <image>b"}, {"role": "assistant", "content": "c"}]
     blocks = [
         {
@@ -156,8 +157,8 @@ class GenerationTag(jinja2.ext.Extension):
     [
         ({"role": "user"}, {}, "`content` must be a string or a list of blocks, message 2 has none"),
         ({"role": "user", "content": None}, {}, "message 2 has none"),
-        ({"role": "user", "content": ["x"]}, {}, "must be 'text' or 'image', got ''"),
-        ({"role": "user", "content": [{"type": "video"}]}, {}, "must be 'text' or 'image', got 'video'"),
+        ({"role": "user", "content": ["x"]}, {}, "must be 'text' or 'image' or 'video', got ''"),
+        ({"role": "user", "content": [{"type": "audio"}]}, {}, "must be 'text' or 'image' or 'video', got 'audio'"),
         ({"role": "user", "content": 3}, {}, "message 2 has something else"),
         ({"role": "user", "content": {"type": "text", "text": "x"}}, {}, "message 2 has something else"),
         ({"role": "user", "content": [{"type": "text"}]}, {}, "`text` of a content block must be a string"),
@@ -165,6 +166,7 @@ class GenerationTag(jinja2.ext.Extension):
         ({"role": "user", "content": "x"}, {"documents": [{"text": "y"}]}, "not trained with tools or documents"),
         ({"role": "user", "content": "x", "tool_calls": [{"type": "function"}]}, {}, "message 2 has `tool_calls`"),
         ({"role": "assistant", "content": [{"type": "image"}]}, {}, "Images must be in user turns.*assistant"),
+        ({"role": "assistant", "content": [{"type": "video"}]}, {}, "Videos must be in user turns.*assistant"),
     ],
 )
 def test_templates_drop_nothing_silently(message, options, error):

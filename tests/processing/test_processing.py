@@ -134,7 +134,11 @@ def test_no_tokens_per_box(processor):
         ({"text": "a", "boxes": [ONE]}, "`boxes` must come with images"),
         ({}, "`images` or `text` must be given"),
         ({"text": [1]}, "`text` must be a string or a list of strings, got .*int"),
-        ({"text": "a", "videos": [1]}, "`videos` and `audio` must be None"),
+        (
+            {"text": "a", "videos": [1]},
+            "takes no videos yet: its tokenizer has no '<video>'. Call `mgllava.add_videos",
+        ),
+        ({"text": "a", "audio": [1]}, "`audio` must be None or empty"),
         ({"text": "a", "text_pair": "b"}, r"\['text_pair'\] must not be set"),
     ],
 )
@@ -375,7 +379,7 @@ def test_boxes_outside_of_image_blocks_are_refused(processor, place):
     text = {"type": "text", "text": "q"}
     message = {"role": "user", "content": [{"type": "image", "image": PIL.Image.new("RGB", (60, 40))}, text]}
     (message if place == "message" else text)["boxes"] = [[1, 2, 20, 30]]
-    with pytest.raises(ValueError, match="`boxes` must be in image blocks, got them in a"):
+    with pytest.raises(ValueError, match="`boxes` must be in image or video blocks, got them in a"):
         processor.apply_chat_template([message], tokenize=True, return_dict=True)
 
 

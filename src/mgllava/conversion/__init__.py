@@ -2,7 +2,7 @@
 
 from mgllava.model_files.errors import ConversionError
 
-from .build import build_from_parts
+from .build import add_videos, build_from_parts
 from .convert import convert_checkpoint, convert_ram_plus, export_original
 from .xtuner import PRESETS, XTunerCheckpoint, export_xtuner, read_checkpoint
 
@@ -10,6 +10,7 @@ __all__ = [
     "PRESETS",
     "ConversionError",
     "XTunerCheckpoint",
+    "add_videos",
     "build_from_parts",
     "convert_checkpoint",
     "convert_ram_plus",

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from mgllava.model_files.sources import clip_config, language_model_config
 from mgllava.model_files.tensor_matching import match_tensors
-from mgllava.model_files.vocabulary import generation_config, load_tokenizer, plan_vocabulary
+from mgllava.model_files.vocabulary import add_placeholders, generation_config, load_tokenizer, plan_vocabulary
 from mgllava.modeling import (
     MGLlavaConfig,
     MGLlavaForConditionalGeneration,
@@ -22,8 +22,8 @@ from mgllava.modeling import (
     SlimeForConditionalGeneration,
 )
 from mgllava.modeling.language_model_common import LanguageModelHead
-from mgllava.processing import MGLlavaProcessor, SlimeProcessor
-from mgllava.processing.text_chunks_common import IMAGE_TOKEN
+from mgllava.processing import CHAT_TEMPLATES, MGLlavaProcessor, SlimeProcessor
+from mgllava.processing.text_chunks_common import IMAGE_TOKEN, VIDEO_TOKEN, read_format
 
 from .slime.processor import make_processor as make_slime_processor
 from .slime.processor import separator_of
@@ -86,12 +86,13 @@ def build_from_parts(
     high_res_tower: str | os.PathLike[str],
     *,
     image_token_id: int | None = None,
+    video_token_id: int | None = None,
     dtype: torch.dtype | str = "auto",
     **kwargs: Any,
 ) -> MGLlavaForConditionalGeneration:
     r"""Build a model from trained parts, with random fusion and projectors, to start stage 1 from.
 
-    The embedding table gets a row for the placeholder, and is padded to a multiple of 64 rows.
+    The embedding table gets a row for each placeholder, and is padded to a multiple of 64 rows.
 
     Example:
     ```python
@@ -111,6 +112,8 @@ def build_from_parts(
         image_token_id (`int`, *optional*):
             Id of the placeholder. By default that of `<image>` in the language model's tokenizer or, if it has none,
             the one that `tokenizer.add_tokens` would assign.
+        video_token_id (`int`, *optional*): Id of the placeholder of videos. By default the model takes no videos; see
+            [`add_videos`].
         dtype (`torch.dtype` or `str`, *optional*, defaults to `"auto"`):
             Dtype of all weights; `"auto"` is that of the language model. `torch_dtype` is an older name.
         **kwargs:
@@ -150,7 +153,9 @@ def build_from_parts(
         tokenizer_options = {name: llm_options[name] for name in _TOKENIZER_ARGUMENTS if name in llm_options}
         tokenizer: Any = AutoTokenizer.from_pretrained(llm, **location, **tokenizer_options)
         image_token_id = tokenizer.get_vocab().get(IMAGE_TOKEN, len(tokenizer))
-    shared = _add_placeholder(language_model, image_token_id)
+    shared = _add_placeholder(language_model, image_token_id, video_token_id)
+    if video_token_id is not None:
+        shared["video_token_id"] = video_token_id
     config = MGLlavaConfig(
         **shared, vision_config=tower.config, high_res_vision_config=high_res.config, dtype=weights_dtype, **kwargs
     )
@@ -179,7 +184,8 @@ def _refuse_arguments(kwargs: dict[str, Any]) -> None:
         known = [*_CONFIG_ARGUMENTS, "high_res_image_size", "attn_implementation", "device_map", "torch_dtype"]
         raise TypeError(
             f"build_from_parts() got an unexpected keyword argument {unknown[0]!r}. In addition to the parts, "
-            f"`image_token_id` and `dtype` it takes {', '.join([*known, *_LOCATION_ARGUMENTS, *_LLM_ARGUMENTS])}."
+            "`image_token_id`, `video_token_id` and `dtype` it takes "
+            f"{', '.join([*known, *_LOCATION_ARGUMENTS, *_LLM_ARGUMENTS])}."
         )
 
 
@@ -228,9 +234,54 @@ def _load_clip(name: str | os.PathLike[str], **options: Any) -> Any:
     return tower
 
 
-def _add_placeholder(language_model: Any, image_token_id: int) -> dict[str, Any]:
+def add_videos(model: MGLlavaForConditionalGeneration, processor: MGLlavaProcessor) -> None:
+    """Let a model and a processor that were saved without videos take videos. Save both afterwards.
+
+    The tokenizer gets the placeholder `<video>`, and the configuration its id. No weights change, unless the embedding
+    table has no unused row left. A chat template of this package is replaced by its present version.
+
+    Args:
+        model ([`MGLlavaForConditionalGeneration`]): The model.
+        processor ([`MGLlavaProcessor`]): Its processor.
+
+    Raises:
+        TypeError: If the model or the processor is of a family that takes no videos.
+    """
+    if not hasattr(model, "get_video_features") or not hasattr(processor, "find_video_token"):
+        raise TypeError(
+            "`model` and `processor` must be of a family that takes videos, got "
+            f"{type(model).__name__} and {type(processor).__name__}."
+        )
+    add_placeholders(processor.tokenizer, (VIDEO_TOKEN,))
+    processor.find_video_token()
+    token_id, config = processor.video_token_id, model.config
+    assert token_id is not None  # it was added
+    rows, unpadded = config.text_config.vocab_size, config.unpadded_vocab_size
+    if token_id >= rows:
+        padded = plan_vocabulary(config.image_token_id, rows, token_id).padded_rows
+        model.resize_token_embeddings(padded)
+        config.unpadded_vocab_size = rows if unpadded is None else unpadded
+    config.video_token_id = token_id
+    suppressed = set(model.generation_config.suppress_tokens or ())
+    model.generation_config.suppress_tokens = sorted(suppressed | set(config.unused_token_ids))
+    processor.video_processor.low_res_size = config.vision_config.image_size
+    processor.chat_template = _with_videos(processor)
+
+
+def _with_videos(processor: MGLlavaProcessor) -> Any:
+    """Replace chat templates by those of the package that write the same strings, which take videos."""
+    names, own = processor.tokenizer.special_tokens_map, processor.chat_template
+    known = {read_format(template, names): template for template in CHAT_TEMPLATES.values()}
+
+    def replace(template: str) -> str:
+        return known.get(read_format(template, names), template)
+
+    return {name: replace(text) for name, text in own.items()} if isinstance(own, dict) else own and replace(own)
+
+
+def _add_placeholder(language_model: Any, image_token_id: int, video_token_id: int | None = None) -> dict[str, Any]:
     """Add rows to the embedding table, and return what the configuration says about the language model."""
-    vocabulary = plan_vocabulary(image_token_id, language_model.config.vocab_size)
+    vocabulary = plan_vocabulary(image_token_id, language_model.config.vocab_size, video_token_id)
     language_model.resize_token_embeddings(vocabulary.padded_rows, mean_resizing=False)
     language_model.config.name_or_path = ""
     return {
@@ -293,9 +344,10 @@ def build_mgllava(
     """Build the model and the processor that a training starts from."""
     text_config, llm_folder = language_model_config(llm)
     _, image_settings = clip_config(vision_tower)
-    tokenizer = load_tokenizer(llm_folder)
-    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    model = build_from_parts(llm, vision_tower, high_res_tower, image_token_id=image_token_id, dtype=dtype, **config)
+    tokenizer = load_tokenizer(llm_folder, placeholders=(IMAGE_TOKEN, VIDEO_TOKEN))
+    image_token_id, video_token_id = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, VIDEO_TOKEN])
+    placeholders = {"image_token_id": image_token_id, "video_token_id": video_token_id}
+    model = build_from_parts(llm, vision_tower, high_res_tower, **placeholders, dtype=dtype, **config)
     model.generation_config = generation_config(
         llm_folder, text_config, tokenizer, prompt_template, model.config.unused_token_ids
     )
@@ -329,4 +381,4 @@ def build_slime(
     return model.eval(), make_slime_processor(model_config, tokenizer, image_settings, prompt_template)
 
 
-__all__ = ["build_from_parts", "build_mgllava", "build_slime"]
+__all__ = ["add_videos", "build_from_parts", "build_mgllava", "build_slime"]

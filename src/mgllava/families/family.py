@@ -19,6 +19,7 @@ class Family:
         model: Model class with all heads, which the Auto classes load.
         auto_classes: Names of the Auto classes of transformers that load `model`, `AutoModel` among them.
         image_processors: Image processor class per backend, `torchvision` and `pil`.
+        video_processor: Video processor class, if the family takes videos.
         base_model: Model class without heads, if it can be saved on its own.
         processor: Processor class; `None` for models that read no text, which have an image processor only.
         chat_templates: Mapping from the names of prompt templates to chat templates.
@@ -40,6 +41,7 @@ class Family:
     model: str
     auto_classes: tuple[str, ...]
     image_processors: Mapping[str, str]
+    video_processor: str | None = None
     base_model: str | None = None
     processor: str | None = None
     chat_templates: str | None = None

@@ -11,6 +11,7 @@ MGLLAVA = Family(
         "torchvision": "mgllava.processing:MGLlavaImageProcessor",
         "pil": "mgllava.processing:MGLlavaImageProcessorPil",
     },
+    video_processor="mgllava.processing:MGLlavaVideoProcessor",
     base_model="mgllava.modeling:MGLlavaModel",
     processor="mgllava.processing:MGLlavaProcessor",
     chat_templates="mgllava.processing:CHAT_TEMPLATES",

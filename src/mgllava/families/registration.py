@@ -23,6 +23,10 @@ def register(family: Family) -> None:
         model_class.register_for_auto_class("AutoModel")
     for image_processor in image_processors.values():
         image_processor.register_for_auto_class()
+    if family.video_processor:
+        video_processor = resolve(family.video_processor)
+        transformers.AutoVideoProcessor.register(config, video_processor, exist_ok=True)
+        video_processor.register_for_auto_class()
     if family.processor:
         processor = resolve(family.processor)
         transformers.AutoProcessor.register(config, processor, exist_ok=True)

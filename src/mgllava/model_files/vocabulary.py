@@ -1,6 +1,7 @@
-"""Tokenizer, embedding table and generation config with the `<image>` placeholder."""
+"""Tokenizer, embedding table and generation config with the placeholders of images and videos."""
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,15 +36,21 @@ STOP_WORDS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Id of the placeholder, rows of the language model's embedding table, and of the one in the saved model."""
+    """Ids of the placeholders, rows of the language model's embedding table, and of the one in the saved model."""
 
     image_token_id: int
     original_rows: int
     padded_rows: int
+    video_token_id: int | None = None
 
 
-def load_tokenizer(folder: Path, argument: str = "llm", pad_token_id: int | None = None) -> Any:
-    """Load a language model's tokenizer, and add the placeholder and, if there is none, a padding token.
+def load_tokenizer(
+    folder: Path,
+    argument: str = "llm",
+    pad_token_id: int | None = None,
+    placeholders: Sequence[str] = (IMAGE_TOKEN,),
+) -> Any:
+    """Load a language model's tokenizer, and add placeholders and, if there is none, a padding token.
 
     `pad_token_id` is used if the tokenizer does not name a padding token; the id after the last one is added.
     """
@@ -63,7 +70,7 @@ def load_tokenizer(folder: Path, argument: str = "llm", pad_token_id: int | None
             tokenizer.add_tokens([AddedToken(_PAD_TOKEN, special=True, normalized=False)], special_tokens=True)
         if 0 <= pad_token_id < len(tokenizer):
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_token_id)
-    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+    add_placeholders(tokenizer, placeholders)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -72,6 +79,12 @@ def load_tokenizer(folder: Path, argument: str = "llm", pad_token_id: int | None
             "token to pad with. Set `pad_token` in its tokenizer_config.json."
         )
     return tokenizer
+
+
+def add_placeholders(tokenizer: Any, placeholders: Sequence[str]) -> None:
+    """Add placeholders that the tokenizer does not have, as tokens that text cannot change."""
+    tokens = [AddedToken(token, special=True, normalized=False) for token in placeholders]
+    tokenizer.add_tokens(tokens, special_tokens=True)
 
 
 def _read_unchanged(folder: Path) -> Any:
@@ -94,10 +107,11 @@ def _build_tokenizer_json(folder: Path, output: Path) -> None:
     tokenizer.save_pretrained(output)
 
 
-def plan_vocabulary(image_token_id: int, original_rows: int) -> Vocabulary:
-    """Choose the size of an embedding table that has a row for the placeholder: a multiple of 64."""
-    rows = max(original_rows, image_token_id + 1)
-    return Vocabulary(image_token_id, original_rows, -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE)
+def plan_vocabulary(image_token_id: int, original_rows: int, video_token_id: int | None = None) -> Vocabulary:
+    """Choose the size of an embedding table that has a row for each placeholder: a multiple of 64."""
+    rows = max(original_rows, image_token_id + 1, (video_token_id or 0) + 1)
+    padded_rows = -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    return Vocabulary(image_token_id, original_rows, padded_rows, video_token_id)
 
 
 def grow_table(table: LazyTensor, rows: int) -> LazyTensor:
@@ -159,6 +173,7 @@ def generation_config(
 __all__ = [
     "STOP_WORDS",
     "Vocabulary",
+    "add_placeholders",
     "generation_config",
     "grow_table",
     "load_tokenizer",

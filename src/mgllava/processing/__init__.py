@@ -11,6 +11,8 @@ from .image_processing_ram_plus import RamPlusImageProcessor, RamPlusImageProces
 from .image_processing_slime import SlimeImageProcessor, SlimeImageProcessorKwargs, SlimeImageProcessorPil
 from .processing_mgllava import CHAT_TEMPLATES, MGLlavaProcessor
 from .processing_slime import SLIME_CHAT_TEMPLATES, SlimeProcessor
+from .video_processing_mgllava import MGLlavaVideoProcessor, MGLlavaVideoProcessorKwargs
+from .video_reading_mgllava import UnreadableVideoError, VideoLimits
 
 __all__ = [
     "CHAT_TEMPLATES",
@@ -22,11 +24,15 @@ __all__ = [
     "MGLlavaImageProcessorKwargs",
     "MGLlavaImageProcessorPil",
     "MGLlavaProcessor",
+    "MGLlavaVideoProcessor",
+    "MGLlavaVideoProcessorKwargs",
     "RamPlusImageProcessor",
     "RamPlusImageProcessorPil",
     "SlimeImageProcessor",
     "SlimeImageProcessorKwargs",
     "SlimeImageProcessorPil",
     "SlimeProcessor",
+    "UnreadableVideoError",
+    "VideoLimits",
     "prepare_boxes",
 ]

@@ -113,6 +113,7 @@ def build_config(
                 "image_size": image_size,
             },
             image_token_id=vocabulary.image_token_id,
+            video_token_id=vocabulary.video_token_id,
             unpadded_vocab_size=vocabulary.original_rows,
             tie_word_embeddings=getattr(text_config, "tie_word_embeddings", False),
             architectures=["MGLlavaForConditionalGeneration"],

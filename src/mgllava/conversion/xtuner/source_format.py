@@ -18,7 +18,7 @@ from mgllava.model_files.tensor_matching import FLOAT_DTYPES
 from mgllava.model_files.vocabulary import generation_config, load_tokenizer, plan_vocabulary
 from mgllava.modeling import MGLlavaConfig
 from mgllava.processing import CHAT_TEMPLATES
-from mgllava.processing.text_chunks_common import IMAGE_TOKEN
+from mgllava.processing.text_chunks_common import IMAGE_TOKEN, VIDEO_TOKEN
 
 from .checkpoint_reader import XTunerCheckpoint, read_checkpoint
 from .config_mapping import build_config, read_image_size
@@ -80,8 +80,9 @@ def gather(path: Path, options: Mapping[str, Any], trust_pickle: bool, scratch: 
             del tensors.used[name]
     tensors.files["llm"] += [llm_folder / name for name in _CONFIG_FILES if (llm_folder / name).is_file()]
 
-    tokenizer = load_tokenizer(llm_folder)
-    vocabulary = plan_vocabulary(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), _table_rows(tensors, checkpoint))
+    tokenizer = load_tokenizer(llm_folder, placeholders=(IMAGE_TOKEN, VIDEO_TOKEN))
+    image_token_id, video_token_id = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, VIDEO_TOKEN])
+    vocabulary = plan_vocabulary(image_token_id, _table_rows(tensors, checkpoint), video_token_id)
     image_size = read_image_size(checkpoint.config_text)
     config = build_config(checkpoint.tensors, text_config, vision_config, tower, vocabulary, image_size)
     return Gathered(
