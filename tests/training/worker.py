@@ -29,11 +29,22 @@ def shard_on_cpus():
     PartialState.__init__ = __init__
 
 
+def send_with_gloo():
+    """Keep DeepSpeed from compiling C++ code that sends through shared memory, which takes minutes."""
+    import deepspeed
+
+    extension = "deepspeed_shm_comm"
+    assert extension in deepspeed.ops.__compatible_ops__
+    deepspeed.ops.__compatible_ops__[extension] = False
+
+
 def main(report, *arguments):
     found = {}
     recipe = load_recipe(*(argument for argument in arguments if argument != "--resume"))
     if recipe.training.get("fsdp"):
         shard_on_cpus()
+    if recipe.training.get("deepspeed"):
+        send_with_gloo()
 
     project = MGLlavaBoxProjector.forward
 
