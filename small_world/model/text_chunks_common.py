@@ -44,6 +44,8 @@ GUARD = "\U000ff4d2"
 BOUNDARY_NAMES = {"chunk_boundary": CHUNK_BOUNDARY, "answer_boundary": ANSWER_BOUNDARY}
 PRIVATE_CHARACTERS = re.compile(f"[{CHUNK_BOUNDARY}{ANSWER_BOUNDARY}{GUARD}]")
 _BOUNDARIES = re.compile(f"[{CHUNK_BOUNDARY}{ANSWER_BOUNDARY}]")
+_FOREIGN = "is not one of the processor's"
+_UNMARKED_ANSWERS = "writes no text between questions and answers, by which answers could be found"
 # The texts of a probe conversation (question, answer, question, answer), and its system message.
 _PROBE, _SYSTEM = "\U000ff4d4\U000ff4d5\U000ff4d6\U000ff4d7", "\U000ff4d8"
 
@@ -391,10 +393,12 @@ def protect_text(marked: str, bos_token: str | None, chat: ChatFormat | None, ch
                     "this processor removes again; other tokenizers would encode it."
                 )
             return text
+    is_foreign = chat is not None
     logger.warning_once(
-        "The chat template of this conversation is not one of the processor's: the string keeps the private-use "
-        f"characters U+{ord(CHUNK_BOUNDARY):X} and U+{ord(ANSWER_BOUNDARY):X}, where this processor cuts it; other "
-        "tokenizers would encode them. Set `processor.chat_template` to that template."
+        f"The chat template of this conversation {_FOREIGN if is_foreign else _UNMARKED_ANSWERS}: the string keeps "
+        f"the private-use characters U+{ord(CHUNK_BOUNDARY):X} and U+{ord(ANSWER_BOUNDARY):X}, where this processor "
+        "cuts it; other tokenizers would encode them."
+        + (" Set `processor.chat_template` to that template." if is_foreign else "")
     )
     return marked
 

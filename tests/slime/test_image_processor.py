@@ -26,6 +26,7 @@ def processor(request):
         ({"size": {"shortest_edge": 28, "longest_edge": 56}}, "`size` and `crop_size` must be one square"),
         ({"crop_size": {"height": 28, "width": 14}}, "`size` and `crop_size` must be one square"),
         ({"do_rescale": False}, "`do_rescale` must be True when `do_normalize` is"),
+        ({"data_format": "channels_last"}, "`data_format` must be 'channels_first'"),
     ],
 )
 def test_options_that_tiles_cannot_follow_are_refused(processor, options, problem):
@@ -57,3 +58,9 @@ def test_no_value_for_an_option_is_its_default(processor):
     expected = processor(image, return_tensors="pt")
     assert torch.equal(processor(image, do_tile=None, return_tensors="pt")["image_grids"], expected["image_grids"])
     assert len(expected["pixel_values"]) == 1 + int(np.prod(expected["image_grids"].tolist()))
+
+
+def test_no_images_are_named(processor):
+    for images in ([], [[], []]):
+        with pytest.raises(ValueError, match="`images` must hold at least one image"):
+            processor(images, return_tensors="pt")

@@ -221,6 +221,13 @@ def test_wrong_inputs_are_named(model, wrong, message):
         model(**{**slime_inputs([[3]]), **wrong})
 
 
+def test_arrays_and_lists_are_refused(model):
+    inputs = slime_inputs([[3]])
+    for name, value in (("pixel_values", inputs["pixel_values"].numpy()), ("image_grids", [[1, 3]])):
+        with pytest.raises(TypeError, match=f"`{name}` must be a tensor, got"):
+            model(**{**inputs, name: value})
+
+
 def test_features_without_their_grids_are_refused(model):
     inputs = slime_inputs([[3]])
     features = model.get_image_features(inputs.pop("pixel_values"), inputs.pop("image_grids"))

@@ -128,7 +128,7 @@ class MGLlavaImageProcessorMixin(UprightImageProcessor):
                 "no padding beyond the image with the most boxes."
             )
         selection = box_options(SimpleNamespace(**kwargs))
-        opened = self.fetch_images(images)
+        opened = self.fetch_at_least_one(images)
         rgb = [as_rgb(image, input_data_format, f"images[{index}]") for index, image in enumerate(flat_images(opened))]
         if getattr(self, "backend", None) == "pil":
             rgb = [image.cpu() for image in rgb]

@@ -549,6 +549,12 @@ class UprightImageProcessor(BaseImageProcessor):
                 "`do_rescale` must be True when `do_normalize` is, got False. Images are kept in 8 bits until then; "
                 "floating point images between 0 and 1 are recognized."
             )
+        data_format = kwargs.get("data_format")
+        if data_format is not None and ChannelDimension(data_format) != ChannelDimension.FIRST:
+            raise ValueError(
+                f"`data_format` must be 'channels_first', which the model reads, got {data_format!r}. That of the "
+                "images is `input_data_format`."
+            )
         super()._validate_preprocess_kwargs(**kwargs)
 
     def check_one_shape(self, pixels: Sequence[Any], return_tensors: Any, options: Mapping[str, Any]) -> None:
@@ -567,6 +573,13 @@ class UprightImageProcessor(BaseImageProcessor):
         They become PIL images in RGB, or stay arrays and tensors of 3 or 4 dimensions.
         """
         return fetch_upright(image_url_or_urls)
+
+    def fetch_at_least_one(self, images: Any) -> Any:
+        """Do as `fetch_images`, and raise a `ValueError` if there are no images."""
+        opened = self.fetch_images(images)
+        if not flat_images(opened):
+            raise ValueError(f"`images` must hold at least one image, got {images!r}.")
+        return opened
 
     def resize_tensor(self, image: torch.Tensor, height: int, width: int, resample: Any) -> torch.Tensor:
         """Resize an image of shape `(channels, height, width)` with the backend."""
