@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, CLIPVisionModel, LlamaForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mgllava import SlimeForConditionalGeneration
+from mgllava import SlimeConfig, SlimeForConditionalGeneration
 from mgllava.modeling.adapters_slime import SlimeQueryAdapter, route
 from tests.slime.golden import GOLDEN, VOCAB_SIZE
 from tests.tiny import NUM_FUSED_TOKENS, one_slime_prompt, slime_inputs, tiny_slime
@@ -320,3 +321,43 @@ def test_padding_with_the_embedding_of_the_placeholder_is_padding():
     for beams, expected in zip((1, 2), answers, strict=True):
         found = model.generate(inputs_embeds=embeds, **inputs, **options, num_beams=beams)
         assert torch.equal(found, expected[:, length:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("llm", "values"), [("mistral", {"sliding_window": 8}), ("mamba", {})])
+def test_windows_and_states_do_not_count_dropped_tokens(llm, values, caplog):
+    """A masked token takes a place in a sliding window, and changes the state of a recurrent layer."""
+    model = tiny_slime(llm, text_config=values).double()
+    inputs = slime_inputs([[4]])
+    output = model(**inputs)
+    seen = inputs["input_ids"][0] != model.config.image_token_id
+    seen[~seen] = output.kept_tokens
+    arguments = model.model.embed(
+        {name: inputs[name] for name in model.image_arguments}, input_ids=inputs["input_ids"]
+    )
+    shortened = model(inputs_embeds=arguments[0]["inputs_embeds"][:, seen], use_cache=False)
+    torch.testing.assert_close(output.logits[:, seen], shortened.logits)
+    answer = model.generate(**inputs, max_new_tokens=1, do_sample=False)[0, -1]
+    assert shortened.logits[0, -1, : model.config.unpadded_vocab_size].argmax() == answer
+    assert "no cache is returned" in caplog.text
+    model(**inputs, use_cache=True)
+    assert "the result differs from that of `generate`" in caplog.text
+
+
+def test_values_of_the_configuration():
+    for name in ("router_top_p", "router_temperature"):  # whole numbers, as people write them
+        assert getattr(SlimeConfig(**{name: 1}), name) == 1
+    wrong = {
+        "router_temperature": [0, float("nan"), float("inf")],
+        "router_top_p": [0, 1.5, float("nan")],
+        "num_local_queries": [0, 143],
+        "separator_token_id": [-1],
+        "vision_config": [
+            {"hidden_size": 130, "num_attention_heads": 2},
+            {"hidden_size": 400, "num_attention_heads": 4},
+        ],
+    }
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(StrictDataclassError, match=f"`{name}"):
+                SlimeConfig(**{name: value})
