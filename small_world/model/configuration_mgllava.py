@@ -33,7 +33,7 @@ class MGLlavaHighResVisionConfig(PreTrainedConfig):
     depths: list[int] | tuple[int, ...] = (3, 3, 27, 3)
     hidden_sizes: list[int] | tuple[int, ...] = (192, 384, 768, 1536)
     image_size: int = 768
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
 
     def validate_architecture(self):
         """Check the name, the number of stages, and that the image size is a multiple of the last stride."""

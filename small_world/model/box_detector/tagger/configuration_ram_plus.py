@@ -81,7 +81,7 @@ class RamPlusConfig(PreTrainedConfig):
     depths: list[int] | tuple[int, ...] = (2, 2, 18, 2)
     num_heads: list[int] | tuple[int, ...] = (6, 12, 24, 48)
     window_size: int = 12
-    drop_path_rate: float = 0.1
+    drop_path_rate: float | int = 0.1
     projection_dim: int = 512
     num_descriptions: int = 51
     hidden_size: int = 768
@@ -89,10 +89,10 @@ class RamPlusConfig(PreTrainedConfig):
     num_attention_heads: int = 4
     intermediate_size: int = 3072
     hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
     layer_norm_eps: float = 1e-12
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
     # `__post_init__` makes a list and dictionaries with one entry for each tag.
     thresholds: Any = None
     id2label: Any = None
