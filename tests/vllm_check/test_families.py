@@ -6,6 +6,7 @@ pytest.importorskip("vllm")
 
 from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMValidationError as VLLMError
 
 from mgllava import SlimeImageProcessor, SlimeProcessor
 from mgllava.processing import SLIME_CHAT_TEMPLATES
@@ -63,5 +64,5 @@ def test_all_tokens_give_the_answers_of_generate(folders, generate):
         for output, (prompt, tokens) in zip(llm.chat(asked, GREEDY, use_tqdm=False), expected, strict=True):
             assert output.prompt_token_ids == prompt
             assert [token for token in output.outputs[0].token_ids if token != 2] == tokens
-    with pytest.raises(ValueError, match="takes no boxes"):
+    with pytest.raises(VLLMError, match="takes no boxes"):
         llm.chat([ask("What?", (first, [[1, 2, 30, 40]]))], GREEDY, use_tqdm=False)

@@ -66,15 +66,17 @@ class ServedInfo(BaseProcessingInfo):
         found = []
         for rows, columns in _GRIDS:
             image = np.zeros((rows * size["height"], columns * size["width"], 3), dtype=np.uint8)
-            boxes = [[0, 0, 1, 1]] * self.most_boxes if takes_boxes(processor) else None
+            boxes = [[0, 0, 1, 1]] * self.most_boxes or None
             item = BoxedImage(image, boxes, is_complete=True)
             found.append((item, processor.num_image_tokens(image_features(processor, item, {}))[0]))
         return max(found, key=lambda entry: entry[1])
 
     @cached_property
     def most_boxes(self) -> int:
-        """Most boxes of an image: as many as fit into the context of the model."""
+        """Most boxes of an image: as many as fit into the context of the model, and 0 if it takes none."""
         processor = self.get_hf_processor()
+        if not takes_boxes(processor):
+            return 0
         image = BoxedImage(np.zeros((8, 8, 3), dtype=np.uint8), [[0, 0, 1, 1]], is_complete=True)
         alone = processor.num_image_tokens(image_features(processor, image, {}))[0]
         return max(
