@@ -21,6 +21,7 @@ def test_the_package_has_both_stages_for_every_language_model():
         for model in ("", *(f"_{model}" for model in SLIME_MODELS))
     }
     others = {"stage_1.yaml", "stage_2.yaml", "finetune.yaml", "slime_lora.yaml"}
+    others |= {"video_stage_1.yaml", "video_stage_2.yaml"}
     assert set(recipe_names()) == stages | OVERLAYS | slime | others
 
 

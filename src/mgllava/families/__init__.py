@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .family import Family, resolve, takes_boxes
+from .family import Family, resolve, takes_boxes, takes_videos
 from .mgllava import MGLLAVA
 from .ram_plus import RAM_PLUS
 from .registration import register
@@ -36,4 +36,4 @@ def family_of(config: Any, has_text: bool = True) -> Family:
     return accepted[config.model_type]
 
 
-__all__ = ["FAMILIES", "Family", "family_of", "register", "resolve", "takes_boxes"]
+__all__ = ["FAMILIES", "Family", "family_of", "register", "resolve", "takes_boxes", "takes_videos"]

@@ -82,4 +82,17 @@ def takes_boxes(processor: Any) -> bool:
     return hasattr(type(processor), "box_detector")
 
 
-__all__ = ["Family", "resolve", "takes_boxes"]
+def takes_videos(processor: Any) -> bool:
+    """Tell whether a processor takes videos.
+
+    Args:
+        processor ([`ImageTextProcessor`]): The processor.
+
+    Returns:
+        `bool`: Whether its family takes videos, and its tokenizer has their placeholder.
+    """
+    # Code of models that were saved before does not have the attribute.
+    return bool(getattr(processor, "takes_videos", False))
+
+
+__all__ = ["Family", "resolve", "takes_boxes", "takes_videos"]

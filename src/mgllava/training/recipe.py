@@ -52,10 +52,12 @@ class DetectorOptions:
 
 @dataclass
 class DataOptions:
-    """Samples, images and boxes; each may be a list, and entries at the same position belong together."""
+    """Samples, images, videos and boxes; each may be a list, and entries at the same position belong together."""
 
     samples: str | list[str] | None = None
     images: str | list[str] | None = None
+    # None: the folder of the images.
+    videos: str | list[str] | None = None
     boxes: str | list[str] | None = None
     # None: the box detector of the model's processor.
     detector: DetectorOptions | None = None
@@ -64,6 +66,8 @@ class DataOptions:
     on_bad_sample: str = "error"
     # None: the limit of the model family.
     max_text_length: int | None = None
+    # Frames that are sampled from each video; None: as many as the model's processor samples.
+    num_frames: int | None = None
     # Name of the chat template that renders the samples; None: that of the model's processor, which is saved anyway.
     prompt_template: str | None = None
     # Learn nothing from samples whose answers the original loses, as it does.

@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import AutoConfig, PreTrainedModel, TrainingArguments, set_seed
 
 from mgllava.box_files import detection_settings, open_detector
-from mgllava.families import FAMILIES, Family, family_of, resolve, takes_boxes
+from mgllava.families import FAMILIES, Family, family_of, resolve, takes_boxes, takes_videos
 from mgllava.folder_lock import FolderLock
 from mgllava.quantization import quantization_of
 
@@ -36,7 +36,7 @@ from .run_record import (
     write_end,
     write_start,
 )
-from .samples import labels_of
+from .samples import frames_of_a_video, labels_of
 from .starting_model import write_starting_model
 from .trainable import check_trained, describe_trained, freeze_all_but, matching_pattern, part_of
 from .trainer import MGLlavaTrainer
@@ -95,13 +95,17 @@ def _train(recipe: Recipe, args: TrainingArguments, output: Path, resume: bool) 
         processor.box_detector = None  # boxes come from files
     else:
         _refuse_boxes(recipe, family)
+    if recipe.data.num_frames is not None:  # saved with the model
+        _sample_frames(processor, recipe.data.num_frames, family, "data")
     data_processor = _with_template(processor, recipe.data, family, "data")
     data = _open_data(recipe.data, data_processor, args, "data")
-    evaluation = eval_collator = None
+    evaluation = eval_processor = None
     if recipe.evaluation is not None:
         eval_processor = _with_template(processor, recipe.evaluation, family, "evaluation")
+        if recipe.evaluation.num_frames is not None:
+            eval_processor = copy.copy(eval_processor)
+            _sample_frames(eval_processor, recipe.evaluation.num_frames, family, "evaluation")
         evaluation = _open_data(recipe.evaluation, eval_processor, args, "evaluation")
-        eval_collator = _collator(recipe.evaluation, eval_processor)
     if checkpoint is None:
         refuse_other_files(output)
     samples = _samples_digest(recipe, data)
@@ -110,14 +114,15 @@ def _train(recipe: Recipe, args: TrainingArguments, output: Path, resume: bool) 
         changes = check_same_training(recipe, samples, output, checkpoint.name)
     _name_detector(processor, recipe.data.detector)
     model = load_model(recipe, start, args, family)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     try:
         trainer = MGLlavaTrainer(
             model=model,
             args=args,
             train_dataset=data,
             eval_dataset=evaluation,
-            data_collator=_collator(recipe.data, data_processor),
-            eval_data_collator=eval_collator,
+            data_collator=_collator(recipe.data, data_processor, positions),
+            eval_data_collator=recipe.evaluation and _collator(recipe.evaluation, eval_processor, positions),
             processing_class=processor,
             learning_rates=recipe.learning_rates,
         )
@@ -231,7 +236,15 @@ def _samples_digest(recipe: Recipe, data: Any) -> str | None:
     return samples_digest(data.digest, [Path(path) for path in _as_list(recipe.data.boxes)])
 
 
-def _collator(options: DataOptions, processor: Any) -> MGLlavaDataCollator:
+def _sample_frames(processor: Any, num_frames: int, family: Family, section: str) -> None:
+    """Make a processor sample as many frames as the recipe says."""
+    if not takes_videos(processor):
+        raise TrainingError(f"`{section}.num_frames` must not be set: this model of {family.title} takes no videos.")
+    processor.video_processor = copy.copy(processor.video_processor)
+    processor.video_processor.num_frames, processor.video_processor.fps = num_frames, None
+
+
+def _collator(options: DataOptions, processor: Any, max_length: int | None) -> MGLlavaDataCollator:
     return MGLlavaDataCollator(
         processor,
         options.max_text_length,
@@ -239,6 +252,7 @@ def _collator(options: DataOptions, processor: Any) -> MGLlavaDataCollator:
         missing_boxes=options.missing_boxes,  # type: ignore[arg-type]  # checked
         return_sample_ids=True,
         original_labels=options.original_labels,
+        max_length=max_length,
     )
 
 
@@ -260,16 +274,17 @@ def _name_detector(processor: Any, given: DetectorOptions | None) -> None:
 
 
 def _open_data(options: DataOptions, processor: Any, args: TrainingArguments, section: str) -> Any:
-    samples, images, boxes = (_as_list(value) for value in (options.samples, options.images, options.boxes))
+    given = (options.samples, options.images, options.boxes, options.videos)
+    samples, images, boxes, videos = map(_as_list, given)
     if not samples:
         raise TrainingError(f"`{section}.samples` must name a file of samples, e.g. {section}.samples=llava.json.")
-    for name, values in (("images", images), ("boxes", boxes)):
+    for name, values in (("images", images), ("boxes", boxes), ("videos", videos)):
         if values and len(values) not in (1, len(samples)):
             raise TrainingError(
                 f"`{section}.{name}` must have one entry, or one for each of {len(samples)} files, got {len(values)}."
             )
     sources = [
-        open_source(path, _at(images, number), _at(boxes, number), section=section)
+        open_source(path, _at(images, number), _at(boxes, number), _at(videos, number), section=section)
         for number, path in enumerate(samples)
     ]
     _check_detector(options, processor, sources, section)
@@ -280,7 +295,7 @@ def _open_data(options: DataOptions, processor: Any, args: TrainingArguments, se
     if options.streaming:
         if args.max_steps <= 0:
             raise TrainingError("`training.max_steps` must be given if `data.streaming` is true.")
-        return stream_samples(sources)
+        return stream_samples(sources, frames_of_a_video(processor))
     with args.main_process_first(desc="measuring samples"):
         return ConversationDataset(
             sources,

@@ -48,6 +48,7 @@ _RANGES = {
     "learning_rates": _Range(lambda value: all(rate > 0 for rate in value.values()), "numbers greater than 0"),
     "model.bits": _Range(lambda value: value in (4, 8), "4 or 8"),
     "data.max_text_length": _COUNT,
+    "data.num_frames": _COUNT,
     "data.processes": _COUNT,
     "data.detector.threshold": _Range(lambda value: 0 <= value <= 1, "from 0 to 1"),
     "training.per_device_train_batch_size": _COUNT,
