@@ -1,4 +1,7 @@
-"""Fixtures that several folders use: the golden checkpoints, converted once."""
+"""Fixtures that several folders use: the golden checkpoints, converted once.
+
+The packages are imported in the fixtures, because the process that hands tests to others imports this file too.
+"""
 
 import gc
 import os
@@ -10,15 +13,8 @@ os.environ.setdefault(
 )
 
 import pytest
-import torch
-import transformers
-from transformers import AutoModel, AutoProcessor
 
-from mgllava.conversion import convert_checkpoint
-from mgllava.families import FAMILIES
 from tests import processes
-from tests.golden_cases import GOLDEN
-from tests.stand_in_family import FAMILY, StandInConfig, StandInImageProcessor, StandInProcessor, make_model
 
 
 def pytest_configure():
@@ -34,6 +30,8 @@ def pytest_collection_finish():
 @pytest.fixture(scope="session")
 def convert(tmp_path_factory):
     """Convert a checkpoint of the golden set (a path, or its name under `xtuner/`) and return the model folder."""
+    from mgllava.conversion import convert_checkpoint
+    from tests.golden_cases import GOLDEN
 
     def run(checkpoint="iter_10.pth", **kwargs):
         output = tmp_path_factory.mktemp("repository") / "model"
@@ -59,17 +57,25 @@ def repository(convert):
 
 @pytest.fixture(scope="session")
 def model(repository):
+    import torch
+    from transformers import AutoModel
+
     return AutoModel.from_pretrained(repository, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="session")
 def processor(repository):
+    from transformers import AutoProcessor
+
     return AutoProcessor.from_pretrained(repository, backend="pil")
 
 
 @pytest.fixture
 def stand_in(processor, monkeypatch):
     """Register the tiny family without boxes, and return its model and processor."""
+    from mgllava.families import FAMILIES
+    from tests.stand_in_family import FAMILY, StandInConfig, StandInImageProcessor, StandInProcessor, make_model
+
     monkeypatch.setitem(FAMILIES, StandInConfig.model_type, FAMILY)
     other = StandInProcessor(StandInImageProcessor(), processor.tokenizer, chat_template=processor.chat_template)
     return make_model(processor.tokenizer, other.image_token_id), other
@@ -78,6 +84,8 @@ def stand_in(processor, monkeypatch):
 @pytest.fixture
 def stand_in_path(stand_in, monkeypatch):
     """Make the Auto classes load the tiny family by a name."""
+    import transformers
+
     model, processor = stand_in
     loaded = {"AutoConfig": model.config, "AutoProcessor": processor, "AutoModelForImageTextToText": model}
     for name, value in loaded.items():

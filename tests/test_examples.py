@@ -15,6 +15,7 @@ from torchvision.ops import box_iou
 
 from mgllava.box_files import detect_images, open_detector, read_boxes, write_boxes
 from mgllava.visualization import draw_boxes
+from tests import processes
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 # A module that examples import.
@@ -152,8 +153,7 @@ def test_four_bits_are_smaller(run):
 LORA_WITHOUT_THE_PACKAGE = """
 import runpy, sys
 sys.modules["mgllava"] = None  # makes imports of it fail
-sys.path.insert(0, sys.argv[1])
-sys.argv[1:2] = []
+sys.path.insert(0, sys.argv.pop(1))
 import small_model, pathlib
 small_model.ROOT = pathlib.Path.cwd()
 runpy.run_path(sys.path[0] + "/lora.py", run_name="__main__")
@@ -161,13 +161,8 @@ runpy.run_path(sys.path[0] + "/lora.py", run_name="__main__")
 
 
 def test_lora_learns_the_answer_without_the_package(repository, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", LORA_WITHOUT_THE_PACKAGE, EXAMPLES, "--model", repository],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
-    )
+    command = ("-c", LORA_WITHOUT_THE_PACKAGE, EXAMPLES, "--model", repository)
+    done = processes.capture(*command, cwd=tmp_path, HF_MODULES_CACHE=tmp_path / "modules")
     assert done.returncode == 0, done.stderr
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", done.stdout)]
     assert losses[0] > 5 and losses[-1] < 0.5

@@ -1,15 +1,13 @@
 """The registry of model families, and a new family of new files and one line."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import mgllava
 from mgllava.families import FAMILIES, family_of, resolve
+from tests import processes
 from tests.golden_cases import GOLDEN
 
 PACKAGE = Path(mgllava.__file__).parent
@@ -55,15 +53,9 @@ def test_new_family_needs_its_files_and_one_line_only(tmp_path):
 
     work = tmp_path / "work"
     work.mkdir()
-    done = subprocess.run(
-        [sys.executable, TOY / "session.py", work, GOLDEN / "llm"],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(package.parent),
-            "HF_HUB_OFFLINE": "1",
-            "HF_HOME": str(tmp_path / "home"),
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.endswith("done\n"), done.stderr[-4000:]
+    places = {"PYTHONPATH": package.parent, "HF_MODULES_CACHE": tmp_path / "modules"}
+    done = processes.capture(TOY / "session.py", work, GOLDEN / "llm", **places)
+    assert done.returncode == 0, done.stderr[-4000:]
+    remote = processes.capture(TOY / "remote.py", work / "exported", work / "image.png", **places)
+    assert remote.returncode == 0, remote.stderr[-4000:]
+    assert remote.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]

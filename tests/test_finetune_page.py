@@ -1,4 +1,4 @@
-"""The steps of docs/finetune.md, run with twenty pictures, teach the small model to answer a new question."""
+"""The steps of docs/finetune.md run, and with twenty pictures they teach the small model to answer a new question."""
 
 import csv
 import json
@@ -7,6 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 from typer.testing import CliRunner
 
@@ -18,31 +20,29 @@ from small_world.scenes import make_scene
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "finetune.md"
 QUESTION = "Shall we keep it?"
-PICTURES = 20
+PICTURES = 20  # so many does the page name
 
 
 def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Make twenty pictures and a table, as the page says. The right answer is yes if an object has a character."""
-    seeds = range(500_000, 500_040)
-    write_dataset(tmp_path / "drawn", "test", len(seeds), questions=1, first=seeds[0], processes=1)
+def write_pictures(folder, number):
+    """Make pictures and a table, as the page says. The right answer is yes if an object has a character."""
+    seeds = range(500_000, 500_000 + 2 * number)
+    write_dataset(folder / "drawn", "test", len(seeds), questions=1, first=seeds[0], processes=1)
     kept = {seed: any(item.character for item in make_scene("test", seed).objects) for seed in seeds}
-    chosen = [seed for wanted in (True, False) for seed in [s for s in seeds if kept[s] is wanted][: PICTURES // 2]]
-    pictures = tmp_path / "my-pictures"
+    chosen = [seed for wanted in (True, False) for seed in [s for s in seeds if kept[s] is wanted][: number // 2]]
+    pictures = folder / "my-pictures"
     pictures.mkdir()
     with (pictures / "questions.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["image", "question", "answer"])
         for name, seed in enumerate(sorted(chosen), 1):
-            source = tmp_path / "drawn" / "images" / f"{seed:06d}.jpg"
+            source = folder / "drawn" / "images" / f"{seed:06d}.jpg"
             (pictures / f"{name:04d}.jpg").write_bytes(source.read_bytes())
             table.writerow([f"{name:04d}.jpg", QUESTION, "yes" if kept[seed] else "no"])
-    (tmp_path / "small_world").symlink_to(ROOT / "small_world")
-    return tmp_path
+    (folder / "small_world").symlink_to(ROOT / "small_world")
 
 
 def commands(script):
@@ -52,8 +52,13 @@ def commands(script):
     return [line.split("\0")[:-1] for line in done.stdout.splitlines()]
 
 
-def test_page_works(folder, monkeypatch, capsys):
-    """All blocks run in this process, since imports would take longer than the rest in a new one for each."""
+def run_page(folder, monkeypatch, capsys, number, *changes):
+    """Run all blocks in this process, since imports would take longer than the rest in a new one for each.
+
+    `changes` are more settings of the training. Return the model that the page starts from, and the answer.
+    """
+    write_pictures(folder, number)
+    capsys.readouterr()
     monkeypatch.chdir(folder)
     shell, python = blocks("sh"), blocks("python")
     assert (len(shell), len(python)) == (3, 2)
@@ -61,24 +66,38 @@ def test_page_works(folder, monkeypatch, capsys):
     make_samples, ask = python
     model = re.search(r"^MODEL=(.*)$", settings, re.MULTILINE)[1]
 
-    def run(script):
+    def run(script, *more):
         (arguments,) = commands(settings + script)
-        result = CliRunner().invoke(app, arguments)
+        result = CliRunner().invoke(app, [*arguments, *more])
         assert result.exit_code == 0, result.output
 
     exec(make_samples, {})
-    assert capsys.readouterr().out.strip() == f"{PICTURES} samples about {PICTURES} pictures"
+    assert capsys.readouterr().out.strip() == f"{number} samples about {number} pictures"
     run(detect)
-    assert len(list((folder / "my-pictures" / "drawn").iterdir())) == PICTURES
-    run(train)
+    assert len(list((folder / "my-pictures" / "drawn").iterdir())) == number
+    run(train, *changes)
     capsys.readouterr()
     exec(ask, {})
-    answer = capsys.readouterr().out.splitlines()[-1].strip()
+    return ROOT / model, capsys.readouterr().out.splitlines()[-1].strip()
 
-    samples = json.loads((folder / "my-pictures" / "samples.json").read_text())
-    boxes = read_boxes(folder / "my-pictures" / "boxes.json")
+
+def test_every_step_runs(tmp_path, monkeypatch, capsys):
+    short = ("training.num_train_epochs=1", "training.warmup_steps=0")
+    model, answer = run_page(tmp_path, monkeypatch, capsys, 4, *short)
+    assert answer
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "my-model"))
+    assert before.keys() == after.keys()
+    changed = {name for name, value in before.items() if not torch.equal(value.float(), after[name].float())}
+    assert any("language_model" in name for name in changed)
+
+
+@pytest.mark.slow
+def test_page_teaches_the_new_answer(tmp_path, monkeypatch, capsys):
+    model, answer = run_page(tmp_path, monkeypatch, capsys, PICTURES)
+    samples = json.loads((tmp_path / "my-pictures" / "samples.json").read_text())
+    boxes = read_boxes(tmp_path / "my-pictures" / "boxes.json")
     before, after = (
-        right_answers(name, folder / "my-pictures", samples, boxes) for name in (ROOT / model, folder / "my-model")
+        right_answers(name, tmp_path / "my-pictures", samples, boxes) for name in (model, tmp_path / "my-model")
     )
     assert after >= 0.9 * PICTURES > before
     assert answer in ("yes", "no")

@@ -3,8 +3,8 @@
 import json
 import os
 import re
-import subprocess
-import sys
+
+from tests import processes
 
 # Words of libraries' messages about a failed connection.
 NETWORK_WORDS = re.compile(
@@ -19,9 +19,8 @@ def test_local_folders_need_no_network(tmp_path):
         name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     }
     environment |= {"HF_HOME": str(tmp_path / "cache")}  # without files from an old cache
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.offline_session", str(tmp_path)], capture_output=True, text=True, env=environment
-    )
+    environment |= {"HF_HUB_CACHE": str(tmp_path / "cache/hub"), "HF_MODULES_CACHE": str(tmp_path / "cache/modules")}
+    done = processes.capture("-m", "tests.offline_session", tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     *said, attempts = done.stdout.splitlines()
     attempts = json.loads(attempts)

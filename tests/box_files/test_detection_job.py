@@ -22,7 +22,7 @@ from mgllava.box_files import (
 )
 from tests import processes
 from tests.box_files.conftest import NUMBER
-from tests.box_files.stub_detector import StubDetector
+from tests.box_files.stub_detector import StubDetector, begin
 
 UNREADABLE = ["0000.png", "0250.png", "0499.png"]
 OPTIONS = {"shard_size": 48, "batch_size": 4}
@@ -155,16 +155,18 @@ def test_show_draws_every_image(some_images, tmp_path):
 
 def _killed_runs(many_images, output, kills, seconds, seed):
     """Run the job in processes that are killed at random moments, and in one that finishes."""
-    # Forked with everything imported, so that kills hit the work and not the imports.
     moments = random.Random(seed)
-    log = output.parent / "log"
+    log, started = output.parent / "log", output.parent / "started"
     for kill in range(kills + 1):
         process = processes.SERVER.Process(
-            target=detect_images,
-            args=(str(many_images), str(output), StubDetector(seconds=seconds, log=str(log))),
+            target=begin,
+            args=(str(started), str(many_images), str(output), StubDetector(seconds=seconds, log=str(log))),
             kwargs={**OPTIONS, "resume": True},
         )
+        started.unlink(missing_ok=True)
         process.start()
+        while not started.exists():
+            time.sleep(0.005)
         if kill == kills:
             process.join()
             assert process.exitcode == 0

@@ -5,8 +5,6 @@ import os
 import pty
 import select
 import signal
-import subprocess
-import sys
 import time
 from copy import deepcopy
 
@@ -17,6 +15,7 @@ from typer.testing import CliRunner
 
 from mgllava.chat import ChatSession, command, loading
 from mgllava.cli import app
+from tests import processes
 from tests.chat.conftest import COFFEE, assistant, user
 
 
@@ -80,7 +79,7 @@ def test_other_models_are_refused(tmp_path, command):
 
 
 def arguments(repository, *options):
-    return [sys.executable, "-m", "mgllava", "chat", str(repository), *map(str, options)]
+    return ["-m", "mgllava", "chat", repository, *options]
 
 
 class Shown(TextStreamer):
@@ -93,17 +92,16 @@ class Shown(TextStreamer):
 
 
 def test_questions_from_a_pipe_are_answered_in_a_plain_terminal(repository, tmp_path, ask_plainly, processor):
-    environment = {**os.environ, "TERM": "dumb", "PYTHONIOENCODING": "ascii", "HF_HUB_OFFLINE": "1"}
     lines = b"What is this?\n/image absent.png\nAnd \xff\xfe?\nRESET\nWhat is this?\nEXIT\nnever asked\n"
-    done = subprocess.run(
-        arguments(repository, "--image", COFFEE, "--max-new-tokens", 8, "--temperature", 0),
+    done = processes.capture(
+        *arguments(repository, "--image", COFFEE, "--max-new-tokens", 8, "--temperature", 0),
         input=lines,
-        capture_output=True,
         cwd=tmp_path,
-        env=environment,
+        TERM="dumb",
+        PYTHONIOENCODING="ascii",
     )
-    errors = done.stderr.decode("ascii")
-    assert done.returncode == 0, errors
+    errors = done.stderr
+    assert done.returncode == 0 and errors.isascii(), errors
     shown = [Shown(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) for _ in range(3)]
 
     def ask(number, *messages):
@@ -112,9 +110,7 @@ def test_questions_from_a_pipe_are_answered_in_a_plain_terminal(repository, tmp_
     first = ask(0, user("What is this?", (COFFEE, [])))
     ask(1, user("What is this?", (COFFEE, [])), assistant(first), user("And \ufffd\ufffd?"))
     ask(2, user("What is this?"))
-    assert done.stdout.decode("ascii").splitlines() == [
-        answer.text.strip().encode("ascii", "replace").decode() for answer in shown
-    ]
+    assert done.stdout.splitlines() == [answer.text.strip().encode("ascii", "replace").decode() for answer in shown]
     assert "absent.png cannot be read as an image" in errors
     assert "600 x 400 pixels, 0 objects" in errors and "Traceback" not in errors
     assert "\x1b[" not in errors
@@ -124,19 +120,8 @@ class Terminal:
     """A command on a pseudo-terminal."""
 
     def __init__(self, command, **options):
-        self.master, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            command,
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            start_new_session=True,
-            close_fds=True,
-            # A shell script that runs the tests in the background ignores Ctrl-C, which its children inherit.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            **options,
-        )
-        os.close(slave)
+        self.master, self.slave = pty.openpty()
+        self.process = processes.start(*command, terminal=os.ttyname(self.slave), **options)
         self.text = ""
 
     def wait_for(self, text, seconds=120, interrupting=False):
@@ -160,8 +145,7 @@ def test_terminal_survives_interrupts_and_ends_with_ctrl_d(repository, tmp_path)
     box_file = tmp_path / "boxes.json"
     box_file.write_text('[{"id": "coffee.jpg", "boxes": [[172, 17, 410, 308]], "scores": [0.9], "labels": ["cup"]}]')
     command = arguments(repository, "--max-new-tokens", 7000, "--boxes", box_file, "--seed", 0, "--temperature", 3)
-    environment = {**os.environ, "TERM": "dumb", "HF_HUB_OFFLINE": "1"}
-    terminal = Terminal(command, cwd=tmp_path, env=environment)
+    terminal = Terminal(command, cwd=tmp_path, TERM="dumb")
     try:
         terminal.wait_for("/help says more.")
         terminal.wait_for("> ")
@@ -180,8 +164,10 @@ def test_terminal_survives_interrupts_and_ends_with_ctrl_d(repository, tmp_path)
         terminal.wait_for("Ctrl-C stops an answer")
         terminal.wait_for("> ")
         terminal.type("\x04")
-        assert terminal.process.wait(60) == 0
+        terminal.process.join(60)
+        assert terminal.process.exitcode == 0
     finally:
         terminal.process.kill()
         os.close(terminal.master)
+        os.close(terminal.slave)
     assert Image.open(tmp_path / "chat-boxes" / "coffee.jpg").size == (600, 400)

@@ -10,14 +10,17 @@ from safetensors.torch import load_file
 from mgllava import BoxDetector, MGLlavaProcessor
 from mgllava.conversion import convert_ram_plus
 from mgllava.hub import export_repository
+from tests import processes
 from tests.hub.repositories import FAMILIES, save_family, save_slime
 from tests.processing.detectors import OWLV2
 from tests.ram_plus.golden import SOURCES
 
-# This interpreter and, in `make hub-check`, one with another release of transformers.
-PYTHONS = [sys.executable]
+# A process that the tests fork; this interpreter, started anew; in `make hub-check`, one with another transformers.
+FORKED = "forked"
+PYTHONS = [FORKED, pytest.param(sys.executable, marks=pytest.mark.slow, id="started")]
 if other := os.environ.get("MGLLAVA_OTHER_PYTHON"):
-    PYTHONS.append(os.path.abspath(other))  # links are not resolved: an environment's Python is a link
+    # Links are not resolved: an environment's Python is a link.
+    PYTHONS[1:] = [pytest.param(os.path.abspath(other), id="other")]
 
 
 @pytest.fixture(scope="session")
@@ -73,19 +76,19 @@ def without_package(tmp_path):
         results.mkdir()
         (tmp_path / "jobs.json").write_text(json.dumps(jobs, default=str))
         script = Path(__file__).with_name("session.py")
-        done = subprocess.run(
-            [python, "-W", "error::DeprecationWarning:transformers_modules", script, tmp_path / "jobs.json", results],
-            env={
-                **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
-                "HF_HUB_OFFLINE": "1",
-                "HF_HOME": str(home),
-                "HF_HUB_CACHE": str(home / "hub"),
-                "HF_MODULES_CACHE": str(home / "modules"),
-            },
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
+        command = [script, tmp_path / "jobs.json", results]
+        environment = {
+            **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(home),
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_MODULES_CACHE": str(home / "modules"),
+        }
+        if python == FORKED:
+            done = processes.capture(*command, env=environment)
+        else:
+            command[:0] = [python, "-W", "error::DeprecationWarning:transformers_modules"]
+            done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
         return {
             name: (load_file(results / f"{name}.safetensors"), json.loads((results / f"{name}.json").read_text()))

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -198,6 +199,7 @@ def card(name, folder):
 
 
 def main():
+    warnings.filterwarnings("error", category=DeprecationWarning, module="transformers_modules")
     jobs, results = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     for key, (action, arguments) in jobs.items():
         tensors, facts = globals()[action](**arguments)

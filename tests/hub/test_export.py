@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -20,10 +21,11 @@ from mgllava import MGLlavaForConditionalGeneration, MGLlavaProcessor
 from mgllava.cli import app
 from mgllava.conversion import ConversionError
 from mgllava.families import FAMILIES
-from mgllava.hub import export, export_repository, upload
+from mgllava.hub import export, export_repository, upload, verify
 from mgllava.hub.card_sections import Contents
 from mgllava.hub.model_card import model_card
 from mgllava.model_files import sources
+from tests import processes
 from tests.hub.repositories import save_family
 from tests.processing.detectors import OWLV2
 
@@ -45,7 +47,19 @@ def copied(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "copy")
 
 
-def test_an_export_is_complete_and_changes_no_weights(saved, tmp_path):
+@pytest.fixture(params=["forked", pytest.param("started", marks=pytest.mark.slow)])
+def verified(request, monkeypatch):
+    """Verify exports in a forked process, or in a new interpreter as the command does."""
+
+    def run(command, env, **_):
+        assert command[0] == sys.executable
+        return processes.capture(*command[1:], env=env)
+
+    if request.param == "forked":
+        monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL))
+
+
+def test_an_export_is_complete_and_changes_no_weights(saved, tmp_path, verified):
     output = tmp_path / "out"
     result = run(saved, "--output", output)
     assert result.exit_code == 0 and f"Wrote {output}" in result.output, result.output
@@ -110,7 +124,7 @@ def test_broken_model_folders_are_refused_before_anything_is_written(change, cop
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.incomplete").exists()
 
 
-def test_model_folder_that_does_not_load_is_not_published(saved, tmp_path, monkeypatch):
+def test_model_folder_that_does_not_load_is_not_published(saved, tmp_path, monkeypatch, verified):
     """Its code imports the package, which is installed here."""
     save_code = export.custom_object_save
 

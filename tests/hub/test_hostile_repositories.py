@@ -29,14 +29,21 @@ def secret(tmp_path):
     return folder
 
 
-@pytest.fixture
-def clone(tmp_path):
-    """A model folder of a stranger, with a detector inside."""
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A model folder with a detector inside."""
+    folder = tmp_path_factory.mktemp("original") / "model"
     processor = small()
     processor.box_detector = BoxDetector(["cat"], OWLV2)
-    processor.save_pretrained(tmp_path / "clone")
-    tiny_config().save_pretrained(tmp_path / "clone")
-    return tmp_path / "clone"
+    processor.save_pretrained(folder)
+    tiny_config().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def clone(original, tmp_path):
+    """Such a folder of a stranger."""
+    return shutil.copytree(original, tmp_path / "clone")
 
 
 def write(clone, **values):

@@ -26,7 +26,13 @@ def image_inputs(num_boxes, rows=BUCKET, num_images=1):
     return pixels, boxes, torch.full((num_images,), num_boxes)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# The fast ones contain all kinds of modules whose graphs depend on boxes.
+FAST = ("published", "box_to_fused")
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in VARIANTS]
+)
 @torch.no_grad()
 def test_vision_takes_one_graph_for_all_box_counts_of_a_bucket(variant):
     model = tiny_model(**VARIANTS[variant]).model
@@ -41,9 +47,13 @@ def test_vision_takes_one_graph_for_all_box_counts_of_a_bucket(variant):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_vision_takes_two_graphs_for_any_number_of_boxes():
-    """One for the first count and one for all others, if boxes are not padded to a bucket."""
+    """One for the first count and one for all others, if boxes are not padded to a bucket.
+
+    test_regions.py compiles the pooling for any number of boxes alone, which is faster.
+    """
     model = tiny_model().model
     counter = CompileCounter()
     compiled = torch.compile(model.encode_images, backend=counter, fullgraph=True)

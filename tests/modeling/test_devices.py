@@ -73,6 +73,17 @@ def smallest_pieces(model):
     return names
 
 
+@pytest.mark.parametrize("first", ["cpu", "disk"])
+def test_pieces_alternate_between_memory_and_disk(saved, tmp_path, first):
+    """Each piece is on the disk in one of two maps, between neighbors in memory."""
+    model, folder = saved
+    devices = ("cpu", "disk") if first == "cpu" else ("disk", "cpu")
+    device_map = {name: devices[index % 2] for index, name in enumerate(smallest_pieces(model))}
+    split = AutoModel.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path / "offload")
+    assert_same_answers(split, model)
+
+
+@pytest.mark.slow
 def test_every_split_between_memory_and_disk_gives_the_same_answers(saved, tmp_path):
     model, folder = saved
     maps = device_maps(model)

@@ -1,6 +1,7 @@
 """Quantization: which modules are quantized, saving and loading, closeness, and adapters."""
 
 import copy
+import itertools
 import logging
 
 import pytest
@@ -151,9 +152,16 @@ def test_other_bits_are_refused(bits):
         mgllava.quantization_config(bits)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("config", ["plain", "tuned"])
-@pytest.mark.parametrize("bits", [4, 8])
+# Every pair of two of the three values is in a fast case.
+FAST = {(4, "plain", "float32"), (4, "tuned", "bfloat16"), (8, "tuned", "float32"), (8, "plain", "bfloat16")}
+FAST |= {(4, "plain", "float16"), (8, "tuned", "float16")}
+CASES = [
+    pytest.param(bits, config, getattr(torch, dtype), marks=[] if (bits, config, dtype) in FAST else pytest.mark.slow)
+    for bits, config, dtype in itertools.product((4, 8), ("plain", "tuned"), ("float32", "bfloat16", "float16"))
+]
+
+
+@pytest.mark.parametrize(("bits", "config", "dtype"), CASES)
 def test_saving_and_loading_a_quantized_model_changes_nothing(family, save, tmp_path, bits, config, dtype):
     config = plain_config(bits) if config == "plain" else mgllava.quantization_config(bits)
     quantized = AutoModel.from_pretrained(save(make=family.model)[1], quantization_config=config, dtype=dtype)

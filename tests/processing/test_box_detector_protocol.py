@@ -240,10 +240,11 @@ def run_threads(number, work):
     return results
 
 
-def test_threads_find_what_one_thread_finds(quick_owlv2, monkeypatch):
+@pytest.mark.parametrize("threads", [6, pytest.param(16, marks=pytest.mark.slow)])
+def test_threads_find_what_one_thread_finds(quick_owlv2, monkeypatch, threads):
     """Each thread has labels of its own, so that all embed prompts at once; padding differs between calls."""
     config = {"tagger": LABELS, "detector": quick_owlv2}
-    calls, threads = 3, 16
+    calls = 3
     pictures = [picture(24, 16, seed) for seed in range(2)]
     words = ["a cat", "some dogs", "the red bus", "a cup of tea", "x y z", "one two three four"]
 

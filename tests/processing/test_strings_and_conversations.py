@@ -111,19 +111,25 @@ def check(processor, messages, is_prompt, render=None, **options):
     return text
 
 
+# Random conversations: each is one of a kind, so a few of them are enough for the everyday tests.
+SEEDS = [pytest.param(range(6), id="few"), pytest.param(range(6, 60), id="many", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("seeds", SEEDS)
 @pytest.mark.parametrize("words", [PLAIN, PLAIN + ROLE_WORDS], ids=["plain", "role words"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_both_ways_give_the_same_ids_and_masks(processor, family, words):
+def test_both_ways_give_the_same_ids_and_masks(processor, family, words, seeds):
     processor = using(processor, CHAT_TEMPLATES[family])
-    for seed in range(20):
+    for seed in seeds:
         check(processor, random_conversation(seed, words, is_prompt=seed % 3 == 0), is_prompt=seed % 3 == 0)
 
 
+@pytest.mark.parametrize("seeds", SEEDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_strings_rendered_by_the_tokenizer_alone(processor, family):
+def test_strings_rendered_by_the_tokenizer_alone(processor, family, seeds):
     """Engines render like this, as they know only the template."""
     processor = using(processor, CHAT_TEMPLATES[family])
-    for seed in range(10):
+    for seed in seeds:
         messages = random_conversation(seed, is_prompt=seed % 3 == 0)
         check(processor, messages, seed % 3 == 0, processor.tokenizer, chat_template=CHAT_TEMPLATES[family])
 
@@ -140,12 +146,13 @@ def test_a_template_that_is_passed(processor, family):
         check(foreign, messages, is_prompt, chat_template=CHAT_TEMPLATES[family])
 
 
+@pytest.mark.parametrize("seeds", SEEDS)
 @pytest.mark.parametrize("words", [PLAIN, PLAIN + ROLE_WORDS], ids=["plain", "role words"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prompt_and_completion_apart(processor, family, words):
+def test_prompt_and_completion_apart(processor, family, words, seeds):
     """Trainers tokenize like this: they cut the string after the prompt, and neither part may get another BOS."""
     processor = using(processor, CHAT_TEMPLATES[family])
-    for seed in range(10):
+    for seed in seeds:
         messages = random_conversation(seed, words)
         ids, mask = tokenized(processor, messages)
         whole = processor.apply_chat_template(messages)

@@ -1,12 +1,8 @@
 """A running server with a small model, a client, and a web site with images and hostile answers."""
 
 import io
-import os
-import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -19,6 +15,7 @@ import pytest
 from transformers import AutoProcessor
 
 from mgllava import BoxDetector
+from tests import processes
 from tests.processing.detectors import CASES, OWLV2, golden_image
 from tests.serving.requests import as_data_url
 
@@ -119,15 +116,13 @@ class Server:
     def __init__(self, repository, log, *options):
         self.port, self.log = free_port(), log
         self.url = f"http://localhost:{self.port}"
-        command = [sys.executable, "-m", "mgllava", "serve", str(repository), "--port", str(self.port), *options]
-        with open(log, "w") as file:
-            environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        command = ["-m", "mgllava", "serve", repository, "--port", self.port, *options]
+        self.process = processes.start(*command, output=log, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
         self.memory = psutil.Process(self.process.pid)
 
     def wait(self, seconds=120):
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and self.process.poll() is None:
+        while time.monotonic() < deadline and self.process.is_alive():
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5):
                     return
@@ -137,9 +132,10 @@ class Server:
         raise AssertionError(f"The server does not answer:\n{self.log.read_text()}")
 
     def stop(self):
-        self.process.send_signal(signal.SIGTERM)
+        self.process.terminate()
         try:
-            self.process.wait(40)
+            self.process.join(40)
+            assert self.process.exitcode is not None
         finally:
             self.process.kill()
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from mgllava.conversion.slime.processor import make_processor
 from mgllava.model_files.vocabulary import load_tokenizer
 from mgllava.processing import SLIME_CHAT_TEMPLATES
-from mgllava.training import MGLlavaDataCollator, TrainingError, load_recipe, lora_config, train
+from mgllava.training import MGLlavaDataCollator, MGLlavaTrainer, TrainingError, load_recipe, lora_config, train
 from tests.golden_cases import GOLDEN, IMAGE_ID
 from tests.golden_cases import VOCAB_SIZE as NUM_WORDS
 from tests.tiny import tiny_slime
@@ -190,9 +190,29 @@ def test_samples_of_all_kinds_share_a_batch(slime_folder):
         assert model(**batch).loss.item() == pytest.approx(mean, abs=1e-5)
 
 
+def test_sharding_sees_no_saved_buffers(slime_folder, monkeypatch):
+    """accelerate takes all that is saved for shards; the slow test below trains with it."""
+    model = AutoModel.from_pretrained(slime_folder)
+    before = model.state_dict()
+    buffers = {name for name, _ in model.named_buffers()} & before.keys()
+    assert "model.local_compressor.positions" in buffers
+    sent = []
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: sent.append((tensor, src)))
+
+    def prepare(given, optimizer):
+        assert given is model and not buffers & model.state_dict().keys()
+        return given, optimizer
+
+    assert MGLlavaTrainer._prepare_sharded(None, prepare, model, "optimizer") == (model, "optimizer")
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert len(sent) == len(buffers) and all(src == 0 for _, src in sent)
+    assert all(torch.equal(after[name], before[name]) for name in buffers)
+
+
 SHORT = ("training.per_device_train_batch_size=1", "training.max_steps=2")
 GROUPS = [
-    ("fsdp2", "slime_stage_3", ()),
+    pytest.param("fsdp2", "slime_stage_3", (), marks=pytest.mark.slow),
     # Trained modules that the configuration does not use: DistributedDataParallel waits for their gradients.
     pytest.param(
         "ddp",
