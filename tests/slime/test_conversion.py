@@ -314,6 +314,15 @@ def test_values_that_are_not_converted_are_named(tmp_path, checkpoint, values, s
     assert said in _failure(checkpoint, tmp_path)
 
 
+def test_padding_that_the_tokenizer_replaces_comes_back(tmp_path, checkpoint, caplog):
+    _edit(checkpoint / "config.json", pad_token_id=7)
+    folder = convert_checkpoint(checkpoint, output=tmp_path / "out")
+    assert json.loads((folder / "config.json").read_text())["text_config"]["pad_token_id"] == 0
+    assert "`pad_token_id` in config.json is 7" in caplog.text
+    back = export_original(folder, tmp_path / "back")
+    assert json.loads((back / "config.json").read_text()) == json.loads((checkpoint / "config.json").read_text())
+
+
 def test_switches_of_stages_and_unknown_fields_are_taken(tmp_path, checkpoint):
     values = {"use_local_only": True, "mm_learnable_gated": 1, "mm_resampler_topp": 1, "mm_patch_merge_type": "flat"}
     _edit(checkpoint / "config.json", **values, mm_new="x", seperator="absent", use_global_only=None)

@@ -212,6 +212,7 @@ WRONG = [
     ({"image_grids": torch.tensor([[1.0, 3.0]])}, "must be int64 or int32 of shape"),
     ({"image_grids": torch.tensor([1, 3])}, "must be int64 or int32 of shape"),
     ({"pixel_values": torch.zeros(4, 3, 48, 48)}, r"must have shape \(num_views, 3, 42, 42\)"),
+    ({"pixel_values": torch.zeros(0, 3, 42, 42), "image_grids": torch.zeros(0, 2).long()}, "with at least one view"),
     ({"pixel_values": None}, "`pixel_values` and `mm_encoder_outputs` are missing"),
 ]
 

@@ -244,10 +244,11 @@ class SlimeModel(SlimePreTrainedModel, ImageTextModel):
                     f"`{name}` must be a tensor, got {type(value).__name__}. Call the processor with "
                     "`return_tensors='pt'`."
                 )
-        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size) or not len(pixel_values):
             raise ValueError(
-                f"`pixel_values` must have shape (num_views, 3, {size}, {size}), got {tuple(pixel_values.shape)}. "
-                "Prepare images with this model's own processor."
+                f"`pixel_values` must have shape (num_views, 3, {size}, {size}) with at least one view, got "
+                f"{tuple(pixel_values.shape)}. Prepare images with this model's own processor, and leave "
+                "`pixel_values` and `image_grids` out where a batch has none."
             )
         if image_grids is None:
             raise ValueError(

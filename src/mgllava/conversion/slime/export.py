@@ -68,6 +68,9 @@ def export_slime(repository: str | Path, output: str | Path, *, overwrite: bool 
                 raise ConversionError(f"{file} lies in {output}, which would be replaced. Choose another `output`.")
         rows = _table_rows(config, report)
         original = original_config(config, report.get("config", {}), rows, tensors[_TABLES[0]].dtype)
+        if report.get("pad_token_id") == config.text_config.pad_token_id and "pad_token_id" in report["config"]:
+            # Still the tokenizer's, which replaced that of the checkpoint.
+            original["pad_token_id"] = report["config"]["pad_token_id"]
         weights = _to_original(tensors, config, report, rows)
         plan = plan_shards(weights, _SHARD_SIZE)
         staging.keep_finished({}, [])

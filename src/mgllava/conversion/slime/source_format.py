@@ -321,6 +321,7 @@ def _complete(
                 "has_vision_tower": has_tower,
                 "table_rows": rows,
                 "used_rows": config.unpadded_vocab_size,
+                "pad_token_id": tokenizer.pad_token_id,
                 "prompt_template": template,
                 **report,
             },
