@@ -19,7 +19,7 @@ ABLATION := --world $(ABLATION_WORLD) --alignment 0.5 --tuning 0.5 --bf16 --jobs
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all test-mixins hub-check wheel-check vllm-check lint format bench bench-pooling bench-convert bench-detector \
-	bench-quantization bench-generation bench-train bench-import bench-real-size bench-sizes bench-slime bench-gpu bench-vllm refresh-code small-model ablation clean
+	bench-quantization bench-generation bench-train bench-import bench-real-size bench-sizes bench-video bench-slime bench-gpu bench-vllm refresh-code small-model ablation clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -136,6 +136,9 @@ bench-gpu: setup  ## run what needs a GPU, in at most 8 minutes: tests, detector
 
 bench-vllm: $(VLLM)/.installed  ## compare the two engines of `mgllava serve`: 64 requests at once, on a CPU
 	$(VLLM_RUN) benchmarks/vllm_throughput.py
+
+bench-video: setup  ## compare ways to decode, prepare and embed the frames of a video
+	$(BIN)/python benchmarks/video.py
 
 bench-import: setup  ## measure the import time in addition to torch and transformers
 	$(BIN)/python benchmarks/import_time.py

@@ -23,7 +23,8 @@ ENTRY = re.compile(r"^ {4}`?\**(?P<name>\w+)(?:, \**\w+)*`? ?(?:\((?P<type>.*?)\
 DEFAULT = re.compile(r"defaults to\s+`(.+?)`", re.DOTALL)
 # Classes that document options, and the classes with the defaults of these options.
 DEFAULTS_ELSEWHERE = {
-    f"{family}ImageProcessorKwargs": f"{family}ImageProcessorMixin" for family in ("MGLlava", "RamPlus", "Slime")
+    **{f"{family}ImageProcessorKwargs": f"{family}ImageProcessorMixin" for family in ("MGLlava", "RamPlus", "Slime")},
+    "MGLlavaVideoProcessorKwargs": "MGLlavaVideoProcessor",
 }
 
 

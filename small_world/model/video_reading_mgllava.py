@@ -58,7 +58,15 @@ class VideoLimits:
     max_side: int | None = None
 
     def check(self, name: str, **found: float) -> None:
-        """Raise [`UnreadableVideoError`] if a quantity is above its limit."""
+        """Compare quantities with their limits.
+
+        Args:
+            name (`str`): Name of the video in the error.
+            **found: What was found: `bytes`, `seconds`, `frames` or `side`.
+
+        Raises:
+            UnreadableVideoError: If one is above its limit.
+        """
         units = {"bytes": "bytes", "seconds": "seconds", "frames": "frames", "side": "pixels on its longer side"}
         for kind, value in found.items():
             limit = getattr(self, f"max_{kind}")

@@ -2,14 +2,16 @@ import hashlib
 import json
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from mgllava import MGLlavaConfig, MGLlavaForConditionalGeneration, MGLlavaProcessor
 from mgllava.conversion import ConversionError, convert_checkpoint
+from mgllava.conversion.pipeline import set_max_positions
 from mgllava.conversion.xtuner.key_mapping import to_xtuner
 from mgllava.processing import CHAT_TEMPLATES
 from tests import processes
@@ -89,7 +91,7 @@ def test_config_tokenizer_and_generation(converted, golden):
 
 def test_token_ids_stay_as_they_are(converted, golden):
     before, after = AutoTokenizer.from_pretrained(golden / "llm"), AutoTokenizer.from_pretrained(converted)
-    assert {**before.get_vocab(), "<image>": 420} == after.get_vocab()
+    assert {**before.get_vocab(), "<image>": 420, "<video>": 421} == after.get_vocab()
     cases = json.loads((golden / "cases.json").read_text())["cases"]
     prompts = [case for case in cases if case["kind"] == "image"]
     assert prompts
@@ -279,7 +281,7 @@ def test_large_tables_grow_to_a_multiple_of_64_rows_only(tmp_path, sources, gold
     output = convert_checkpoint(_save(tmp_path / "rows.pth", state), **sources, output=tmp_path / "out")
     config = MGLlavaConfig.from_pretrained(output)
     assert (config.text_config.vocab_size, config.unpadded_vocab_size) == (padded, rows)
-    assert GenerationConfig.from_pretrained(output).suppress_tokens == sorted({420, *range(rows, padded)})
+    assert GenerationConfig.from_pretrained(output).suppress_tokens == sorted({420, 421, *range(rows, padded)})
     _assert_same(_weights(output)["lm_head.weight"][:rows], state["llm.lm_head.weight"])
 
 
@@ -437,3 +439,30 @@ def test_prompt_template_must_be_known(tmp_path, golden, sources):
         convert_checkpoint(
             golden / "xtuner" / "iter_10.pth", **{**sources, "prompt_template": "gpt"}, output=tmp_path / "out"
         )
+
+
+def test_max_positions(convert):
+    """The number is noted; the weights and other values stay."""
+    config = AutoConfig.from_pretrained(convert(max_positions=9000))
+    assert config.text_config.max_position_embeddings == 9000
+    assert config.video_token_id == config.image_token_id + 1
+
+
+@pytest.mark.parametrize(
+    ("text_config", "message"),
+    [
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "of type dynamic"),
+        (
+            {"rope_parameters": {"a": {"rope_type": "default"}, "b": {"rope_type": "longrope"}}},
+            "of type longrope: they depend on this number",
+        ),
+        ({"rope_parameters": None}, "no rotary position embeddings"),
+    ],
+)
+def test_max_positions_that_would_change_the_model_are_refused(text_config, message):
+    text = SimpleNamespace(model_type="some", max_position_embeddings=64, **text_config)
+    with pytest.raises(ConversionError, match=message):
+        set_max_positions(SimpleNamespace(get_text_config=lambda: text), 128)
+    assert text.max_position_embeddings == 64
+    with pytest.raises(ConversionError, match="`max_positions` must be a positive number"):
+        set_max_positions(SimpleNamespace(get_text_config=lambda: text), 0)

@@ -223,8 +223,9 @@ class ChatSession:
         limit = self.model.config.get_text_config().max_position_embeddings
         if len(prompt) >= limit:
             raise ChatError(
-                f"With this question the conversation has {len(prompt)} tokens, but the model's context has {limit}. "
-                "Ask a shorter question, or reset the conversation."
+                f"With this question the conversation has {len(prompt)} tokens, but the model's context has {limit} "
+                "(`max_position_embeddings` of its language model). Ask a shorter question, pass fewer images or "
+                "frames, or reset the conversation."
             )
         self.generation_config.max_new_tokens = min(self.max_new_tokens, limit - len(prompt))
         cached_images = self._reuse(prompt)

@@ -72,6 +72,15 @@ def convert(
     lora_alpha: Annotated[
         float | None, typer.Option(help="lora_alpha of a LoRA checkpoint whose config text does not have it.")
     ] = None,
+    max_positions: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Longest prompt with its answer, in tokens, if the checkpoint was trained on longer ones than its "
+            "language model, such as videos.",
+            show_default="that of the language model",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     to_original: Annotated[
         bool, typer.Option("--to-original", help="Convert a model folder to the original layout (.pth).")

@@ -27,6 +27,7 @@ def convert_checkpoint(
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     trust_pickle: bool = False,
     lora_alpha: float | None = None,
+    max_positions: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -56,6 +57,9 @@ def convert_checkpoint(
         trust_pickle (`bool`, *optional*, defaults to `False`): Read checkpoints that hold pickled objects next to
             the weights. The objects are skipped; their code is not run.
         lora_alpha (`float`, *optional*): `lora_alpha` of a LoRA checkpoint whose config text does not say it.
+        max_positions (`int`, *optional*): Longest prompt with its answer, in tokens: `max_position_embeddings` of the
+            language model. For checkpoints that were trained on longer prompts than their `llm`, such as videos. By
+            default that of `llm`.
         overwrite (`bool`, *optional*, defaults to `False`): Replace a model folder of the same family at `output`.
             Files there that no conversion writes stay, and so does the processor's box detector.
         progress (`Callable[[str, int, int], None]`, *optional*): Called with the stage, bytes just done and bytes

@@ -28,6 +28,8 @@ DEFAULT_SHARD_SIZE = "5GB"
 # Packages whose versions are in the report.
 _PACKAGES = ("mgllava", "torch", "transformers", "timm")
 _TABLES = ("model.language_model.embed_tokens.weight", "lm_head.weight", "lm_head.bias")
+# Rotary position embeddings that are computed alike, whatever the number of positions.
+_FIXED_ROPE_TYPES = ("default", "linear", "llama3")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -41,6 +43,7 @@ def run_conversion(
     trust_pickle: bool,
     overwrite: bool,
     progress: Progress | None,
+    max_positions: int | None = None,
     **options: Any,
 ) -> Path:
     """Convert a checkpoint that has one of the formats into a model folder; the formats take `options`."""
@@ -53,6 +56,8 @@ def run_conversion(
         # Scratch files go to the output's disk, which needs room anyway; the system's folder may be a RAM disk.
         gathered = source_format.gather(path, options, trust_pickle, staging.output.parent)
         with gathered.resources:
+            if max_positions is not None:
+                set_max_positions(gathered.config, max_positions)
             model_class = resolve(FAMILIES[source_format.model_type].model)
             main_dtype = chosen_dtype or gathered.dtype
             _set_dtype(gathered.config, main_dtype)
@@ -76,6 +81,7 @@ def run_conversion(
                 **options,
                 "dtype": dtype,
                 "max_shard_size": max_shard_size,
+                "max_positions": max_positions,
                 "trust_pickle": trust_pickle,
             }
             run = _describe_run(given, gathered.tensors.files, digests, tensors, plan)
@@ -93,6 +99,29 @@ def check_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     if found not in _DTYPES.values():
         raise ConversionError(f"`dtype` must be auto, {', '.join(_DTYPES)}, got {dtype}.")
     return found
+
+
+def set_max_positions(config: Any, number: int) -> None:
+    """Set the number of positions of the language model, if that changes nothing else."""
+    text_config = config.get_text_config()
+    if number < 1:
+        raise ConversionError(f"`max_positions` must be a positive number, got {number}.")
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    if not rope or getattr(text_config, "max_position_embeddings", None) is None:
+        raise ConversionError(
+            f"`max_positions` must be None for a language model of type {text_config.model_type!r}: it has no rotary "
+            "position embeddings, whose number could be chosen."
+        )
+    # The parameters of all layers, or those of each kind of layer.
+    parameters = [rope] if "rope_type" in rope else [value for value in rope.values() if isinstance(value, dict)]
+    kinds = {value.get("rope_type", "default") for value in parameters} - set(_FIXED_ROPE_TYPES)
+    if kinds:
+        raise ConversionError(
+            f"`max_positions` must be None for rotary position embeddings of type {', '.join(sorted(kinds))}: they "
+            "depend on this number, so that the model would compute something else. Use fewer frames instead, or a "
+            "language model for longer texts."
+        )
+    text_config.max_position_embeddings = number
 
 
 def _set_dtype(config: Any, dtype: torch.dtype) -> None:

@@ -242,7 +242,9 @@ class MGLlavaVideoProcessor(BaseVideoProcessor):
             a list of each.
 
         Raises:
-            UnreadableVideoError: If a video cannot be read.
+            UnreadableImageError: If a video cannot be read.
+            TypeError: If something is not a video.
+            ValueError: If the function returns indices that the video does not have.
         """
         if isinstance(video_url_or_urls, list):
             clips = [

@@ -149,7 +149,7 @@ class PromptMaker:
     def _too_long(self, length: str, param: str | None = None) -> RequestError:
         return RequestError(
             f"The prompt must leave room in the context of {self._context_length} tokens, images included, "
-            f"got {length}.",
+            f"got {length}. Send a shorter conversation, or fewer images or frames.",
             param,
             "context_length_exceeded",
         )
