@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mgllava.visualization import draw_boxes
+from mgllava.visualization import draw_boxes, draw_frames
 
 GRAY = (128, 128, 128)
 
@@ -157,3 +157,27 @@ def test_image_is_turned_upright_and_not_changed():
 def test_wrong_boxes_are_refused(found, said):
     with pytest.raises(ValueError, match=said):
         draw_boxes(gray(600, 400), found)
+
+
+def test_frames_are_drawn_in_lines_with_the_same_color_for_a_label():
+    cup, spoon = [100, 100, 300, 300], [150, 50, 350, 250]
+    entries = [
+        {"boxes": [cup, spoon], "labels": ["cup", "spoon"], "scores": [0.9, 0.8]},
+        {"boxes": [], "labels": [], "scores": []},
+        {"boxes": [spoon], "labels": ["spoon"], "scores": [0.7]},
+    ]
+    strip = draw_frames([gray(400, 380)] * 3, {"frames": entries}, columns=2)
+    assert strip.size == (2 * 400 + 8, 2 * 380 + 8)
+    first, second, third = (strip.crop((x, y, x + 400, y + 380)) for x, y in ((0, 0), (408, 0), (0, 388)))
+    assert not drawn(second).any()
+    (color,) = colors(third)
+    assert any((color == other).all() for other in colors(first)) and len(colors(first)) == 2
+    assert (np.asarray(strip)[:, 400:408] == 255).all() and (np.asarray(strip)[388:, 408:] == 255).all()
+
+
+def test_frames_are_made_smaller_and_need_an_entry_each():
+    assert draw_frames([gray(2000, 1000)] * 5).size == (4 * 648 - 8, 2 * 328 - 8)
+    with pytest.raises(ValueError, match="each of the 2 frames, got 1"):
+        draw_frames([gray(40, 40)] * 2, [[]])
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        draw_frames([])

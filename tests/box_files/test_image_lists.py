@@ -72,7 +72,7 @@ def test_llava_samples_have_text_ids_and_may_have_no_image(folder, tmp_path):
     ]
     (tmp_path / "llava.json").write_text(json.dumps(samples))
     images = list_images(tmp_path / "llava.json", image_folder=folder)
-    assert ids(images) == [("1",), ("2",)] and images.samples_without_image == 2
+    assert ids(images) == [("1",), ("film",), ("2",)] and images.samples_without_image == 1
     assert images.load(0).size == (10, 20)
 
 

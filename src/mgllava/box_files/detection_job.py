@@ -1,4 +1,4 @@
-"""Box detection for many images, in one or many processes, which can be interrupted and resumed."""
+"""Box detection for many images and videos, in one or many processes, which can be interrupted and resumed."""
 
 import json
 import logging
@@ -17,13 +17,13 @@ from PIL import Image
 
 from mgllava.atomic_files import replacing
 from mgllava.folder_lock import FolderLock, FolderLockedError, lock_owner
-from mgllava.visualization import draw_boxes
+from mgllava.visualization import draw_boxes, draw_frames
 
 from .box_file import Record, describe_differences, settings_digest
 from .detectors import Detector, detection_settings
 from .errors import BoxFileError
 from .formats import check_extension, check_record, has_integer_boxes, read_metadata, require_pyarrow, write_boxes
-from .image_lists import ImageEntry, ImageList, Inputs, is_text, list_images
+from .image_lists import DEFAULT_NUM_FRAMES, ImageEntry, ImageList, Inputs, is_text, list_images
 from .slices import Batch, SliceFolder
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class DetectionSummary:
         boxes (`int`): Number of its boxes.
         unreadable (`int`): Number of images that could not be read and have no record.
         unreadable_list (`Path`): JSON lines with ids, path and reason for each of these; no file if there are none.
-        samples_without_image (`int`): Number of samples of a JSON list that have no image.
+        samples_without_image (`int`): Number of samples of a JSON list that have neither image nor video.
     """
 
     output: Path
@@ -62,7 +62,7 @@ class DetectionSummary:
     def __str__(self) -> str:
         said = f"Wrote {self.output}: {self.records:,} records, {self.boxes:,} boxes."
         if self.unreadable:
-            said += f" Unreadable images: {self.unreadable:,}, see {self.unreadable_list}."
+            said += f" Unreadable: {self.unreadable:,}, see {self.unreadable_list}."
         if self.samples_without_image:
             said += f" Samples without an image: {self.samples_without_image:,}."
         return said
@@ -70,11 +70,11 @@ class DetectionSummary:
 
 @dataclass(frozen=True)
 class _Work:
-    """A batch of images that are being read."""
+    """A batch of images and videos that are being read."""
 
     slice_number: int
     start: int
-    images: list[Future[Image.Image]]
+    images: list[Future[Image.Image | list[Image.Image]]]
 
 
 def detect_images(
@@ -86,6 +86,8 @@ def detect_images(
     threshold: float = 0.2,
     batch_size: int = 8,
     image_folder: str | Path | None = None,
+    video_folder: str | Path | None = None,
+    num_frames: int = DEFAULT_NUM_FRAMES,
     resume: bool = False,
     overwrite: bool = False,
     array_task: tuple[int, int] = (0, 1),
@@ -94,12 +96,12 @@ def detect_images(
     workers: int = 4,
     progress: Progress | None = None,
 ) -> DetectionSummary | None:
-    """Find the boxes of many images and write them to a box file.
+    """Find the boxes of many images, and of the frames of videos, and write them to a box file.
 
     Under `accelerate launch` every process calls this with a detector on its own device and works on every n-th slice
     of the input; the main process merges. The result does not depend on the number of processes or interruptions: it
-    has one record per id, in the order of the input. Images that cannot be read are logged, listed in a file next to
-    the output and skipped.
+    has one record per id, in the order of the input; that of a video has `frames`, with one entry for each sampled
+    frame. Images and videos that cannot be read are logged, listed in a file next to the output and skipped.
 
     Args:
         inputs (`str`, `Path`, list of them or `datasets.Dataset`): See [`list_images`].
@@ -107,9 +109,13 @@ def detect_images(
         detector (`Detector`): The box detector.
         labels (`Sequence[str]`, *optional*): Labels to look for, instead of those that the tagger finds.
         threshold (`float`): Scores of boxes must be greater.
-        batch_size (`int`): Images per call of the detector.
+        batch_size (`int`): Images or frames per call of the detector; all frames of a video are in one call.
         image_folder (`str` or `Path`, *optional*): Folder that the paths in a JSON list start from; by default the
             folder of the list.
+        video_folder (`str` or `Path`, *optional*): Folder that the paths of videos in a JSON list start from; by
+            default that of the images.
+        num_frames (`int`, *optional*, defaults to 8): Frames that are sampled from each video: evenly spaced from the
+            first to the last, as in the processor.
         resume (`bool`): Whether to resume an interrupted job; without one, a job is started.
         overwrite (`bool`): Whether to start over, and to replace the output at the end.
         array_task (`tuple[int, int]`): `(i, n)`: work as array task i (from 0) of n, and do not merge. A last call
@@ -128,17 +134,20 @@ def detect_images(
         BoxFileError: If there are no images or none can be read, the output exists and neither `resume` nor
             `overwrite` is set, another job was interrupted there, the detector has no name, or an argument is wrong.
         FolderLockedError: If another run writes to the output.
-        ImportError: If Parquet or a dataset needs a library that is not installed.
+        ImportError: If Parquet, a dataset or a video needs a library that is not installed.
         OSError: If something cannot be read or written.
     """
     output = Path(output)
     part, parts = array_task
-    _check_arguments(output, batch_size, shard_size, workers, part, parts, resume, overwrite)
-    images = list_images(inputs, image_folder=image_folder, exclude=show)
+    sizes = {"batch_size": batch_size, "num_frames": num_frames, "shard_size": shard_size, "workers": workers}
+    _check_arguments(output, sizes, part, parts, resume, overwrite)
+    images = list_images(
+        inputs, image_folder=image_folder, exclude=show, video_folder=video_folder, num_frames=num_frames
+    )
     if output.suffix.lower() == ".parquet":
         require_pyarrow()
         _check_ids(images)
-    settings = detection_settings(detector, labels, threshold)
+    settings = detection_settings(detector, labels, threshold, num_frames=num_frames if images.has_videos else None)
     manifest = {
         "settings": settings,
         "inputs_digest": images.digest,
@@ -216,10 +225,10 @@ def _has_other_tasks(output: Path, part: int, parts: int) -> bool:
 
 
 def _check_arguments(
-    output: Path, batch_size: int, shard_size: int, workers: int, part: int, parts: int, resume: bool, overwrite: bool
+    output: Path, sizes: Mapping[str, int], part: int, parts: int, resume: bool, overwrite: bool
 ) -> None:
     check_extension(output)
-    for name, value in (("batch_size", batch_size), ("shard_size", shard_size), ("workers", workers)):
+    for name, value in sizes.items():
         if value < 1:
             raise BoxFileError(f"`{name}` must be at least 1, got {value}.")
     if not 0 <= part < parts:
@@ -299,9 +308,8 @@ def _run(
                 start, stop = folder.bounds(slice_number)
                 position = folder.next_image(slice_number)
                 report(position - start)
-                for first in range(position, stop, batch_size):
-                    numbers = range(first, min(first + batch_size, stop))
-                    yield _Work(slice_number, first, [pool.submit(images.load, number) for number in numbers])
+                for numbers in _batches(images, range(position, stop), batch_size):
+                    yield _Work(slice_number, numbers[0], [pool.submit(images.load, number) for number in numbers])
 
         try:
             for work in _ahead(upcoming(), _BATCHES_AHEAD):
@@ -312,6 +320,19 @@ def _run(
             # Raise the error without reading the images ahead.
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _batches(images: ImageList, numbers: range, batch_size: int) -> Iterator[range]:
+    """Divide images and videos into batches of at most `batch_size` images and frames, or of a single video."""
+    first, size = numbers.start, 0
+    for number in numbers:
+        frames = images.num_frames if images.entries[number].is_video else 1
+        if size and size + frames > batch_size:
+            yield range(first, number)
+            first, size = number, 0
+        size += frames
+    if size:
+        yield range(first, numbers.stop)
 
 
 def _ahead(items: Iterable[_Work], number: int) -> Iterator[_Work]:
@@ -332,11 +353,13 @@ def _detect_batch(
     pool: ThreadPoolExecutor,
 ) -> Batch:
     batch = Batch(work.start, work.start + len(work.images))
-    readable: list[tuple[int, Image.Image]] = []
+    readable: list[tuple[int, Image.Image | list[Image.Image]]] = []
     for number, future in enumerate(work.images, start=work.start):
         entry = images.entries[number]
         # Decoders raise errors of any type for damaged files, which must not end the job.
         error = future.exception()
+        if isinstance(error, ImportError):  # a decoder is missing, which another file would not change
+            raise error
         if error is not None:
             batch.unreadable.append(_unreadable(entry.ids, entry.image, f"{type(error).__name__}: {error}"))
             continue
@@ -344,9 +367,7 @@ def _detect_batch(
         if nameless := [key for key in entry.ids if not is_text(key)]:
             reason = "the id is not valid Unicode text, so no box file can hold it: rename the file or the id"
             batch.unreadable.append(_unreadable(nameless, entry.image, reason))
-    detections = detect([image for _, image in readable]) if readable else []
-    if len(detections) != len(readable):
-        raise BoxFileError(f"The detector gave {len(detections)} results for {len(readable)} images.")
+    detections = _detect_all([image for _, image in readable], detect)
     for (number, image), detection in zip(readable, detections, strict=True):
         for record in _records(images.entries[number], image, detection):
             batch.records.append(check_record(record, f"The detector's result for {record['id']!r}"))
@@ -361,16 +382,31 @@ def _detect_batch(
     return batch
 
 
+def _detect_all(images: Sequence[Image.Image | list[Image.Image]], detect: _Detect) -> list[Any]:
+    """Return the detection of each image, and a list of those of the frames of each video, from one call."""
+    # A frame that was sampled several times is one object.
+    frames = {id(frame): frame for image in images for frame in (image if isinstance(image, list) else [image])}
+    results = detect(list(frames.values())) if frames else []
+    if len(results) != len(frames):
+        raise BoxFileError(f"The detector gave {len(results)} results for {len(frames)} images.")
+    found = dict(zip(frames, results, strict=True))
+    return [[found[id(frame)] for frame in image] if isinstance(image, list) else found[id(image)] for image in images]
+
+
 def _unreadable(ids: Sequence[Any], image: str | None, reason: str) -> dict[str, Any]:
     logger.warning("Skipped %s (%s).", ascii(image if image is not None else ids[0]).strip("'"), reason)
     return {"ids": list(ids), "image": image, "reason": reason}
 
 
-def _records(entry: ImageEntry, image: Image.Image, detection: Mapping[str, Any]) -> Iterator[Record]:
-    plain = {name: _plain(detection[name]) for name in ("boxes", "labels", "scores")}
+def _records(entry: ImageEntry, image: Image.Image | list[Image.Image], detection: Any) -> Iterator[Record]:
+    def plain(found: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: _plain(found[name]) for name in ("boxes", "labels", "scores")}
+
+    content = {"frames": [plain(found) for found in detection]} if isinstance(image, list) else plain(detection)
+    width, height = (image[0] if isinstance(image, list) else image).size
     for key in filter(is_text, entry.ids):
         path = entry.image if is_text(entry.image) else None
-        yield {"id": key, "image": path, "width": image.width, "height": image.height, **plain}
+        yield {"id": key, "image": path, "width": width, "height": height, **content}
 
 
 def _plain(values: Iterable[Any]) -> list[Any]:
@@ -386,10 +422,11 @@ def _picture_name(number: int, entry: ImageEntry) -> str:
     return f"{number:06d}_{letters.encode('utf-8', 'replace')[:200].decode('utf-8', 'ignore')}.jpg"
 
 
-def _draw(path: Path, image: Image.Image, detection: Mapping[str, Any]) -> None:
+def _draw(path: Path, image: Image.Image | list[Image.Image], detection: Any) -> None:
+    drawn = draw_frames(image, detection) if isinstance(image, list) else draw_boxes(image, detection)
     with replacing(path) as partial:
         # Without chroma subsampling, which blurs thin lines and small letters.
-        draw_boxes(image, detection).save(partial, format="JPEG", quality=92, subsampling=0)
+        drawn.save(partial, format="JPEG", quality=92, subsampling=0)
 
 
 def _merge(output: Path, folder: SliceFolder, settings: dict[str, Any], images: ImageList) -> DetectionSummary:
@@ -403,7 +440,7 @@ def _merge(output: Path, folder: SliceFolder, settings: dict[str, Any], images: 
             unreadable.extend(batch.unreadable)
             for record in batch.records:
                 records += 1
-                boxes += len(record["boxes"])
+                boxes += sum(len(found["boxes"]) for found in record.get("frames", [record]))
                 yield record
         if records == 0:
             raise BoxFileError(
@@ -415,7 +452,14 @@ def _merge(output: Path, folder: SliceFolder, settings: dict[str, Any], images: 
     if output.suffix.lower() == ".parquet":
         # The type of a column must be known before its first row.
         integer_boxes = all(has_integer_boxes(record) for batch in folder.batches() for record in batch.records)
-    write_boxes(output, all_records(), settings, inputs_digest=images.digest, integer_boxes=integer_boxes)
+    write_boxes(
+        output,
+        all_records(),
+        settings,
+        inputs_digest=images.digest,
+        integer_boxes=integer_boxes,
+        has_frames=images.has_videos,
+    )
 
     unreadable_list = output.with_suffix(".unreadable.jsonl")
     unreadable_list.unlink(missing_ok=True)

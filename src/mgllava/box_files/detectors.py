@@ -19,6 +19,8 @@ from .errors import BoxFileError
 
 # Name of the fixed list of labels of the paper's ablation, as a tagger.
 COCO_TAGGER = "coco80"
+# How frames are sampled from videos: evenly from the first to the last, with truncated indices.
+SAMPLING = "linspace"
 
 _PARTS = ("tagger", "detector")
 # Only samples of large files are read: different weights differ almost everywhere, and the digest is needed often.
@@ -158,6 +160,7 @@ def detection_settings(
     labels: Sequence[str] | None = None,
     threshold: float = 0.2,
     repository: str | Path | None = None,
+    num_frames: int | None = None,
 ) -> dict[str, Any]:
     """Return the settings that boxes depend on, for box files and [`BoxFile.check_settings`].
 
@@ -169,6 +172,7 @@ def detection_settings(
         threshold (`float`): Scores must be greater.
         repository (`str` or `Path`, *optional*): The processor's folder, which paths such as `./box_detector` in the
             configuration are in.
+        num_frames (`int`, *optional*): Frames that are sampled from each video, if there are videos.
 
     Returns:
         `dict`: Plain values.
@@ -196,6 +200,8 @@ def detection_settings(
         if os.path.isdir(source):
             config[part] = folder_digest(source)
     settings = {"detector": config, "labels": None if labels is None else list(labels), "threshold": threshold}
+    if num_frames is not None:
+        settings["frames"] = {"sampling": SAMPLING, "num_frames": num_frames}
     # As they are read from a file, so that both compare equal.
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain
@@ -221,6 +227,7 @@ def folder_digest(folder: str | Path) -> str:
 
 __all__ = [
     "COCO_TAGGER",
+    "SAMPLING",
     "Detector",
     "LazyDetector",
     "detection_settings",

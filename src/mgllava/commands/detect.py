@@ -27,8 +27,8 @@ def detect(
         list[Path],
         typer.Argument(
             metavar="IMAGES_OR_DATASET",
-            help="A folder of images, image files, questions (.jsonl), LLaVA samples (.json), or a dataset: the "
-            "folder of save_to_disk, or Parquet with images.",
+            help="A folder of images and videos, such files, questions (.jsonl), LLaVA samples (.json), or a dataset: "
+            "the folder of save_to_disk, or Parquet with images.",
         ),
     ],
     output: Annotated[Path, typer.Option(help="Box file to write: .parquet, or .json as the original reads it.")],
@@ -54,6 +54,11 @@ def detect(
     image_folder: Annotated[
         Path | None, typer.Option(help="Folder that the paths in a JSON list start from.", show_default="its own")
     ] = None,
+    video_folder: Annotated[
+        Path | None,
+        typer.Option(help="Folder that the paths of videos in a JSON list start from.", show_default="--image-folder"),
+    ] = None,
+    num_frames: Annotated[int, typer.Option(help="Frames that are sampled from each video.")] = 8,
     show: Annotated[Path | None, typer.Option("--save-boxes", help=SAVE_BOXES_HELP)] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume an interrupted job; start if there is none.")
@@ -67,7 +72,7 @@ def detect(
     workers: Annotated[int, typer.Option(help="Threads that read images.")] = 4,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Find the boxes of images and write them to a box file.
+    """Find the boxes of images and of frames of videos, and write them to a box file.
 
     --resume continues an interrupted job.
 
@@ -84,6 +89,8 @@ def detect(
             threshold=threshold,
             batch_size=batch_size,
             image_folder=image_folder,
+            video_folder=video_folder,
+            num_frames=num_frames,
             resume=resume,
             overwrite=overwrite,
             array_task=parse_array_task(array_task),

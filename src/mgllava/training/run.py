@@ -336,8 +336,10 @@ def _check_detector(options: DataOptions, processor: Any, sources: list[SampleSo
             f"`{section}.allow_other_boxes=true` accepts any boxes."
         )
     labels, threshold = (None, 0.2) if given is None else (given.labels, given.threshold)
-    expected = detection_settings(config, labels, threshold)
     for file in files:
+        # Files with boxes of videos say how their frames were sampled.
+        num_frames = frames_of_a_video(processor) if "frames" in (file.settings or ()) else None
+        expected = detection_settings(config, labels, threshold, num_frames=num_frames)
         try:
             file.check_settings(expected)
         except ValueError as error:

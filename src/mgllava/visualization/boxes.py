@@ -19,6 +19,8 @@ _Rectangle = tuple[float, float, float, float]
 _FIRST_HUE, _GOLDEN_ANGLE = 0.5, 0.381966
 # An image with a smaller geometric mean of its sides, in pixels, is enlarged, since labels would cover its objects.
 _LEAST_SIDE = 360
+# The longer side of a frame in a strip of frames, and the distance between frames, in pixels.
+_FRAME_SIDE, _GAP = 640, 8
 
 
 class _Plate(NamedTuple):
@@ -36,6 +38,7 @@ def draw_boxes(
     line_width: int | None = None,
     font_size: int | None = None,
     font: str | None = None,
+    colors: Mapping[str, Color] | None = None,
 ) -> Image.Image:
     """Draw boxes with their labels.
 
@@ -53,6 +56,7 @@ def draw_boxes(
         line_width (`int`, *optional*): In pixels; by default it depends on the image size.
         font_size (`int`, *optional*): In pixels; by default it depends on the image size.
         font (`str`, *optional*): Path of a TrueType file. The built-in font has only Latin letters.
+        colors (`Mapping`, *optional*): Color of labels as red, green and blue from 0 to 255; others get their own.
 
     Returns:
         `PIL.Image.Image`: A new image, RGB and upright. It has the size of the input, or a multiple of it if the input
@@ -87,7 +91,7 @@ def draw_boxes(
     size = font_size or max(12, round(side / 32))
     letters = ImageFont.load_default(size) if font is None else ImageFont.truetype(font, size)
     names = [str(label) for label in labels or range(len(boxes))]
-    colors = dict(zip(dict.fromkeys(names), _colors(len(set(names))), strict=True))
+    colors = {**dict(zip(dict.fromkeys(names), _colors(len(set(names))), strict=True)), **(colors or {})}
 
     # The box with the highest score is drawn last, on top. Black lines around the colored lines keep these visible on
     # a background of the same color.
@@ -115,6 +119,54 @@ def draw_boxes(
     for row, plate in reversed(plates.items()):
         _write(draw, plate, colors[names[row]], letters)
     return picture
+
+
+def draw_frames(
+    frames: Any, detections: Sequence[Any] | None = None, *, columns: int = 4, **options: Any
+) -> Image.Image:
+    """Draw the frames of a video side by side, in lines from left to right, with their boxes.
+
+    A label has the same color in all frames.
+
+    Args:
+        frames: A list of images in any form that the processor accepts, or an array of frames.
+        detections (`Sequence`, *optional*): One entry for each frame, see [`draw_boxes`]; also a record of a box file,
+            `{"frames": [...]}`. By default no boxes are drawn.
+        columns (`int`, *optional*, defaults to 4): Frames in a line.
+        **options: Options of [`draw_boxes`].
+
+    Returns:
+        `PIL.Image.Image`: A new image, in which the longer side of each frame has at most 640 pixels.
+
+    Raises:
+        TypeError: If something is not an image, or detections are not boxes.
+        ValueError: If there are no frames, another number of detections, or boxes that [`draw_boxes`] refuses.
+    """
+    if isinstance(detections, Mapping):
+        detections = detections.get("frames", [detections])
+    pictures = list(frames)
+    if not pictures or columns < 1:
+        raise ValueError(f"`frames` and `columns` must be at least 1, got {len(pictures)} and {columns}.")
+    entries = [[]] * len(pictures) if detections is None else list(detections)
+    if len(entries) != len(pictures):
+        raise ValueError(
+            f"`detections` must have one entry for each of the {len(pictures)} frames, got {len(entries)}."
+        )
+    names = [name for entry in entries if isinstance(entry, Mapping) for name in entry.get("labels") or ()]
+    shared = dict(zip(dict.fromkeys(map(str, names)), _colors(len(set(map(str, names)))), strict=True))
+    options["colors"] = {**shared, **(options.get("colors") or {})}
+    drawn = [
+        draw_boxes(picture, [] if entry is None else entry, **options)
+        for picture, entry in zip(pictures, entries, strict=True)
+    ]
+    for picture in drawn:
+        picture.thumbnail((_FRAME_SIDE, _FRAME_SIDE), Image.Resampling.LANCZOS)
+    width, height = (max(sides) + _GAP for sides in zip(*(picture.size for picture in drawn), strict=True))
+    columns = min(columns, len(drawn))
+    strip = Image.new("RGB", (columns * width - _GAP, -(-len(drawn) // columns) * height - _GAP), "white")
+    for number, picture in enumerate(drawn):
+        strip.paste(picture, (number % columns * width, number // columns * height))
+    return strip
 
 
 def _colors(number: int) -> list[Color]:
@@ -164,4 +216,4 @@ def _write(
     draw.text(start, plate.text, font=font, fill="black" if brightness > 110 else "white")
 
 
-__all__ = ["draw_boxes"]
+__all__ = ["draw_boxes", "draw_frames"]
