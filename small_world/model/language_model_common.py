@@ -561,15 +561,15 @@ class ImageTextModel(ImageTextPreTrainedModel):
 
     def _run_without_masked(self, inputs: dict[str, Any], **kwargs) -> BaseModelOutputWithPast:
         """Run the language model without the tokens that it does not see, which costs less than masking them."""
-        mask = inputs["attention_mask"]
+        embeds = inputs["inputs_embeds"]
+        mask, positions = (inputs[name].to(embeds.device) for name in ("attention_mask", "position_ids"))
         counts = mask.long().cumsum(-1)
         order = (mask == 0).to(torch.uint8).argsort(dim=-1, stable=True)[:, : max(int(counts.max()), 1)]
-        embeds = inputs["inputs_embeds"]
         shortened = {
             **inputs,
             "inputs_embeds": embeds.gather(1, order.unsqueeze(-1).expand(-1, -1, embeds.shape[-1])),
             "attention_mask": mask.gather(1, order),
-            "position_ids": inputs["position_ids"].gather(1, order),
+            "position_ids": positions.gather(1, order),
         }
         outputs = self.language_model(return_dict=True, **shortened, **{**kwargs, "use_cache": False})
         # A token that was left out gets the state of the last one before it.
