@@ -29,7 +29,7 @@ DEFAULTS_ELSEWHERE = {
 
 
 # Programs that plugins belong to, and that are not installed with the development tools.
-HOSTS = ("vllm",)
+HOSTS = ("vllm", "lmms_eval")
 
 
 def modules():

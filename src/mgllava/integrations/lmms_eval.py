@@ -1,0 +1,307 @@
+"""The model `mgllava` of lmms-eval, with boxes; lmms-eval finds it by the entry point `lmms_eval.models`.
+
+    lmms-eval --model mgllava --model_args pretrained=MODEL,boxes=detector --tasks pope_local --include_path TASKS
+
+`python -m mgllava.integrations.lmms_eval TASK DATA --output TASKS` writes a variant of a task of lmms-eval that reads
+local Parquet files instead of the Hub.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from accelerate import Accelerator
+from lmms_eval import utils
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from lmms_eval.protocol import ChatMessages
+from tqdm import tqdm
+
+from mgllava.box_files import BoxFile, MissingBoxesError, read_boxes
+from mgllava.chat.loading import load
+from mgllava.evaluation.answering import MAX_NEW_TOKENS, Answerer, greedy, open_as_stored
+from mgllava.evaluation.errors import EvaluationError
+
+_KEYS = ("index", "question_id", "questionId", "pid", "id")
+_SOURCES = ("none", "file", "detector")
+
+
+def manifest() -> ModelManifest:
+    """Describe the model to lmms-eval.
+
+    Returns:
+        `ModelManifest`: Its name and class.
+    """
+    return ModelManifest(model_id="mgllava", chat_class_path=f"{MGLlavaChat.__module__}.{MGLlavaChat.__name__}")
+
+
+class MGLlavaChat(lmms):
+    """Models of this package in lmms-eval. The arguments are those of `--model_args`.
+
+    Args:
+        pretrained (`str`): Folder or Hub id of a model.
+        device (`str`): Device; with several processes each takes its own.
+        batch_size (`int`): Documents at a time.
+        dtype (`str`): `"auto"` (as stored), `"float32"`, `"float16"` or `"bfloat16"`.
+        bits (`int`, *optional*): 4 or 8.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        attn_implementation (`str`, *optional*): As in `from_pretrained`.
+        trust_remote_code (`bool`): Whether code of the model's repository may run.
+        boxes (`str`, *optional*): `"none"`, `"file"` or `"detector"`; by default `"file"` with a `box_file`, else
+            `"detector"` if the model has one.
+        box_file (`str`, *optional*): Box file of `mgllava detect`.
+        box_key (`str`, *optional*): Field of documents with the ids of the box file; by default the first of index,
+            question_id, questionId, pid and id.
+        box_limit (`int`, *optional*): Number of detections above which they are limited; 0 for no limit.
+
+    Raises:
+        EvaluationError: If an argument is wrong.
+        ValueError: If the model cannot be loaded, or boxes are given for a model without boxes.
+        BoxFileError: If the box file cannot be read.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str,
+        device: str | None = "auto",
+        batch_size: int | str = 1,
+        dtype: str = "auto",
+        bits: int | None = None,
+        revision: str | None = None,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        boxes: str | None = None,
+        box_file: str | None = None,
+        box_key: str | None = None,
+        box_limit: int = 100,
+        **unknown: Any,
+    ):
+        super().__init__()
+        # lmms-eval passes its own limits to every model.
+        unknown = {name: value for name, value in unknown.items() if name != "max_batch_size"}
+        if unknown:
+            raise EvaluationError(f"`model_args` has {', '.join(unknown)}, which mgllava does not know.")
+        if boxes is not None and boxes not in _SOURCES:
+            raise EvaluationError(f"`boxes` must be one of {', '.join(_SOURCES)}, got {boxes!r}.")
+        if boxes is not None and (boxes == "file") != (box_file is not None):
+            raise EvaluationError(f"`boxes` is {boxes}, but `box_file` is {box_file}: `boxes=file` needs a file.")
+        accelerator = Accelerator()
+        if accelerator.num_processes > 1:
+            device = str(accelerator.device)
+        self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        self.accelerator = accelerator
+        model, processor = load(
+            pretrained,
+            revision=revision,
+            bits=bits,
+            dtype=dtype,
+            device=device or "auto",
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            boxes=None if boxes == "none" else boxes,
+            box_file=box_file,
+        )
+        self.answerer = Answerer(model, processor)
+        self.batch_size = int(batch_size)
+        self._box_file: BoxFile | None = None if box_file is None else read_boxes(box_file)
+        self._keys = _KEYS if box_key is None else (box_key,)
+        self._options: dict[str, Any] = {}
+        self._detects = False
+        if self.answerer.takes_boxes:
+            self._options["box_limit"] = box_limit or None
+            has_detector = processor.box_detector_config is not None
+            if boxes == "detector" and not has_detector:
+                raise EvaluationError(f"`boxes` is detector, but {pretrained} has none. Choose none or file.")
+            self._detects = boxes == "detector" or (boxes is None and box_file is None and has_detector)
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Answer requests, in their order.
+
+        Args:
+            requests (`Sequence[Instance]`): Their `args` are context, function from document to messages, options of
+                generation, number of the document, task and split.
+
+        Returns:
+            `list[str]`: The answers.
+
+        Raises:
+            EvaluationError: If a document has no boxes in the box file, several images that share its boxes, or
+                something other than text and images.
+            BadRowError: If an image cannot be read.
+        """
+        batches = utils.Collator(
+            [request.args for request in requests], lambda args: args[3], group_fn=lambda args: args[2], grouping=True
+        )
+        answers: list[str] = []
+        bar = tqdm(total=len(requests), disable=self._rank != 0, desc="Model Responding")
+        for batch in batches.get_batched(n=self.batch_size, batch_fn=None):
+            documents = [self.task_dict[task][split][number] for _, _, _, number, task, split in batch]
+            conversations = [
+                ChatMessages(messages=to_messages(document)).to_hf_messages()
+                for (_, to_messages, *_), document in zip(batch, documents, strict=True)
+            ]
+            options = batch[0][2]
+            self._prepare_images(conversations, documents)
+            config = generation_config(self.answerer.model.generation_config, options)
+            texts = self.answerer.answer_conversations(conversations, config, **self._options)
+            for (context, *_), text in zip(batch, texts, strict=True):
+                answers.append(_cut(text, options.get("until")))
+                self.cache_hook.add_partial("generate_until", (context, options), answers[-1])
+                bar.update(1)
+        bar.close()
+        ordered: list[str] = batches.get_original(answers)
+        return ordered
+
+    def _prepare_images(self, conversations: Sequence[list[dict[str, Any]]], documents: Sequence[Any]) -> None:
+        """Open images, and give them their boxes."""
+        found: list[dict[str, Any]] = []
+        for conversation, document in zip(conversations, documents, strict=True):
+            blocks = [block for message in conversation for block in message["content"] if block["type"] != "text"]
+            if others := {block["type"] for block in blocks} - {"image"}:
+                raise EvaluationError(f"The document has {', '.join(sorted(others))}, but only images are supported.")
+            for block in blocks:
+                block["image"] = open_as_stored(block["image"]).image
+                if self.answerer.takes_boxes:
+                    block["boxes"] = self._boxes(document, len(blocks))
+            found += blocks
+        if self._detects:
+            for block, record in zip(found, self.answerer.detect([block["image"] for block in found]), strict=True):
+                block["boxes"] = record
+
+    def _boxes(self, document: Mapping[str, Any], images: int) -> Mapping[str, Any]:
+        if self._box_file is None:
+            return {"boxes": []}
+        key = next((document[name] for name in self._keys if document.get(name) is not None), None)
+        if key is None:
+            raise EvaluationError(f"`box_key`: the document has no {' or '.join(self._keys)}, but {list(document)}.")
+        if images > 1:
+            raise EvaluationError(
+                f"Document {key!r} has {images} images, but a box file has one record for it. Set `boxes` to detector "
+                "or none."
+            )
+        try:
+            return self._box_file[key]
+        except MissingBoxesError as error:
+            raise EvaluationError(f"`box_file`: {error}") from error
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Refuse: the tasks of the paper's benchmarks generate.
+
+        Args:
+            requests (`Sequence[Instance]`): The requests.
+
+        Returns:
+            `list`: Nothing.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError("mgllava answers tasks of the type generate_until only, not loglikelihood.")
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        """Refuse tasks of several rounds.
+
+        Args:
+            requests (`Sequence[Instance]`): The requests.
+
+        Returns:
+            `list`: Nothing.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError("mgllava answers tasks of the type generate_until only, not of several rounds.")
+
+
+def generation_config(own: Any, options: Mapping[str, Any]) -> Any:
+    """Turn the options of a task into a generation configuration: greedy, unless they ask for sampling.
+
+    Args:
+        own (`GenerationConfig`): That of the model.
+        options (`Mapping`): `max_new_tokens`, `do_sample`, `temperature`, `top_p`, `num_beams`; others are not used.
+
+    Returns:
+        `GenerationConfig`: The configuration.
+    """
+    config = greedy(own, int(options.get("max_new_tokens", MAX_NEW_TOKENS)))
+    temperature = options.get("temperature") or 0
+    if options.get("do_sample", temperature > 0) and temperature > 0:
+        config.update(do_sample=True, temperature=temperature, top_p=options.get("top_p") or 1.0)
+    config.num_beams = int(options.get("num_beams") or 1)
+    return config
+
+
+def _cut(text: str, until: str | Sequence[str] | None) -> str:
+    """End an answer before the first of some words."""
+    for word in [until] if isinstance(until, str) else until or ():
+        text = text.split(word)[0] if word else text
+    return text.strip()
+
+
+def write_local_task(task: str, data: Sequence[Path], output: Path) -> Path:
+    """Write a variant of a task of lmms-eval that reads local Parquet files.
+
+    Args:
+        task (`str`): Name of a task of lmms-eval, such as `"pope"`.
+        data (`Sequence[Path]`): Parquet files with the columns of the dataset on the Hub.
+        output (`Path`): Folder for `TASK_local.yaml`, to be passed as `--include_path`.
+
+    Returns:
+        `Path`: The file.
+
+    Raises:
+        EvaluationError: If lmms-eval has no such task, or a file does not exist.
+    """
+    # Not imported: that takes a minute.
+    folder = Path(utils.__file__).parent / "tasks"
+    found = [
+        path
+        for path in sorted(folder.rglob("*.yaml"))
+        if any(
+            line.split("#")[0].strip().replace('"', "").replace("'", "") == f"task: {task}"
+            for line in path.read_text(encoding="utf-8").splitlines()
+        )
+    ]
+    if not found:
+        raise EvaluationError(f"`task`: lmms-eval has no task {task!r}.")
+    absent = [str(path) for path in data if not path.is_file()]
+    if absent or not data:
+        raise EvaluationError(f"`data`: no such file: {', '.join(absent) or 'none was given'}.")
+    splits = [
+        line.split(":")[1].strip().strip("\"'")
+        for line in found[0].read_text(encoding="utf-8").splitlines()
+        if line.startswith("test_split:")
+    ]
+    split = splits[0] if splits else "test"
+    # JSON is YAML, so that names of files need no quoting rules of our own.
+    content = {
+        "include": str(found[0]),
+        "task": f"{task}_local",
+        "dataset_path": "parquet",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {split: [str(path.absolute()) for path in data]}},
+        "test_split": split,
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / f"{task}_local.yaml"
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def main(
+    task: Annotated[str, typer.Argument(help="Name of a task of lmms-eval, such as pope.")],
+    data: Annotated[list[Path], typer.Argument(help="Parquet files with the columns of its dataset.")],
+    output: Annotated[Path, typer.Option(help="Folder for TASK_local.yaml, for --include_path.")],
+) -> None:
+    """Write a variant of a task of lmms-eval that reads local files."""
+    typer.echo(f"Wrote {write_local_task(task, data, output)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
+
+__all__ = ["MGLlavaChat", "generation_config", "manifest", "write_local_task"]
