@@ -15,7 +15,7 @@ from tests.hub.repositories import FAMILIES, save_family, save_slime
 from tests.processing.detectors import OWLV2
 from tests.ram_plus.golden import SOURCES
 
-# A process that the tests fork; this interpreter, started anew; in `make hub-check`, one with another transformers.
+# A process that the tests fork; this interpreter, started again; in `make hub-check`, one with another transformers.
 FORKED = "forked"
 PYTHONS = [FORKED, pytest.param(sys.executable, marks=pytest.mark.slow, id="started")]
 if other := os.environ.get("MGLLAVA_OTHER_PYTHON"):

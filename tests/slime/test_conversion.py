@@ -315,8 +315,11 @@ def test_values_that_are_not_converted_are_named(tmp_path, checkpoint, values, s
 
 
 def test_padding_that_the_tokenizer_replaces_comes_back(tmp_path, checkpoint, caplog):
+    """A file of an earlier stage next to the release is left alone, and that is said."""
     _edit(checkpoint / "config.json", pad_token_id=7)
+    shutil.copy(GOLDEN / "more" / "sampler.bin", checkpoint)
     folder = convert_checkpoint(checkpoint, output=tmp_path / "out")
+    assert "sampler.bin, a file of the first training stages, is not used" in caplog.text
     assert json.loads((folder / "config.json").read_text())["text_config"]["pad_token_id"] == 0
     assert "`pad_token_id` in config.json is 7" in caplog.text
     back = export_original(folder, tmp_path / "back")

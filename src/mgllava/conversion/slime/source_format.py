@@ -149,6 +149,13 @@ def _gather_release(path: Path, options: Mapping[str, Any], trust_pickle: bool, 
     """Collect a folder that holds all weights but, at most, those of CLIP."""
     original = _read_original(path)
     weights, files = open_weights(path)
+    if stage_files := _stage_files(path):
+        logger.warning(
+            "%s: %s, a file of the first training stages, is not used, because the folder has the weights of a whole "
+            "model. Pass the file itself to convert it.",
+            path,
+            " and ".join(file.name for file in stage_files),
+        )
     tensors = GatheredTensors()
     _use_own(tensors, original, weights, files)
     language_model = _LanguageModel(read_text_config(original, path), path, "checkpoint")
