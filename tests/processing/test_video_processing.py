@@ -135,6 +135,8 @@ def test_forms_of_frames_give_the_same(video_processor):
         inputs = video_processor(form, return_tensors="pt")
         assert inputs["num_video_frames"].tolist() == [3]
         torch.testing.assert_close(inputs["pixel_values_videos"], expected, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match=r"`videos\[0\]` must hold values from 0 to 255, or from 0 to 1, got -1.0"):
+        video_processor(video / 255 - 1)
     batch = video_processor(torch.from_numpy(np.stack([video, video])), return_tensors="pt")
     assert batch["num_video_frames"].tolist() == [3, 3]
 
@@ -331,6 +333,11 @@ def test_users_cannot_write_the_placeholder(small):
     content = [{"type": "video", "video": make_video(1)}, {"type": "text", "text": "Is <video> a tag?"}]
     inputs = encode_conversation(small, [{"role": "user", "content": content}])
     assert runs(inputs["input_ids"][0].tolist(), small.video_token_id) == [3 * NUM_FUSED_TOKENS + 3]
+
+
+def test_an_iterator_of_videos_is_read_once(small):
+    inputs = small(text=["<video>", "<video>"], videos=iter([make_video(3), make_video(4)]))
+    assert list(inputs["num_video_frames"]) == [3, 3]
 
 
 def test_empty_videos_are_none(small):

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -629,6 +629,8 @@ class MGLlavaProcessor(ImageTextProcessor):
             kwargs["boxes"] = as_lists(kwargs["boxes"])  # generators are read once
         if kwargs.get("video_boxes") is not None:
             kwargs["video_boxes"] = as_lists(kwargs["video_boxes"])
+        if isinstance(videos, Iterator) and not hasattr(videos, "read"):
+            videos = list(videos)
         text, kwargs = self._take_boxes_of_text(text, kwargs)
         return super().__call__(
             images,

@@ -19,7 +19,7 @@ import torch
 from transformers.utils import logging
 from transformers.video_utils import VideoMetadata
 
-from .images_common import UnreadableImageError, as_rgb, binary_file, fetch_upright, shown
+from .images_common import UnreadableImageError, as_rgb, binary_file, load_upright, open_images, shown
 
 logger = logging.get_logger(__name__)
 
@@ -425,7 +425,8 @@ def _take_frames(
     indices = _choose(sample, described)
     if isinstance(video, list | tuple):
         frames = [
-            as_rgb(fetch_upright(video[index]), input_data_format, f"{name}[{index}]").cpu() for index in indices
+            as_rgb(load_upright(video[index], f"{name}[{index}]"), input_data_format, f"{name}[{index}]").cpu()
+            for index in indices
         ]
         if len({frame.shape for frame in frames}) > 1:
             sizes = sorted({f"{frame.shape[2]} x {frame.shape[1]}" for frame in frames})
@@ -433,7 +434,7 @@ def _take_frames(
     else:
         # All frames have one range: a dark frame of values up to 1 must not be taken for one of 0 to 1.
         array = torch.as_tensor(np.asarray(video) if not isinstance(video, torch.Tensor) else video).cpu()
-        batch = fetch_upright(array)
+        batch = open_images(array, name)
         frames = [as_rgb(batch[index], input_data_format, f"{name}[{index}]") for index in indices]
     limits.check(name, side=max(frames[0].shape[1:]))
     clip = _clip(frames, described, indices)
