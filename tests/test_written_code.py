@@ -51,7 +51,11 @@ REPLACED = {
 }
 # Compiling takes a minute. The other pages have tests of their own.
 SLOW = ("torch.compile",)
-ELSEWHERE = {"docs/finetune.md": "tests/test_finetune_page.py", "docs/serving.md": "tests/serving/test_clients.py"}
+ELSEWHERE = {
+    "docs/finetune.md": "tests/test_finetune_page.py",
+    "docs/serving.md": "tests/serving/test_clients.py",
+    "docs/vllm.md": "tests/vllm_check/test_engine.py",
+}
 
 
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)

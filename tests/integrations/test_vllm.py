@@ -124,9 +124,17 @@ def test_blocks_of_transformers_become_parts_of_vllm(tmp_path):
             as_parts([{"role": "user", "content": [block]}])
 
 
-def test_boxes_are_read_from_parts_that_vllm_has_read():
-    parts = [{"type": "image", "boxes": BOXES}, {"type": "text", "text": "a"}, {"type": "image"}]
-    assert boxes_in_parts([{"role": "user", "content": parts}, {"role": "assistant", "content": "b"}]) == [BOXES, None]
+def test_boxes_are_read_from_parts():
+    url = {"type": "image_url", "image_url": {"url": "u"}}
+    parts = [
+        {**url, "boxes": BOXES},
+        {"type": "text", "text": "a"},
+        url,
+        {"image_pil": None, "uuid": "x", "boxes": []},
+        {"type": "input_image", "image_url": "u"},
+    ]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "b"}]
+    assert boxes_in_parts(messages) == [BOXES, None, [], None]
     with pytest.raises(ValueError, match="next to an image"):
         boxes_in_parts([{"role": "user", "content": [{"type": "text", "text": "a", "boxes": BOXES}]}])
 

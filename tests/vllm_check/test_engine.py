@@ -1,5 +1,7 @@
 """vLLM gives the ids of the processor and the answers of `generate`."""
 
+import base64
+import io
 import os
 
 import PIL.Image
@@ -56,6 +58,19 @@ def test_boxes_in_every_python_form(llm, generate, processor):
     plain = [{"role": "user", "content": [{"type": "image_pil", "image_pil": image}, conversation[0]["content"][-1]]}]
     output = llm.chat(plain, GREEDY, mm_processor_kwargs={"boxes": [boxes]}, use_tqdm=False)[0]
     assert result(output) == expected
+
+
+def test_the_example_of_the_page_runs(llm, capsys):
+    page = (MODEL.parents[1] / "docs" / "vllm.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    file = io.BytesIO()
+    picture(13, (500, 500)).save(file, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    for old, new in (('llm = LLM("mg-llava-vicuna7b")', ""), ("https://example.com/table.jpg", url)):
+        assert old in code
+        code = code.replace(old, new)
+    exec(compile(code, "docs/vllm.md", "exec"), {"llm": llm})
+    assert capsys.readouterr().out.strip()
 
 
 def test_options_of_the_image_processor(llm, generate):
@@ -126,7 +141,7 @@ def test_transparent_and_turned_images_are_opened_by_the_processor(llm, generate
         ([ask("What?", (picture(1), boxes_of(1, 41)))], "must be at most 40"),
         (
             [{"role": "user", "content": [{"type": "text", "text": "a", "boxes": [[1, 2, 3, 4]]}]}],
-            "must be in image blocks",
+            "must be next to an image",
         ),
         ([{"role": "user", "content": [{"type": "image", "boxes": [[1, 2, 3, 4]]}]}], "must have one of image"),
     ],

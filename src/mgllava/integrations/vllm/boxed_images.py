@@ -14,6 +14,8 @@ from mgllava.processing.boxes_mgllava import boxes_of_block, flatten_boxes, plai
 
 # Keys of an image block that hold the image, as transformers and this package write them.
 _IMAGE_KEYS = ("image", "url", "path", "base64")
+# Types of the parts of vLLM that hold an image.
+_IMAGE_PARTS = ("image_url", "input_image", "image_pil")
 
 
 @dataclass(frozen=True)
@@ -157,12 +159,11 @@ def _as_part(part: Any) -> Any:
     return part
 
 
-def boxes_in_parts(conversation: list[Any]) -> list[Any]:
-    """List the boxes of the images of a conversation, `None` where they are not given.
+def boxes_in_parts(messages: list[Any]) -> list[Any]:
+    """List the boxes of the images of messages, `None` where they are not given.
 
     Args:
-        conversation (`list`): Messages as vLLM has read them: each image is a part `{"type": "image"}` that keeps the
-            keys which vLLM does not know.
+        messages (`list`): Messages with parts of vLLM, as [`as_parts`] returns them.
 
     Returns:
         `list`: One entry per image.
@@ -171,12 +172,12 @@ def boxes_in_parts(conversation: list[Any]) -> list[Any]:
         ValueError: If boxes are somewhere else.
     """
     found = []
-    for message in conversation:
+    for message in messages:
         content = message.get("content")
-        for part in content if isinstance(content, list) else ():
+        for part in content if isinstance(content, list | tuple) else ():
             if not isinstance(part, Mapping):
                 continue
-            if part.get("type") == "image":
+            if part.get("type") in _IMAGE_PARTS or not {"image_url", "image_pil"}.isdisjoint(part):
                 found.append(boxes_of_block(part.get("boxes")))
             elif part.get("boxes") is not None:
                 raise ValueError(f"`boxes` must be next to an image, got them in a part of type {part.get('type')!r}.")

@@ -35,7 +35,14 @@ class ModelCheck(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: Any) -> None:
         """Check the plugin's options, and hand on the one that every process needs."""
         options = PluginOptions.read(vllm_config.additional_config)
-        setattr(vllm_config.model_config.hf_config, MAX_BOXES, options.max_boxes)
+        model_config = vllm_config.model_config
+        for owner, name in (
+            (model_config, "enable_prompt_embeds"),
+            (model_config.multimodal_config, "enable_mm_embeds"),
+        ):
+            if getattr(owner, name, False):
+                raise ValueError(f"`{name}` must be left out: models of mgllava take images and text.")
+        setattr(model_config.hf_config, MAX_BOXES, options.max_boxes)
 
 
 def register_all() -> None:

@@ -59,15 +59,17 @@ class ServedRenderer(HfRenderer):
     def render_messages(self, messages: list[Any], params: Any) -> tuple[list[Any], Any]:
         """Render messages from Python."""
         with _as_request_errors():
+            messages = as_parts(messages)
+            boxes = boxes_in_parts(messages)
             conversation, data, names = parse_chat_messages(
-                as_parts(messages),
+                messages,
                 self.model_config,
                 content_format="openai",
                 media_io_kwargs=params.media_io_kwargs,
                 mm_processor_kwargs=params.mm_processor_kwargs,
             )
             prompt = TokensPrompt(prompt_token_ids=self._encode(conversation, params))
-            return conversation, self._with_images(prompt, conversation, data, names, params)
+            return conversation, self._with_images(prompt, data, names, params, boxes)
 
     async def render_messages_async(self, messages: list[Any], params: Any) -> tuple[list[Any], Any]:
         """Render messages of a request."""
@@ -78,16 +80,17 @@ class ServedRenderer(HfRenderer):
                 if images:
                     prompt["multi_modal_data"] = {"image": images}
                 return conversation, prompt
+            messages = as_parts(messages)
+            boxes = boxes_in_parts(messages)
             conversation, data, names = await parse_chat_messages_async(
-                as_parts(messages),
+                messages,
                 self.model_config,
                 content_format="openai",
                 media_io_kwargs=params.media_io_kwargs,
                 mm_processor_kwargs=params.mm_processor_kwargs,
             )
-            boxes = boxes_in_parts(conversation)
             prompt = TokensPrompt(prompt_token_ids=await self._encode_async(conversation, params, True))
-            return conversation, self._with_images(prompt, conversation, data, names, params, boxes)
+            return conversation, self._with_images(prompt, data, names, params, boxes)
 
     def _encode(self, conversation: list[Any], params: Any, is_request: bool = False) -> list[int]:
         """Return the ids of a conversation, with one placeholder per image."""
@@ -106,11 +109,9 @@ class ServedRenderer(HfRenderer):
             ids: list[int] = self._processor.encode_text(conversation, chat_template=template, **options)[0]
         return ids
 
-    def _with_images(
-        self, prompt: Any, conversation: list[Any], data: Any, names: Any, params: Any, boxes: Any = None
-    ) -> Any:
+    @staticmethod
+    def _with_images(prompt: Any, data: Any, names: Any, params: Any, boxes: list[Any]) -> Any:
         """Add the images of a conversation, with their boxes, to a prompt."""
-        boxes = boxes_in_parts(conversation) if boxes is None else boxes
         if data is not None:
             images = [
                 {"image": image, "boxes": entry} if entry is not None else image
