@@ -1,8 +1,8 @@
 """Compare the throughput of `mgllava serve` with its two engines: requests that arrive at the same time.
 
 Each server runs alone, in a process of its own, with the small model of this git repository. Requests have one image
-with 0 to 5 boxes; a few are sent first, which are not counted. Answers are greedy, and those of both servers are
-compared. Usage: `python benchmarks/vllm_throughput.py` in an environment with vLLM (docs/vllm.md).
+with 0 to 5 boxes; a few are sent first, which are not counted. Answers are greedy.
+Usage: `python benchmarks/vllm_throughput.py` in an environment with vLLM (docs/vllm.md).
 """
 
 import asyncio
@@ -70,8 +70,8 @@ def server(*options: str) -> Iterator[int]:
         process.wait(60)
 
 
-async def ask(port: int, conversations: list[list[dict[str, Any]]], tokens: int) -> tuple[float, list[str], int]:
-    """Send all requests at once; return the seconds, the answers, and the number of generated tokens."""
+async def ask(port: int, conversations: list[list[dict[str, Any]]], tokens: int) -> tuple[float, int]:
+    """Send all requests at once; return the seconds, and the number of generated tokens."""
     client = openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=1000)
     start = time.perf_counter()
     found = await asyncio.gather(
@@ -81,15 +81,16 @@ async def ask(port: int, conversations: list[list[dict[str, Any]]], tokens: int)
         )
     )
     seconds = time.perf_counter() - start
-    answers = [answer.choices[0].message.content or "" for answer in found]
-    return seconds, answers, sum(answer.usage.completion_tokens for answer in found)
+    return seconds, sum(answer.usage.completion_tokens for answer in found)
 
 
 def main(
     requests: Annotated[int, typer.Option(help="requests that arrive at once")] = 64,
     tokens: Annotated[int, typer.Option(help="most tokens of an answer")] = 64,
     dtype: Annotated[str, typer.Option(help="of both models")] = "float32",
-    engine_options: Annotated[str, typer.Option(help="options of vLLM")] = '{"max_num_seqs": 64}',
+    engine_options: Annotated[
+        str, typer.Option(help="options of vLLM")
+    ] = '{"max_num_seqs": 64, "enforce_eager": true}',
 ) -> None:
     """Measure both servers, and print and store the table."""
     engines = {
@@ -97,16 +98,14 @@ def main(
         "vllm": ["--engine", "vllm", "--engine-options", engine_options],
     }
     rows: list[dict[str, Any]] = []
-    answers: dict[str, list[str]] = {}
     for engine, options in engines.items():
         with server("--dtype", dtype, *options) as port:
             asyncio.run(ask(port, make_requests(4, seed=1), tokens))
-            seconds, answers[engine], generated = asyncio.run(ask(port, make_requests(requests, seed=0), tokens))
+            seconds, generated = asyncio.run(ask(port, make_requests(requests, seed=0), tokens))
         rows.append({"engine": engine, "seconds": seconds, "requests/s": requests / seconds, "tokens": generated})
-    equal = sum(one == other for one, other in zip(*answers.values(), strict=True))
     for row in rows:
         row["times transformers"] = rows[0]["seconds"] / row["seconds"]
-    title = f"{requests} requests at once, small model, {dtype}; {equal} of {requests} answers are equal"
+    title = f"{requests} requests at once, small model, {dtype}"
     report("vllm", title, rows)
 
 
