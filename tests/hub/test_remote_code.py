@@ -137,7 +137,7 @@ def test_model_folder_has_the_code_of_its_family_only(families, slime_repository
         "text_chunks_common.py",
     ]
     names = [path.name for path in families["vicuna"].glob("*.py")]
-    assert len(names) <= 14 and all(name.endswith(("_mgllava.py", "_common.py")) for name in names)
+    assert len(names) <= 16 and all(name.endswith(("_mgllava.py", "_common.py")) for name in names)
 
 
 def test_processor_keeps_trust_remote_code_for_its_detector(with_detector):
