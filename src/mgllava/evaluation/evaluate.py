@@ -16,7 +16,7 @@ from .answering import MAX_NEW_TOKENS, Answerer
 from .benchmarks import Benchmark
 from .box_sources import BoxChanges, BoxSource
 from .errors import EvaluationError
-from .job import Answers, Boxes, Progress, answer_task, skipped, with_boxes
+from .job import Answers, Boxes, Progress, answer_task, processes, skipped, with_boxes
 from .paper import reported
 from .report import REPORT, write_report
 from .scores import Scores
@@ -223,9 +223,7 @@ class _Loaded:
 
         asked = changes.settings
         options = dict(loading)
-        from accelerate import PartialState
-
-        state = PartialState()
+        state = processes()
         if state.num_processes > 1 and options.get("device", "auto") == "auto":
             # Otherwise every process would use all devices.
             options["device"] = str(state.device)

@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from PIL import Image
 
 from mgllava.atomic_files import replacing
@@ -41,6 +42,15 @@ _BATCHES_AHEAD = 2
 _REMEMBERED = 512
 # Processes wait for the slowest one. The default timeout of minutes would end a long evaluation.
 _TIMEOUT = timedelta(days=365)
+
+
+def processes() -> Any:
+    """Return the state of the processes that `accelerate launch` or `torchrun` started, also on CPUs."""
+    # Imported here, because it is slow.
+    from accelerate import PartialState
+
+    # Without `cpu`, accelerate takes each of several processes on CPUs for the only one.
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=_TIMEOUT)
 
 
 class Answers(Protocol):
@@ -139,10 +149,7 @@ def answer_task(
         "images": len(task.questions),
         "shard_size": _SLICE_SIZE,
     }
-    # Imported here, because it is slow.
-    from accelerate import PartialState
-
-    state = PartialState(timeout=_TIMEOUT)
+    state = processes()
     folder = SliceFolder(path)
     with ExitStack() as stack:
         # The main process holds the lock for the other processes, which end with it.
@@ -386,4 +393,4 @@ def skipped(task: Task, answers: Sequence[Mapping[str, Any]]) -> list[BadRow]:
     return [BadRow(places[line["number"]], line["key"], line["reason"]) for line in answers if "reason" in line]
 
 
-__all__ = ["ANSWERS", "Answers", "Boxes", "answer_task", "skipped", "with_boxes"]
+__all__ = ["ANSWERS", "Answers", "Boxes", "answer_task", "processes", "skipped", "with_boxes"]
