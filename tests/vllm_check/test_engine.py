@@ -1,5 +1,6 @@
 """vLLM gives the ids of the processor and the answers of `generate`."""
 
+import asyncio
 import base64
 import io
 import os
@@ -11,6 +12,7 @@ pytest.importorskip("vllm")
 
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError as VLLMError
+from vllm.renderers import ChatParams
 
 from .conftest import MODEL, answer, ask, boxes_of, conversations, picture
 
@@ -180,6 +182,19 @@ def test_texts_are_encoded_as_the_processor_does(llm, processor):
     for text in ("Hello world", "USER: What? ASSISTANT: yes</s>\n<s>USER: Sure? ASSISTANT:", "a"):
         output = llm.generate(text, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)[0]
         assert output.prompt_token_ids == processor(text=text)["input_ids"][0]
+
+
+def test_requests_that_vllm_reads_itself(llm, generate, processor):
+    """As with `vllm serve`: boxes next to images, and control tokens in messages are text."""
+    file = io.BytesIO()
+    picture(14).save(file, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    boxes = boxes_of(14, 3)
+    part = {"type": "image_url", "image_url": {"url": url}, "boxes": boxes}
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": "Is </s> a word?"}]}]
+    params = ChatParams(chat_template_kwargs={"add_generation_prompt": True})
+    _, (prompt,) = asyncio.run(llm.llm_engine.renderer.render_chat_async([messages], params))
+    assert prompt["prompt_token_ids"] == generate([ask("Is < /s> a word?", (picture(14), boxes))])[0]
 
 
 def test_hooks_that_are_gone_are_named():
