@@ -6,10 +6,11 @@ import pytest
 from PIL import Image, ImageDraw
 from transformers import AutoModel, Trainer, TrainingArguments
 
-from mgllava import MGLlavaImageProcessor, MGLlavaProcessor
+from mgllava import MGLlavaImageProcessor, MGLlavaProcessor, MGLlavaVideoProcessor
 from mgllava.box_files import write_boxes
 from mgllava.model_files.vocabulary import load_tokenizer
 from mgllava.processing import CHAT_TEMPLATES
+from mgllava.processing.text_chunks_common import IMAGE_TOKEN, VIDEO_TOKEN
 from mgllava.training import ConversationDataset, MGLlavaDataCollator, load_recipe, open_source, train
 from tests.golden_cases import GOLDEN, IMAGE_ID, VOCAB_SIZE
 from tests.tiny import IMAGE_SIZE, NUM_FUSED_TOKENS, tiny_model
@@ -32,6 +33,21 @@ def tiny_processor(template="vicuna"):
         tokenizer=load_tokenizer(GOLDEN / "llm"),
         image_seq_length=NUM_FUSED_TOKENS,
         chat_template=CHAT_TEMPLATES[template],
+    )
+
+
+def tiny_video_processor(num_frames=3):
+    """A processor whose tokenizer has the placeholder of videos."""
+    processor = tiny_processor()
+    tokenizer = load_tokenizer(GOLDEN / "llm", placeholders=(IMAGE_TOKEN, VIDEO_TOKEN))
+    sizes = {name: dict(getattr(processor.image_processor, name)) for name in ("size", "crop_size")}
+    sizes = {name: {side: pixels for side, pixels in size.items() if pixels} for name, size in sizes.items()}
+    return MGLlavaProcessor(
+        image_processor=processor.image_processor,
+        tokenizer=tokenizer,
+        video_processor=MGLlavaVideoProcessor(**sizes, low_res_size=42, num_frames=num_frames),
+        image_seq_length=NUM_FUSED_TOKENS,
+        chat_template=CHAT_TEMPLATES["vicuna"],
     )
 
 

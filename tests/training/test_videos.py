@@ -9,9 +9,7 @@ from PIL import Image
 
 from mgllava import MGLlavaVideoProcessor
 from mgllava.box_files import write_boxes
-from mgllava.model_files.vocabulary import load_tokenizer
-from mgllava.processing import CHAT_TEMPLATES, MGLlavaImageProcessor, MGLlavaProcessor
-from mgllava.processing.text_chunks_common import IMAGE_TOKEN, VIDEO_TOKEN
+from mgllava.processing import MGLlavaProcessor
 from mgllava.training import (
     ConversationDataset,
     MGLlavaDataCollator,
@@ -22,9 +20,8 @@ from mgllava.training import (
     stream_samples,
     train,
 )
-from tests.golden_cases import GOLDEN
-from tests.tiny import IMAGE_SIZE, NUM_FUSED_TOKENS
-from tests.training.conftest import words_model
+from tests.tiny import NUM_FUSED_TOKENS
+from tests.training.conftest import tiny_video_processor, words_model
 
 FRAMES = 3
 ANSWER = {"from": "gpt", "value": "A cup."}
@@ -35,14 +32,7 @@ EMPTY = {"boxes": [], "labels": [], "scores": []}
 
 @pytest.fixture(scope="module")
 def video_processor():
-    sizes = {"size": {"shortest_edge": IMAGE_SIZE}, "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}
-    return MGLlavaProcessor(
-        image_processor=MGLlavaImageProcessor(**sizes),
-        tokenizer=load_tokenizer(GOLDEN / "llm", placeholders=(IMAGE_TOKEN, VIDEO_TOKEN)),
-        video_processor=MGLlavaVideoProcessor(**sizes, low_res_size=42, num_frames=FRAMES),
-        image_seq_length=NUM_FUSED_TOKENS,
-        chat_template=CHAT_TEMPLATES["vicuna"],
-    )
+    return tiny_video_processor(num_frames=FRAMES)
 
 
 def clip(count=5, first=0):

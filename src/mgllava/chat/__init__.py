@@ -1,5 +1,5 @@
-"""Conversations with a model about images, from Python and in a terminal."""
+"""Conversations with a model about images and videos, from Python and in a terminal."""
 
-from .session import Answer, ChatError, ChatImage, ChatSession
+from .session import Answer, ChatError, ChatImage, ChatSession, ChatVideo
 
-__all__ = ["Answer", "ChatError", "ChatImage", "ChatSession"]
+__all__ = ["Answer", "ChatError", "ChatImage", "ChatSession", "ChatVideo"]

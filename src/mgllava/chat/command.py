@@ -25,6 +25,7 @@ def chat(
     *,
     use_box_detector: bool = True,
     detection_threshold: float | None = None,
+    num_frames: int | None = None,
     box_file: Path | None = None,
     picture_folder: Path | None = None,
     system: str | None = None,
@@ -36,6 +37,8 @@ def chat(
 ) -> None:
     """Load a model and answer the questions of the standard input; the arguments are the options of the command."""
     # Loading takes minutes, so everything else is checked first.
+    if num_frames is not None and num_frames < 1:
+        raise ChatError(f"`num_frames` must be at least 1, got {num_frames}.")
     _check_generation_options(max_new_tokens, temperature, top_p, seed, detection_threshold)
     pictures = [(source, read_picture(source)) for source in images]
     known_boxes = None if box_file is None else read_boxes(box_file)
@@ -53,6 +56,7 @@ def chat(
         system=system,
         generation_config=generation_config(loaded, max_new_tokens, temperature, top_p),
         detection_threshold=detection_threshold,
+        num_frames=num_frames,
     )
     if seed is not None:
         set_seed(seed)

@@ -1,7 +1,7 @@
-"""A conversation: its turns, its images with their boxes, and the KV cache of its tokens."""
+"""A conversation: its turns, its images and videos with their boxes, and the KV cache of its tokens."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from transformers import DynamicCache, GenerationConfig, TextStreamer
 
 from mgllava.errors import MGLlavaError
-from mgllava.families import family_of, takes_boxes
+from mgllava.families import family_of, takes_boxes, takes_videos
 from mgllava.modeling.pretrained_common import CACHE_NAME
 from mgllava.processing.images_common import as_rgb, load_upright
 from mgllava.user_text import encode_conversation
@@ -41,6 +41,29 @@ class ChatImage:
     picture: Image.Image
     detections: Mapping[str, Any] | None
     objects: Mapping[str, Any] | None
+
+
+@dataclass
+class ChatVideo:
+    """A video of a conversation.
+
+    Attributes:
+        name: Its path or URL, or `"video"`.
+        frames: The sampled frames, upright, RGB.
+        num_total_frames: Number of frames of the whole video.
+        detections: For each frame `{"boxes", "labels", "scores"}` as a detector returns them. `None` if the model has
+            no boxes.
+        objects: For each frame the detections that get tokens in the model, in the model's order. `None` if the model
+            has no boxes.
+        pixels: The frames as the processor takes them, uint8 of shape `(num_frames, 3, height, width)`.
+    """
+
+    name: str
+    frames: list[Image.Image]
+    num_total_frames: int
+    detections: Sequence[Any] | None
+    objects: Sequence[Mapping[str, Any]] | None
+    pixels: torch.Tensor
 
 
 @dataclass
@@ -73,7 +96,7 @@ def read_picture(image: Any) -> Image.Image:
 
 
 class ChatSession:
-    """Answers questions about images, turn by turn.
+    """Answers questions about images and videos, turn by turn.
 
     Every turn encodes the whole conversation, as in training, but the model only runs the tokens after the longest
     prefix that is already in the KV cache. So no image is encoded twice, and the answers are those to a single prompt
@@ -97,10 +120,11 @@ class ChatSession:
         generation_config ([`GenerationConfig`], *optional*): Options of generation; by default the model's own.
         detection_threshold (`float`, *optional*): Detections must have higher scores; by default the detector's own
             threshold.
+        num_frames (`int`, *optional*): Frames that are sampled from each video; by default that of the processor.
 
     Raises:
-        ValueError: If the model belongs to no family of this package, or `detection_threshold` is given for a model
-            without boxes.
+        ValueError: If the model belongs to no family of this package, `detection_threshold` is given for a model
+            without boxes, or `num_frames` for one that takes no videos.
     """
 
     def __init__(
@@ -111,6 +135,7 @@ class ChatSession:
         system: str | None = None,
         generation_config: GenerationConfig | None = None,
         detection_threshold: float | None = None,
+        num_frames: int | None = None,
     ):
         self.model = model
         self.processor = processor
@@ -127,16 +152,24 @@ class ChatSession:
         self.takes_boxes = takes_boxes(processor)
         if detection_threshold is not None and not self.takes_boxes:
             raise ValueError(f"`detection_threshold` must be None: {family.title} has no boxes.")
+        self.takes_videos = takes_videos(processor)
+        self.num_frames = num_frames
+        if num_frames is not None and not self.takes_videos:
+            raise ValueError(f"`num_frames` must be None: this model of {family.title} takes no videos.")
+        # Code of models that were saved before knows images only.
+        self._placeholders = set(getattr(processor, "placeholder_ids", {"image": processor.image_token_id}).values())
+        self._visual_inputs = {*processor.image_inputs, *getattr(processor, "video_inputs", ())}
         self.reset()
 
     def reset(self) -> None:
-        """Forget all turns and images."""
+        """Forget all turns, images and videos."""
         self.messages: list[dict[str, Any]] = []
         if self.system:
             self.messages.append({"role": "system", "content": self.system})
         self.images: list[ChatImage] = []
-        # Images that belong to the next question.
-        self._waiting: list[ChatImage] = []
+        self.videos: list[ChatVideo] = []
+        # Images and videos that belong to the next question.
+        self._waiting: list[ChatImage | ChatVideo] = []
         self._forget()
 
     def _forget(self) -> None:
@@ -179,6 +212,61 @@ class ChatSession:
         self._waiting.append(shown)
         return shown
 
+    def add_video(self, video: Any, boxes: Any = None, name: str | None = None) -> ChatVideo:
+        """Add a video to the conversation; it belongs to the next question.
+
+        Args:
+            video: The video in any form that the processor takes: path, URL, bytes, frames.
+            boxes (`Sequence` or `Mapping`, *optional*): One entry for each sampled frame, xyxy in pixels of the
+                upright frame, or a record of a box file, `{"frames": [...]}`. By default the processor's box detector
+                finds them; without a detector there are none.
+            name (`str`, *optional*): Name of the video; by default its path or URL.
+
+        Returns:
+            [`ChatVideo`]: The sampled frames with their boxes.
+
+        Raises:
+            ChatError: If the model takes no videos, the video cannot be read, `boxes` are malformed or those of
+                another number of frames, or the detector cannot be loaded.
+            ImportError: If the video needs a decoder that is not installed.
+            torch.OutOfMemoryError: If the memory does not suffice for the detector.
+        """
+        if name is None:
+            name = os.fspath(video) if isinstance(video, str | os.PathLike) else "video"
+        if not self.takes_videos:
+            raise ChatError(
+                f"{name[:200]} cannot be shown: this model takes no videos. A model of MG-LLaVA that was saved "
+                "without them gets them from `mgllava.add_videos`."
+            )
+        try:
+            clips = self.processor.video_processor.read_clips([video], num_frames=self.num_frames)
+        except (OSError, TypeError, ValueError) as error:
+            raise ChatError(f"{name[:200]} cannot be read as a video: {error}") from error
+        if len(clips) != 1:
+            raise ChatError(f"`video` must be one video, got {len(clips)}.")
+        (clip,) = clips
+        frames = [to_pil_image(frame) for frame in clip.frames]
+        shown = ChatVideo(name, frames, clip.metadata.total_num_frames, None, None, clip.frames)
+        if self.takes_boxes:
+            size = (frames[0].height, frames[0].width)
+            try:
+                if boxes is None and self.processor.box_detector is not None:
+                    options = {} if self.detection_threshold is None else {"threshold": self.detection_threshold}
+                    (boxes,) = self.processor.detect(videos=[clip], **options)
+                entries = boxes["frames"] if isinstance(boxes, Mapping) else boxes
+                shown.detections = [[]] * len(frames) if entries is None else list(entries)
+                if len(shown.detections) != len(frames):
+                    raise ValueError(
+                        f"there must be an entry for each of the {len(frames)} sampled frames, got "
+                        f"{len(shown.detections)}."
+                    )
+                select = self.processor.video_processor.objects
+                shown.objects = [select(entry, size) for entry in shown.detections]
+            except (KeyError, OSError, TypeError, ValueError) as error:
+                raise ChatError(f"The objects in {name[:200]} cannot be found: {error}") from error
+        self._waiting.append(shown)
+        return shown
+
     def ask(self, question: str, on_text: Callable[[str], None] | None = None) -> Answer:
         """Ask a question and generate the answer.
 
@@ -201,12 +289,17 @@ class ChatSession:
             torch.OutOfMemoryError: If the memory does not suffice.
         """
         content: list[dict[str, Any]] = []
-        for image in self._waiting:
-            block = {"type": "image", "image": image.picture}
-            content.append({**block, "boxes": image.detections} if self.takes_boxes else block)
+        for item in self._waiting:
+            block: dict[str, Any] = {"type": "image", "image": item.picture} if isinstance(item, ChatImage) else {}
+            if isinstance(item, ChatVideo):
+                block = {"type": "video", "video": item.pixels}
+            content.append({**block, "boxes": item.detections} if self.takes_boxes else block)
         content.append({"type": "text", "text": question})
         messages = [*self.messages, {"role": "user", "content": content}]
-        inputs = encode_conversation(self.processor, messages)
+        options: dict[str, Any] = {}
+        if self.videos or any(isinstance(item, ChatVideo) for item in self._waiting):
+            options["processor_kwargs"] = {"do_sample_frames": False}  # they were sampled when they were added
+        inputs = encode_conversation(self.processor, messages, **options)
         try:
             answer = self._generate(inputs, on_text)
         except BaseException:
@@ -214,7 +307,10 @@ class ChatSession:
             self._forget()
             raise
         messages.append({"role": "assistant", "content": answer.text})
-        self.messages, self.images, self._waiting = messages, [*self.images, *self._waiting], []
+        self.messages = messages
+        self.images += [item for item in self._waiting if isinstance(item, ChatImage)]
+        self.videos += [item for item in self._waiting if isinstance(item, ChatVideo)]
+        self._waiting = []
         return answer
 
     def _generate(self, inputs: Any, on_text: Callable[[str], None] | None) -> Answer:
@@ -228,9 +324,11 @@ class ChatSession:
                 "frames, or reset the conversation."
             )
         self.generation_config.max_new_tokens = min(self.max_new_tokens, limit - len(prompt))
-        cached_images = self._reuse(prompt)
-        of_text = {name: value for name, value in inputs.items() if name not in self.processor.image_inputs}
-        arguments = {**of_text, **self.processor.take_images(inputs, cached_images)}
+        are_cached = self._reuse(prompt)
+        of_text = {name: value for name, value in inputs.items() if name not in self._visual_inputs}
+        arguments = {**of_text, **self.processor.take_images(inputs, len(self.images) if are_cached else 0)}
+        if self.takes_videos:
+            arguments |= self.processor.take_videos(inputs, len(self.videos) if are_cached else 0)
         if self._cache is None:
             # Without the model's config it keeps all keys and values, so it can be cut anywhere. A model with a
             # sliding window masks the old ones.
@@ -263,20 +361,22 @@ class ChatSession:
         text = self.processor.decode(streamer.tokens, skip_special_tokens=True).strip()
         return Answer(text, finish, len(streamer.tokens), image_outputs)
 
-    def _reuse(self, prompt: list[int]) -> int:
-        """Cut the cache to its common prefix with a prompt, without the last token; count the images in it."""
+    def _reuse(self, prompt: list[int]) -> bool:
+        """Cut the cache to its common prefix with a prompt, without the last token.
+
+        Returns whether the images and videos of earlier turns are in it.
+        """
         common = 0
         for cached, wanted in zip(self._cached_ids, prompt[:-1], strict=False):
             if cached != wanted:
                 break
             common += 1
-        image_token = self.processor.image_token_id
         # A part of the placeholders does not say how many images it is, so a prefix keeps all of them or none.
-        if self._images_depend_on_text or image_token in self._cached_ids[common:]:
-            first = prompt.index(image_token) if image_token in prompt else len(prompt)
+        if self._images_depend_on_text or not self._placeholders.isdisjoint(self._cached_ids[common:]):
+            first = next((place for place, token in enumerate(prompt) if token in self._placeholders), len(prompt))
             common = min(common, first)
         self._cut(common)
-        return len(self.images) if image_token in self._cached_ids else 0
+        return not self._placeholders.isdisjoint(self._cached_ids)
 
     def _cut(self, length: int) -> None:
         """Shorten the cache to the first tokens."""
@@ -312,4 +412,4 @@ class _Listener(TextStreamer):
             self._on_text(text)
 
 
-__all__ = ["Answer", "ChatError", "ChatImage", "ChatSession", "read_picture"]
+__all__ = ["Answer", "ChatError", "ChatImage", "ChatSession", "ChatVideo", "read_picture"]

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from mgllava.atomic_files import replacing
 from mgllava.box_files import BoxFile
-from mgllava.visualization import draw_boxes, kept_tokens
+from mgllava.visualization import draw_boxes, draw_frames, kept_tokens
 from mgllava.visualization.token_map import kept_cells
 
 from .session import ChatError, ChatSession
@@ -25,7 +25,8 @@ from .session import ChatError, ChatSession
 _HELP = """\
 A line is a question, except for:
   /image PATH_OR_URL  show an image; the next question is about it (its path or URL alone does the same)
-  /reset              forget all turns and images (also RESET)
+  /video PATH_OR_URL  show a video, of which frames are sampled
+  /reset              forget all turns, images and videos (also RESET)
   /exit               quit (also EXIT, or Ctrl-D)
   /help               show this text
 Ctrl-C stops an answer; what has been generated stays in the conversation."""
@@ -38,8 +39,8 @@ _URL = re.compile(r"https?://\S+")
 class ChatTerminal:
     """Reads questions line by line and writes the answers as they come.
 
-    Images with their boxes are drawn to files in `picture_folder`. `box_file` has the boxes of images by their paths
-    or names; the boxes of other images come from the detector.
+    Images with their boxes are drawn to files in `picture_folder`, and so are the frames of videos, side by side.
+    `box_file` has the boxes of images and videos by their paths or names; those of others come from the detector.
     """
 
     def __init__(self, session: ChatSession, picture_folder: Path | None = None, box_file: BoxFile | None = None):
@@ -93,6 +94,12 @@ class ChatTerminal:
                 self._attempt(self._show, source)
             else:
                 self._say("/image needs a path or URL.", "red")
+        elif command == "/video":
+            source = find_file(argument) or argument.strip()
+            if source:
+                self._attempt(self._show_video, source)
+            else:
+                self._say("/video needs a path or URL.", "red")
         elif image := find_image(line):
             self._attempt(self._show, image)
         elif line.startswith("/"):
@@ -105,7 +112,7 @@ class ChatTerminal:
         """Call a function; on a failure, report it instead of ending the chat."""
         try:
             action(*args)
-        except ChatError as error:
+        except (ChatError, ImportError) as error:  # the latter: no decoder of videos is installed
             self._say(str(error), "red")
         except KeyboardInterrupt:
             self._say("\n(stopped)", "dim")
@@ -168,10 +175,24 @@ class ChatTerminal:
             self._notes.print(_table(image.objects))
             self._save(image.name, "", draw_boxes(image.picture, image.objects))
 
-    def _boxes_in_file(self, source: str) -> dict[str, object] | None:
-        """Find the boxes of an image by its path or, failing that, by its name."""
-        for key in (source, Path(source).name):
-            if self.box_file is not None and key in self.box_file and "boxes" in (record := self.box_file[key]):
+    def _show_video(self, source: str) -> None:
+        """Add a video to the conversation, say what was sampled and draw the frames."""
+        boxes = self._boxes_in_file(source, "frames")
+        with self._notes.status("Reading the video"):
+            video = self.session.add_video(source, boxes, source)
+        width, height = video.frames[0].size
+        title = f"{source}: {len(video.frames)} of {video.num_total_frames} frames, {width} x {height} pixels"
+        if video.objects is not None:
+            title += f", objects: {', '.join(str(len(entry['boxes'])) for entry in video.objects)}"
+            if boxes is None and self.session.processor.box_detector is None:
+                title += " (there is no box detector to find them)"
+        self._say(title)
+        self._save(video.name, "", draw_frames(video.frames, video.objects))
+
+    def _boxes_in_file(self, source: str, kind: str = "boxes") -> dict[str, object] | None:
+        """Find the record of an image or video (`kind` is `"frames"`) by its path or, failing that, by its name."""
+        for key in (source, Path(source).name, *([Path(source).stem] if kind == "frames" else [])):
+            if self.box_file is not None and key in self.box_file and kind in (record := self.box_file[key]):
                 return record
         return None
 
@@ -204,6 +225,13 @@ def find_image(line: str) -> str | None:
 
     The path may be quoted or escaped, as terminals write it when a file is dropped on them.
     """
+    found = find_file(line)
+    is_image = found is not None and Path(found).suffix.lower() in PIL.Image.registered_extensions()
+    return found if is_image or (found is not None and _URL.fullmatch(found)) else None
+
+
+def find_file(line: str) -> str | None:
+    """Return the URL or path of a file if a line holds nothing else, see [`find_image`]."""
     line = line.strip()
     if _URL.fullmatch(line):
         return line
@@ -213,7 +241,7 @@ def find_image(line: str) -> str | None:
         words = []
     for candidate in (line, *(words if len(words) == 1 else [])):
         path = os.path.expanduser(candidate)
-        if Path(path).suffix.lower() in PIL.Image.registered_extensions() and os.path.isfile(path):
+        if os.path.isfile(path):
             return path
     return None
 
@@ -247,4 +275,4 @@ def _edit_lines() -> None:
         import readline  # noqa: F401
 
 
-__all__ = ["ChatTerminal", "find_image"]
+__all__ = ["ChatTerminal", "find_file", "find_image"]

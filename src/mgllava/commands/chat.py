@@ -36,6 +36,9 @@ def chat(
     detection_threshold: Annotated[
         float | None, typer.Option("--threshold", help=THRESHOLD_HELP, show_default="the detector's")
     ] = None,
+    num_frames: Annotated[
+        int | None, typer.Option(help="Frames that are sampled from each video.", show_default="the model's")
+    ] = None,
     box_file: Annotated[
         Path | None,
         typer.Option("--boxes", help="Box file of `mgllava detect`; the box detector is used for other images only."),
@@ -60,10 +63,10 @@ def chat(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed for sampling.", show_default="random")] = None,
 ) -> None:
-    """Talk with a model about images.
+    """Talk with a model about images and videos.
 
     Answers appear as they are generated.
-    /image PATH shows another image, /reset starts over, /exit quits.
+    /image PATH shows another image, /video PATH a video, /reset starts over, /exit quits.
     Questions may also come from a pipe; only answers go to stdout.
     """
     options = {**locals(), "images": images or []}
