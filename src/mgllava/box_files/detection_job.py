@@ -62,7 +62,7 @@ class DetectionSummary:
     def __str__(self) -> str:
         said = f"Wrote {self.output}: {self.records:,} records, {self.boxes:,} boxes."
         if self.unreadable:
-            said += f" Unreadable: {self.unreadable:,}, see {self.unreadable_list}."
+            said += f" Unreadable images: {self.unreadable:,}, see {self.unreadable_list}."
         if self.samples_without_image:
             said += f" Samples without an image: {self.samples_without_image:,}."
         return said

@@ -252,7 +252,7 @@ class MGLlavaDataCollator:
         return (
             f"Sample {sample_id(sample)} has {length} tokens{f' ({said})' if said else ''}, but the model has "
             f"{self.max_length} positions (`max_position_embeddings`). Use {advice}, set `max_text_length`, or start "
-            "from a model with more positions."
+            "from a model with more positions (`mgllava convert --max-positions`)."
         )
 
     def _pad(self, rows: Sequence[_Row]) -> dict[str, torch.Tensor]:
