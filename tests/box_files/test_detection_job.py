@@ -276,21 +276,15 @@ def test_progress_counts_the_images_of_an_earlier_run(many_images, tmp_path, mon
 # Several processes
 
 
-# accelerate forms groups of processes on CPUs only where it is told to.
-ON_CPUS = """
-import functools, runpy, accelerate
-accelerate.PartialState = functools.partial(accelerate.PartialState, cpu=True)
-runpy.run_module("tests.box_files.stub_detector", run_name="__main__")
-"""
-
-
 def test_two_processes_make_the_same_file(many_images, undisturbed, tmp_path):
     output = tmp_path / "boxes.parquet"
     said, logs = ([tmp_path / f"{name}.{rank}" for rank in (0, 1)] for name in ("said", "log"))
     pair = []
     for rank, environment in enumerate(processes.group(2)):
         arguments = json.dumps([str(many_images), str(output), {"log": str(logs[rank])}, OPTIONS])
-        pair.append(processes.start("-c", ON_CPUS, arguments, output=said[rank], **environment))
+        pair.append(
+            processes.start("-m", "tests.box_files.stub_detector", arguments, output=said[rank], **environment)
+        )
     for process in pair:
         process.join(300)
     assert [process.exitcode for process in pair] == [0, 0], said[0].read_text() + said[1].read_text()

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from .detectors import Detector, detection_settings
 from .errors import BoxFileError
 from .formats import check_extension, check_record, has_integer_boxes, read_metadata, require_pyarrow, write_boxes
 from .image_lists import DEFAULT_NUM_FRAMES, ImageEntry, ImageList, Inputs, is_text, list_images
-from .slices import Batch, SliceFolder
+from .slices import Batch, SliceFolder, processes
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +34,6 @@ _Detect = Callable[[list[Image.Image]], Sequence[Mapping[str, Any]]]
 DEFAULT_SHARD_SIZE = 512
 # Batches that are read ahead of the detector; more would only take memory.
 _BATCHES_AHEAD = 2
-# Processes wait for the slowest one at the end. The default timeout of minutes would end a job of days.
-_TIMEOUT = timedelta(days=365)
 
 
 @dataclass(frozen=True)
@@ -155,10 +152,7 @@ def detect_images(
         "shard_size": shard_size,
     }
 
-    # Imported here, because it is slow.
-    from accelerate import PartialState
-
-    state = PartialState(timeout=_TIMEOUT)
+    state = processes()
     folder = SliceFolder(output)
     with ExitStack() as stack:
         # The main process holds the lock for the other processes, which end with it.

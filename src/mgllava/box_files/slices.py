@@ -7,8 +7,11 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mgllava.atomic_files import is_partial, replacing
 from mgllava.model_files.json_files import try_read_json
@@ -19,6 +22,18 @@ from .errors import BoxFileError
 _MANIFEST = "manifest.json"
 _MANIFEST_KEYS = {"settings", "inputs_digest", "images", "shard_size"}
 _OWN_FILES = re.compile(r"manifest\.json|shard-\d+\.jsonl(\.partial)?")
+
+# Processes wait for the slowest one. The default timeout of minutes would end a long job.
+_TIMEOUT = timedelta(days=365)
+
+
+def processes() -> Any:
+    """Return the state of the processes that `accelerate launch` or `torchrun` started, also on CPUs."""
+    # Imported here, because it is slow.
+    from accelerate import PartialState
+
+    # Without `cpu`, accelerate takes each of several processes on CPUs for the only one.
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=_TIMEOUT)
 
 
 @dataclass(frozen=True)
@@ -233,4 +248,4 @@ def _parse(line: bytes) -> Batch | None:
         return None
 
 
-__all__ = ["Batch", "SliceFolder"]
+__all__ = ["Batch", "SliceFolder", "processes"]

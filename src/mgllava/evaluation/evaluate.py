@@ -9,6 +9,7 @@ from typing import Any
 
 from mgllava.box_files import detection_settings, read_boxes
 from mgllava.box_files.detectors import folder_digest
+from mgllava.box_files.slices import processes
 from mgllava.families import takes_boxes
 from mgllava.model_files.json_files import write_json
 
@@ -16,7 +17,7 @@ from .answering import MAX_NEW_TOKENS, Answerer
 from .benchmarks import Benchmark
 from .box_sources import BoxChanges, BoxSource
 from .errors import EvaluationError
-from .job import Answers, Boxes, Progress, answer_task, processes, skipped, with_boxes
+from .job import Answers, Boxes, Progress, answer_task, skipped, with_boxes
 from .paper import reported
 from .report import REPORT, write_report
 from .scores import Scores

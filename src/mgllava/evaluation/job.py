@@ -8,17 +8,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from PIL import Image
 
 from mgllava.atomic_files import replacing
 from mgllava.box_files import BoxFile
 from mgllava.box_files.box_file import describe_differences
-from mgllava.box_files.slices import Batch, SliceFolder
+from mgllava.box_files.slices import Batch, SliceFolder, processes
 from mgllava.folder_lock import FolderLock
 from mgllava.model_files.json_files import try_read_json
 
@@ -40,17 +38,6 @@ _SLICE_SIZE = 64
 _BATCHES_AHEAD = 2
 # Images whose detected boxes are kept.
 _REMEMBERED = 512
-# Processes wait for the slowest one. The default timeout of minutes would end a long evaluation.
-_TIMEOUT = timedelta(days=365)
-
-
-def processes() -> Any:
-    """Return the state of the processes that `accelerate launch` or `torchrun` started, also on CPUs."""
-    # Imported here, because it is slow.
-    from accelerate import PartialState
-
-    # Without `cpu`, accelerate takes each of several processes on CPUs for the only one.
-    return PartialState(cpu=not torch.accelerator.is_available(), timeout=_TIMEOUT)
 
 
 class Answers(Protocol):
