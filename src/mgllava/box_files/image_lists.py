@@ -93,6 +93,7 @@ class ImageList:
 
         Raises:
             OSError: If the image or video cannot be read.
+            ValueError: If `num_frames` is not at least 1.
             TypeError: If a dataset holds something that is not an image.
             ImportError: If a video needs a decoder that is not installed.
         """
