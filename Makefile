@@ -19,7 +19,7 @@ ABLATION := --world $(ABLATION_WORLD) --alignment 0.5 --tuning 0.5 --bf16 --jobs
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all test-mixins hub-check wheel-check vllm-check lint format bench bench-pooling bench-convert bench-detector \
-	bench-quantization bench-generation bench-train bench-import bench-real-size bench-sizes bench-video bench-slime bench-gpu bench-vllm refresh-code small-model ablation clean
+	bench-quantization bench-generation bench-train bench-import bench-real-size bench-sizes bench-video bench-slime bench-gpu bench-vllm refresh-code small-model ablation small-slime clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -143,7 +143,7 @@ bench-video: setup  ## compare ways to decode, prepare and embed the frames of a
 bench-import: setup  ## measure the import time in addition to torch and transformers
 	$(BIN)/python benchmarks/import_time.py
 
-refresh-code: setup  ## copy the code of src into the small model, which contains it like every saved model
+refresh-code: setup  ## copy the code of src into the small models, which contain it like every saved model
 	HF_HUB_OFFLINE=1 $(BIN)/python -m small_world.refresh_code
 
 small-model: setup  ## train the small model from scratch in small-world/ (hours; resumes)
@@ -154,6 +154,13 @@ ablation: setup  ## run the paper's ablations on the small model (hours; resumes
 	$(BIN)/python -m small_world.unbundle small_world/model --output $(ABLATION_WORLD)/parts
 	$(BIN)/python -m small_world.ablation main --seeds 3 $(ABLATION)
 	$(BIN)/python -m small_world.ablation fusion merging boxes $(ABLATION)
+
+small-slime: setup  ## train the small SliME from scratch in small-slime/ (an hour or two; resumes)
+	HF_HUB_OFFLINE=1 $(MAKE) -f small_world/slime.mk
+
+slime-ablation: setup  ## run SliME's ablations on the small one (an hour or two; resumes)
+	$(MAKE) -f small_world/slime.mk stages
+	$(BIN)/python -m small_world.slime_ablation
 
 clean:  ## remove .venv and all outputs
 	rm -rf $(VENV) demo-output build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -19,11 +19,16 @@ def draw_answers(answers: Sequence[Answer], boxes: Mapping[str, Any], images: Pa
 
     `boxes` has the `boxes` and `labels` of each picture by its file name.
     """
-    names = list(dict.fromkeys(answer.image for answer in answers))
-    pictures = []
-    for name in names:
-        picture = draw_boxes(Image.open(images / name), boxes[name], scores=False)
-        pictures.append(ImageOps.contain(picture, (_WIDTH, _WIDTH)))
+    names = dict.fromkeys(answer.image for answer in answers)
+    return draw_sheet(
+        {name: draw_boxes(Image.open(images / name), boxes[name], scores=False) for name in names}, answers
+    )
+
+
+def draw_sheet(drawn: Mapping[str, Image.Image], answers: Sequence[Answer]) -> Image.Image:
+    """Draw pictures side by side, each with its questions and answers (right ones in green, wrong ones in red)."""
+    names = list(drawn)
+    pictures = [ImageOps.contain(drawn[name], (_WIDTH, _WIDTH)) for name in names]
     font = ImageFont.load_default(_FONT_SIZE)
     line = round(1.5 * _FONT_SIZE)
     tallest = max(picture.height for picture in pictures)

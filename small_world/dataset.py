@@ -24,7 +24,7 @@ from mgllava.atomic_files import replacing
 from mgllava.box_files import write_boxes
 
 from .drawing import draw_scene
-from .questions import CAPTION_REQUEST, ask, describe
+from .questions import CAPTION_REQUEST, FINE_KINDS, KINDS, ask, describe
 from .scenes import Split, make_scene
 
 
@@ -35,6 +35,7 @@ def make_sample(split: Split, number: int, images: Path, questions: int) -> dict
     `text` and `answer`, and `boxes` are xyxy in pixels of the picture.
     """
     scene = make_scene(split, number)
+    kinds = FINE_KINDS if split.startswith("fine") else KINDS
     picture, boxes = draw_scene(scene)
     path = images / f"{number:06d}.jpg"
     if not path.exists():
@@ -45,7 +46,7 @@ def make_sample(split: Split, number: int, images: Path, questions: int) -> dict
         "id": scene.id,
         "image": path.name,
         "caption": describe(scene),
-        "questions": [vars(question) for question in ask(scene, questions)],
+        "questions": [vars(question) for question in ask(scene, questions, kinds)],
         "width": scene.width,
         "height": scene.height,
         "boxes": boxes,

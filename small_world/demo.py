@@ -1,9 +1,10 @@
-"""The demo (`make demo`): the small model answers questions about new pictures, with and without boxes.
+"""The demo (`make demo`): the small models answer questions about new pictures.
 
     python -m small_world.demo [FOLDER]
 
-The pictures are drawn into FOLDER (`demo-output` by default), and the model finds the boxes itself. FOLDER/answers.png
-shows some of the answers, FOLDER/accuracy.json lists all of them.
+The pictures are drawn into FOLDER (`demo-output` by default). MG-LLaVA finds boxes itself, and answers with them and
+without. FOLDER/answers.png shows some of the answers, FOLDER/accuracy.json lists all of them. SliME reads small print,
+with tiles and without. FOLDER/kept.png shows which parts of the tiles its language model saw.
 """
 
 from itertools import islice
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -18,8 +20,9 @@ from transformers.utils import logging
 
 from mgllava.chat import ChatSession
 from mgllava.noise import hide_noise
+from mgllava.visualization import kept_tokens
 
-from .answer_picture import draw_answers
+from .answer_picture import draw_answers, draw_sheet
 from .dataset import write_dataset
 from .evaluation import (
     Answer,
@@ -32,6 +35,7 @@ from .evaluation import (
 )
 
 MODEL = Path(__file__).parent / "model"
+SLIME = Path(__file__).parent / "slime_model"
 # No training or test uses these seeds.
 _FIRST_SEED = 1_000_000
 _QUESTIONS_PER_PICTURE = 4
@@ -39,6 +43,8 @@ _QUESTIONS_PER_PICTURE = 4
 _DRAWN, _FEW, _MANY = 3, 3, 10
 # These answers depend on boxes most, because the small low-resolution tower hardly resolves shapes and characters.
 _COMPARED_KINDS, _COMPARED = ("shape", "reading"), 8
+# Pictures with small print for each other picture, and the fewest.
+_SMALL_PRINT_SHARE, _FEWEST_SMALL_PRINT = 0.1, 4
 
 
 def main(
@@ -46,7 +52,7 @@ def main(
     model: Annotated[Path, typer.Option(help="Folder of a model with its processor.")] = MODEL,
     pictures: Annotated[int, typer.Option(help="Number of new pictures.")] = 200,
 ) -> None:
-    """Draw new pictures, find the boxes, answer questions with and without them, and count the right answers."""
+    """Draw new pictures, find the boxes, answer questions with and without them, and read small print."""
     hide_noise()
     logging.disable_progress_bar()
     console = Console(highlight=False)
@@ -75,6 +81,43 @@ def main(
     draw_answers(drawn, objects, images).save(folder / "answers.png")
     write_answers(folder / "accuracy.json", answers)
     console.print(f"Pictures with boxes and answers: {folder / 'answers.png'}")
+
+    console.rule("4. Read small print with SliME")
+    _read_small_print(folder, max(_FEWEST_SMALL_PRINT, round(_SMALL_PRINT_SHARE * pictures)), console)
+
+
+def _read_small_print(folder: Path, pictures: int, console: Console) -> None:
+    """Let SliME read small print with tiles and without, and draw which tokens of the tiles it kept."""
+    loaded, processor = load_model(SLIME)
+    console.print(f"  {type(loaded).__name__}, {loaded.num_parameters():,} parameters, {type(processor).__name__}")
+    data = folder / "small-print"
+    write_dataset(data, "fine-test", pictures, questions=_QUESTIONS_PER_PICTURE, first=_FIRST_SEED)
+    questions, images = read_questions(data), data / "images"
+    questions = [question for question in questions if question["kind"] == "reading"]
+    answers = {}
+    for branch, title in (("both", "with tiles"), ("global", "global view only")):
+        loaded.config.branch = branch
+        answers[title] = list(answer_questions(loaded, processor, questions, images, None))
+    loaded.config.branch = "both"
+    console.print(accuracy_table("Reading small print", answers))
+    drawn, shown = {}, []
+    for question, answer in zip(questions, answers["with tiles"], strict=True):
+        if question["image"] in drawn or len(drawn) == _DRAWN:
+            continue
+        picture = Image.open(images / question["image"])
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": question["text"]}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        ).to(loaded.device)
+        outputs = loaded.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True)
+        drawn[question["image"]] = kept_tokens(picture, outputs)
+        shown.append(answer)
+    draw_sheet(drawn, shown).save(folder / "kept.png")
+    console.print(f"Pictures with the parts of tiles that the language model saw: {folder / 'kept.png'}")
 
 
 def _comparison(answers: list[Answer], without: list[Answer]) -> Table:

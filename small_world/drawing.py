@@ -10,8 +10,6 @@ from PIL import Image, ImageDraw, ImageFont
 from .scenes import COLORS, Scene, SceneObject
 
 SUPERSAMPLING = 4
-# Height of a capital letter, in pixels of a picture whose long side is 256. In the low-resolution tower (112) it is 5.
-CHARACTER_HEIGHT = 12.0
 INK = (15, 15, 15)
 
 
@@ -23,7 +21,7 @@ def draw_scene(scene: Scene) -> tuple[Image.Image, list[list[float]]]:
     picture = _background(scene)
     boxes = []
     for item in scene.objects:
-        corner, sprite, mask = _sprite(item, scene.side / 256)
+        corner, sprite, mask = _sprite(item, scene.side / 256, scene.character_height)
         picture.paste(sprite, corner, mask)
         left, top, right, bottom = mask.point(lambda value: 255 * (value > 127)).getbbox()
         boxes.append(
@@ -54,7 +52,9 @@ def _background(scene: Scene) -> Image.Image:
     return picture
 
 
-def _sprite(item: SceneObject, unit: float) -> tuple[tuple[int, int], Image.Image, Image.Image]:
+def _sprite(
+    item: SceneObject, unit: float, character_height: float
+) -> tuple[tuple[int, int], Image.Image, Image.Image]:
     """Return the left upper corner of an object in the picture, its colors, and its coverage mask.
 
     `unit` is a pixel of a picture whose long side is 256, in pixels of this picture.
@@ -70,7 +70,7 @@ def _sprite(item: SceneObject, unit: float) -> tuple[tuple[int, int], Image.Imag
     _texture(draw, item, cx, cy, SUPERSAMPLING * unit)
     if item.character:
         # The height of capitals is 0.7 of this font's size.
-        font = _font(round(CHARACTER_HEIGHT * unit * SUPERSAMPLING / 0.7))
+        font = _font(round(character_height * unit * SUPERSAMPLING / 0.7))
         draw.text((cx, cy), item.character, fill=INK, font=font, anchor="mm", stroke_width=1)
     return (left, top), sprite.reduce(SUPERSAMPLING), mask.reduce(SUPERSAMPLING)
 

@@ -25,6 +25,7 @@ from transformers import AutoModel, AutoProcessor
 import mgllava
 from mgllava.atomic_files import replacing
 from mgllava.box_files import read_boxes
+from mgllava.families import takes_boxes
 
 from .questions import KINDS
 
@@ -57,10 +58,10 @@ class Answer:
         return self.answer.strip().lower() == self.expected.lower()
 
 
-def load_model(folder: Path, bits: int | None = None) -> tuple[Any, Any]:
-    """Load a model, quantized if `bits` is given, and its processor."""
+def load_model(folder: Path, bits: int | None = None, **config: Any) -> tuple[Any, Any]:
+    """Load a model, quantized if `bits` is given, and its processor; `config` replaces values of the configuration."""
     # Half precision is many times slower than float32 on a CPU.
-    options = {} if bits is None else {"quantization_config": mgllava.quantization_config(bits)}
+    options = config if bits is None else {"quantization_config": mgllava.quantization_config(bits), **config}
     dtype = "auto" if torch.cuda.is_available() else torch.float32
     model = AutoModel.from_pretrained(folder, dtype=dtype, device_map="auto", **options).eval()
     return model, AutoProcessor.from_pretrained(folder)
@@ -87,35 +88,59 @@ def answer_questions(
 ) -> Iterator[Answer]:
     """Answer questions in their order.
 
-    `boxes` has the boxes by the id of the picture; if it is `None`, the processor's box detector finds them.
+    `boxes` has the boxes by the id of the picture; if it is `None`, the processor's box detector finds them. A
+    processor that takes no boxes is given none.
     """
-    if boxes is None:
+    has_boxes = takes_boxes(processor)
+    if boxes is None and has_boxes:
         boxes = detect_boxes(processor, questions, images)
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
         conversations = []
         for row in batch:
-            image = {"type": "image", "image": Image.open(images / row["image"]), "boxes": boxes[row["image_id"]]}
+            image = {"type": "image", "image": Image.open(images / row["image"])}
+            if boxes is not None and has_boxes:
+                image["boxes"] = boxes[row["image_id"]]
             conversations.append([{"role": "user", "content": [image, {"type": "text", "text": row["text"]}]}])
-        inputs = processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"},
-        ).to(model.device)
+        inputs = _prompts(processor, conversations).to(model.device)
         pictures = [row["image_id"] for row in batch]
-        embeds = embed_prompts(model, inputs, [pictures.index(picture) for picture in pictures])
+        same_as = [pictures.index(picture) for picture in pictures]
+        if has_boxes:
+            prompts = {"inputs_embeds": embed_prompts(model, inputs, same_as)}
+        else:
+            once = _prompts(processor, [conversations[index] for index in sorted(set(same_as))]).to(model.device)
+            features = _repeated(
+                model.get_image_features(**{name: once[name] for name in processor.image_inputs}), same_as
+            )
+            prompts = {"input_ids": inputs["input_ids"], "mm_encoder_outputs": {"image": features}}
         generated = model.generate(
-            inputs_embeds=embeds,
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=_ANSWER_TOKENS,
-            do_sample=False,
+            **prompts, attention_mask=inputs["attention_mask"], max_new_tokens=_ANSWER_TOKENS, do_sample=False
         )
+        if not has_boxes:
+            generated = generated[:, inputs["input_ids"].shape[1] :]
         texts = processor.batch_decode(generated, skip_special_tokens=True)
         for row, text in zip(batch, texts, strict=True):
             yield Answer(row["question_id"], row["image"], row["kind"], row["text"], row["answer"], text.strip())
+
+
+def _prompts(processor: Any, conversations: list[Any]) -> Any:
+    """Encode conversations as one batch of prompts."""
+    return processor.apply_chat_template(
+        conversations,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left"},
+    )
+
+
+def _repeated(features: Any, same_as: Sequence[int]) -> Any:
+    """Return the features of SliME's images once for each prompt; `features` are those of the different pictures."""
+    first = sorted(set(same_as))
+    order = [first.index(index) for index in same_as]
+    tokens = [features.pooler_output[index] for index in order]
+    return type(features)(pooler_output=tokens, image_grids=features.image_grids[order])
 
 
 def embed_prompts(model: Any, inputs: Mapping[str, torch.Tensor], same_as: Sequence[int]) -> torch.Tensor:

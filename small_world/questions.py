@@ -6,11 +6,14 @@ that exists.
 """
 
 import random
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from .scenes import COLORS, DIGITS, SHAPES, Scene, SceneObject
 
 KINDS = ("existence", "color", "shape", "count", "position", "relation", "reading")
+# Kinds of questions about the fine splits.
+FINE_KINDS = ("existence", "color", "shape", "count", "reading")
 CAPTION_REQUEST = "Describe the picture."
 MAX_COUNT = 8
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
@@ -51,7 +54,7 @@ def describe(scene: Scene) -> str:
     return ", ".join(parts)
 
 
-def ask(scene: Scene, limit: int | None = None) -> list[Question]:
+def ask(scene: Scene, limit: int | None = None, kinds: Collection[str] = KINDS) -> list[Question]:
     """Return at most `limit` questions about a scene, drawn at random from its seed and balanced over the kinds."""
     rng = random.Random(f"{scene.id}/questions")
     by_kind = {
@@ -66,11 +69,11 @@ def ask(scene: Scene, limit: int | None = None) -> list[Question]:
     for questions in by_kind.values():
         rng.shuffle(questions)
     # One of each kind in turn, in random order, so that a limit keeps the kinds balanced.
-    kinds = [kind for kind in KINDS if by_kind[kind]]
-    chosen = []
-    while any(by_kind.values()):
-        rng.shuffle(kinds)
-        chosen += [by_kind[kind].pop() for kind in kinds if by_kind[kind]]
+    asked = [kind for kind in KINDS if by_kind[kind] and kind in kinds]
+    chosen: list[Question] = []
+    while any(by_kind[kind] for kind in asked):
+        rng.shuffle(asked)
+        chosen += [by_kind[kind].pop() for kind in asked if by_kind[kind]]
     return chosen[:limit]
 
 

@@ -1,9 +1,9 @@
-"""Update the code in the shipped model to that of the package.
+"""Update the code in the shipped models to that of the package.
 
     python -m small_world.refresh_code
 
-Like every saved model, the shipped one contains its code, so that it loads where `mgllava` is not installed. Run this
-after each change of `src/mgllava/modeling` or `src/mgllava/processing`; a test compares them.
+Like every saved model, the shipped ones contain their code, so that they load where `mgllava` is not installed. Run
+this after each change of `src/mgllava/modeling` or `src/mgllava/processing`; a test compares them.
 """
 
 import json
@@ -13,31 +13,30 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from transformers import AutoConfig
 from transformers.dynamic_module_utils import custom_object_save
 
-from mgllava import (
-    MGLlavaConfig,
-    MGLlavaForConditionalGeneration,
-    MGLlavaProcessor,
-    RamPlusConfig,
-    RamPlusForImageTagging,
-    RamPlusImageProcessor,
-)
+from mgllava.families import FAMILIES, resolve
 
-MODEL = Path(__file__).parent / "model"
+_HERE = Path(__file__).parent
+# The shipped models.
+MODELS = (_HERE / "model", _HERE / "slime_model")
+_TAGGER = Path("box_detector") / "tagger"
 
 
 def refresh_code(model: Path) -> None:
-    """Replace the code and the `auto_map` entries of a model and its tagger, and nothing else."""
-    for folder, config_class, model_class, processor_class in (
-        (model, MGLlavaConfig, MGLlavaForConditionalGeneration, MGLlavaProcessor),
-        (model / "box_detector" / "tagger", RamPlusConfig, RamPlusForImageTagging, RamPlusImageProcessor),
-    ):
+    """Replace the code and the `auto_map` entries of a model and its tagger (if it has one), and nothing else."""
+    for folder in (model, model / _TAGGER):
+        if not folder.exists():
+            continue
+        config = AutoConfig.from_pretrained(folder)
+        family = FAMILIES[config.model_type]
+        processor = family.processor or family.image_processors["torchvision"]
         with tempfile.TemporaryDirectory() as name:
             saved = Path(name)
-            config_class.from_pretrained(folder).save_pretrained(saved)
-            custom_object_save(model_class, saved)
-            processor_class.from_pretrained(folder).save_pretrained(saved)
+            config.save_pretrained(saved)
+            custom_object_save(resolve(family.model), saved)
+            resolve(processor).from_pretrained(folder).save_pretrained(saved)
             for path in folder.glob("*.py"):
                 path.unlink()
             for path in saved.glob("*.py"):
@@ -65,9 +64,14 @@ def _with_auto_map(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return {**merged, "auto_map": new["auto_map"]} if "auto_map" in new else merged
 
 
-def main(model: Annotated[Path, typer.Argument(help="Folder of the model.")] = MODEL) -> None:
-    """Update the code in the shipped model to that of the package."""
-    refresh_code(model)
+def main(
+    models: Annotated[
+        list[Path] | None, typer.Argument(help="Folders of models; by default the shipped ones.")
+    ] = None,
+) -> None:
+    """Update the code in the shipped models to that of the package."""
+    for model in models or MODELS:
+        refresh_code(model)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ class Part(str, Enum):
     LANGUAGE_MODEL = "language-model"
     VISION_TOWER = "vision-tower"
     HIGH_RES_TOWER = "high-res-tower"
+    TILE_TOWER = "tile-tower"
     DETECTOR = "detector"
     TAGGER = "tagger"
 

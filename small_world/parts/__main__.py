@@ -8,6 +8,7 @@ needs no data set: its samples are generated in memory. The part is written to `
 which an interrupted training is resumed, to `OUTPUT/PART-checkpoints`.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,7 @@ from .architecture import DETECTOR_IMAGE_SIZE, IMAGE_SIZE, TAGGER_IMAGE_SIZE
 from .detector import DetectorTraining
 from .language_model import LanguageModelTraining
 from .tagger import TaggerTraining
+from .tile_tower import TileTowerTraining, Views
 from .tokenizer import train_tokenizer
 from .towers import HighResTowerTraining, VisionTowerTraining
 from .training import collate_pictures, train_part
@@ -34,6 +36,7 @@ from .training import collate_pictures, train_part
 _SETTINGS: dict[Part, dict[str, Any]] = {
     Part.LANGUAGE_MODEL: {"learning_rate": 7e-4, "per_device_train_batch_size": 16},
     Part.VISION_TOWER: {"learning_rate": 1e-3, "per_device_train_batch_size": 128},
+    Part.TILE_TOWER: {"learning_rate": 1e-3, "per_device_train_batch_size": 16},
     Part.HIGH_RES_TOWER: {"learning_rate": 6e-3, "per_device_train_batch_size": 32},
     Part.DETECTOR: {"learning_rate": 2e-3, "per_device_train_batch_size": 32},
     Part.TAGGER: {"learning_rate": 5e-3, "per_device_train_batch_size": 32},
@@ -65,12 +68,17 @@ def main(
         return
     if test is None:
         raise typer.BadParameter(f"{part.value} is tested on a data set: name one", param_hint="--test")
-    module, frame = _picture_part(part, output)
-    tokenizer = _tokenizer(output) if part is Part.VISION_TOWER else None
+    module: Any
+    if part is Part.TILE_TOWER:
+        module, dataset = TileTowerTraining(_part_folder(output, Part.VISION_TOWER)), Views
+    else:
+        module, frame = _picture_part(part, output)
+        tokenizer = _tokenizer(output) if part is Part.VISION_TOWER else None
+        dataset = partial(Pictures, frame=frame, tokenizer=tokenizer)
     metrics = train_part(
         module,
-        ConcatDataset([Pictures(folder, frame, tokenizer) for folder in data]),
-        Pictures(test, frame, tokenizer),
+        ConcatDataset([dataset(folder) for folder in data]),
+        dataset(test),
         collate_pictures,
         output / f"{part.value}-checkpoints",
         label_names=["attributes"],

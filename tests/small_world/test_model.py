@@ -1,4 +1,4 @@
-"""The model that this git repository ships answers questions about new pictures, with boxes from its own detector."""
+"""The models that this git repository ships answer questions about new pictures."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from transformers import AutoProcessor
 from small_world import demo
 from small_world.bundle import LANGUAGE_MODEL
 from small_world.questions import KINDS
-from small_world.refresh_code import refresh_code
+from small_world.refresh_code import MODELS, refresh_code
 
 PICTURES = 20
 # Low enough for the variance of twenty pictures; a broken model is far below. docs/small_model.md has the accuracy,
@@ -30,8 +30,13 @@ def test_its_size_is_limited():
     assert sum(path.stat().st_size for path in files) <= 15e6
 
 
-def test_its_code_equals_that_of_the_package(tmp_path):
-    fresh = shutil.copytree(demo.MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("__pycache__"))
+def test_the_size_of_the_small_slime_is_limited():
+    assert sum(path.stat().st_size for path in demo.SLIME.rglob("*") if path.suffix != ".pyc") <= 10e6
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_its_code_equals_that_of_the_package(model, tmp_path):
+    fresh = shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("__pycache__"))
     refresh_code(fresh)
     shipped, wanted = (
         {
@@ -39,11 +44,11 @@ def test_its_code_equals_that_of_the_package(tmp_path):
             for path in folder.rglob("*")
             if path.suffix in (".py", ".json") and "__pycache__" not in path.parts
         }
-        for folder in (demo.MODEL, fresh)
+        for folder in (model, fresh)
     )
     different = sorted(str(path) for path in shipped.keys() | wanted.keys() if shipped.get(path) != wanted.get(path))
     assert not different, f"Run `python -m small_world.refresh_code` (make refresh-code): {different} are out of date."
-    assert len([path for path in shipped if path.suffix == ".py"]) > 10
+    assert len([path for path in shipped if path.suffix == ".py"]) > 5
 
 
 def test_it_answers(folder):
@@ -58,6 +63,12 @@ def test_the_demo_draws_some_answers(folder):
     assert drawing.width > 3 * 400
     # Boxes and answers in color.
     assert len(drawing.convert("RGB").getcolors(1 << 24)) > 1000
+
+
+def test_the_demo_draws_what_slime_kept(folder):
+    drawing = Image.open(folder / "kept.png").convert("RGB")
+    assert drawing.width > 3 * 400
+    assert len(drawing.getcolors(1 << 24)) > 1000
 
 
 @pytest.mark.parametrize("size", [(1, 50), (3, 40), (40, 3), (3, 3), (4, 3)])

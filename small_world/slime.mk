@@ -1,0 +1,44 @@
+# Make the small SliME: pictures with small print, a vision tower that reads it, the four stages, evaluation.
+# `make small-slime` in the folder above runs it. Existing files are kept, so an interrupted run is resumed. Language
+# model and the start of the tower are parts of the small MG-LLaVA.
+PYTHON := .venv/bin/python
+MGLLAVA := .venv/bin/mgllava
+WORLD := small-slime
+PARTS := $(WORLD)/parts
+MODEL := small_world/slime_model
+RECIPES := small_world/recipes
+# Matrix products in bfloat16: a sixth faster on CPUs that have them. `make small-slime PRECISION=` trains in float32.
+PRECISION ?= training.bf16=true training.use_cpu=true
+
+.PHONY: all stages
+all: $(WORLD)/accuracy.json
+# All but stage III, which the ablations begin with.
+stages: $(WORLD)/stage-2/config.json $(WORLD)/test/boxes.json
+
+$(WORLD)/train/boxes.json:
+	$(PYTHON) -m small_world.dataset $(WORLD)/train --split fine --count 6000 --questions 5
+$(WORLD)/crowded/boxes.json:
+	$(PYTHON) -m small_world.dataset $(WORLD)/crowded --split fine-crowded --count 3000 --questions 1
+$(WORLD)/test/boxes.json:
+	$(PYTHON) -m small_world.dataset $(WORLD)/test --split fine-test --count 400 --questions 8
+
+$(PARTS)/vision-tower/config.json:
+	$(PYTHON) -m small_world.unbundle small_world/model --output $(PARTS)
+$(PARTS)/tile-tower/config.json: $(PARTS)/vision-tower/config.json $(WORLD)/crowded/boxes.json $(WORLD)/test/boxes.json
+	$(PYTHON) -m small_world.parts tile-tower --data $(WORLD)/crowded --test $(WORLD)/test --output $(PARTS) --max-steps 1000
+$(WORLD)/start/config.json: $(PARTS)/tile-tower/config.json
+	$(PYTHON) -m small_world.slime_start --parts $(PARTS) --output $(WORLD)/start
+
+$(WORLD)/stage-1a/config.json: $(WORLD)/start/config.json $(WORLD)/train/boxes.json
+	$(MGLLAVA) train $(RECIPES)/small_slime_1a.yaml $(PRECISION) --resume
+$(WORLD)/stage-1b/config.json: $(WORLD)/stage-1a/config.json
+	$(MGLLAVA) train $(RECIPES)/small_slime_1b.yaml $(PRECISION) --resume
+$(WORLD)/stage-2/config.json: $(WORLD)/stage-1b/config.json
+	$(MGLLAVA) train $(RECIPES)/small_slime_2.yaml $(PRECISION) --resume
+$(WORLD)/stage-3/config.json: $(WORLD)/stage-2/config.json
+	$(MGLLAVA) train $(RECIPES)/small_slime_3.yaml $(PRECISION) --resume
+
+$(MODEL)/config.json: $(WORLD)/stage-3/config.json
+	$(PYTHON) -m small_world.bundle_slime $(WORLD)/stage-3 --output $(MODEL)
+$(WORLD)/accuracy.json: $(MODEL)/config.json $(WORLD)/test/boxes.json
+	$(PYTHON) -m small_world.evaluation $(MODEL) --data $(WORLD)/test --output $@
