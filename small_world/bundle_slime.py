@@ -9,6 +9,8 @@ import torch
 import typer
 from transformers import AutoModel, AutoProcessor
 
+import mgllava  # noqa: F401  # registers SliME
+
 _CARD = "README.md"
 
 

@@ -4,7 +4,7 @@
     python -m small_world.dataset small-world/test --split test --count 1000
 
 The folder contains `images/*.jpg`, `captions.json` (one caption for each picture: alignment), `conversations.json`
-(questions and answers: instruction tuning), `questions.jsonl` (the same questions one by one with their kind:
+(questions and answers: instruction tuning), `reading.json` (in the fine splits: all questions about print), `questions.jsonl` (the same questions one by one with their kind:
 evaluation) and `boxes.json` (the true boxes, labeled with the shapes). Existing pictures are kept, so an interrupted
 run can be resumed.
 """
@@ -27,6 +27,9 @@ from .drawing import draw_scene
 from .questions import CAPTION_REQUEST, FINE_KINDS, KINDS, ask, describe
 from .scenes import Split, make_scene
 
+# Questions about the print of a picture in `reading.json`.
+_MOST_READING = 6
+
 
 def make_sample(split: Split, number: int, images: Path, questions: int) -> dict[str, Any]:
     """Draw a scene, write its picture into `images` unless it exists, and return all that is known about it.
@@ -47,6 +50,7 @@ def make_sample(split: Split, number: int, images: Path, questions: int) -> dict
         "image": path.name,
         "caption": describe(scene),
         "questions": [vars(question) for question in ask(scene, questions, kinds)],
+        "reading": [vars(question) for question in ask(scene, _MOST_READING, ("reading",))],
         "width": scene.width,
         "height": scene.height,
         "boxes": boxes,
@@ -78,6 +82,10 @@ def write_dataset(
         folder / "conversations.json",
         (_conversation(s, [(q["text"], q["answer"]) for q in s["questions"]]) for s in samples),
     )
+    if split.startswith("fine"):
+        asked = (s for s in samples if s["reading"])
+        turns = ((s, [(q["text"], q["answer"]) for q in s["reading"]]) for s in asked)
+        _write_json(folder / "reading.json", (_conversation(*pair) for pair in turns))
     with replacing(folder / "questions.jsonl") as path, path.open("w", encoding="utf-8") as file:
         for sample in samples:
             for number, question in enumerate(sample["questions"]):

@@ -35,7 +35,9 @@ $(WORLD)/stage-1b/config.json: $(WORLD)/stage-1a/config.json
 	$(MGLLAVA) train $(RECIPES)/small_slime_1b.yaml $(PRECISION) --resume
 $(WORLD)/stage-2/config.json: $(WORLD)/stage-1b/config.json
 	$(MGLLAVA) train $(RECIPES)/small_slime_2.yaml $(PRECISION) --resume
-$(WORLD)/stage-3/config.json: $(WORLD)/stage-2/config.json
+$(WORLD)/reading/config.json: $(WORLD)/stage-2/config.json
+	$(MGLLAVA) train $(RECIPES)/small_slime_reading.yaml $(PRECISION) --resume
+$(WORLD)/stage-3/config.json: $(WORLD)/reading/config.json
 	$(MGLLAVA) train $(RECIPES)/small_slime_3.yaml $(PRECISION) --resume
 
 $(MODEL)/config.json: $(WORLD)/stage-3/config.json
