@@ -3,10 +3,10 @@
     python -m small_world.slime_start --parts small-slime/parts --output small-slime/start
 
 It joins the language model and the tower of the parts, like `mgllava train` does, and changes two things. The chat
-template is the one that the language model was pretrained with. And the query adapters start by copying what is at their
-own place, at the scale of the tower: with random weights, attention is uniform, so all tokens of a view are the same, and
-the norm at their end makes them a sixth as large as the tokens that the shared projection is for. Too few pictures are
-seen here to learn places and scale from captions.
+template is the one that the language model was pretrained with. And the query adapters start by copying what is at
+their own place, at the scale of the tower: with random weights, attention is uniform, so all tokens of a view are the
+same, and the norm at their end makes them a sixth as large as the tokens that the shared projection is for. Too few
+pictures are seen here to learn places and scale from captions. The projection starts as the least-squares map to words.
 """
 
 from pathlib import Path
@@ -41,8 +41,8 @@ _PICTURES = 8
 # Views that the projection is aligned with, of which each picture has five.
 _VIEWS, _VIEWS_OF_PICTURE, _VIEWS_AT_ONCE = 5000, 5, 250
 _WEIGHT_OF_EMPTY = 0.1
-# Divides the scores of the router. They are sums over the text, and a conversation of five questions is six times as long
-# as one question: without this, a third of the tokens of tiles is kept in training, and five sixths in use.
+# Divides the scores of the router. They are sums over the text, and a conversation of five questions is six times as
+# long as one question: without this, a third of the tokens of tiles is kept in training, and five sixths in use.
 _TEMPERATURE = 4.0
 
 
@@ -50,8 +50,8 @@ _TEMPERATURE = 4.0
 def attend_to_own_place(adapter: nn.Module, sharpness: float, scale: float) -> None:
     """Let the queries of a query adapter attend to the cells at their place, and copy what is there.
 
-    `sharpness` is about the difference of attention logits between a place and the one next to it, `scale` the standard
-    deviation of the output.
+    `sharpness` is about the difference of attention logits between a place and the one next to it, `scale` the
+    standard deviation of the output.
     """
     width = adapter.queries.shape[1]
     quarter = width // 4
