@@ -6,7 +6,7 @@ It joins the language model and the tower of the parts, like `mgllava train` doe
 template is the one that the language model was pretrained with. And the query adapters start by copying what is at
 their own place, at the scale of the tower: with random weights, attention is uniform, so all tokens of a view are the
 same, and the norm at their end makes them a sixth as large as the tokens that the shared projection is for. Too few
-pictures are seen here to learn places and scale from captions. The projection starts as the least-squares map to words.
+pictures are seen here to learn that from captions. The projection starts as the least-squares map to words.
 """
 
 from pathlib import Path
