@@ -19,7 +19,7 @@ ABLATION := --world $(ABLATION_WORLD) --alignment 0.5 --tuning 0.5 --bf16 --jobs
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all test-mixins hub-check wheel-check vllm-check lint format bench bench-pooling bench-convert bench-detector \
-	bench-quantization bench-generation bench-train bench-import bench-real-size bench-sizes bench-video bench-slime bench-gpu bench-vllm refresh-code small-model ablation small-slime clean
+	bench-quantization bench-generation bench-train bench-import bench-real-size bench-sizes bench-video bench-slime bench-gpu bench-vllm refresh-code small-model ablation small-slime slime-ablation clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -158,8 +158,8 @@ ablation: setup  ## run the paper's ablations on the small model (hours; resumes
 small-slime: setup  ## train the small SliME from scratch in small-slime/ (an hour or two; resumes)
 	HF_HUB_OFFLINE=1 $(MAKE) -f small_world/slime.mk
 
-slime-ablation: setup  ## run SliME's ablations on the small one (an hour or two; resumes)
-	$(MAKE) -f small_world/slime.mk stages
+slime-ablation: setup  ## ask the small SliME with other values of its configuration
+	HF_HUB_OFFLINE=1 $(MAKE) -f small_world/slime.mk small-slime/test/boxes.json
 	$(BIN)/python -m small_world.slime_ablation
 
 clean:  ## remove .venv and all outputs

@@ -4,9 +4,9 @@
     python -m small_world.dataset small-world/test --split test --count 1000
 
 The folder contains `images/*.jpg`, `captions.json` (one caption for each picture: alignment), `conversations.json`
-(questions and answers: instruction tuning), `reading.json` (in the fine splits: all questions about print), `questions.jsonl` (the same questions one by one with their kind:
-evaluation) and `boxes.json` (the true boxes, labeled with the shapes). Existing pictures are kept, so an interrupted
-run can be resumed.
+(questions and answers: instruction tuning), `questions.jsonl` (the same questions one by one with their kind:
+evaluation) and `boxes.json` (the true boxes, labeled with the shapes). In the `fine` splits, `reading.json` has more
+questions about print. Existing pictures are kept, so an interrupted run can be resumed.
 """
 
 import json

@@ -1,4 +1,4 @@
-# Make the small SliME: pictures with small print, a vision tower that reads it, the four stages, evaluation.
+# Make the small SliME: pictures with small print, a vision tower that reads it, training, evaluation.
 # `make small-slime` in the folder above runs it. Existing files are kept, so an interrupted run is resumed. Language
 # model and the start of the tower are parts of the small MG-LLaVA.
 PYTHON := .venv/bin/python
@@ -10,10 +10,8 @@ RECIPES := small_world/recipes
 # Matrix products in bfloat16: a sixth faster on CPUs that have them. `make small-slime PRECISION=` trains in float32.
 PRECISION ?= training.bf16=true training.use_cpu=true
 
-.PHONY: all stages
+.PHONY: all
 all: $(WORLD)/accuracy.json
-# All but stage III, which the ablations begin with.
-stages: $(WORLD)/stage-2/config.json $(WORLD)/test/boxes.json
 
 $(WORLD)/train/boxes.json:
 	$(PYTHON) -m small_world.dataset $(WORLD)/train --split fine --count 6000 --questions 5
@@ -29,18 +27,16 @@ $(PARTS)/tile-tower/config.json: $(PARTS)/vision-tower/config.json $(WORLD)/crow
 $(WORLD)/start/config.json: $(PARTS)/tile-tower/config.json
 	$(PYTHON) -m small_world.slime_start --parts $(PARTS) --output $(WORLD)/start
 
-$(WORLD)/stage-1a/config.json: $(WORLD)/start/config.json $(WORLD)/train/boxes.json
-	$(MGLLAVA) train $(RECIPES)/small_slime_1a.yaml $(PRECISION) --resume
-$(WORLD)/stage-1b/config.json: $(WORLD)/stage-1a/config.json
-	$(MGLLAVA) train $(RECIPES)/small_slime_1b.yaml $(PRECISION) --resume
-$(WORLD)/stage-2/config.json: $(WORLD)/stage-1b/config.json
-	$(MGLLAVA) train $(RECIPES)/small_slime_2.yaml $(PRECISION) --resume
-$(WORLD)/reading/config.json: $(WORLD)/stage-2/config.json
-	$(MGLLAVA) train $(RECIPES)/small_slime_reading.yaml $(PRECISION) --resume
-$(WORLD)/stage-3/config.json: $(WORLD)/reading/config.json
-	$(MGLLAVA) train $(RECIPES)/small_slime_3.yaml $(PRECISION) --resume
+$(WORLD)/reading-1/config.json: $(WORLD)/start/config.json $(WORLD)/train/boxes.json
+	$(MGLLAVA) train $(RECIPES)/small_slime_reading.yaml $(PRECISION) --resume \
+		training.output_dir=$(WORLD)/reading-1 training.max_steps=800 training.learning_rate=4e-4
+$(WORLD)/reading-2/config.json: $(WORLD)/reading-1/config.json
+	$(MGLLAVA) train $(RECIPES)/small_slime_reading.yaml $(PRECISION) --resume \
+		model.name=$(WORLD)/reading-1 training.output_dir=$(WORLD)/reading-2 training.max_steps=1300
+$(WORLD)/all-kinds/config.json: $(WORLD)/reading-2/config.json
+	$(MGLLAVA) train $(RECIPES)/small_slime.yaml $(PRECISION) --resume
 
-$(MODEL)/config.json: $(WORLD)/stage-3/config.json
-	$(PYTHON) -m small_world.bundle_slime $(WORLD)/stage-3 --output $(MODEL)
+$(MODEL)/config.json: $(WORLD)/all-kinds/config.json
+	$(PYTHON) -m small_world.bundle_slime $(WORLD)/all-kinds --output $(MODEL)
 $(WORLD)/accuracy.json: $(MODEL)/config.json $(WORLD)/test/boxes.json
 	$(PYTHON) -m small_world.evaluation $(MODEL) --data $(WORLD)/test --output $@

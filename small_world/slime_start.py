@@ -173,7 +173,7 @@ def main(
     data: Annotated[Path, typer.Option(help="Data set to align with.")] = Path("small-slime/crowded"),
     output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("small-slime/start"),
 ) -> None:
-    """Write the model that stage I-a starts from."""
+    """Write the model that training starts from."""
     right = write_start(parts, output, data)
     typer.echo(f"Wrote {output}; {100 * right:.0f} % of the characters on tiles are nearest to their words")
 

@@ -6,10 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from .configuration_slime import HEAD_SIZE
 from .language_model_common import must_be_touched
 
-# Width of an attention head of the query adapters.
-_HEAD_SIZE = 128
 # Standard deviation of the noise on the router's scores in training.
 _ROUTER_NOISE = 0.1
 # Least scale of the noise on the gate in training.
@@ -39,7 +38,7 @@ class SlimeQueryAdapter(nn.Module):
 
     def __init__(self, width: int, num_queries: int):
         super().__init__()
-        self.num_heads = max(width // _HEAD_SIZE, 1)
+        self.num_heads = max(width // HEAD_SIZE, 1)
         self.grid_size = round(num_queries**0.5)
         self.queries = nn.Parameter(torch.zeros(num_queries, width))
         # Of the checkpoint, which rounds it: computed values differ in the last bits.

@@ -1,10 +1,14 @@
 """Configuration of SliME (arXiv 2406.08487)."""
 
+import math
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 
 from .pretrained_common import ImageTextConfig
+
+# Width of an attention head of the query adapters.
+HEAD_SIZE = 128
 
 
 @strict
@@ -58,8 +62,8 @@ class SlimeConfig(ImageTextConfig):
     separator_token_id: int = 1919
     num_local_queries: int | None = 144
     local_order: Literal["spatial", "flat"] = "spatial"
-    router_top_p: float = 0.95
-    router_temperature: float = 1.0
+    router_top_p: float | int = 0.95
+    router_temperature: float | int = 1.0
     router_sees_answers: bool = True
     branch: Literal["both", "global", "local"] = "both"
     forced_expert: Literal[0, 1] | None = None
@@ -78,8 +82,14 @@ class SlimeConfig(ImageTextConfig):
             raise ValueError(f"`num_local_queries` must be a square number such as 144, or None, got {queries}.")
         if not 0 < self.router_top_p <= 1:
             raise ValueError(f"`router_top_p` must be greater than 0 and at most 1, got {self.router_top_p}.")
-        if self.router_temperature <= 0:
-            raise ValueError(f"`router_temperature` must be greater than 0, got {self.router_temperature}.")
+        if not 0 < self.router_temperature < math.inf:
+            raise ValueError(f"`router_temperature` must be greater than 0 and finite, got {self.router_temperature}.")
+        width = self.vision_config.hidden_size
+        if width % 4 or width % max(width // HEAD_SIZE, 1):
+            raise ValueError(
+                f"`vision_config.hidden_size` must be a multiple of 4, for positions, and of the number of heads of "
+                f"the query adapters, one for each {HEAD_SIZE} channels, got {width}."
+            )
 
     @property
     def num_global_tokens(self) -> int:
@@ -92,4 +102,4 @@ class SlimeConfig(ImageTextConfig):
         return self.num_global_tokens if self.num_local_queries is None else self.num_local_queries
 
 
-__all__ = ["SlimeConfig"]
+__all__ = ["HEAD_SIZE", "SlimeConfig"]

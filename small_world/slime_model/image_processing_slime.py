@@ -121,7 +121,7 @@ class SlimeImageProcessorMixin(UprightImageProcessor):
         if do_tile:
             _check_tile_options(kwargs)
         crop_size = kwargs["crop_size"]
-        opened = self.fetch_images(images)
+        opened = self.fetch_at_least_one(images)
         views: list[torch.Tensor] = []
         grids: list[tuple[int, int]] = []
         for index, image in enumerate(flat_images(opened)):

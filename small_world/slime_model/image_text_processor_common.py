@@ -42,19 +42,25 @@ _UNMARKED: str | None = getattr(processing_utils, "_UNMARKED", None)
 
 
 class ImageTextProcessor(ProcessorMixin):
-    """Prepares images and text for a model that reads a run of embeddings for each image.
+    """Prepares images, videos and text for a model that reads a run of embeddings for each image or video.
 
     A model input that belongs to images holds those of all images of a batch, one after the other, regardless of the
-    text that each image is in. By default, each image has one row in it.
+    text that each image is in. By default, each image has one row in it. A family for videos defines `video_inputs`,
+    and the methods for videos next to those for images.
 
     Attributes:
         image_inputs: Names of the model inputs that belong to images.
+        video_inputs: Names of the model inputs that belong to videos; empty if the family takes none.
         chat_templates: Chat templates whose strings are recognized in addition to those of the processor's own.
         cuts_at_answers: Whether the answers of a conversation are encoded apart from the text around them.
         private_characters: Characters that a processor writes into rendered strings, and removes from user text.
     """
 
     image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    video_inputs: ClassVar[tuple[str, ...]] = ()
+    # A family for videos sets both, if its tokenizer has the placeholder.
+    video_token: str | None = None
+    video_token_id: int | None = None
     chat_templates: ClassVar[Mapping[str, str]] = {}
     cuts_at_answers: ClassVar[bool] = True
     private_characters: ClassVar[re.Pattern[str]] = PRIVATE_CHARACTERS
@@ -65,6 +71,7 @@ class ImageTextProcessor(ProcessorMixin):
         tokenizer: Any = None,
         chat_template: str | dict[str, str] | None = None,
         image_token: str = IMAGE_TOKEN,
+        **parts: Any,
     ):
         self.image_token = getattr(tokenizer, "image_token", None) or image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
@@ -73,9 +80,25 @@ class ImageTextProcessor(ProcessorMixin):
                 f"`tokenizer` must have {self.image_token!r} in its vocabulary, got one of {len(tokenizer)} tokens "
                 f"without it. Use tokenizer.add_tokens([{self.image_token!r}], special_tokens=True)."
             )
-        self._placeholder = re.compile((_UNMARKED or "") + re.escape(self.image_token))
         self._tokenizer_lock = ProcessLock()
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **parts)
+
+    @property
+    def placeholder_ids(self) -> dict[str, int]:
+        """Id of the placeholder of each modality that the tokenizer has: `"image"` and, perhaps, `"video"`."""
+        videos = {} if self.video_token_id is None else {"video": self.video_token_id}
+        return {"image": self.image_token_id, **videos}
+
+    @property
+    def takes_videos(self) -> bool:
+        """Whether videos can be processed: the family takes them, and the tokenizer has their placeholder."""
+        return bool(self.video_inputs) and self.video_token_id is not None
+
+    def placeholder_pattern(self, modality: str | None = None) -> re.Pattern[str]:
+        """Compile a pattern that finds the placeholders of one modality, or of all, in text."""
+        tokens = {"image": self.image_token, "video": self.video_token}
+        wanted = [tokens[name] for name in ([modality] if modality else self.placeholder_ids)]
+        return re.compile((_UNMARKED or "") + f"(?:{'|'.join(re.escape(token or '') for token in wanted)})")
 
     def num_image_tokens(self, inputs: Mapping[str, Any]) -> list[int]:
         """Count the placeholders of each image, in order."""
@@ -84,6 +107,23 @@ class ImageTextProcessor(ProcessorMixin):
     def count_images(self, inputs: Mapping[str, Any]) -> int:
         """Count the images of a batch."""
         return len(_given(self._unpack(inputs), self.image_inputs[0]))
+
+    def num_video_tokens(self, inputs: Mapping[str, Any]) -> list[int]:
+        """Count the placeholders of each video, in order."""
+        return []
+
+    def count_videos(self, inputs: Mapping[str, Any]) -> int:
+        """Count the videos of a batch."""
+        return len(self.num_video_tokens(inputs))
+
+    def take_videos(self, inputs: Mapping[str, Any], first: int, last: int | None = None) -> dict[str, torch.Tensor]:
+        """Take the inputs of the videos `first` to `last` out of a batch, like [`~ImageTextProcessor.take_images`]."""
+        return {}
+
+    def join_videos(self, rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Concatenate what [`~ImageTextProcessor.take_videos`] took out of several batches."""
+        rows = [row for row in rows if row]
+        return {name: torch.cat([row[name] for row in rows]) for name in self.video_inputs} if rows else {}
 
     def take_images(self, inputs: Mapping[str, Any], first: int, last: int | None = None) -> dict[str, torch.Tensor]:
         """Take the inputs of the images `first` to `last` (by default all after it) out of a batch, as tensors.
@@ -112,10 +152,10 @@ class ImageTextProcessor(ProcessorMixin):
             knows_answers = writes_boundaries(self._find_template(kwargs.get("chat_template")))
             boundaries: dict[str, Any] = BOUNDARY_NAMES if knows_answers else {}
             text = self.apply_chat_template(text, **boundaries, **kwargs)
-        chunks = self._split(text, repeat(1), self._chat_formats())
+        chunks = self._split(text, self._runs(repeat(1), repeat(1)), self._chat_formats())
         with self._tokenizer_lock:
             encoded = encode_chunks(
-                self.tokenizer, [chunks], self.image_token_id, add_special_tokens=add_special_tokens
+                self.tokenizer, [chunks], self.placeholder_ids, add_special_tokens=add_special_tokens
             )
         return encoded["input_ids"][0], encoded["assistant_masks"][0] if knows_answers else None
 
@@ -123,19 +163,26 @@ class ImageTextProcessor(ProcessorMixin):
         self,
         images: Any = None,
         text: str | list[str] | None = None,
-        videos: None = None,
+        videos: Any = None,
         audio: None = None,
         *,
         processed_images: Mapping[str, Any] | None = None,
+        processed_videos: Mapping[str, Any] | None = None,
         return_assistant_tokens_mask: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Make the model's inputs; `processed_images` are image inputs of an earlier call."""
+        """Make the model's inputs; `processed_images` and `processed_videos` are inputs of an earlier call."""
         if kwargs.get("sanitize_control_tokens") or (kwargs.get("text_kwargs") or {}).get("sanitize_control_tokens"):
             _check_sanitizing()
         images, texts, _, _ = self.prepare_inputs_layout(images=images, text=as_texts(images, text), **kwargs)
         self.validate_inputs(
-            images=images, text=texts, videos=videos, audio=audio, processed_images=processed_images, **kwargs
+            images=images,
+            text=texts,
+            videos=videos,
+            audio=audio,
+            processed_images=processed_images,
+            processed_videos=processed_videos,
+            **kwargs,
         )
         merged = self._merge_kwargs(
             self.valid_processor_kwargs,  # type: ignore[arg-type]  # transformers means the class
@@ -153,25 +200,37 @@ class ImageTextProcessor(ProcessorMixin):
         targets = TrainingTargets(self)
         if flat_images(images):
             features = self._process(images, targets, **{**images_kwargs, "return_tensors": None})
+        video_features: Mapping[str, Any] = self.take_videos(processed_videos or {}, 0)
+        if not is_empty(videos):
+            video_features = self._process_clips(
+                videos, targets, **{**merged["videos_kwargs"], "return_tensors": None}
+            )
         encoded: dict[str, Any] = {}
         if texts is not None:
-            lengths = self.num_image_tokens(features)
-            encoded = self._encode(texts, lengths, targets, return_assistant_tokens_mask, **text_kwargs)
+            lengths, video_lengths = self.num_image_tokens(features), self.num_video_tokens(video_features)
+            encoded = self._encode(texts, lengths, video_lengths, targets, return_assistant_tokens_mask, **text_kwargs)
             if replacement_offsets:
                 plain = [PRIVATE_CHARACTERS.sub("", sample) for sample in texts]
                 runs = [self.image_token * length for length in lengths]
-                encoded["text_replacement_offsets"] = self.get_text_with_replacements(plain, runs)[1]
+                video_runs = [(self.video_token or "") * length for length in video_lengths]
+                encoded["text_replacement_offsets"] = self.get_text_with_replacements(plain, runs, video_runs)[1]
             if mm_token_type_ids:
                 encoded["mm_token_type_ids"] = self.create_mm_token_type_ids(encoded["input_ids"])
 
-        return_tensors = (text_kwargs if texts is not None else images_kwargs).get("return_tensors")
-        output = ImageTextInputs({**encoded, **self._pack(features)}, return_tensors, self.skip_tensor_conversion)
+        visual_kwargs = images_kwargs if features else merged["videos_kwargs"]
+        return_tensors = (text_kwargs if texts is not None else visual_kwargs).get("return_tensors")
+        data = {**encoded, **self._pack(features), **video_features}
+        output = ImageTextInputs(data, return_tensors, self.skip_tensor_conversion)
         output.targets = targets
         return output
 
     def _process(self, images: Any, targets: "TrainingTargets", **kwargs: Any) -> Mapping[str, Any]:
         """Make the inputs of opened images, and note in `targets` what prevents training on them."""
         return self.image_processor(flat_images(images), **kwargs)
+
+    def _process_clips(self, videos: Any, targets: "TrainingTargets", **kwargs: Any) -> Mapping[str, Any]:
+        """Make the inputs of videos, and note in `targets` what prevents training on them."""
+        raise NotImplementedError
 
     def _pack(self, features: Mapping[str, Any]) -> Mapping[str, Any]:
         """Convert image inputs to the form in which the processor returns them."""
@@ -182,9 +241,15 @@ class ImageTextProcessor(ProcessorMixin):
         return inputs
 
     def _encode(
-        self, text: list[str], lengths: list[int], targets: "TrainingTargets", return_mask: bool, **kwargs: Any
+        self,
+        text: list[str],
+        lengths: list[int],
+        video_lengths: list[int],
+        targets: "TrainingTargets",
+        return_mask: bool,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """Encode texts; `lengths` are the numbers of placeholders of their images, in order."""
+        """Encode texts; `lengths` are the numbers of placeholders of their images, in order, and of their videos."""
         chats = self._chat_formats()
         knows_answers = bool(chats) or all(map(PRIVATE_CHARACTERS.search, text))
         if return_mask and not knows_answers:
@@ -192,18 +257,27 @@ class ImageTextProcessor(ProcessorMixin):
                 "`return_assistant_tokens_mask` needs a chat template that marks answers for this processor. Use one "
                 "of mgllava.processing.CHAT_TEMPLATES, or do not request the mask."
             )
-        runs = iter(lengths)
+        runs = self._runs(iter(lengths), iter(video_lengths))
         chunks = [self._split(sample, runs, chats) for sample in text]
         with self._tokenizer_lock:  # fast tokenizers keep options of a call in an object that all threads share
-            encoded = encode_chunks(self.tokenizer, chunks, self.image_token_id, **kwargs)
+            encoded = encode_chunks(self.tokenizer, chunks, self.placeholder_ids, **kwargs)
         targets.read(encoded, knows_answers)
         if not return_mask:
             del encoded["assistant_masks"]
         return encoded
 
-    def _split(self, text: str, runs: Iterator[int], chats: Sequence[ChatFormat] = ()) -> list[TextChunk]:
-        """Cut a text into what is encoded apart; `runs` are the numbers of placeholders of images."""
-        chunks = split_text(text, self._placeholder, runs, self.tokenizer.bos_token, chats)
+    def _runs(self, images: Iterator[int], videos: Iterator[int]) -> dict[str, tuple[int, Iterator[int]]]:
+        """Return id and numbers of placeholders of each token that stands for an image or a video."""
+        runs = {self.image_token: (self.image_token_id, images)}
+        if self.video_token is not None and self.video_token_id is not None:
+            runs[self.video_token] = (self.video_token_id, videos)
+        return runs
+
+    def _split(
+        self, text: str, runs: Mapping[str, tuple[int, Iterator[int]]], chats: Sequence[ChatFormat] = ()
+    ) -> list[TextChunk]:
+        """Cut a text into what is encoded apart; `runs` are those of [`~ImageTextProcessor._runs`]."""
+        chunks = split_text(text, self.placeholder_pattern(), runs, self.tokenizer.bos_token, chats)
         return chunks if self.cuts_at_answers else join_text(chunks)
 
     def _chat_formats(self) -> tuple[ChatFormat, ...]:
@@ -214,12 +288,13 @@ class ImageTextProcessor(ProcessorMixin):
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
     ) -> None:
         """Check that the arguments fit together, before anything is computed; raise a `ValueError` if not."""
-        if not (_is_empty(videos) and _is_empty(audio)):
-            raise ValueError(
-                f"`videos` and `audio` must be None or empty: {type(self).__name__} takes images and text."
-            )
+        if not is_empty(audio) or (not is_empty(videos) and not self.video_inputs):
+            names = "`videos` and `audio`" if not self.video_inputs else "`audio`"
+            kinds = "images and text" if not self.video_inputs else "images, videos and text"
+            raise ValueError(f"{names} must be None or empty: {type(self).__name__} takes {kinds}.")
         processed = kwargs.get("processed_images") or {}
-        if images is None and text is None and not processed:
+        has_videos = not is_empty(videos) or bool(kwargs.get("processed_videos"))
+        if images is None and text is None and not processed and not has_videos:
             raise ValueError("`images` or `text` must be given, got neither.")
         num_images = len(flat_images(images))
         if processed:
@@ -232,7 +307,8 @@ class ImageTextProcessor(ProcessorMixin):
                 )
         if text is None:
             return
-        expected = [len(self._placeholder.findall(sample)) for sample in text]
+        placeholder = self.placeholder_pattern("image")
+        expected = [len(placeholder.findall(sample)) for sample in text]
         if sum(expected) != num_images:
             raise ValueError(
                 f"`text` must have one {self.image_token!r} per image, got {sum(expected)} placeholders and "
@@ -246,6 +322,10 @@ class ImageTextProcessor(ProcessorMixin):
                         f"`text[{index}]` must have one {self.image_token!r} per image of `images[{index}]`, got "
                         f"{placeholders} placeholders and {len(group)} images."
                     )
+
+    def replace_video_token(self, video_inputs: Mapping[str, Any], video_idx: int, **kwargs: Any) -> str:
+        """Make the run of placeholders of one video, for engines that expand text themselves."""
+        return (self.video_token or "") * self.num_video_tokens(video_inputs)[video_idx]
 
     def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any) -> str:
         """Make the run of placeholders of one image, for engines that expand text themselves."""
@@ -314,11 +394,15 @@ class ImageTextProcessor(ProcessorMixin):
         if isinstance(value, str):
             return self.private_characters.sub("", value)
         if isinstance(value, Mapping):
-            block = image_block(value) if is_image_block(value) else value
+            block = self._plain_block(value)
             if block.get("boxes") is not None and is_image_block(value):
                 raise ValueError(f"`boxes` of an image block must be left out: {type(self).__name__} takes no boxes.")
             return {key: self._clean(item) for key, item in block.items()}
         return [self._clean(item) for item in value] if isinstance(value, list | tuple) else value
+
+    def _plain_block(self, block: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Convert a part of a conversation to the form that transformers reads."""
+        return image_block(block) if is_image_block(block) else block
 
     def answer_ending(self) -> tuple[list[int], list[int]]:
         """Return how the chat template ends an answer: the learned ids (EOS, or a suffix), and the separator's ids.
@@ -413,7 +497,7 @@ class TrainingTargets:
             return value
         is_text = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         is_learned = (value != nothing) & is_text
-        is_placeholder = ids == self.processor.image_token_id
+        is_placeholder = torch.isin(ids, torch.tensor([*self.processor.placeholder_ids.values()], device=ids.device))
         # A collator that selects what is learned leaves out at least the images.
         is_copy = bool((is_learned & is_placeholder).any()) or bool(is_learned[is_text].all())
         ending = self.processor.answer_ending()
@@ -486,10 +570,10 @@ def as_texts(images: Any, text: Any) -> list[str] | None:
     raise ValueError(f"`text` must be a string or a list of strings, got {given}.{advice}")
 
 
-def _is_empty(value: Any) -> bool:
+def is_empty(value: Any) -> bool:
     """Tell whether nothing is given: `None`, or a list without values."""
     if isinstance(value, list | tuple):
-        return all(map(_is_empty, value))
+        return all(map(is_empty, value))
     return value is None or (hasattr(value, "shape") and 0 in value.shape)
 
 
@@ -524,4 +608,12 @@ def as_tensor(rows: Any) -> torch.Tensor:
     return rows if isinstance(rows, torch.Tensor) else torch.stack([torch.as_tensor(row) for row in rows])
 
 
-__all__ = ["ImageTextInputs", "ImageTextProcessor", "ProcessLock", "TrainingTargets", "as_tensor", "as_texts"]
+__all__ = [
+    "ImageTextInputs",
+    "ImageTextProcessor",
+    "ProcessLock",
+    "TrainingTargets",
+    "as_tensor",
+    "as_texts",
+    "is_empty",
+]

@@ -248,6 +248,33 @@ def _shown(image: Any) -> str:
     return f"a file of {type(image).__name__}" if hasattr(image, "read") else f"{len(image):,} bytes"
 
 
+def binary_file(source: Any, name: str, max_bytes: int | None = None) -> BinaryIO:
+    """Open a file of any kind like [`open_image`]: a path, URL, data URL, base64 string, bytes or binary file.
+
+    A download stops at `max_bytes`; other sources are not limited.
+    """
+    text = source.strip() if isinstance(source, str) else ""
+    if max_bytes is None or not text.lower().startswith(("http://", "https://")):
+        return _binary_file(source, name)
+    data = io.BytesIO()
+    try:
+        with httpx.stream("GET", text, follow_redirects=True, timeout=_DOWNLOAD_TIMEOUT) as response:
+            response.raise_for_status()
+            for part in response.iter_bytes():
+                data.write(part)
+                if data.tell() > max_bytes:
+                    break
+    except Exception as error:  # connections fail in many ways
+        raise UnreadableImageError(f"`{name}` cannot be downloaded from {_shown(text)} ({error}).") from error
+    data.seek(0)
+    return data
+
+
+def shown(source: Any) -> str:
+    """Name a file in an error, without its data."""
+    return _shown(source)
+
+
 def upright(image: Any) -> Any:
     """Turn a PIL image as its EXIF orientation says, without its metadata; keep it if its EXIF cannot be read."""
     if not isinstance(image, PIL.Image.Image):
@@ -522,6 +549,12 @@ class UprightImageProcessor(BaseImageProcessor):
                 "`do_rescale` must be True when `do_normalize` is, got False. Images are kept in 8 bits until then; "
                 "floating point images between 0 and 1 are recognized."
             )
+        data_format = kwargs.get("data_format")
+        if data_format is not None and ChannelDimension(data_format) != ChannelDimension.FIRST:
+            raise ValueError(
+                f"`data_format` must be 'channels_first', which the model reads, got {data_format!r}. That of the "
+                "images is `input_data_format`."
+            )
         super()._validate_preprocess_kwargs(**kwargs)
 
     def check_one_shape(self, pixels: Sequence[Any], return_tensors: Any, options: Mapping[str, Any]) -> None:
@@ -541,6 +574,13 @@ class UprightImageProcessor(BaseImageProcessor):
         """
         return fetch_upright(image_url_or_urls)
 
+    def fetch_at_least_one(self, images: Any) -> Any:
+        """Do as `fetch_images`, and raise a `ValueError` if there are no images."""
+        opened = self.fetch_images(images)
+        if not flat_images(opened):
+            raise ValueError(f"`images` must hold at least one image, got {images!r}.")
+        return opened
+
     def resize_tensor(self, image: torch.Tensor, height: int, width: int, resample: Any) -> torch.Tensor:
         """Resize an image of shape `(channels, height, width)` with the backend."""
         backend: Any = self
@@ -553,6 +593,7 @@ __all__ = [
     "UnreadableImageError",
     "UprightImageProcessor",
     "as_rgb",
+    "binary_file",
     "fetch_upright",
     "flat_images",
     "group_sizes",
@@ -565,5 +606,6 @@ __all__ = [
     "resize_by_products",
     "resize_in_square",
     "resize_like_pil",
+    "shown",
     "upright",
 ]

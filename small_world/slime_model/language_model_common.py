@@ -62,6 +62,10 @@ if CACHE_NAME == "past_key_values":  # before transformers 5.24
     }
 # Outputs of a language model, besides its last states, that have a place for every token.
 _OUTPUTS_OF_ALL_TOKENS = ("output_attentions", "output_hidden_states", "output_router_logits")
+# Kinds of layers that compute the same if masked tokens are absent; and those that do so in sequences that are no
+# longer than their window, a value of the configuration.
+_MASKABLE_LAYERS = {"full_attention", "mlp", "moe"}
+_WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 # Configuration values that make layers read token ids.
 _READS_IDS_IF = ("hidden_size_per_layer_input", "ple_layer_ids")
 
@@ -493,7 +497,7 @@ class ImageTextModel(ImageTextPreTrainedModel):
         if hasattr(inputs[CACHE_NAME], _SEEN):
             inputs |= _without_dropped_in_cache(inputs[CACHE_NAME], inputs)
         drops = self.placeholders_to_drop is not None and image_features is not None and not is_seen
-        if drops and not self._shows_all_tokens(inputs[CACHE_NAME], kwargs):
+        if drops and self._leaves_out(inputs, kwargs):
             outputs = self._run_without_masked(inputs, **kwargs)
         else:
             outputs = self.language_model(return_dict=True, **inputs, **kwargs)
@@ -518,26 +522,54 @@ class ImageTextModel(ImageTextPreTrainedModel):
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
-    def _shows_all_tokens(self, cache: Cache | None, kwargs: dict[str, Any]) -> bool:
-        """Tell whether an output of the language model besides its last states has a place for every token."""
+    def _leaves_out(self, inputs: dict[str, Any], kwargs: dict[str, Any]) -> bool:
+        """Tell whether the language model runs without the tokens that it does not see, instead of masking them."""
+        if is_torchdynamo_compiling():
+            return False
+        config, use_cache = self.config.text_config, kwargs.get("use_cache")
+        # Nobody continues from the cache of a training step.
+        returns_cache = (config.use_cache and not self.training) if use_cache is None else use_cache
+        shows_all = inputs[CACHE_NAME] is not None or any(
+            kwargs.get(name, getattr(config, name, None)) for name in _OUTPUTS_OF_ALL_TOKENS
+        )
+        if not shows_all and not returns_cache:
+            return True
+        mask = inputs["attention_mask"]
+        if not self._counts_masked_tokens(mask.shape[1]) or bool((mask != 0).all()):
+            return False
+        leaves_out = not shows_all and use_cache is None
+        logger.warning_once(
+            f"A language model of type {config.model_type!r} counts masked tokens, in its windows or its state. "
+            + (
+                "So those that are dropped were left out, and no cache is returned. Pass `use_cache=False` to say so."
+                if leaves_out
+                else "Those that are dropped were masked all the same, because of a cache or of outputs that were "
+                "asked for: the result differs from that of `generate`, which leaves them out."
+            )
+        )
+        return leaves_out
+
+    def _counts_masked_tokens(self, length: int) -> bool:
+        """Tell whether a sequence is not computed as if masked tokens were absent, by the kinds of the layers."""
         config = self.config.text_config
-        use_cache = kwargs.get("use_cache")
-        if use_cache is None:  # nobody continues from the cache of a training step
-            use_cache = config.use_cache and not self.training
-        wanted = (kwargs.get(name, getattr(config, name, None)) for name in _OUTPUTS_OF_ALL_TOKENS)
-        return cache is not None or use_cache or any(wanted) or is_torchdynamo_compiling()
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if getattr(self.language_model, "_is_stateful", False) or kinds - _MASKABLE_LAYERS - _WINDOWS.keys():
+            return True
+        names = [name for kind, name in _WINDOWS.items() if kind in kinds or not kinds]
+        windows = [getattr(config, name, None) for name in names]
+        return any(window is not None and window < length for window in windows)
 
     def _run_without_masked(self, inputs: dict[str, Any], **kwargs) -> BaseModelOutputWithPast:
         """Run the language model without the tokens that it does not see, which costs less than masking them."""
-        mask = inputs["attention_mask"]
+        embeds = inputs["inputs_embeds"]
+        mask, positions = (inputs[name].to(embeds.device) for name in ("attention_mask", "position_ids"))
         counts = mask.long().cumsum(-1)
         order = (mask == 0).to(torch.uint8).argsort(dim=-1, stable=True)[:, : max(int(counts.max()), 1)]
-        embeds = inputs["inputs_embeds"]
         shortened = {
             **inputs,
             "inputs_embeds": embeds.gather(1, order.unsqueeze(-1).expand(-1, -1, embeds.shape[-1])),
             "attention_mask": mask.gather(1, order),
-            "position_ids": inputs["position_ids"].gather(1, order),
+            "position_ids": positions.gather(1, order),
         }
         outputs = self.language_model(return_dict=True, **shortened, **{**kwargs, "use_cache": False})
         # A token that was left out gets the state of the last one before it.

@@ -189,6 +189,7 @@ class SlimeModel(SlimePreTrainedModel, ImageTextModel):
             [`SlimeImageFeatures`].
 
         Raises:
+            TypeError: If one of them is not a tensor.
             ValueError: If the shapes of `pixel_values` and `image_grids` do not fit each other or the configuration.
         """
         grids = self._check_image_inputs(pixel_values, image_grids)
@@ -235,12 +236,19 @@ class SlimeModel(SlimePreTrainedModel, ImageTextModel):
     def _check_image_inputs(
         self, pixel_values: torch.Tensor, image_grids: torch.Tensor | None
     ) -> list[tuple[int, int]]:
-        """Read `image_grids`, and raise `ValueError` if it does not fit `pixel_values`."""
+        """Read `image_grids`; raise `TypeError` for what is not a tensor, `ValueError` for what does not fit."""
         size = self.config.vision_config.image_size
-        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
+        for name, value in (("pixel_values", pixel_values), ("image_grids", image_grids)):
+            if value is not None and not isinstance(value, torch.Tensor):
+                raise TypeError(
+                    f"`{name}` must be a tensor, got {type(value).__name__}. Call the processor with "
+                    "`return_tensors='pt'`."
+                )
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size) or not len(pixel_values):
             raise ValueError(
-                f"`pixel_values` must have shape (num_views, 3, {size}, {size}), got {tuple(pixel_values.shape)}. "
-                "Prepare images with this model's own processor."
+                f"`pixel_values` must have shape (num_views, 3, {size}, {size}) with at least one view, got "
+                f"{tuple(pixel_values.shape)}. Prepare images with this model's own processor, and leave "
+                "`pixel_values` and `image_grids` out where a batch has none."
             )
         if image_grids is None:
             raise ValueError(
@@ -372,6 +380,7 @@ class SlimeModel(SlimePreTrainedModel, ImageTextModel):
             [`SlimeModelOutputWithPast`].
 
         Raises:
+            TypeError: If inputs of images are not tensors.
             ValueError: If inputs are missing, double, or do not fit each other.
         """
         arguments = {
@@ -466,6 +475,7 @@ class SlimeForConditionalGeneration(SlimePreTrainedModel, ImageTextForConditiona
             [`SlimeCausalLMOutputWithPast`].
 
         Raises:
+            TypeError: If inputs of images are not tensors.
             ValueError: If inputs are missing, double, or do not fit each other.
         """
         arguments = {

@@ -3,7 +3,8 @@
 **Templates.** A conversation starts with BOS, so that a rendered prompt is the beginning of every longer conversation.
 An answer is closed by EOS or a suffix; then comes the separator and, after EOS, BOS again. Images of a user turn go to
 its front, one `<image>` line each, and the rest of that turn is stripped; they may be content blocks or a literal
-`<image>` in the text. With `literal_image_token=False` an `<image>` in the text stays where it is.
+`<image>` in the text. With `literal_image_token=False` an `<image>` in the text stays where it is. In templates of
+models for videos, the same holds for `<video>`; images and videos keep their order.
 
 **Chunks.** As in training, every piece of a text is encoded alone, without special tokens: the text before and after
 an image, the answer with its suffix, EOS, the separator (a family may cut at images only, see `join_text`); the BOS id
@@ -33,6 +34,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 logger = logging.get_logger(__name__)
 
 IMAGE_TOKEN = "<image>"
+VIDEO_TOKEN = "<video>"
 
 # Private-use characters: the boundaries that a template writes, and the guard that prevents a part of a message from
 # being taken for a delimiter.
@@ -42,6 +44,8 @@ GUARD = "\U000ff4d2"
 BOUNDARY_NAMES = {"chunk_boundary": CHUNK_BOUNDARY, "answer_boundary": ANSWER_BOUNDARY}
 PRIVATE_CHARACTERS = re.compile(f"[{CHUNK_BOUNDARY}{ANSWER_BOUNDARY}{GUARD}]")
 _BOUNDARIES = re.compile(f"[{CHUNK_BOUNDARY}{ANSWER_BOUNDARY}]")
+_FOREIGN = "is not one of the processor's"
+_UNMARKED_ANSWERS = "writes no text between questions and answers, by which answers could be found"
 # The texts of a probe conversation (question, answer, question, answer), and its system message.
 _PROBE, _SYSTEM = "\U000ff4d4\U000ff4d5\U000ff4d6\U000ff4d7", "\U000ff4d8"
 
@@ -51,15 +55,16 @@ _TEMPLATE = """
 {%- set generation_prompt, suffix, separator = GENERATION_PROMPT, SUFFIX, SEPARATOR -%}
 {%- set closed_by_eos, image_end = CLOSED_BY_EOS, IMAGE_END -%}
 {%- set answer_start, closes_empty_answers, has_questions = ANSWER_START, CLOSES_EMPTY_ANSWERS, HAS_QUESTIONS -%}
+{%- set has_videos = HAS_VIDEOS -%}
 {%- set given = chunk_boundary | default('') -%}
 {%- set learned = answer_boundary | default('') -%}
-{%- set state = namespace(system=DEFAULT_SYSTEM, text='', images=0, expected='user') -%}
+{%- set state = namespace(system=DEFAULT_SYSTEM, text='', media='', expected='user') -%}
 {%- if tools or documents -%}
   {{- raise_exception('This model was not trained with tools or documents: `tools` and `documents` must be empty.') -}}
 {%- endif -%}
 {%- for message in messages -%}
   {%- set state.text = '' -%}
-  {%- set state.images = 0 -%}
+  {%- set state.media = '' -%}
   {%- if message['content'] is string -%}
     {%- set state.text = message['content'] -%}
   {%- elif message['content'] is undefined or message['content'] is none -%}
@@ -74,11 +79,16 @@ _TEMPLATE = """
       {%- elif block['type'] == 'text' -%}
         {%- set state.text = state.text + block['text'] -%}
       {%- elif block['type'] in ['image', 'image_url'] and message['role'] == 'user' -%}
-        {%- set state.images = state.images + 1 -%}
+        {%- set state.media = state.media + '<image>' + image_end -%}
       {%- elif block['type'] in ['image', 'image_url'] -%}
         {{- raise_exception('Images must be in user turns, got one in a message of role ' ~ message['role'] ~ '.') -}}
+      {%- elif has_videos and block['type'] in ['video', 'video_url'] and message['role'] == 'user' -%}
+        {%- set state.media = state.media + '<video>' + image_end -%}
+      {%- elif has_videos and block['type'] in ['video', 'video_url'] -%}
+        {{- raise_exception('Videos must be in user turns, got one in a message of role ' ~ message['role'] ~ '.') -}}
       {%- else -%}
-        {{- raise_exception("Content blocks must be 'text' or 'image', got '" ~ block['type'] ~ "'.") -}}
+        {{- raise_exception("Content blocks must be 'text' or 'image'" ~ (" or 'video'" if has_videos else '') ~
+                            ", got '" ~ block['type'] ~ "'.") -}}
       {%- endif -%}
     {%- endfor -%}
   {%- endif -%}
@@ -93,13 +103,21 @@ _TEMPLATE = """
                         message['role'] ~ ' as message ' ~ loop.index ~ '.') -}}
   {%- elif message['role'] == 'user' -%}
     {%- if literal_image_token | default(true) -%}
-      {%- set state.images = state.images + state.text.count('<image>') -%}
+      {%- for piece in state.text.split('<image>') -%}
+        {%- if has_videos -%}
+          {%- set state.media = state.media + ('<video>' + image_end) * piece.count('<video>') -%}
+        {%- endif -%}
+        {%- set state.media = state.media + ('' if loop.last else '<image>' + image_end) -%}
+      {%- endfor -%}
       {%- set state.text = state.text.replace('<image>', '') -%}
+      {%- if has_videos -%}
+        {%- set state.text = state.text.replace('<video>', '') -%}
+      {%- endif -%}
     {%- endif -%}
     {%- if not has_questions -%}
-      {%- set state.text = '<image>' * state.images -%}
-    {%- elif state.images -%}
-      {%- set state.text = (('<image>' + image_end) * state.images + state.text.strip()).strip() -%}
+      {%- set state.text = state.media.replace(image_end, '') -%}
+    {%- elif state.media -%}
+      {%- set state.text = (state.media + state.text.strip()).strip() -%}
     {%- endif -%}
     {%- set is_first_turn = loop.index0 == (1 if messages[0]['role'] == 'system' else 0) -%}
     {%- if is_first_turn or closed_by_eos -%}
@@ -139,11 +157,13 @@ def build_chat_template(
     answer_start: str = "",
     closes_empty_answers: bool = True,
     has_questions: bool = True,
+    has_videos: bool = False,
 ) -> str:
     """Make the chat template of a language model; a pair holds the strings before and after a text.
 
     `default_system` is written in front of a conversation without a system message, `image_end` after each image, and
-    `answer_start` before each answer, as a part of it. Without `has_questions`, the text of questions is dropped.
+    `answer_start` before each answer, as a part of it. Without `has_questions`, the text of questions is dropped. With
+    `has_videos`, videos are accepted like images.
     """
     fields = {
         "SYSTEM_START": system[0],
@@ -159,6 +179,7 @@ def build_chat_template(
         "ANSWER_START": answer_start,
         "CLOSES_EMPTY_ANSWERS": closes_empty_answers,
         "HAS_QUESTIONS": has_questions,
+        "HAS_VIDEOS": has_videos,
     }
     template = _TEMPLATE
     for name, value in fields.items():
@@ -372,10 +393,12 @@ def protect_text(marked: str, bos_token: str | None, chat: ChatFormat | None, ch
                     "this processor removes again; other tokenizers would encode it."
                 )
             return text
+    is_foreign = chat is not None
     logger.warning_once(
-        "The chat template of this conversation is not one of the processor's: the string keeps the private-use "
-        f"characters U+{ord(CHUNK_BOUNDARY):X} and U+{ord(ANSWER_BOUNDARY):X}, where this processor cuts it; other "
-        "tokenizers would encode them. Set `processor.chat_template` to that template."
+        f"The chat template of this conversation {_FOREIGN if is_foreign else _UNMARKED_ANSWERS}: the string keeps "
+        f"the private-use characters U+{ord(CHUNK_BOUNDARY):X} and U+{ord(ANSWER_BOUNDARY):X}, where this processor "
+        "cuts it; other tokenizers would encode them."
+        + (" Set `processor.chat_template` to that template." if is_foreign else "")
     )
     return marked
 
@@ -422,11 +445,12 @@ def _occurrences(text: str, literal: str, start: int = 0, stop: int | None = Non
 
 @dataclass
 class TextChunk:
-    """A piece of text that is encoded alone, or the run of placeholders of one image.
+    """A piece of text that is encoded alone, or the run of placeholders of one image or video.
 
     Attributes:
-        text: The text; for an image its run of placeholders.
+        text: The text; for an image or a video its run of placeholders.
         num_image_tokens: Length of that run, 0 for text.
+        token_id: Id of the placeholder in that run.
         is_answer: Whether the chunk is learned in training.
         is_bos: Whether this is the leading BOS; its text is empty if the text does not have it.
         answers: Where answers start and end in a text with more than an answer.
@@ -434,6 +458,7 @@ class TextChunk:
 
     text: str
     num_image_tokens: int = 0
+    token_id: int = -1
     is_answer: bool = False
     is_bos: bool = False
     answers: tuple[tuple[int, int], ...] = ()
@@ -447,14 +472,15 @@ class TextChunk:
 def split_text(
     text: str,
     placeholder: re.Pattern[str],
-    lengths: Iterator[int],
+    runs: Mapping[str, tuple[int, Iterator[int]]],
     bos_token: str | None,
     chats: Sequence[ChatFormat] = (),
 ) -> list[TextChunk]:
-    """Cut a text after a leading BOS, at its images, and between the pieces of a conversation.
+    """Cut a text after a leading BOS, at its images and videos, and between the pieces of a conversation.
 
-    `lengths` yields the number of placeholders of image after image; `chats` are the formats by which a text without
-    boundary characters is cut. Empty chunks and private characters are left out.
+    `placeholder` finds their tokens; `runs` holds the id of each and yields the number of placeholders of image after
+    image, or video after video; `chats` are the formats by which a text without boundary characters is cut. Empty
+    chunks and private characters are left out.
     """
     pieces = _cut(text, bos_token, chats)
     if pieces.repeated:
@@ -470,8 +496,9 @@ def split_text(
         start = 0
         for cut in placeholder.finditer(piece):
             chunks.append(TextChunk(piece[start : cut.start()], is_answer=is_answer))
+            token_id, lengths = runs[cut.group()]
             length = next(lengths)
-            chunks.append(TextChunk(cut.group() * length, num_image_tokens=length))
+            chunks.append(TextChunk(cut.group() * length, num_image_tokens=length, token_id=token_id))
             start = cut.end()
         chunks.append(TextChunk(piece[start:], is_answer=is_answer))
     return [chunk for chunk in chunks if chunk.text or chunk.is_bos]
@@ -521,23 +548,24 @@ class _Row:
             self.is_answer += [int(chunk.is_answer)] * len(ids)
         self.length += len(chunk.text)
 
-    def truncate(self, max_length: int, side: str, image_token_id: int) -> None:
-        """Cut off tokens at one side; raise a `ValueError` if that would cut an image."""
+    def truncate(self, max_length: int, side: str, placeholder_ids: Mapping[str, int]) -> None:
+        """Cut off tokens at one side; raise a `ValueError` if that would cut an image or a video."""
         kept = slice(max(0, len(self.ids) - max_length), None) if side == "left" else slice(max_length)
-        before, after = self.ids.count(image_token_id), self.ids[kept].count(image_token_id)
-        if before != after:
-            raise ValueError(
-                f"`max_length` must leave room for the images: truncating {len(self.ids)} tokens to "
-                f"{len(self.ids[kept])} would keep {after} of {before} image tokens. Raise `max_length`, or "
-                "pass fewer images."
-            )
+        for modality, token_id in placeholder_ids.items():
+            before, after = self.ids.count(token_id), self.ids[kept].count(token_id)
+            if before != after:
+                raise ValueError(
+                    f"`max_length` must leave room for the {modality}s: truncating {len(self.ids)} tokens to "
+                    f"{len(self.ids[kept])} would keep {after} of {before} {modality} tokens. Raise `max_length`, or "
+                    f"pass fewer {modality}s{' or frames' if modality == 'video' else ''}."
+                )
         self.ids, self.spans, self.is_answer = self.ids[kept], self.spans[kept], self.is_answer[kept]
 
 
 def encode_chunks(
     tokenizer: Any,
     texts: Sequence[Sequence[TextChunk]],
-    image_token_id: int,
+    placeholder_ids: Mapping[str, int],
     *,
     add_special_tokens: bool | None = True,
     truncation: Any = False,
@@ -550,7 +578,8 @@ def encode_chunks(
     """Encode texts chunk by chunk into lists; the other options are those of a tokenizer's `__call__`.
 
     BOS is put in front by hand, as in the original, since not every tokenizer adds it; with
-    `add_special_tokens=False`, only in front of conversations. `offset_mapping` refers to the text with runs of
+    `add_special_tokens=False`, only in front of conversations. `placeholder_ids` are the ids of the placeholders of
+    each modality, which are not truncated. `offset_mapping` refers to the text with runs of
     placeholders; `assistant_masks` is 1 for each token of an answer.
     """
     pad_options = {name: options.pop(name, None) for name in ("pad_to_multiple_of", "return_attention_mask")}
@@ -565,10 +594,10 @@ def encode_chunks(
     if sanitize_control_tokens:
         tokenizer_options["sanitize_control_tokens"] = True
     adds_bos = bool(add_special_tokens) and tokenizer.bos_token_id is not None
-    rows = _encode_rows(tokenizer, texts, image_token_id, adds_bos, tokenizer_options)
+    rows = _encode_rows(tokenizer, texts, adds_bos, tokenizer_options)
     if truncation and truncation != "do_not_truncate":
         for row in rows:
-            row.truncate(max_length or tokenizer.model_max_length, tokenizer.truncation_side, image_token_id)
+            row.truncate(max_length or tokenizer.model_max_length, tokenizer.truncation_side, placeholder_ids)
     output = dict(
         tokenizer.pad(
             {"input_ids": [row.ids for row in rows]},
@@ -589,7 +618,6 @@ def encode_chunks(
 def _encode_rows(
     tokenizer: Any,
     texts: Sequence[Sequence[TextChunk]],
-    image_token_id: int,
     adds_bos: bool,
     options: Mapping[str, Any],
 ) -> list[_Row]:
@@ -610,7 +638,7 @@ def _encode_rows(
                 row.add(chunk, [tokenizer.bos_token_id], [(0, len(chunk.text))])
             elif count := chunk.num_image_tokens:
                 width = len(chunk.text) // count
-                row.add(chunk, [image_token_id] * count, [(i * width, (i + 1) * width) for i in range(count)])
+                row.add(chunk, [chunk.token_id] * count, [(i * width, (i + 1) * width) for i in range(count)])
             else:
                 row.add(chunk, next(ids_of_chunks), next(spans_of_chunks, []))
         rows.append(row)
@@ -630,6 +658,7 @@ __all__ = [
     "BOUNDARY_NAMES",
     "IMAGE_TOKEN",
     "PRIVATE_CHARACTERS",
+    "VIDEO_TOKEN",
     "ChatFormat",
     "TextChunk",
     "build_chat_template",

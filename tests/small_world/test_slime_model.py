@@ -25,6 +25,6 @@ def test_it_reads_what_only_tiles_show(data):
     for branch in ("both", "global"):
         model.config.branch = branch
         shares[branch] = accuracy(list(answer_questions(model, processor, questions, data / "images", None)))["all"]
-    # 77 and 15 % on 486 questions (docs/small_slime.md).
-    assert shares["both"] >= 0.5
+    # Of more questions, docs/small_slime.md has the shares.
+    assert shares["both"] >= 0.6
     assert shares["global"] <= 0.4
