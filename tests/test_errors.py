@@ -4,7 +4,7 @@ from mgllava.errors import MGLlavaError
 from tests.test_docstrings import modules
 
 # Hub folders cannot import the base class. The last one is a signal, not an error.
-EXCEPTIONS = {"UnreadableImageError", "UnsupportedLanguageModelError", "AnswerFinishedError"}
+EXCEPTIONS = {"UnreadableImageError", "UnreadableVideoError", "UnsupportedLanguageModelError", "AnswerFinishedError"}
 
 
 def test_all_errors_have_one_base():

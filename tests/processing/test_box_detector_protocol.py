@@ -339,7 +339,9 @@ def test_a_forked_worker_loads_on_the_cpu_or_says_that_it_cannot():
 def test_the_model_accepts_everything_that_the_processor_returns():
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     processor = MGLlavaProcessor(
-        MGLlavaImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=size), golden_tokenizer(), NUM_FUSED_TOKENS
+        MGLlavaImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=size),
+        golden_tokenizer(),
+        image_seq_length=NUM_FUSED_TOKENS,
     )
     processor.box_detector = WholePicture()
     options = {"text_config": {"vocab_size": 448}, "unpadded_vocab_size": 420}

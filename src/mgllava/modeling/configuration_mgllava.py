@@ -171,8 +171,11 @@ class MGLlavaConfig(ImageTextConfig):
     @property
     def placeholder_ids(self) -> dict[str, int]:
         """Id of the placeholder of each modality: of images and, if the model takes them, of videos."""
-        videos = {} if self.video_token_id is None else {"video": self.video_token_id}
-        return {**super().placeholder_ids, **videos}
+        # Without `super()`, of whose properties `torch.compile` makes no values.
+        ids = {"image": self.image_token_id}
+        if self.video_token_id is not None:
+            ids["video"] = self.video_token_id
+        return ids
 
     @property
     def token_grid_size(self) -> int:

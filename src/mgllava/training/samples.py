@@ -140,7 +140,6 @@ def to_conversation(
         raise SampleError(_no_videos(name))
     if has_boxes(sample) and missing_boxes is None:
         raise SampleError(_no_boxes(name))
-    entries = _entries(sample, len(given["image"]), len(given["video"]), name)
     tokens = {"image": IMAGE_TOKEN} | ({} if video_token is None else {"video": video_token})
     if sample.get("messages") is not None:
         turns = [_read_message(message, name, tokens) for message in sample["messages"]]
@@ -151,6 +150,7 @@ def to_conversation(
             f"Sample {name} must have `conversations` or `messages`, got {', '.join(map(str, sample)) or 'nothing'}. "
             "A trainer drops columns that the model does not take, unless `remove_unused_columns=False`."
         )
+    entries = _entries(sample, len(given["image"]), len(given["video"]), name)
 
     if next((role for role, _ in turns if role != "system"), "") == "assistant":
         _say_once(
