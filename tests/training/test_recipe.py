@@ -28,7 +28,7 @@ def test_the_package_has_both_stages_for_every_language_model():
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("stage", [1, 2])
 def test_settings_are_the_papers(stage, model):
-    """Section 11 of what is known of the original: its table, and the batches of its devices."""
+    """The paper gives learning rates, schedules and batches for 8 or 32 devices."""
     recipe = load_recipe(f"stage_{stage}_{model}.yaml")
     training = recipe.training
     learning_rate = {1: 2e-3 if model == "yi_34b" else 1e-3, 2: 2e-5}[stage]
