@@ -149,10 +149,11 @@ def test_training_that_is_killed_or_meets_a_full_disk_ends_with_the_same_losses(
     assert losses(output) == expected
 
 
-def test_incomplete_checkpoints_are_skipped(finished, tmp_path):
+def test_incomplete_checkpoints_are_skipped(finished, tmp_path, caplog):
     output = shutil.copytree(finished, tmp_path / "copy")
     (output / "checkpoint-6" / "optimizer.pt").unlink()
     assert last_complete_checkpoint(output) == output / "checkpoint-4"
+    assert f"{output / 'checkpoint-6'} is skipped: it is incomplete" in caplog.text
     with (output / "checkpoint-4" / "model.safetensors").open("r+b") as file:
         file.truncate(1000)
     assert last_complete_checkpoint(output) is None
