@@ -204,6 +204,21 @@ def test_file_that_is_added_while_the_output_is_replaced_is_kept(tmp_path, tagge
     assert _tree(tmp_path / "out.replaced") == {"late.txt": b"mine"}
 
 
+@pytest.mark.parametrize(("written", "is_kept"), [(["vocabulary.txt"], False), ([], True), (5, True), (None, True)])
+def test_interrupted_replacement_removes_only_what_was_written_again(tmp_path, written, is_kept):
+    """Files of any name count as written if the list names them; a damaged list names nothing."""
+    output, replaced = tmp_path / "out", tmp_path / "out.replaced"
+    folder = staging.StagingFolder(output, overwrite=False)
+    for path, text in ((output, "the new one"), (replaced, "the old")):
+        path.mkdir()
+        (path / "vocabulary.txt").write_text(text)
+    mark = {"mark": staging._MARK, "written": written}
+    (replaced / "conversion_replaced.json").write_text(json.dumps(mark))
+    folder._finish_replacement()
+    assert _tree(output) == {"vocabulary.txt": b"the new one"}
+    assert replaced.exists() == is_kept and (not is_kept or _tree(replaced) == {"vocabulary.txt": b"the old"})
+
+
 # Links, and other outputs
 
 
