@@ -1,5 +1,6 @@
 """Two jobs on one output, full disks, folders of the user: finished work is kept, and no other file is deleted."""
 
+import contextlib
 import errno
 import json
 import os
@@ -90,6 +91,18 @@ def test_task_that_starts_at_the_same_time_keeps_the_work_of_another_one(tmp_pat
     second.begin(manifest)
     assert (first.next_image(0), second.next_image(0), second.next_image(1)) == (2, 2, 2)
     assert (first.path / "shard-000000.jsonl").is_file()
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_interrupted_removal_is_finished_unless_another_task_may_be_at_it(some_images, tmp_path, is_shared):
+    output = tmp_path / "boxes.json"
+    left = SliceFolder(output)._finished
+    left.mkdir()
+    (left / "shard-000000.jsonl").write_text("")
+    other = FolderLock(output.with_name("boxes.json.task-1-of-2"), "detecting part 1 of 2")
+    with other if is_shared else contextlib.nullcontext():
+        detect_images(some_images, output, StubDetector(), array_task=(0, 2), **OPTIONS)
+    assert left.exists() == is_shared
 
 
 def test_lock_of_a_killed_job_is_taken_over(some_images, tmp_path, expected, caplog):
