@@ -7,18 +7,17 @@ import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Several test processes share the cores: with more threads than cores, threads wait for each other.
-os.environ.setdefault(
-    "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
-)
 
 import pytest
 
 from tests import processes
 
 
-def pytest_configure():
+def pytest_configure(config):
     processes.SERVER.set_forkserver_preload(processes.IMPORTED)
+    # With more threads than cores, threads wait for each other. Test processes inherit the number from this one.
+    if number := config.getoption("numprocesses", None):
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // number)))
 
 
 def pytest_collection_finish():
