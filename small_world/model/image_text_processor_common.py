@@ -307,20 +307,27 @@ class ImageTextProcessor(ProcessorMixin):
                 )
         if text is None:
             return
-        placeholder = self.placeholder_pattern("image")
-        expected = [len(placeholder.findall(sample)) for sample in text]
-        if sum(expected) != num_images:
-            raise ValueError(
-                f"`text` must have one {self.image_token!r} per image, got {sum(expected)} placeholders and "
-                f"{num_images} images."
-            )
         is_nested = isinstance(images, list | tuple) and all(isinstance(group, list | tuple) for group in images)
-        if images is not None and is_nested and len(images) == len(text):
-            for index, (placeholders, group) in enumerate(zip(expected, images, strict=True)):
-                if placeholders != len(group):
+        groups = [len(group) for group in images] if is_nested else None
+        self.check_placeholders(text, "image", self.image_token, num_images, groups)
+
+    def check_placeholders(
+        self, text: Sequence[str], modality: str, token: str | None, total: int, groups: Sequence[int] | None
+    ) -> None:
+        """Check that texts have a placeholder for each image or video; `groups` are their numbers per prompt."""
+        placeholder = self.placeholder_pattern(modality)
+        expected = [len(placeholder.findall(sample)) for sample in text]
+        if sum(expected) != total:
+            raise ValueError(
+                f"`text` must have one {token!r} per {modality}, got {sum(expected)} placeholders and "
+                f"{total} {modality}s."
+            )
+        if groups is not None and len(groups) == len(text):
+            for index, (placeholders, count) in enumerate(zip(expected, groups, strict=True)):
+                if placeholders != count:
                     raise ValueError(
-                        f"`text[{index}]` must have one {self.image_token!r} per image of `images[{index}]`, got "
-                        f"{placeholders} placeholders and {len(group)} images."
+                        f"`text[{index}]` must have one {token!r} per {modality} of `{modality}s[{index}]`, got "
+                        f"{placeholders} placeholders and {count} {modality}s."
                     )
 
     def replace_video_token(self, video_inputs: Mapping[str, Any], video_idx: int, **kwargs: Any) -> str:

@@ -693,23 +693,8 @@ class MGLlavaProcessor(ImageTextProcessor):
                 "`packs_boxes` must be False for videos: their inputs are not known to TRL's GRPO and RLOO trainers, "
                 "which would drop them."
             )
-        if text is None:
-            return
-        placeholder = self.placeholder_pattern("video")
-        expected = [len(placeholder.findall(sample)) for sample in text]
-        if sum(expected) != num_videos:
-            raise ValueError(
-                f"`text` must have one {self.video_token!r} per video, got {sum(expected)} placeholders and "
-                f"{num_videos} videos."
-            )
-        groups = count_per_prompt(videos)
-        if groups is not None and len(groups) == len(text):
-            for index, (placeholders, count) in enumerate(zip(expected, groups, strict=True)):
-                if placeholders != count:
-                    raise ValueError(
-                        f"`text[{index}]` must have one {self.video_token!r} per video of `videos[{index}]`, got "
-                        f"{placeholders} placeholders and {count} videos."
-                    )
+        if text is not None:
+            self.check_placeholders(text, "video", self.video_token, num_videos, count_per_prompt(videos))
 
     def _process(self, images: Any, targets: TrainingTargets, **kwargs: Any) -> Mapping[str, Any]:
         """Find the boxes that are not given, then process the images."""

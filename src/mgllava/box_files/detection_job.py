@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import re
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -23,7 +22,7 @@ from .detectors import Detector, detection_settings
 from .errors import BoxFileError
 from .formats import check_extension, check_record, has_integer_boxes, read_metadata, require_pyarrow, write_boxes
 from .image_lists import DEFAULT_NUM_FRAMES, ImageEntry, ImageList, Inputs, is_text, list_images
-from .slices import Batch, SliceFolder, processes
+from .slices import Batch, SliceFolder, processes, read_ahead
 
 logger = logging.getLogger(__name__)
 
@@ -306,7 +305,7 @@ def _run(
                     yield _Work(slice_number, numbers[0], [pool.submit(images.load, number) for number in numbers])
 
         try:
-            for work in _ahead(upcoming(), _BATCHES_AHEAD):
+            for work in read_ahead(upcoming(), _BATCHES_AHEAD):
                 batch = _detect_batch(images, work, detect, show, pool)
                 folder.append(work.slice_number, batch)
                 report(batch.stop - batch.start)
@@ -327,16 +326,6 @@ def _batches(images: ImageList, numbers: range, batch_size: int) -> Iterator[ran
         size += frames
     if size:
         yield range(first, numbers.stop)
-
-
-def _ahead(items: Iterable[_Work], number: int) -> Iterator[_Work]:
-    """Yield items, always a number of them behind."""
-    waiting: deque[_Work] = deque()
-    for item in items:
-        waiting.append(item)
-        if len(waiting) > number:
-            yield waiting.popleft()
-    yield from waiting
 
 
 def _detect_batch(

@@ -5,11 +5,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +23,7 @@ from .errors import BoxFileError
 _MANIFEST = "manifest.json"
 _MANIFEST_KEYS = {"settings", "inputs_digest", "images", "shard_size"}
 _OWN_FILES = re.compile(r"manifest\.json|shard-\d+\.jsonl(\.partial)?")
+_Item = TypeVar("_Item")
 
 # Processes wait for the slowest one. The default timeout of minutes would end a long job.
 _TIMEOUT = timedelta(days=365)
@@ -34,6 +36,16 @@ def processes() -> Any:
 
     # Without `cpu`, accelerate takes each of several processes on CPUs for the only one.
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=_TIMEOUT)
+
+
+def read_ahead(items: Iterable[_Item], number: int) -> Iterator[_Item]:
+    """Yield items after the next `number` of them have been read."""
+    waiting: deque[_Item] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > number:
+            yield waiting.popleft()
+    yield from waiting
 
 
 @dataclass(frozen=True)
@@ -248,4 +260,4 @@ def _parse(line: bytes) -> Batch | None:
         return None
 
 
-__all__ = ["Batch", "SliceFolder", "processes"]
+__all__ = ["Batch", "SliceFolder", "processes", "read_ahead"]

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -16,7 +15,7 @@ from PIL import Image
 from mgllava.atomic_files import replacing
 from mgllava.box_files import BoxFile
 from mgllava.box_files.box_file import describe_differences
-from mgllava.box_files.slices import Batch, SliceFolder, processes
+from mgllava.box_files.slices import Batch, SliceFolder, processes, read_ahead
 from mgllava.folder_lock import FolderLock
 from mgllava.model_files.json_files import try_read_json
 
@@ -241,7 +240,7 @@ class _Job:
                         yield number, first, [pool.submit(self._open, question) for question in questions]
 
             try:
-                for number, first, opened in _ahead(upcoming(), _BATCHES_AHEAD):
+                for number, first, opened in read_ahead(upcoming(), _BATCHES_AHEAD):
                     if lock is not None:
                         lock.check()
                     folder.append(number, self._answer(first, opened))
@@ -349,16 +348,6 @@ class _Job:
             ) from error
         logger.warning("Skipped %s (id %r): %s.", question.row.place, question.key, error)
         batch.unreadable.append({"number": question.number, "key": question.key, "reason": str(error)})
-
-
-def _ahead(items: Iterator[Any], number: int) -> Iterator[Any]:
-    """Yield items, always a number of them behind."""
-    waiting: deque[Any] = deque()
-    for item in items:
-        waiting.append(item)
-        if len(waiting) > number:
-            yield waiting.popleft()
-    yield from waiting
 
 
 def with_boxes(task: Task, boxes: Boxes) -> Task:

@@ -428,7 +428,7 @@ class ImageTextModel(ImageTextPreTrainedModel):
         for modality in modalities:
             if modality in outputs:
                 pooled = outputs[modality].pooler_output
-                # Of the embeddings of text: those of another modality are no placeholders.
+                # Before features are put in, which could be taken for placeholders of another modality.
                 masks[modality] = self.get_placeholder_mask(input_ids, inputs_embeds, pooled, modality)
                 features[modality] = torch.cat(list(pooled)).to(inputs_embeds.device, inputs_embeds.dtype)
             else:

@@ -197,7 +197,7 @@ class SlimeModel(SlimePreTrainedModel, ImageTextModel):
         num_tiles = [rows * columns for rows, columns in grids]
         firsts = torch.tensor([0, *(1 + tiles for tiles in num_tiles)][:-1]).cumsum(0)
         is_global[firsts] = True
-        if self.config.branch == "global":  # of the tiles, nobody sees anything
+        if self.config.branch == "global":  # the language model sees no tiles
             pixel_values, is_global = pixel_values[is_global], is_global[is_global]
         global_tokens, local_tokens, vision_outputs = self.embed_views(pixel_values, is_global, **kwargs)
         if self.config.branch == "global":
