@@ -1,7 +1,6 @@
 """Checkpoints of SliME: whole releases, LoRA releases, and the files of the first stages of training."""
 
 import logging
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers import initialization as init
 
 from mgllava.conversion.detect import tensor_names
 from mgllava.conversion.parts import (
@@ -23,20 +21,13 @@ from mgllava.conversion.parts import (
 from mgllava.conversion.source_format import Gathered, GatheredTensors, SourceFormat
 from mgllava.model_files.errors import ConversionError
 from mgllava.model_files.json_files import read_json
-from mgllava.model_files.lazy_tensor import LazyTensor, from_tensor
+from mgllava.model_files.lazy_tensor import LazyTensor
 from mgllava.model_files.sources import HUB_PREFIX, clip_config, language_model_config
 from mgllava.model_files.tensor_files import open_weights, tensors_of
 from mgllava.model_files.tensor_matching import FLOAT_DTYPES
 from mgllava.model_files.torch_files import open_torch_file
-from mgllava.model_files.vocabulary import generation_config, load_tokenizer, plan_vocabulary
+from mgllava.model_files.vocabulary import Vocabulary, generation_config, load_tokenizer, plan_vocabulary
 from mgllava.modeling import SlimeConfig
-from mgllava.modeling.adapters_slime import (
-    SlimeProjector,
-    SlimeQueryAdapter,
-    reset_adapter,
-    reset_projector,
-    sincos_positions,
-)
 from mgllava.processing import SLIME_CHAT_TEMPLATES
 from mgllava.processing.text_chunks_common import IMAGE_TOKEN
 
@@ -52,14 +43,14 @@ from .config_mapping import (
     unused_fields,
 )
 from .export import export_slime
-from .key_mapping import COMPRESSOR, PROJECTOR, VISION_TOWER, to_model
+from .key_mapping import COMPRESSOR, VISION_TOWER, to_model
+from .new_modules import add_new_modules, add_positions
 from .presets import LORA_PRESETS, PRESETS
 from .processor import make_processor, separator_of
 
 logger = logging.getLogger(__name__)
 
 _EMBEDDING = "model.language_model.embed_tokens.weight"
-_ADAPTERS = (f"{PROJECTOR}query_adapter.", COMPRESSOR)
 _TRAINABLES = "non_lora_trainables.bin"
 _STAGE_FILES = ("mm_projector.bin", "sampler.bin")
 # What a stage file holds, without the prefixes of wrappers.
@@ -68,8 +59,6 @@ _STAGE_NAMES = re.compile(
 )
 _WEIGHT_FILES = re.compile(r"(model\.safetensors|pytorch_model\.bin)(\.index\.json)?")
 _TEXT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-# Of new modules, so that a conversion that is resumed gets the same values.
-_SEED = 0
 
 
 @dataclass
@@ -254,34 +243,14 @@ def _complete(
     notes: list[str] = []
     tower = _vision_tower(folder, original, options["vision_tower"])
     vision_config, image_settings = clip_config(tower)
-    if original.get("mm_hidden_size") not in (None, vision_config.hidden_size):
-        raise ConversionError(
-            f"`vision_tower` is not the one of the training: {tower} is {vision_config.hidden_size} channels wide, "
-            f"while `mm_hidden_size` in config.json of the checkpoint is {original['mm_hidden_size']}."
-        )
-    has_tower = any(name.startswith(VISION_TOWER) for name in tensors.used)
-    if not has_tower:
-        tensors.use(clip_weights(tower), "vision_tower")
-    for name in list(tensors.used):
-        if (reason := model_drop_reason(name, vision_config.num_hidden_layers - 1)) is not None:
-            tensors.drop("renamed", name, reason)
-            del tensors.used[name]
-
-    arguments = slime_arguments(original)
+    has_tower = _use_vision_tower(tensors, tower, vision_config, original)
     tokenizer = load_tokenizer(language_model.folder, language_model.argument, original.get("pad_token_id"))
     rows = _table_rows(tensors)
-    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    last = max(tokenizer.get_vocab().values())
-    num_words = image_token_id if image_token_id == last else last + 1
-    if num_words > rows:
-        notes.append(
-            f"The tokenizer has {num_words} tokens and the embedding table {rows} rows. The original fills the rows "
-            "of the others with random numbers; here they get the mean of the table, and are never generated."
-        )
-    vocabulary = plan_vocabulary(image_token_id, rows)
+    vocabulary, num_words = _plan_words(notes, tokenizer, rows)
     text_config = language_model.config
     _note_padding(notes, original, tokenizer)
     text_config.pad_token_id = tokenizer.pad_token_id
+    arguments = slime_arguments(original)
     if kind == "stage" and "num_local_queries" not in arguments:
         queries = tensors.used.get(f"{COMPRESSOR}queries")
         arguments |= {} if queries is None else {"num_local_queries": next(iter(queries.shape), 0)}
@@ -294,20 +263,15 @@ def _complete(
         **arguments,
     )
     dtype = _dtype(kind, tensors.used[_EMBEDDING].dtype, text_config)
-    initialized = _add_new_modules(tensors, config, dtype) if kind == "stage" else []
-    computed = _add_positions(tensors, kind == "release")
+    initialized = add_new_modules(tensors, config, dtype) if kind == "stage" else []
+    computed = add_positions(tensors, kind == "release")
     if original and not tiles_images(original):
         notes.append(
             f"`image_aspect_ratio` in config.json is {original.get('image_aspect_ratio')!r}, not 'anyres': the "
             "processor makes one view of an image, as the original does. Pass it `do_tile=True` for tiles."
         )
     template = _template(options["prompt_template"], tokenizer)
-    tensors.files["checkpoint"] += [
-        folder / name for name in _TEXT_FILES if folder != language_model.folder and (folder / name).is_file()
-    ][: 1 if kind != "release" else None]
-    tensors.files.setdefault(language_model.argument, []).extend(
-        language_model.folder / name for name in _TEXT_FILES if (language_model.folder / name).is_file()
-    )
+    _name_text_files(tensors, folder, language_model)
     for note in notes:
         logger.warning("%s", note)
     return Gathered(
@@ -337,6 +301,47 @@ def _complete(
             "notes": notes,
             "vocabulary": vars(vocabulary),
         },
+    )
+
+
+def _use_vision_tower(
+    tensors: GatheredTensors, tower: str | Path, vision_config: PreTrainedConfig, original: Mapping[str, Any]
+) -> bool:
+    """Use the tower's tensors unless the checkpoint has its own, as returned; drop layers that are not needed."""
+    if original.get("mm_hidden_size") not in (None, vision_config.hidden_size):
+        raise ConversionError(
+            f"`vision_tower` is not the one of the training: {tower} is {vision_config.hidden_size} channels wide, "
+            f"while `mm_hidden_size` in config.json of the checkpoint is {original['mm_hidden_size']}."
+        )
+    has_tower = any(name.startswith(VISION_TOWER) for name in tensors.used)
+    if not has_tower:
+        tensors.use(clip_weights(tower), "vision_tower")
+    for name in list(tensors.used):
+        if (reason := model_drop_reason(name, vision_config.num_hidden_layers - 1)) is not None:
+            tensors.drop("renamed", name, reason)
+            del tensors.used[name]
+    return has_tower
+
+
+def _plan_words(notes: list[str], tokenizer: Any, rows: int) -> tuple[Vocabulary, int]:
+    """Plan the rows of the embedding table; return the plan and the number of the tokenizer's own tokens."""
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    last = max(tokenizer.get_vocab().values())
+    num_words = image_token_id if image_token_id == last else last + 1
+    if num_words > rows:
+        notes.append(
+            f"The tokenizer has {num_words} tokens and the embedding table {rows} rows. The original fills the rows "
+            "of the others with random numbers; here they get the mean of the table, and are never generated."
+        )
+    return plan_vocabulary(image_token_id, rows), num_words
+
+
+def _name_text_files(tensors: GatheredTensors, folder: Path, language_model: _LanguageModel) -> None:
+    """Add to the files of each source those that configuration and tokenizer come from."""
+    if folder != language_model.folder and (folder / "config.json").is_file():
+        tensors.files["checkpoint"].append(folder / "config.json")
+    tensors.files.setdefault(language_model.argument, []).extend(
+        language_model.folder / name for name in _TEXT_FILES if (language_model.folder / name).is_file()
     )
 
 
@@ -412,52 +417,6 @@ def _dtype(kind: str, embedding: torch.dtype, text_config: PreTrainedConfig) -> 
     if configured not in FLOAT_DTYPES:
         raise ConversionError(f"`llm`: the dtype in its config.json must be a float, got {configured}.")
     return configured
-
-
-def _add_new_modules(tensors: GatheredTensors, config: SlimeConfig, dtype: torch.dtype) -> list[str]:
-    """Initialize, as the original does, the modules that the checkpoint has no tensor of; return their names."""
-    width = config.vision_config.hidden_size
-    names = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_SEED)
-        modules: dict[str, torch.nn.Module] = {}
-        if not any(name.startswith(PROJECTOR) for name in tensors.used):
-            projector = SlimeProjector(width, config.text_config.hidden_size, config.num_global_tokens, None)
-            reset_adapter(projector.query_adapter, init)
-            reset_projector(projector, init)
-            modules[PROJECTOR] = projector
-        if config.num_local_queries is not None and not any(name.startswith(COMPRESSOR) for name in tensors.used):
-            compressor = SlimeQueryAdapter(width, config.num_local_queries)
-            reset_adapter(compressor, init)
-            modules[COMPRESSOR] = compressor
-    for prefix, module in modules.items():
-        names.append(prefix.rstrip("."))
-        origin = f"initialized as the original does, with seed {_SEED}"
-        for name, value in module.state_dict().items():
-            tensors.used[prefix + name] = from_tensor(value.to(dtype), origin)
-    return names
-
-
-def _add_positions(tensors: GatheredTensors, is_release: bool) -> list[str]:
-    """Compute the position embeddings that a checkpoint lacks, rounded as the others of its tensors.
-
-    Releases hold them. Where they are not numbers, the original computes them again.
-    """
-    computed = []
-    for prefix in _ADAPTERS:
-        queries, name = tensors.used.get(f"{prefix}queries"), f"{prefix}positions"
-        stored = tensors.used.get(name)
-        if queries is None or len(queries.shape) != 2 or (is_release and stored is None):
-            continue
-        if stored is not None and not stored.load().isnan().any():
-            continue
-        size = math.isqrt(queries.shape[0])
-        if size**2 == queries.shape[0] and queries.shape[1] % 4 == 0:
-            values = sincos_positions(size, queries.shape[1]).to(queries.dtype)
-            tensors.used[name] = from_tensor(values, f"computed, in the dtype of {queries.origin}")
-            tensors.kept.add(name)
-            computed.append(name)
-    return computed
 
 
 SLIME = SourceFormat(
