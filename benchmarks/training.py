@@ -38,7 +38,7 @@ from mgllava import MGLlavaConfig
 from mgllava.families import FAMILIES
 from mgllava.training import MGLlavaDataCollator, MGLlavaTrainer, Recipe, load_recipe
 from mgllava.training.arguments import training_arguments
-from mgllava.training.run import load_model
+from mgllava.training.recipe_model import load_model
 from mgllava.training.trainable import trained_parameters
 
 PHOTO_SIZES, PHOTOS = ((640, 480), (480, 640), (1920, 1080)), 48

@@ -5,12 +5,14 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedConfig
 
 from mgllava.model_files.errors import ConversionError
 from mgllava.model_files.lazy_tensor import LazyTensor
 from mgllava.model_files.sources import fetch_weights
 from mgllava.model_files.tensor_files import open_weights
+from mgllava.model_files.tensor_matching import FLOAT_DTYPES
 
 # Prefixes and their replacements. Each ends at a dot, so that a name matches at most one.
 Rules = tuple[tuple[str, str], ...]
@@ -115,6 +117,19 @@ def model_drop_reason(name: str, stored_clip_layers: int) -> str | None:
     return drop_reason(name, (*_BUFFERS, _POST_LAYER_NORM, (last_layer, reason)))
 
 
+def dtype_of_other_tensors(text_config: PreTrainedConfig, embedding: torch.dtype, *, is_whole: bool) -> torch.dtype:
+    """Choose the dtype of what a checkpoint does not hold: the language model's.
+
+    `is_whole` says that the checkpoint holds the language model, whose embedding table has this dtype.
+    """
+    configured = getattr(text_config, "dtype", None)
+    if is_whole or configured is None:
+        return embedding if embedding in FLOAT_DTYPES else torch.float32  # others are refused with their names
+    if configured not in FLOAT_DTYPES:
+        raise ConversionError(f"`llm`: the dtype in its config.json must be a float, got {configured}.")
+    return configured
+
+
 __all__ = [
     "CLIP_DROPS",
     "CLIP_TO_MODEL",
@@ -123,6 +138,7 @@ __all__ = [
     "Source",
     "clip_weights",
     "drop_reason",
+    "dtype_of_other_tensors",
     "language_model_weights",
     "model_drop_reason",
     "rename",

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
 from transformers import PreTrainedConfig
 
 from mgllava.conversion.detect import tensor_names
 from mgllava.conversion.parts import (
     LANGUAGE_MODEL_TO_MODEL,
     clip_weights,
+    dtype_of_other_tensors,
     language_model_weights,
     model_drop_reason,
     rename,
@@ -24,7 +24,6 @@ from mgllava.model_files.json_files import read_json
 from mgllava.model_files.lazy_tensor import LazyTensor
 from mgllava.model_files.sources import HUB_PREFIX, clip_config, language_model_config
 from mgllava.model_files.tensor_files import open_weights, tensors_of
-from mgllava.model_files.tensor_matching import FLOAT_DTYPES
 from mgllava.model_files.torch_files import open_torch_file
 from mgllava.model_files.vocabulary import Vocabulary, generation_config, load_tokenizer, plan_vocabulary
 from mgllava.modeling import SlimeConfig
@@ -262,7 +261,7 @@ def _complete(
         separator_token_id=_separator(notes, original, tokenizer),
         **arguments,
     )
-    dtype = _dtype(kind, tensors.used[_EMBEDDING].dtype, text_config)
+    dtype = dtype_of_other_tensors(text_config, tensors.used[_EMBEDDING].dtype, is_whole=kind == "release")
     initialized = add_new_modules(tensors, config, dtype) if kind == "stage" else []
     computed = add_positions(tensors, kind == "release")
     if original and not tiles_images(original):
@@ -407,16 +406,6 @@ def _template(given: str | None, tokenizer: Any) -> str:
             f"`prompt_template` must be one of {sorted(SLIME_CHAT_TEMPLATES)} for SliME, got {given!r}."
         )
     return given
-
-
-def _dtype(kind: str, embedding: torch.dtype, text_config: PreTrainedConfig) -> torch.dtype:
-    """Choose the dtype of what the checkpoint does not hold: the language model's."""
-    configured = getattr(text_config, "dtype", None)
-    if kind == "release" or configured is None:
-        return embedding if embedding in FLOAT_DTYPES else torch.float32  # others are refused with their names
-    if configured not in FLOAT_DTYPES:
-        raise ConversionError(f"`llm`: the dtype in its config.json must be a float, got {configured}.")
-    return configured
 
 
 SLIME = SourceFormat(

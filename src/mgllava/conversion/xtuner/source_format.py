@@ -4,17 +4,20 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
-from transformers import PreTrainedConfig
-
 from mgllava.conversion.detect import tensor_names
 from mgllava.conversion.lora import merge_lora
-from mgllava.conversion.parts import Source, clip_weights, language_model_weights, model_drop_reason, rename
+from mgllava.conversion.parts import (
+    Source,
+    clip_weights,
+    dtype_of_other_tensors,
+    language_model_weights,
+    model_drop_reason,
+    rename,
+)
 from mgllava.conversion.source_format import Gathered, GatheredTensors, SourceFormat
 from mgllava.model_files.errors import ConversionError
 from mgllava.model_files.lazy_tensor import LazyTensor
 from mgllava.model_files.sources import clip_config, language_model_config
-from mgllava.model_files.tensor_matching import FLOAT_DTYPES
 from mgllava.model_files.vocabulary import generation_config, load_tokenizer, plan_vocabulary
 from mgllava.modeling import MGLlavaConfig
 from mgllava.processing import CHAT_TEMPLATES
@@ -88,7 +91,7 @@ def gather(path: Path, options: Mapping[str, Any], trust_pickle: bool, scratch: 
     return Gathered(
         tensors=tensors,
         config=config,
-        dtype=_dtype(kind, tensors.used[_EMBEDDING].dtype, text_config),
+        dtype=dtype_of_other_tensors(text_config, tensors.used[_EMBEDDING].dtype, is_whole=kind == "sft"),
         processor=make_processor(config, tokenizer, image_settings, prompt_template),
         generation_config=generation_config(
             llm_folder, text_config, tokenizer, prompt_template, config.unused_token_ids
@@ -189,16 +192,6 @@ def _table_rows(tensors: GatheredTensors, checkpoint: XTunerCheckpoint) -> int:
     if len(shape) != 2 or not shape[0]:
         raise ConversionError(f"The embedding table {to_xtuner(_EMBEDDING)} must be a matrix, got shape {shape}.")
     return shape[0]
-
-
-def _dtype(kind: str, embedding: torch.dtype, text_config: PreTrainedConfig) -> torch.dtype:
-    """Return the language model's dtype, for all tensors that the checkpoint does not hold."""
-    configured = getattr(text_config, "dtype", None)
-    if kind == "sft" or configured is None:
-        return embedding if embedding in FLOAT_DTYPES else torch.float32  # others are refused with their names
-    if configured not in FLOAT_DTYPES:
-        raise ConversionError(f"`llm`: the dtype in its config.json must be a float, got {configured}.")
-    return configured
 
 
 def _is_plain(value: Any) -> bool:
