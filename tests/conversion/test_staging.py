@@ -204,6 +204,35 @@ def test_file_that_is_added_while_the_output_is_replaced_is_kept(tmp_path, tagge
     assert _tree(tmp_path / "out.replaced") == {"late.txt": b"mine"}
 
 
+@pytest.mark.parametrize("change", ["content", "link", "file to link", "file to folder"])
+def test_file_that_is_changed_after_it_was_copied_is_kept(tmp_path, change):
+    """Also if size and time are those of the copy, as of files that `cp -p` or `rsync` wrote."""
+    old, new = tmp_path / "out.replaced", tmp_path / "out"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "same.txt").write_text("mine")
+        (folder / "same link").symlink_to("same.txt")
+        (folder / "note").write_text("mine")
+        (folder / "link").symlink_to("note")
+    if change == "content":
+        (old / "note").write_text("MINE")
+        os.utime(old / "note", ns=(0, (new / "note").stat().st_mtime_ns))
+    elif change == "link":
+        (old / "link").unlink()
+        (old / "link").symlink_to("same.txt")
+    else:
+        (old / "note").unlink()
+        if change == "file to link":
+            (old / "note").symlink_to("same.txt")
+        else:
+            (old / "note").mkdir()
+            (old / "note" / "more.txt").write_text("mine")
+    before = _tree(old)
+    staging._remove_replaced(old, new, [])
+    left = "link" if change == "link" else "note"
+    assert _tree(old) == {path: content for path, content in before.items() if path.split("/")[0] == left}
+
+
 @pytest.mark.parametrize(("written", "is_kept"), [(["vocabulary.txt"], False), ([], True), (5, True), (None, True)])
 def test_interrupted_replacement_removes_only_what_was_written_again(tmp_path, written, is_kept):
     """Files of any name count as written if the list names them; a damaged list names nothing."""

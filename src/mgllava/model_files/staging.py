@@ -1,5 +1,6 @@
 """Output folders that get their name when they are complete, and the check of what they may replace."""
 
+import filecmp
 import logging
 import os
 import re
@@ -271,10 +272,14 @@ def _remove_duplicate(old: Path, new: Path) -> None:
 
 
 def _same_file(old: Path, new: Path) -> bool:
-    first, second = old.lstat(), new.lstat()
-    # A copy, where the file system has no hard links, keeps size, mode and time.
-    looks = [(found.st_mode, found.st_size, int(found.st_mtime)) for found in (first, second)]
-    return os.path.samestat(first, second) or (looks[0] == looks[1] and not stat.S_ISDIR(first.st_mode))
+    """Tell whether nothing is lost without the old file, which may have been changed after it was copied."""
+    if os.path.samestat(old.lstat(), new.lstat()):
+        return True
+    if old.is_symlink() or new.is_symlink():
+        return old.is_symlink() and new.is_symlink() and os.readlink(old) == os.readlink(new)
+    # The cache goes by paths, sizes and times.
+    filecmp.clear_cache()
+    return filecmp.cmp(old, new, shallow=False)
 
 
 def _sync(folder: Path) -> None:
