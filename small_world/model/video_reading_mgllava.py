@@ -35,6 +35,8 @@ _IMAGE_STARTS = (b"GIF8", b"\x89PNG")
 # Containers whose writers note the length when they are done, and by how much of it a file may be shorter.
 _FINISHED_CONTAINERS = ("matroska", "mp4")
 _MISSING_PART, _MISSING_FRAMES = 0.1, 2.5
+# Pixels by which the buffers of decoders may be wider and higher than the frames.
+_DECODER_MARGIN = 256
 
 
 class UnreadableVideoError(UnreadableImageError):
@@ -229,6 +231,8 @@ def _read_with_pyav(file: BinaryIO, sample: Sampler | None, name: str, described
             best = container.streams.best("video")
             stream = best if best in streams else streams[0]
             stream.thread_type = "AUTO"
+            if limits.max_side is not None:  # frames may be larger than the header says
+                stream.codec_context.options = {"max_pixels": str((limits.max_side + _DECODER_MARGIN) ** 2)}
             yield container, stream
 
     with _errors_named(name, described):
@@ -300,7 +304,14 @@ def _decode(
     kept: dict[int, torch.Tensor] = {}
     count = 0
     for packet in container.demux(stream):
-        for frame in packet.decode():
+        try:
+            decoded = packet.decode()
+        except MemoryError as error:
+            if limits.max_side is None:
+                raise
+            problem = f"frame {count} needs more memory than one of {limits.max_side:,} x {limits.max_side:,} pixels"
+            raise _undecodable(name, described, problem) from error
+        for frame in decoded:
             limits.check(name, frames=count + 1, side=max(frame.width, frame.height))
             if count in wanted:
                 if frame.is_corrupt:

@@ -29,6 +29,7 @@ from mgllava.integrations.vllm.command import read_engine_options, vllm_argument
 from mgllava.integrations.vllm.options import PluginOptions
 from mgllava.integrations.vllm.requests import BoxesField, RequestReader, boxes_into_parts
 from mgllava.integrations.vllm.support import check_config
+from mgllava.serving.image_urls import ImageHosts
 from mgllava.serving.limits import ServingLimits
 
 IMAGE = PIL.Image.linear_gradient("L").resize((30, 20)).rotate(30).convert("RGB")
@@ -99,6 +100,15 @@ def test_digests_tell_images_apart():
     digests = [digest(image) for image in images]
     assert len({*digests}) == len(digests)
     assert digests == [digest(image) for image in images] and digest(IMAGE.copy()) == digests[0]
+
+
+def test_videos_in_requests_are_refused():
+    part = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}
+    reader = RequestReader(ImageHosts(), PluginOptions(limits=ServingLimits(videos=1)), with_boxes=True)
+    with pytest.raises(
+        ValueError, match=r"`messages\[0\]\.content\[0\]` must be absent: the engine vLLM takes no vid"
+    ):
+        asyncio.run(reader.read([{"role": "user", "content": [part]}]))
 
 
 def test_blocks_of_transformers_become_parts_of_vllm(tmp_path):
@@ -264,6 +274,8 @@ def test_options_of_the_command_become_those_of_vllm(tmp_path):
         ({"default_seed": 1}, None, "`default_seed` must be left out"),
         ({"limits": ServingLimits(concurrent_requests=3)}, None, "`concurrent_requests` must be left out"),
         ({"limits": ServingLimits(request_bytes=3)}, None, "`request_bytes` must be left out"),
+        ({"limits": ServingLimits(videos=1)}, None, "`videos` must be left out with `--engine vllm`.*takes no videos"),
+        ({"num_frames": 4}, None, "`num_frames` must be left out"),
         ({"api_keys": [" "]}, None, "`api_keys` must not be empty"),
         ({"allowed_image_hosts": "*"}, None, "`allowed_image_hosts` must be"),
         ({"chat_template_kwargs": "[]"}, None, "`chat_template_kwargs` must be a JSON object"),
@@ -272,7 +284,7 @@ def test_options_of_the_command_become_those_of_vllm(tmp_path):
         ({}, "[]", "`engine_options` must be a JSON object"),
         ({}, '{"additional_config": {"mgllava": {"a": 1}}}', "must have options among"),
     ],
-    ids=range(14),
+    ids=range(16),
 )
 def test_options_without_a_counterpart_are_refused_by_name(options, engine_options, error):
     limits = options.pop("limits", ServingLimits())

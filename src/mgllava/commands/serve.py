@@ -41,8 +41,8 @@ def serve(
     allowed_image_hosts: Annotated[
         str,
         typer.Option(
-            help="Where images may be downloaded from: 'none', or a list of 'public' (all public addresses), 'host' "
-            "and 'host:port', separated by commas. Hosts in the list may have private addresses."
+            help="Where images and videos may be downloaded from: 'none', or a list of 'public' (all public "
+            "addresses), 'host' and 'host:port', separated by commas. Hosts in the list may have private addresses."
         ),
     ] = "public",
     allowed_hosts: Annotated[
@@ -63,7 +63,7 @@ def serve(
         ),
     ] = None,
     request_bytes: Annotated[
-        int, typer.Option("--max-request-bytes", help="Size of a request with its base64 images.")
+        int, typer.Option("--max-request-bytes", help="Size of a request with its base64 images and videos.")
     ] = ServingLimits.request_bytes,
     images: Annotated[int, typer.Option("--max-images", help="Images in a request.")] = ServingLimits.images,
     image_bytes: Annotated[
@@ -79,8 +79,32 @@ def serve(
             help="Pixels of all images in a request, each counted as a square of its longer side.",
         ),
     ] = ServingLimits.pixels,
-    boxes: Annotated[int, typer.Option("--max-boxes", help="Boxes of an image.")] = ServingLimits.boxes,
+    boxes: Annotated[int, typer.Option("--max-boxes", help="Boxes of an image or frame.")] = ServingLimits.boxes,
     image_timeout: Annotated[float, typer.Option(help="Seconds to download an image.")] = ServingLimits.image_timeout,
+    videos: Annotated[
+        int, typer.Option("--max-videos", help="Videos in a request; 0: none are taken.")
+    ] = ServingLimits.videos,
+    num_frames: Annotated[
+        int | None,
+        typer.Option(
+            help="Frames that are sampled from a video; requests may ask for fewer.", show_default="the model's"
+        ),
+    ] = None,
+    video_bytes: Annotated[
+        int, typer.Option("--max-video-bytes", help="Size of a video file.")
+    ] = ServingLimits.video_bytes,
+    video_seconds: Annotated[
+        float, typer.Option("--max-video-seconds", help="Length of a video.")
+    ] = ServingLimits.video_seconds,
+    video_frames: Annotated[
+        int, typer.Option("--max-video-frames", help="Frames in a video file.")
+    ] = ServingLimits.video_frames,
+    video_side: Annotated[
+        int, typer.Option("--max-video-side", help="Pixels of a frame's longer side.")
+    ] = ServingLimits.video_side,
+    video_timeout: Annotated[
+        float, typer.Option(help="Seconds to download a video, and to decode it.")
+    ] = ServingLimits.video_timeout,
     concurrent_requests: Annotated[
         int,
         typer.Option("--max-concurrent-requests", help="Requests that wait or are answered; others get status 429."),

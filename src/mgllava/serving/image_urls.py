@@ -1,4 +1,4 @@
-"""Download images from URLs that clients name, without giving them access to the operator's network.
+"""Download images and videos from URLs that clients name, without giving them access to the operator's network.
 
 A name is resolved once, all of its addresses are checked, and the connection goes to a checked address. So a name that
 changes its address between check and connection gains nothing; redirects are checked in the same way.
@@ -187,7 +187,7 @@ def _ssl_context() -> ssl.SSLContext:
 
 
 class DownloadRoom:
-    """Counts the bytes of all images of a request, up to a limit."""
+    """Counts the bytes of all images and videos of a request, up to a limit."""
 
     def __init__(self, most: int):
         self._most = self._left = most
@@ -197,25 +197,36 @@ class DownloadRoom:
         self._left -= size
         if self._left < 0:
             raise RequestError(
-                f"The images of a request must have at most {self._most:,} bytes together, got more.",
+                f"The images and videos of a request must have at most {self._most:,} bytes together, got more.",
                 code="image_too_large",
             )
 
 
 async def download_image(url: str, param: str, hosts: ImageHosts, limits: ServingLimits, room: DownloadRoom) -> bytes:
     """Return the bytes that a host sends for an http(s) URL; `param` is the field of the request that held it."""
+    return await _download_in_time(url, param, hosts, "image", limits.image_bytes, limits.image_timeout, room)
+
+
+async def download_video(url: str, param: str, hosts: ImageHosts, limits: ServingLimits, room: DownloadRoom) -> bytes:
+    """Return the bytes of a video in the same way."""
+    return await _download_in_time(url, param, hosts, "video", limits.video_bytes, limits.video_timeout, room)
+
+
+async def _download_in_time(
+    url: str, param: str, hosts: ImageHosts, kind: str, most: int, timeout: float, room: DownloadRoom
+) -> bytes:
     try:
-        return await asyncio.wait_for(_download(url, hosts, limits, room), limits.image_timeout)
+        return await asyncio.wait_for(_download(url, hosts, kind, most, timeout, room), timeout)
     except _RefusedError as error:
-        message = f"`{param}` {error} Send the image itself as a data URL."
+        message = f"`{param}` {error} Send the {kind} itself as a data URL."
     except (asyncio.TimeoutError, httpx.TimeoutException):
-        message = f"`{param}` must be downloaded within {limits.image_timeout:g} seconds, which it was not."
+        message = f"`{param}` must be downloaded within {timeout:g} seconds, which it was not."
     except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
         message = f"`{param}` could not be downloaded: {error or type(error).__name__}."
-    raise RequestError(message, param, "invalid_image_url")
+    raise RequestError(message, param, f"invalid_{kind}_url")
 
 
-async def _download(url: str, hosts: ImageHosts, limits: ServingLimits, room: DownloadRoom) -> bytes:
+async def _download(url: str, hosts: ImageHosts, kind: str, most: int, timeout: float, room: DownloadRoom) -> bytes:
     # A new client for each image: cookies must not pass from one request to another. `trust_env=False`: a proxy of the
     # environment would resolve names itself.
     client = httpx.AsyncClient(
@@ -223,26 +234,27 @@ async def _download(url: str, hosts: ImageHosts, limits: ServingLimits, room: Do
         trust_env=False,
         follow_redirects=True,
         max_redirects=_MAX_REDIRECTS,
-        timeout=limits.image_timeout,
-        headers={"User-Agent": "mgllava-serve", "Accept": "image/*", "Accept-Encoding": "identity"},
+        timeout=timeout,
+        headers={"User-Agent": "mgllava-serve", "Accept": f"{kind}/*", "Accept-Encoding": "identity"},
     )
     async with client, client.stream("GET", url) as response:
         if response.status_code != 200:
-            raise _RefusedError(f"must be an image, but its host answered with status {response.status_code}.")
+            article = "an" if kind == "image" else "a"
+            raise _RefusedError(f"must be {article} {kind}, but its host answered with status {response.status_code}.")
         if response.headers.get("Content-Encoding", "identity") != "identity":  # could unpack to any size
             raise _RefusedError("must be sent uncompressed, which its host does not do.")
         data = bytearray()
         announced = response.headers.get("Content-Length", "0")
-        too_large = announced.isdecimal() and int(announced) > limits.image_bytes
+        too_large = announced.isdecimal() and int(announced) > most
         if not too_large:
             async for chunk in response.aiter_raw():
                 room.take(len(chunk))
                 data += chunk
-                if too_large := len(data) > limits.image_bytes:
+                if too_large := len(data) > most:
                     break
         if too_large:
-            raise _RefusedError(f"must be an image of at most {limits.image_bytes:,} bytes, got more.")
+            raise _RefusedError(f"must have at most {most:,} bytes (`--max-{kind}-bytes`), got more.")
     return bytes(data)
 
 
-__all__ = ["DownloadRoom", "ImageHosts", "download_image", "is_public"]
+__all__ = ["DownloadRoom", "ImageHosts", "download_image", "download_video", "is_public"]

@@ -16,27 +16,31 @@ from .limits import ServingLimits
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
-def read_data_url(url: str, param: str, limits: ServingLimits) -> bytes:
-    """Return the file in a data URL of the form `data:image/...;base64,...`; `param` is the field that held it."""
+def read_data_url(url: str, param: str, limits: ServingLimits, kind: str = "image") -> bytes:
+    """Return the file in a data URL of the form `data:image/...;base64,...`; `param` is the field that held it.
+
+    `kind` is `"image"` or `"video"`; a video may also be an animated image.
+    """
     head, comma, payload = url.partition(",")
-    kind = head.lower()
-    if not comma or not kind.startswith("data:image/") or not kind.endswith(";base64"):
+    starts = {f"data:{kind}/", "data:image/"}
+    most = limits.image_bytes if kind == "image" else limits.video_bytes
+    if not comma or not head.lower().startswith(tuple(starts)) or not head.lower().endswith(";base64"):
         raise RequestError(
-            f"`{param}` must start with 'data:image/...;base64,', got {head[:60]!r}.", param, "invalid_image_url"
+            f"`{param}` must start with 'data:{kind}/...;base64,', got {head[:60]!r}.", param, f"invalid_{kind}_url"
         )
     payload = "".join(payload.split())  # `base64` and mail programs break lines
     payload += "=" * (-len(payload) % 4)
     size = len(payload) * 3 // 4  # padding included
-    if size > limits.image_bytes + 2:
+    if size > most + 2:
         raise RequestError(
-            f"`{param}` must be an image of at most {limits.image_bytes:,} bytes, got about {size:,}.",
+            f"`{param}` must have at most {most:,} bytes (`--max-{kind}-bytes`), got about {size:,}.",
             param,
-            "image_too_large",
+            f"{kind}_too_large",
         )
     try:
         return base64.b64decode(payload, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise RequestError(f"`{param}` must be encoded as base64: {error}.", param, "invalid_base64_image") from None
+        raise RequestError(f"`{param}` must be encoded as base64: {error}.", param, f"invalid_base64_{kind}") from None
 
 
 def decode_image(data: bytes, param: str, limits: ServingLimits, pixels_left: int) -> PIL.Image.Image:

@@ -33,6 +33,12 @@ class ServingLimits:
         pixels: Pixels of all images of a request together, each counted as the square of its longer side.
         boxes: Boxes of an image.
         image_timeout: Seconds until an image has been downloaded.
+        videos: Videos in a request, over all turns; 0: none are taken.
+        video_bytes: Size of a video file.
+        video_seconds: Length of a video.
+        video_frames: Frames of a video file, all of which are decoded to find the sampled ones.
+        video_side: Pixels of the longer side of a frame.
+        video_timeout: Seconds until a video has been downloaded, and until it has been decoded.
         concurrent_requests: Requests that are waiting or being answered.
     """
 
@@ -43,12 +49,20 @@ class ServingLimits:
     pixels: int = 2**27
     boxes: int = 1000
     image_timeout: float = 10.0
+    videos: int = 0
+    video_bytes: int = 20 * 2**20
+    video_seconds: float = 300.0
+    video_frames: int = 10_000
+    video_side: int = 1920
+    video_timeout: float = 30.0
     concurrent_requests: int = 32
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if not 0 < getattr(self, field.name) < float("inf"):
-                raise ValueError(f"`{field.name}` must be greater than 0, got {getattr(self, field.name)}.")
+            value = getattr(self, field.name)
+            if not 0 <= value < float("inf") or (value == 0 and field.name != "videos"):
+                least = "at least 0" if field.name == "videos" else "greater than 0"
+                raise ValueError(f"`{field.name}` must be {least}, got {value}.")
 
 
 __all__ = [

@@ -13,6 +13,7 @@ from .values import is_number, shown, wrong_value
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 _IMAGE_PARTS = ("image_url", "input_image", "image")
+_VIDEO_PART = "video_url"
 _BOX_KEYS = {"boxes", "labels", "scores"}
 _DETAILS = ("auto", "low", "high", "original")
 # `name`, `id` and `status` do not change the answer. Others are accepted if they are empty: clients that send an
@@ -40,18 +41,36 @@ class ImageSource:
 
 
 @dataclass
+class VideoSource(ImageSource):
+    """A video of a request, before it is loaded.
+
+    Attributes:
+        num_frames: How many frames are sampled; `None`: as many as the server samples by default.
+        num_frames_param: The field of the request that has this number.
+    """
+
+    num_frames: int | None = None
+    num_frames_param: str = "num_frames"
+
+
+@dataclass
 class Conversation:
     """A conversation for the processor.
 
     Attributes:
         param: The field of the request that has it.
-        messages: Messages for `apply_chat_template`, in which the image blocks have no images.
-        images: The images of these blocks, in order.
+        messages: Messages for `apply_chat_template`, in which the blocks of images and videos have none.
+        sources: The images and videos of these blocks, in order.
     """
 
     param: str
     messages: list[dict[str, Any]] = field(default_factory=list)
-    images: list[ImageSource] = field(default_factory=list)
+    sources: list[ImageSource] = field(default_factory=list)
+
+    @property
+    def videos(self) -> list[VideoSource]:
+        """The videos, in order."""
+        return [source for source in self.sources if isinstance(source, VideoSource)]
 
 
 class MessageReader:
@@ -59,10 +78,12 @@ class MessageReader:
 
     Image parts may have `boxes` if the model takes them: a list of rows x1, y1, x2, y2, or a mapping with `boxes`,
     `labels` and `scores`; in pixels of the upright image. Without `boxes`, the processor's box detector finds them.
+    Video parts may have a list with such an entry for each sampled frame, or a mapping with this list as `frames`.
+    `no_videos` says why videos are refused, if they are.
     """
 
-    def __init__(self, limits: ServingLimits, takes_boxes: bool):
-        self._limits, self._takes_boxes = limits, takes_boxes
+    def __init__(self, limits: ServingLimits, takes_boxes: bool, no_videos: str | None = None):
+        self._limits, self._takes_boxes, self._no_videos = limits, takes_boxes, no_videos
 
     def read(
         self, messages: Any, root: str = "messages", instructions: str | None = None, boxes: Any = None
@@ -70,7 +91,7 @@ class MessageReader:
         """Check messages and bring them into the order that chat templates expect, see [`in_trained_order`].
 
         `root` is the field that has them; `instructions` is a system message that comes first. `boxes` is the field
-        `boxes` of the request, one entry per image, for clients that cannot write boxes into image parts.
+        `boxes` of the request, one entry per image and video, for clients that cannot write boxes into parts.
         """
         if not isinstance(messages, list) or not messages:
             raise wrong_value(root, "a list with at least one message", messages)
@@ -86,21 +107,21 @@ class MessageReader:
             if parts > MAX_PARTS:
                 raise RequestError(f"`{root}` must have at most {MAX_PARTS} parts in all messages, got more.", root)
             blocks = [
-                self._read_part(part, f"{param}.content[{place}]", role, conversation.images)
+                self._read_part(part, f"{param}.content[{place}]", role, conversation.sources)
                 for place, part in enumerate(content)
             ]
             characters += sum(len(block.get("text", "")) for block in blocks)
             turns.append({"role": role, "content": blocks})
         check_text_length(characters, root)
         if boxes is not None:
-            self._distribute_boxes(boxes, conversation.images)
+            self._distribute_boxes(boxes, conversation.sources)
         if instructions is not None:
             turns.insert(0, {"role": "system", "content": [_text(instructions)]})
         conversation.messages = in_trained_order(turns)
         return conversation
 
-    def _read_part(self, part: Any, param: str, role: str, images: list[ImageSource]) -> dict[str, Any]:
-        """Return a part as a block of the conversation; append an image to `images`."""
+    def _read_part(self, part: Any, param: str, role: str, sources: list[ImageSource]) -> dict[str, Any]:
+        """Return a part as a block of the conversation; append an image or video to `sources`."""
         if not isinstance(part, Mapping):
             raise wrong_value(param, "an object with a type", part)
         kind = part.get("type")
@@ -110,39 +131,60 @@ class MessageReader:
                 raise wrong_value(f"{param}.{key}", "a string", text)
             _check_keys(part, {"type", key}, param)
             return _text(text)
-        if not isinstance(kind, str) or kind not in _IMAGE_PARTS:
-            kinds = ", ".join(map(repr, (*_TEXT_PARTS, *_IMAGE_PARTS)))
+        if not isinstance(kind, str) or kind not in (*_IMAGE_PARTS, _VIDEO_PART):
+            kinds = ", ".join(map(repr, (*_TEXT_PARTS, *_IMAGE_PARTS, _VIDEO_PART)))
             raise wrong_value(f"{param}.type", f"one of {kinds}", kind)
         if role != "user":
-            raise RequestError(f"`{param}` must be text: only messages of the user may have images.", param)
-        if len(images) == self._limits.images:
+            raise RequestError(f"`{param}` must be text: only messages of the user may have images and videos.", param)
+        is_video = kind == _VIDEO_PART
+        modality, most = ("video", self._limits.videos) if is_video else ("image", self._limits.images)
+        if is_video and self._no_videos is not None:
+            raise RequestError(f"`{param}` must be absent: {self._no_videos}.", param, "unsupported")
+        if sum(isinstance(source, VideoSource) == is_video for source in sources) == most:
             raise RequestError(
-                f"`{param}` must be absent: a request may have at most {self._limits.images} images.", param
+                f"`{param}` must be absent: a request may have at most {most} {modality}s (`--max-{modality}s`).",
+                param,
             )
-        source = _read_image_block(part, param) if kind == "image" else _read_image_url(part, param)
+        if kind == "image":
+            source = _read_image_block(part, param)
+        else:
+            source = _read_video_url(part, param) if is_video else _read_image_url(part, param)
         if not source.url.lower().startswith(("http://", "https://", "data:")):
-            raise wrong_value(source.param, "an http(s) URL or a data URL", source.url, code="invalid_image_url")
+            raise wrong_value(source.param, "an http(s) URL or a data URL", source.url, code=f"invalid_{modality}_url")
         if source.boxes is not None:
-            self._check_boxes(source.boxes, source.boxes_param)
-        images.append(source)
-        return {"type": "image"}
+            self._check_source_boxes(source)
+        sources.append(source)
+        return {"type": modality}
 
-    def _distribute_boxes(self, boxes: Any, images: list[ImageSource]) -> None:
-        """Assign the boxes in the request's own field to its images."""
-        if not isinstance(boxes, list) or len(boxes) != len(images):
+    def _distribute_boxes(self, boxes: Any, sources: list[ImageSource]) -> None:
+        """Assign the boxes in the request's own field to its images and videos."""
+        if not isinstance(boxes, list) or len(boxes) != len(sources):
             got = f"{len(boxes)} entries" if isinstance(boxes, list) else shown(boxes)
             raise RequestError(
-                f"`boxes` must be a list with one entry per image (null if its boxes should be found), got {got} for "
-                f"{len(images)} images.",
+                "`boxes` must be a list with one entry per image and video (null if its boxes should be found), got "
+                f"{got} for {len(sources)} images and videos.",
                 "boxes",
             )
-        for index, (entry, image) in enumerate(zip(boxes, images, strict=True)):
+        for index, (entry, source) in enumerate(zip(boxes, sources, strict=True)):
             if entry is None:
                 continue
-            if image.boxes is not None:
-                raise RequestError(f"`boxes[{index}]` must be null: there is `{image.boxes_param}` already.", "boxes")
-            image.boxes, image.boxes_param = entry, f"boxes[{index}]"
-            self._check_boxes(entry, image.boxes_param)
+            if source.boxes is not None:
+                raise RequestError(f"`boxes[{index}]` must be null: there is `{source.boxes_param}` already.", "boxes")
+            source.boxes, source.boxes_param = entry, f"boxes[{index}]"
+            self._check_source_boxes(source)
+
+    def _check_source_boxes(self, source: ImageSource) -> None:
+        """Check the boxes of an image, or those of each frame of a video."""
+        if not isinstance(source, VideoSource):
+            return self._check_boxes(source.boxes, source.boxes_param)
+        if isinstance(source.boxes, Mapping) and set(source.boxes) == {"frames"}:
+            source.boxes, source.boxes_param = source.boxes["frames"], f"{source.boxes_param}.frames"
+        if not isinstance(source.boxes, list):
+            raise wrong_value(source.boxes_param, "a list with one entry per sampled frame", source.boxes)
+        for frame, boxes in enumerate(source.boxes):
+            if boxes is not None:
+                self._check_boxes(boxes, f"{source.boxes_param}[{frame}]")
+        return None
 
     def _check_boxes(self, boxes: Any, param: str) -> None:
         """Check the types and the number of boxes; the processor checks the rest once it has the image."""
@@ -265,6 +307,35 @@ def _read_image_url(part: Mapping[str, Any], param: str) -> ImageSource:
     return _image_source(url, url_param, found)
 
 
+def _read_video_url(part: Mapping[str, Any], param: str) -> VideoSource:
+    """Read a video part, which has the form of OpenAI's image parts; `num_frames` may be where `boxes` may be."""
+    known = {"url", "boxes", "num_frames"}
+    _check_keys(part, {"type", "video_url", *known} - {"url"}, param)
+    places = [(param, part)]
+    url, url_param = part.get(_VIDEO_PART), f"{param}.{_VIDEO_PART}"
+    if isinstance(url, Mapping):
+        _check_keys(url, known, url_param)
+        places.append((url_param, url))
+        url, url_param = url.get("url"), f"{url_param}.url"
+    boxes, num_frames = (
+        _one_of([(f"{place}.{key}", values.get(key)) for place, values in places]) for key in ("boxes", "num_frames")
+    )
+    if not isinstance(url, str):
+        raise wrong_value(url_param, "an http(s) URL or a data URL", url, code="invalid_video_url")
+    number = num_frames[1]
+    if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
+        raise wrong_value(num_frames[0], "a whole number, at least 1", number)
+    return VideoSource(url, url_param, boxes[1], boxes[0], num_frames=number, num_frames_param=num_frames[0])
+
+
+def _one_of(found: list[tuple[str, Any]]) -> tuple[str, Any]:
+    """Return the field that is given, with its value; refuse a second one."""
+    given = [(param, value) for param, value in found if value is not None]
+    if len(given) > 1:
+        raise RequestError(f"`{given[1][0]}` must be absent: there is `{given[0][0]}` already.", given[1][0])
+    return given[0] if given else (found[0][0], None)
+
+
 def _read_image_block(part: Mapping[str, Any], param: str) -> ImageSource:
     """Read LangChain's blocks, which have `url`, or `base64` (formerly `data`) with `mime_type`."""
     known = {"type", "url", "base64", "data", "mime_type", "source_type", "boxes", "extras", "id", "index"}
@@ -293,10 +364,7 @@ def _read_image_block(part: Mapping[str, Any], param: str) -> ImageSource:
 def _image_source(url: Any, url_param: str, found: list[tuple[str, Any]]) -> ImageSource:
     if not isinstance(url, str):
         raise wrong_value(url_param, "an http(s) URL or a data URL", url, code="invalid_image_url")
-    given = [(param, boxes) for param, boxes in found if boxes is not None]
-    if len(given) > 1:
-        raise RequestError(f"`{given[1][0]}` must be absent: there is `{given[0][0]}` already.", given[1][0])
-    boxes_param, boxes = given[0] if given else (found[0][0], None)
+    boxes_param, boxes = _one_of(found)
     return ImageSource(url, url_param, boxes, boxes_param)
 
 
@@ -317,4 +385,4 @@ def _check_detail(part: Mapping[str, Any], param: str) -> None:
         raise wrong_value(f"{param}.detail", f"one of {kinds}", detail)
 
 
-__all__ = ["Conversation", "ImageSource", "MessageReader", "check_text_length", "in_trained_order"]
+__all__ = ["Conversation", "ImageSource", "MessageReader", "VideoSource", "check_text_length", "in_trained_order"]

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from transformers.utils import logging
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mgllava.chat.loading import load
-from mgllava.families import takes_boxes
+from mgllava.extras import install_hint
+from mgllava.families import takes_boxes, takes_videos
 
 from .app import build_app
 from .gate import AllowedHosts
@@ -93,6 +95,7 @@ def run_server(
     enable_cors: bool = False,
     log_level: str = "warning",
     default_seed: int | None = None,
+    num_frames: int | None = None,
     **options: Any,
 ) -> None:
     """Load a model and serve it until the process is stopped; the arguments are the options of `mgllava serve`."""
@@ -108,18 +111,23 @@ def run_server(
         logging.get_logger(package).setLevel(logging.log_levels[log_level.lower()])
     if default_seed is not None and not -(2**63) <= default_seed < 2**63:
         raise ValueError(f"`default_seed` must have 64 bits, got {default_seed}.")
+    if num_frames is not None and num_frames < 1:
+        raise ValueError(f"`num_frames` must be a positive number, got {num_frames}.")
+    if limits.videos and find_spec("av") is None:
+        raise ImportError(f"`videos` needs PyAV, which decodes videos of clients. {install_hint('video')}")
 
     loaded, processor = load(model, **options)
     if takes_boxes(processor):
         processor.box_detector  # noqa: B018  (loads it: the first request should not wait)
     health = DeviceHealth(loaded.device)
     context_length = int(loaded.config.get_text_config().max_position_embeddings)
-    prompts = PromptMaker(processor, context_length, limits, hosts, health, template_kwargs)
+    no_videos, num_frames = _check_videos(processor, context_length, limits.videos, num_frames)
+    prompts = PromptMaker(processor, context_length, limits, hosts, health, template_kwargs, num_frames)
     served = ServedModel(
         model,
         served_model_name or (Path(os.path.abspath(model)).name if os.path.isdir(model) else model),
         loaded,
-        MessageReader(limits, prompts.takes_boxes),
+        MessageReader(limits, prompts.takes_boxes, no_videos),
         prompts,
         Generator(loaded, processor.tokenizer, context_length, health, default_seed),
         health,
@@ -142,6 +150,32 @@ def run_server(
         http=_ImpatientProtocol,
         timeout_graceful_shutdown=_SHUTDOWN_TIMEOUT,
     )
+
+
+def _check_videos(
+    processor: Any, context_length: int, max_videos: int, num_frames: int | None
+) -> tuple[str | None, int]:
+    """Return why no videos are taken (`None` if they are), and the number of frames; refuse what does not fit."""
+    if not max_videos:
+        if num_frames is not None:
+            raise ValueError("`num_frames` must be left out without `videos`: no videos are taken.")
+        if takes_videos(processor):
+            return "this server takes no videos; its operator can allow them (`--max-videos`)", 0
+        return "this model takes no videos", 0
+    if not takes_videos(processor):
+        raise ValueError(
+            "`videos` must be 0: this model takes no videos. A model of MG-LLaVA that was saved without them gets "
+            "them from `mgllava.add_videos`."
+        )
+    number = int(processor.video_processor.num_frames if num_frames is None else num_frames)
+    least = number * processor.image_seq_length
+    if least >= context_length:
+        raise ValueError(
+            f"`num_frames` must leave room in the model's context of {context_length} tokens "
+            f"(`max_position_embeddings` of its language model): {number} frames take at least {least}. Sample at "
+            f"most {(context_length - 1) // processor.image_seq_length}."
+        )
+    return None, number
 
 
 def _read_template_kwargs(text: str | None) -> dict[str, Any]:

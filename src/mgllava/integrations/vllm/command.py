@@ -25,8 +25,10 @@ _UNKNOWN_TO_VLLM: dict[str, tuple[Any, ...]] = {
     "attn_implementation": (None,),
     "allowed_hosts": ((), [], None),
     "default_seed": (None,),
+    "num_frames": (None,),
 }
 _LIMITS_UNKNOWN_TO_VLLM = ("request_bytes", "concurrent_requests")
+_LIMITS_OF_VIDEOS = ("videos", "video_bytes", "video_seconds", "video_frames", "video_side", "video_timeout")
 
 
 def run_vllm(model: str, *, engine_options: str | None = None, limits: ServingLimits, **options: Any) -> None:
@@ -74,9 +76,10 @@ def vllm_arguments(
             raise ValueError(
                 f"`{name}` must be left out with `--engine vllm`, got {others[name]!r}: vLLM has no such option."
             )
-    for name in _LIMITS_UNKNOWN_TO_VLLM:
+    for name in (*_LIMITS_UNKNOWN_TO_VLLM, *_LIMITS_OF_VIDEOS):
         if (value := getattr(limits, name)) != getattr(ServingLimits, name):
-            raise ValueError(f"`{name}` must be left out with `--engine vllm`, got {value!r}: vLLM has no such limit.")
+            reason = "it takes no videos" if name in _LIMITS_OF_VIDEOS else "vLLM has no such limit"
+            raise ValueError(f"`{name}` must be left out with `--engine vllm`, got {value!r}: {reason}.")
     if unknown := sorted(set(others) - set(_UNKNOWN_TO_VLLM)):
         raise TypeError(f"unexpected options: {', '.join(unknown)}")
     ImageHosts.parse(allowed_image_hosts)

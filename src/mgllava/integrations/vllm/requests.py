@@ -26,7 +26,7 @@ class RequestReader:
 
     def __init__(self, hosts: ImageHosts, options: PluginOptions, with_boxes: bool):
         self._hosts, self._limits = hosts, options.limits
-        self._messages = MessageReader(options.limits, with_boxes)
+        self._messages = MessageReader(options.limits, with_boxes, "the engine vLLM takes no videos of this model")
 
     @classmethod
     def of(cls, options: PluginOptions, processor: Any) -> "RequestReader | None":
@@ -43,9 +43,9 @@ class RequestReader:
         try:
             conversation = self._messages.read(messages)
             room = DownloadRoom(self._limits.request_bytes)
-            files = await asyncio.gather(*(self._file(image, room) for image in conversation.images))
+            files = await asyncio.gather(*(self._file(image, room) for image in conversation.sources))
             pixels_left, images = self._limits.pixels, []
-            for image, data in zip(conversation.images, files, strict=True):
+            for image, data in zip(conversation.sources, files, strict=True):
                 picture = await asyncio.to_thread(decode_image, data, image.param, self._limits, pixels_left)
                 pixels_left -= max(picture.size) ** 2
                 images.append(BoxedImage(picture, image.boxes))
