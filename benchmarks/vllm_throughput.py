@@ -1,7 +1,7 @@
 """Compare the throughput of `mgllava serve` with its two engines: requests that arrive at the same time.
 
 Each server runs alone, in a process of its own, with the small model of this git repository. Requests have one image
-with 0 to 5 boxes; a few are sent first, which are not counted. Answers are greedy.
+with 0 to 5 boxes; a few are sent first, which are not counted. Answers are greedy, and must be equal in float32.
 Usage: `python benchmarks/vllm_throughput.py` in an environment with vLLM (docs/vllm.md).
 """
 
@@ -70,18 +70,19 @@ def server(*options: str) -> Iterator[int]:
         process.wait(60)
 
 
-async def ask(port: int, conversations: list[list[dict[str, Any]]], tokens: int) -> tuple[float, int]:
-    """Send all requests at once; return the seconds, and the number of generated tokens."""
+async def ask(port: int, conversations: list[list[dict[str, Any]]], most_tokens: int) -> tuple[float, int, list[str]]:
+    """Send all requests at once; return the seconds, the number of generated tokens, and the answers."""
     client = openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=1000)
     start = time.perf_counter()
     found = await asyncio.gather(
         *(
-            client.chat.completions.create(model=MODEL.name, messages=messages, temperature=0, max_tokens=tokens)
+            client.chat.completions.create(model=MODEL.name, messages=messages, temperature=0, max_tokens=most_tokens)
             for messages in conversations
         )
     )
     seconds = time.perf_counter() - start
-    return seconds, sum(answer.usage.completion_tokens for answer in found)
+    tokens = sum(answer.usage.completion_tokens for answer in found)
+    return seconds, tokens, [answer.choices[0].message.content for answer in found]
 
 
 def main(
@@ -98,13 +99,18 @@ def main(
         "vllm": ["--engine", "vllm", "--engine-options", engine_options],
     }
     rows: list[dict[str, Any]] = []
+    texts: list[list[str]] = []
     for engine, options in engines.items():
         with server("--dtype", dtype, *options) as port:
             asyncio.run(ask(port, make_requests(4, seed=1), tokens))
-            seconds, generated = asyncio.run(ask(port, make_requests(requests, seed=0), tokens))
+            seconds, generated, answers = asyncio.run(ask(port, make_requests(requests, seed=0), tokens))
+        texts.append(answers)
         rows.append({"engine": engine, "seconds": seconds, "requests/s": requests / seconds, "tokens": generated})
-    for row in rows:
+    for row, answers in zip(rows, texts, strict=True):
         row["times transformers"] = rows[0]["seconds"] / row["seconds"]
+        row["equal answers"] = sum(ours == theirs for ours, theirs in zip(texts[0], answers, strict=True))
+    if dtype == "float32" and any(row["equal answers"] < requests for row in rows):
+        raise RuntimeError(f"The answers of both engines must be equal in float32, got {rows}.")
     title = f"{requests} requests at once, small model, {dtype}"
     report("vllm", title, rows)
 

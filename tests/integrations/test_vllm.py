@@ -5,9 +5,11 @@ import base64
 import configparser
 import io
 import json
+import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 import mgllava
-from mgllava.families import FAMILIES, family_of
+from mgllava.families import FAMILIES
 from mgllava.integrations.vllm.box_finder import BoxFinder
 from mgllava.integrations.vllm.boxed_images import (
     BoxedImage,
@@ -28,9 +30,11 @@ from mgllava.integrations.vllm.boxed_images import (
 from mgllava.integrations.vllm.command import read_engine_options, vllm_arguments
 from mgllava.integrations.vllm.options import PluginOptions
 from mgllava.integrations.vllm.requests import BoxesField, RequestReader, boxes_into_parts
-from mgllava.integrations.vllm.support import check_config
+from mgllava.integrations.vllm.routing import EMBEDDINGS, ImageRouter
+from mgllava.integrations.vllm.support import check_config, drops_tokens
 from mgllava.serving.image_urls import ImageHosts
 from mgllava.serving.limits import ServingLimits
+from tests.tiny import one_slime_prompt, slime_inputs, tiny_slime
 
 IMAGE = PIL.Image.linear_gradient("L").resize((30, 20)).rotate(30).convert("RGB")
 BOXES = [[1, 2, 11, 12], [3, 4, 9, 18.5]]
@@ -79,14 +83,15 @@ def test_wrong_boxes_are_named(images, boxes, error):
         boxed_images(images, boxes)
 
 
-def test_items_with_other_boxes_have_other_names():
+def test_items_with_other_boxes_or_texts_have_other_names():
     texts = [
-        BoxedImage(IMAGE, boxes).boxes_text()
+        BoxedImage(IMAGE, boxes).company()
         for boxes in (None, [], BOXES, BOXES[::-1], BOXES[:1], [[1.0, 2, 11, 12]], {"boxes": BOXES})
     ]
+    texts += [BoxedImage(IMAGE, None, text_ids=ids).company() for ids in ((), (1, 2), (12,), (2, 1))]
     assert len(set(texts)) == len(texts)
-    assert BoxedImage(None, {"labels": [1], "boxes": []}).boxes_text() == (
-        BoxedImage(IMAGE, {"boxes": [], "labels": [1]}).boxes_text()
+    assert BoxedImage(None, {"labels": [1], "boxes": []}).company() == (
+        BoxedImage(IMAGE, {"boxes": [], "labels": [1]}).company()
     )
 
 
@@ -212,9 +217,10 @@ def test_without_a_detector_no_boxes_are_found():
         ({"remembered_images": True}, "'remembered_images'.* got True"),
         ({"box_detector": "no"}, "'box_detector'.* true or false, got 'no'"),
         ({"box_detector_device": 1}, "'box_detector_device'.* must be a string, got 1"),
+        ({"router_device": 0}, "'router_device'.* must be a string, got 0"),
         ([], "must be a dict of options"),
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_wrong_options_are_named(options, error):
     with pytest.raises(ValueError, match=error):
@@ -367,14 +373,103 @@ def test_requests_are_read_with_the_limits_of_the_server(processor):
 
 def test_models_with_other_answers_in_vllm_are_refused():
     check_config(mgllava.MGLlavaConfig(), FAMILIES["mgllava"])
-    config = mgllava.SlimeConfig()
-    with pytest.raises(ValueError, match=r'`router_top_p` is 0.95\).*hf_overrides={"router_top_p": 1.0}'):
-        check_config(config, family_of(config))
-    config.router_top_p = 1.0
-    check_config(config, family_of(config))
-    config.branch = "local"
-    with pytest.raises(ValueError, match="`branch` is 'local'"):
-        check_config(config, family_of(config))
+    check_config(mgllava.SlimeConfig(), FAMILIES["slime"])
+    # Its images depend on the text, but it does not tell which placeholders to drop.
+    with pytest.raises(ValueError, match="Use `mgllava serve` without `--engine vllm`"):
+        check_config(mgllava.MGLlavaConfig(), replace(FAMILIES["mgllava"], images_depend_on_text=True))
     other = SimpleNamespace(get_text_config=lambda: SimpleNamespace(model_type="gemma2"))
     with pytest.raises(ValueError, match=r"must be one of llama, .* got 'gemma2'"):
         check_config(other, FAMILIES["mgllava"])
+
+
+@pytest.mark.parametrize(
+    ("values", "drops"),
+    [({}, True), ({"router_top_p": 1.0}, False), ({"router_top_p": 1.0, "branch": "local"}, True)],
+    ids=range(3),
+)
+def test_a_router_drops_tokens_unless_it_keeps_all(values, drops):
+    assert drops_tokens(mgllava.SlimeConfig(**values), FAMILIES["slime"]) == drops
+    assert not drops_tokens(mgllava.MGLlavaConfig(), FAMILIES["mgllava"])
+
+
+@pytest.mark.parametrize("branch", ["both", "local", "global"])
+def test_the_router_keeps_the_tokens_of_generate(tmp_path, branch):
+    model, tiles = tiny_slime(branch=branch), [[2, 0], [2], [4], []]
+    model.save_pretrained(tmp_path)
+    inputs = slime_inputs(tiles)
+    described = SimpleNamespace(hf_config=model.config, model=str(tmp_path), revision=None, dtype=torch.float32)
+    router = ImageRouter(described, device="cpu")
+    assert not [name for name, _ in router.model.named_parameters() if "layers" in name and "language" in name]
+    for index, counts in enumerate(tiles[:3]):
+        prompt = one_slime_prompt(inputs, tiles, index)
+        output = model.generate(**prompt, max_new_tokens=1, return_dict_in_generate=True)
+        text_ids = [token for token in prompt["input_ids"][0].tolist() if token != model.config.image_token_id]
+        views = prompt["pixel_values"].split([1 + count for count in counts])
+        kept = [
+            router({"pixel_values": view, "image_grids": grid[None]}, text_ids)
+            for view, grid in zip(views, prompt["image_grids"], strict=True)
+        ]
+        expected = torch.cat(list(output.image_outputs.pooler_output))[output.kept_tokens]
+        torch.testing.assert_close(torch.cat(kept), expected, atol=1e-4, rtol=1e-4)  # views in other batches
+        assert branch == "global" or len(expected) < len(output.kept_tokens)
+
+
+def test_weights_that_the_router_lacks_are_named(tmp_path):
+    model = tiny_slime()
+    weights = model.state_dict()
+    del weights["model.local_compressor.queries"]
+    model.save_pretrained(tmp_path, state_dict=weights)
+    described = SimpleNamespace(hf_config=model.config, model=str(tmp_path), revision=None, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"these are missing: local_compressor\.queries\."):
+        ImageRouter(described, device="cpu")
+
+
+class _Anything:
+    """Stands for a class or function of vLLM."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    @staticmethod
+    def register_processor(*args, **kwargs):
+        return lambda model: model
+
+    def compute_logits(self, hidden_states):
+        return hidden_states
+
+
+@pytest.fixture
+def served_model(monkeypatch):
+    """The class of the model in vLLM, imported without vLLM."""
+    hooks = ModuleType("hooks")
+    hooks.__getattr__ = lambda name: _Anything
+    package = "mgllava.integrations.vllm"
+    monkeypatch.setitem(sys.modules, f"{package}.hooks", hooks)
+    for name in ("processing", "model"):
+        monkeypatch.delitem(sys.modules, f"{package}.{name}", raising=False)
+    yield __import__(f"{package}.model", fromlist=["ServedModel"]).ServedModel
+    for name in ("processing", "model"):
+        sys.modules.pop(f"{package}.{name}", None)
+
+
+def test_the_model_embeds_each_image_and_never_writes_placeholders(served_model):
+    model = served_model()
+    seen = {}
+
+    def get_image_features(return_dict, **images):
+        seen.update(images)
+        return SimpleNamespace(pooler_output=(images["pixel_values"].flatten(1) + 1).unbind())
+
+    model.model = SimpleNamespace(get_image_features=get_image_features)
+    model.config = SimpleNamespace(unused_token_ids=[2, 3, 9])
+    model._processor = SimpleNamespace(
+        image_inputs=("pixel_values", "boxes"),
+        join_images=lambda rows: {name: torch.stack([row[name] for row in rows]) for name in rows[0]},
+    )
+    assert model.embed_multimodal() == []
+    pixels, boxes = torch.arange(4.0).view(2, 1, 2), torch.arange(8).view(2, 1, 4)
+    found = model.embed_multimodal(pixel_values=pixels, boxes=boxes)
+    assert [tokens.tolist() for tokens in found] == [[1, 2], [3, 4]] and seen["boxes"].equal(boxes)
+    routed = [torch.zeros(2, 3), torch.ones(1, 3)]
+    assert model.embed_multimodal(**{EMBEDDINGS: routed}) == routed
+    assert model.compute_logits(torch.zeros(1, 4)).tolist() == [[0, 0, -torch.inf, -torch.inf]]

@@ -2,6 +2,7 @@
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import PIL.Image
@@ -12,6 +13,15 @@ from . import reference
 
 MODEL = Path(__file__).parents[2] / "small_world" / "model"
 collect_ignore = ["site"]
+
+
+def pytest_report_header():
+    """Say which release runs."""
+    if find_spec("vllm"):
+        import vllm
+
+        return f"vllm {vllm.__version__} ({vllm.__file__})"
+    return None
 
 
 def picture(seed, size=(160, 120), mode="RGB"):

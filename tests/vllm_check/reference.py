@@ -17,7 +17,7 @@ def loaded(folder):
 
 @torch.no_grad()
 def generate(folder: Path, conversation, max_new_tokens=24, with_detector=True, **options):
-    """Return the ids of a prompt and of its greedy answer without EOS."""
+    """Return the ids of a prompt, as the language model sees it, and of its greedy answer without EOS."""
     model, processor = loaded(str(folder))
     detector = processor.box_detector if hasattr(type(processor), "box_detector") else None
     if not with_detector:
@@ -27,7 +27,11 @@ def generate(folder: Path, conversation, max_new_tokens=24, with_detector=True, 
     )
     if not with_detector:
         processor.box_detector = detector
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True)
     prompt = inputs["input_ids"][0].tolist()
     end = processor.tokenizer.eos_token_id
-    return prompt, [token for token in output[0, len(prompt) :].tolist() if token != end]
+    answer = [token for token in output.sequences[0, len(prompt) :].tolist() if token != end]
+    if (kept := getattr(output, "kept_tokens", None)) is not None:
+        kept = iter(kept.tolist())
+        prompt = [token for token in prompt if token != processor.image_token_id or next(kept)]
+    return prompt, answer

@@ -1,4 +1,4 @@
-"""SliME in vLLM: refused where it would drop tokens, and equal to `generate` where it keeps all."""
+"""SliME in vLLM: it keeps the tokens and gives the answers of `generate`, with its router and without."""
 
 import pytest
 
@@ -16,6 +16,7 @@ from .conftest import MODEL, answer, ask, picture
 
 pytestmark = pytest.mark.slow
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
+TRAINED = MODEL.parent / "slime_model"
 # A size of attention heads that vLLM has on CPUs.
 TEXT = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
 
@@ -44,22 +45,25 @@ def folders(tmp_path_factory):
     return saved
 
 
-def test_a_router_is_refused(folders):
-    with pytest.raises(ValueError, match=r'hf_overrides={"router_top_p": 1.0}'):
-        LLM(str(folders[0]), dtype="float32", enforce_eager=True)
-
-
-def test_all_tokens_give_the_answers_of_generate(folders, generate):
-    llm = LLM(str(folders[0]), dtype="float32", enforce_eager=True, hf_overrides={"router_top_p": 1.0}, max_num_seqs=8)
+@pytest.mark.parametrize("kind", ["routed", "all tokens", "trained"])
+def test_tokens_and_answers_of_generate(folders, generate, kind):
+    folder, same = {"routed": folders[:1] * 2, "all tokens": folders, "trained": [TRAINED] * 2}[kind]
+    options = {"hf_overrides": {"router_top_p": 1.0}} if kind == "all tokens" else {}
+    llm = LLM(str(folder), dtype="float32", enforce_eager=True, max_num_seqs=8, **options)
     first, second = picture(1), picture(2, (300, 60))
     asked = [
         [ask("What is in the picture?", (first, None))],
         [ask("What color?", (second, None))],
+        [ask("How many circles are left of the red rectangle?", (second, None))],
         [ask("Compare.", (second, None), (first, None))],
         [ask("What?", (first, None)), answer("a circle"), ask("Sure?", (picture(3, (70, 200)), None))],
         [ask("Hello.")],
     ]
-    expected = [generate(conversation, folder=folders[1], max_new_tokens=12) for conversation in asked]
+    expected = [generate(conversation, folder=same, max_new_tokens=12) for conversation in asked]
+    placeholder = AutoTokenizer.from_pretrained(MODEL).convert_tokens_to_ids("<image>")
+    counts = [prompt.count(placeholder) for prompt, _ in expected]
+    if kind == "trained":
+        assert counts[1] != counts[2], "the same image with another text"
     for _ in range(2):
         for output, (prompt, tokens) in zip(llm.chat(asked, GREEDY, use_tqdm=False), expected, strict=True):
             assert output.prompt_token_ids == prompt

@@ -26,15 +26,17 @@ class BoxedImage:
         image: The image in any form; `None` if vLLM has it in its cache, and the user names it by a uuid.
         boxes: Its boxes, as lists and numbers; `None` if they are not given.
         is_complete: Whether missing boxes have been looked for.
+        text_ids: If the tokens of the image depend on the text: all ids of its prompt that are not placeholders.
     """
 
     image: Any
     boxes: Any = None
     is_complete: bool = False
+    text_ids: tuple[int, ...] | None = None
 
-    def boxes_text(self) -> str:
-        """Write the boxes as text, which is equal if and only if they are."""
-        return json.dumps(self.boxes, sort_keys=True)
+    def company(self) -> str:
+        """Write what belongs to the image, its boxes and the text, as a text that is equal if and only if they are."""
+        return json.dumps(self.boxes if self.text_ids is None else [self.boxes, self.text_ids], sort_keys=True)
 
     def with_boxes(self, boxes: Any) -> "BoxedImage":
         """Return the image with boxes that were found, or `None`."""

@@ -11,6 +11,7 @@ from mgllava.families import family_of, resolve
 
 from .hooks import MULTIMODAL_REGISTRY, TransformersMultiModalForCausalLM, cached_processor_from_config
 from .processing import ServedDummyInputs, ServedInfo, ServedProcessor
+from .routing import EMBEDDINGS
 
 
 @cache
@@ -61,6 +62,8 @@ class ServedModel(TransformersMultiModalForCausalLM):
 
     def embed_multimodal(self, **kwargs: Any) -> list[torch.Tensor]:
         """Embed images, as `(num_tokens, hidden_size)` each; the arguments hold a tensor of each image."""
+        if kwargs.get(EMBEDDINGS) is not None:
+            return list(kwargs[EMBEDDINGS])
         names = self._processor.image_inputs
         if kwargs.get(names[0]) is None:
             return []

@@ -10,6 +10,8 @@ from . import NAME
 
 # The option `max_boxes`, which all processes of vLLM need, as an attribute of the model's configuration.
 MAX_BOXES = "mgllava_max_boxes"
+# The option `router_device` in the same place.
+ROUTER_DEVICE = "mgllava_router_device"
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,8 @@ class PluginOptions:
     Attributes:
         box_detector: Whether the processor's box detector finds the boxes of images that come without.
         box_detector_device: Where it runs; by default the accelerator that torch finds.
+        router_device: Where images are embedded whose tokens depend on the text; by default the accelerator that torch
+            finds.
         box_detector_batch_size: How many images it processes at once, also of different requests.
         remembered_images: For how many images its boxes are remembered.
         max_boxes: Most boxes of an image; memory is reserved for images with so many.
@@ -28,6 +32,7 @@ class PluginOptions:
 
     box_detector: bool = True
     box_detector_device: str | None = None
+    router_device: str | None = None
     box_detector_batch_size: int = 8
     remembered_images: int = 10_000
     max_boxes: int = 300
@@ -56,7 +61,7 @@ class PluginOptions:
             raise ValueError(
                 f"`additional_config[{NAME!r}]['box_detector']` must be true or false, got {values['box_detector']!r}."
             )
-        for name in ("box_detector_device", "allowed_image_hosts"):
+        for name in ("box_detector_device", "router_device", "allowed_image_hosts"):
             if not isinstance(values.get(name), str | None):
                 raise ValueError(f"`additional_config[{NAME!r}][{name!r}]` must be a string, got {values[name]!r}.")
         if "limits" in values:
@@ -68,4 +73,4 @@ class PluginOptions:
         return asdict(self)
 
 
-__all__ = ["MAX_BOXES", "PluginOptions"]
+__all__ = ["MAX_BOXES", "ROUTER_DEVICE", "PluginOptions"]

@@ -7,8 +7,9 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
+import torch
 
-from mgllava.families import takes_boxes
+from mgllava.families import family_of, takes_boxes
 
 from .boxed_images import BoxedImage, boxed_images, run_lengths
 from .hooks import (
@@ -22,22 +23,24 @@ from .hooks import (
     PromptReplacement,
     open_image,
 )
-from .options import MAX_BOXES, PluginOptions
+from .options import MAX_BOXES, ROUTER_DEVICE, PluginOptions
+from .routing import EMBEDDINGS, ImageRouter
+from .support import drops_tokens
 
 # Arrangements of views, rows and columns, one of which takes the most placeholders.
 _GRIDS = ((1, 1), (1, 7), (7, 1), (2, 3), (3, 2), (1, 6), (6, 1))
 
 
 class BoxedImageItems(ProcessorBatchItems):
-    """The images of a prompt with their boxes."""
+    """The images of a prompt with what belongs to them."""
 
     def __init__(self, data: Sequence[BoxedImage]):
         super().__init__(data, "image")
 
     def get_item_for_hash(self, index: int) -> object:
-        """Return what the caches of vLLM know an image by: the image or its file, and its boxes."""
+        """Return what the caches of vLLM know an image by: the image or its file, its boxes, and the text."""
         item = self.data[index]
-        return {"image": item.image, "boxes": item.boxes_text()}
+        return {"image": item.image, "company": item.company()}
 
 
 class BoxedImageParser(MultiModalDataParser):
@@ -57,6 +60,17 @@ class ServedInfo(BaseProcessingInfo):
     def get_data_parser(self) -> BoxedImageParser:
         """Return the parser of images with boxes."""
         return BoxedImageParser()
+
+    @cached_property
+    def router(self) -> ImageRouter:
+        """Embeds images whose tokens depend on the text. Loaded where requests are read, at the first one."""
+        return ImageRouter(self.ctx.model_config, getattr(self.ctx.model_config.hf_config, ROUTER_DEVICE, None))
+
+    @cached_property
+    def has_router(self) -> bool:
+        """Whether the tokens of an image depend on the text."""
+        config = self.ctx.model_config.hf_config
+        return drops_tokens(config, family_of(config))
 
     @cached_property
     def largest_image(self) -> tuple[BoxedImage, int]:
@@ -112,8 +126,7 @@ class ServedProcessor(BaseMultiModalProcessor):
         names, items = (inputs.mm_uuid_items or {}).get("image"), inputs.mm_data_items.get("image")
         if names and items is not None:
             names = [
-                None if name is None else f"{name} {item.boxes_text()}"
-                for name, item in zip(names, items, strict=True)
+                None if name is None else f"{name} {item.company()}" for name, item in zip(names, items, strict=True)
             ]
             inputs = replace(inputs, mm_uuid_items={**inputs.mm_uuid_items, "image": names})
         return super()._get_mm_hashes(inputs)
@@ -132,14 +145,30 @@ class ServedProcessor(BaseMultiModalProcessor):
                     f"`boxes` of image {index} must be at most {most}, got more. The operator sets "
                     "`additional_config['mgllava']['max_boxes']`."
                 )
+            if self.info.has_router:
+                features = {EMBEDDINGS: self._embeddings(item, features)}
             rows.append(features)
-        return BatchFeature({name: [row[name] for row in rows] for name in processor.image_inputs})
+        return BatchFeature({name: [row[name] for row in rows] for name in self._input_names})
+
+    @property
+    def _input_names(self) -> Sequence[str]:
+        """Names of what the model gets of each image."""
+        return (EMBEDDINGS,) if self.info.has_router else self.info.get_hf_processor().image_inputs
+
+    def _embeddings(self, item: BoxedImage, features: Mapping[str, Any]) -> Any:
+        """Return the tokens of an image that the language model sees; all, as zeros, of the largest image."""
+        if item is self.info.largest_image[0]:
+            config = self.info.ctx.model_config
+            width = config.hf_config.get_text_config().hidden_size
+            return torch.zeros(self.info.largest_image[1], width, dtype=config.dtype)
+        if item.text_ids is None:
+            raise RuntimeError("An image came without the text of its prompt, by which its tokens are chosen.")
+        return self.info.router(features, item.text_ids)
 
     def _get_mm_fields_config(
         self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
-        names = self.info.get_hf_processor().image_inputs
-        return {name: MultiModalFieldConfig.batched("image") for name in names}
+        return {name: MultiModalFieldConfig.batched("image") for name in self._input_names}
 
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
@@ -148,8 +177,9 @@ class ServedProcessor(BaseMultiModalProcessor):
         token = processor.image_token_id
         runs = []
         for item in out_mm_kwargs.get("image", []):
-            row = {name: item[name].data for name in processor.image_inputs}
-            runs.append([token] * processor.num_image_tokens(row)[0])
+            row = {name: item[name].data for name in self._input_names}
+            count = len(row[EMBEDDINGS]) if self.info.has_router else processor.num_image_tokens(row)[0]
+            runs.append([token] * count)
         return [PromptReplacement(modality="image", target=[token], replacement=runs.__getitem__)]
 
     def _apply_prompt_updates(self, token_ids: list[int], mm_prompt_updates: Any) -> Any:

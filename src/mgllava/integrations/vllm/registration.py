@@ -13,7 +13,7 @@ from .hooks import (
     VerifyAndUpdateConfig,
     check_hooks,
 )
-from .options import MAX_BOXES, PluginOptions
+from .options import MAX_BOXES, ROUTER_DEVICE, PluginOptions
 from .support import check_config
 
 
@@ -25,6 +25,12 @@ class ModelCheck(VerifyAndUpdateConfig):
         """Refuse what would give other answers than in this package."""
         check_hooks()
         check_config(model_config.hf_config, family_of(model_config.hf_config))
+        if model_config.model_impl not in ("auto", "vllm"):
+            raise ValueError(
+                f"`model_impl` must be 'auto' for models of mgllava, got {model_config.model_impl!r}, which replaces "
+                "the plugin's model. To do without the plugin, set the environment variable `VLLM_PLUGINS` to an "
+                "empty string (docs/vllm.md)."
+            )
         if model_config.tokenizer_mode not in ("auto", "hf", NAME):
             raise ValueError(
                 f"`tokenizer_mode` must be 'auto' for models of mgllava, got {model_config.tokenizer_mode!r}."
@@ -33,7 +39,7 @@ class ModelCheck(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Check the plugin's options, and hand on the one that every process needs."""
+        """Check the plugin's options, and hand on those that every process needs."""
         options = PluginOptions.read(vllm_config.additional_config)
         model_config = vllm_config.model_config
         for owner, name in (
@@ -43,6 +49,7 @@ class ModelCheck(VerifyAndUpdateConfig):
             if getattr(owner, name, False):
                 raise ValueError(f"`{name}` must be left out: models of mgllava take images and text.")
         setattr(model_config.hf_config, MAX_BOXES, options.max_boxes)
+        setattr(model_config.hf_config, ROUTER_DEVICE, options.router_device)
 
 
 def register_all() -> None:

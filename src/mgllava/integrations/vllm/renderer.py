@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -189,7 +190,17 @@ class ServedRenderer(HfRenderer):
     def _process_multimodal(
         self, prompt: list[int], mm_data: Any, mm_uuids: Any, mm_processor_kwargs: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """Process images, whose boxes are with them by now."""
+        """Process images, whose boxes are with them by now; the text is put with them if they depend on it."""
+        if mm_data.get("image") is not None and self.get_mm_processor().info.has_router:
+            token, images = self._processor.image_token_id, boxed_images(mm_data["image"])
+            if prompt.count(token) != len(images):
+                raise VLLMValidationError(
+                    f"The prompt must have one placeholder (id {token}) per image, got {prompt.count(token)} "
+                    f"placeholders for {len(images)} images: how many tokens an image takes depends on the text.",
+                    parameter="prompt",
+                )
+            text_ids = tuple(token_id for token_id in prompt if token_id != token)
+            mm_data = {**mm_data, "image": [replace(image, text_ids=text_ids) for image in images]}
         options = {name: value for name, value in (mm_processor_kwargs or {}).items() if name != "boxes"}
         return super()._process_multimodal(prompt, mm_data, mm_uuids, options, *args, **kwargs)
 
