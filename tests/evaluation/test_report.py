@@ -1,13 +1,18 @@
 """The report: one file, numbers of the paper next to ours, and no markup from files or answers."""
 
+import base64
+import io
 import json
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from mgllava.evaluation import BoxChanges, BoxSource, load_task
 from mgllava.evaluation.evaluate import finish
 from mgllava.evaluation.job import Boxes, answer_task
+from mgllava.evaluation.report import write_report
 
 from .conftest import Echo, in_base64
 
@@ -40,6 +45,17 @@ def report(write_tsv, tmp_path):
         return Page((output / "report.html").read_text()), json.loads((output / "scores.json").read_text())
 
     return write
+
+
+def _summary(**values):
+    rows = {"all": 1004, "answered": 3, "skipped": 1000, "left_out": 1}
+    empty = {"main": None, "scores": {}, "categories": {}, "no_score": "", "paper": {}, "notes": [], "skipped": []}
+    return {"title": "T", "model": "m", **empty, "rows": rows, "settings": {}, **values}
+
+
+def _page(folder, task, summary, answers=None):
+    write_report(folder / "report.html", task, summary, answers or {}, {})
+    return Page((folder / "report.html").read_text())
 
 
 def rows(count=3, **values):
@@ -84,3 +100,55 @@ def test_at_most_a_dozen_of_each_kind_are_shown(report):
     page, _ = report("seed", rows(60))
     assert sum(tag == "figure" for tag, _ in page.tags) == 24
     assert "Right answers (30)" in page.text and "Wrong answers (30)" in page.text
+
+
+def test_bars_are_as_long_as_their_scores(tmp_path, task):
+    """In proportion to 100, or to the largest score if that is larger, as points of MME are."""
+    name = "a category with a name of more than thirty letters"
+    for categories, widths in (({"x": 50.0, name: 100.0}, [180, 360]), ({"x": 50.0, name: 200.0}, [90, 360])):
+        page = _page(tmp_path, task, _summary(categories=categories))
+        (drawing,) = (attrs for tag, attrs in page.tags if tag == "svg")
+        bars = [attrs for tag, attrs in page.tags if tag == "rect"]
+        assert [float(bar["width"]) for bar in bars] == widths
+        # One under the other, inside the drawing, with space for their scores.
+        first, second = ((float(bar["y"]), float(bar["y"]) + float(bar["height"])) for bar in bars)
+        assert 0 < first[0] < first[1] < second[0] < second[1] < float(drawing["height"])
+        assert all(0 < float(bar["x"]) < float(drawing["width"]) - 360 for bar in bars)
+        assert drawing["viewbox"] == f"0 0 {drawing['width']} {drawing['height']}"
+        assert f"{name}a category with a name of mor…{categories[name]:.1f}" in page.text
+    assert "svg" not in [tag for tag, _ in _page(tmp_path, task, _summary()).tags]
+
+
+def test_tables_of_scores_and_settings(tmp_path, task):
+    page = _page(
+        tmp_path,
+        task,
+        _summary(
+            main="b", scores={"a": 12.34, "b": 50.0}, paper={"X-7B": 72.1}, settings={"boxes": {"source": "file"}}
+        ),
+    )
+    cells = [text for text in page.text.split("\n") if text]
+    assert "scorethis runpaper, X-7B" in cells and "a12.3" in cells and "b50.072.1" in cells
+    assert [attrs.get("class") for tag, attrs in page.tags if tag == "tr"][:3] == [None, None, "main"]
+    assert "3 of 1,004 rows answered, 1,000 skipped, 1 without an image left out." in cells
+    assert "boxes.sourcefile" in cells
+    page = _page(tmp_path, task, _summary(no_score="that takes a judge.", paper={"X-7B": 72.1, "Y": 1.5}))
+    assert "No score: that takes a judge." in page.text and "The paper reports: X-7B 72.1, Y 1.5." in page.text
+    assert "paper" not in _page(tmp_path, task, _summary()).text
+
+
+def test_pictures_are_small_with_the_boxes_in_their_places(tmp_path, write_tsv):
+    line = {"question": "Q?", "A": "x", "answer": "A"}
+    images = [in_base64("white", size) for size in ((720, 720), (40, 30), (4000, 1))]
+    task = load_task(
+        "seed", write_tsv([{"index": number, **line, "image": image} for number, image in enumerate(images)])
+    )
+    # The first box reaches over the right border.
+    boxes = {"boxes": [[400, 100, 900, 300]], "labels": [""]}
+    page = _page(tmp_path, task, _summary(), {0: {"answer": "A", **boxes}, 1: {"answer": "A"}, 2: {"answer": "A"}})
+    shown = [Image.open(io.BytesIO(base64.b64decode(link.partition(",")[2]))) for link in page.links]
+    assert [image.size for image in shown] == [(360, 360), (40, 30), (360, 1)]
+    colored = np.argwhere(np.ptp(np.asarray(shown[0].convert("RGB")).astype(int), axis=2) > 60)
+    assert colored.min(axis=0) == pytest.approx([50, 200], abs=3)
+    assert colored.max(axis=0) == pytest.approx([150, 359], abs=3)
+    assert page.text.count("boxes") == 1 and "1 boxes" in page.text
