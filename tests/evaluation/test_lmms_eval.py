@@ -1,18 +1,93 @@
-"""The model of lmms-eval, where it is installed: answers in order, boxes by source, options of tasks."""
+"""The model of lmms-eval, or of a stand-in where it is not installed: answers in order, boxes, options of tasks."""
 
 import json
-from types import SimpleNamespace
+import sys
+from importlib.util import find_spec
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from PIL import Image
 
-from mgllava.box_files import write_boxes
-from mgllava.evaluation import Answerer, EvaluationError
+from mgllava.box_files import BoxFile, write_boxes
+from mgllava.evaluation import Answerer, BadRowError, EvaluationError
 
-pytest.importorskip("lmms_eval")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 COLORS = ("red", "green", "blue")
+TASK = "# task: absent\ntask: 'pope'  # a comment\ntest_split: \"test\"\n"
+
+
+class Collator:
+    """Batches of arguments with equal options, longest first, and the way back to the given order."""
+
+    def __init__(self, arguments, sort, group_fn, grouping):
+        assert grouping
+        self.groups = {}
+        for number, entry in sorted(enumerate(arguments), key=lambda pair: sort(pair[1])):
+            self.groups.setdefault(str(group_fn(entry)), []).append((number, entry))
+        self.order = [number for group in self.groups.values() for number, _ in group]
+
+    def get_batched(self, n, batch_fn):
+        assert batch_fn is None
+        for group in self.groups.values():
+            for start in range(0, len(group), n):
+                yield [entry for _, entry in group[start : start + n]]
+
+    def get_original(self, results):
+        return [result for _, result in sorted(zip(self.order, results, strict=True), key=lambda pair: pair[0])]
+
+
+class Messages:
+    def __init__(self, messages):
+        self.messages = messages
+
+    def to_hf_messages(self):
+        def block(part):
+            return {"type": "image", "image": part["url"]} if part["type"] == "image" else dict(part)
+
+        return [{**message, "content": [block(part) for part in message["content"]]} for message in self.messages]
+
+
+class Model:
+    def __init__(self):
+        self.cache_hook = SimpleNamespace(saved=[])
+        self.cache_hook.add_partial = lambda *call: self.cache_hook.saved.append(call)
+
+
+@pytest.fixture(autouse=True)
+def lmms_eval(tmp_path, monkeypatch):
+    """What of lmms-eval is used, if it is not installed."""
+    if find_spec("lmms_eval") is None:
+        for name, content in {
+            "": {},
+            ".api": {},
+            ".models": {},
+            ".utils": {"Collator": Collator, "__file__": str(tmp_path / "lmms" / "utils.py")},
+            ".api.model": {"lmms": Model},
+            ".models.registry_v2": {"ModelManifest": SimpleNamespace},
+            ".protocol": {"ChatMessages": Messages},
+        }.items():
+            module = ModuleType(f"lmms_eval{name}")
+            vars(module).update(content)
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+        sys.modules["lmms_eval"].utils = sys.modules["lmms_eval.utils"]
+        monkeypatch.delitem(sys.modules, "mgllava.integrations.lmms_eval", raising=False)
+        (tmp_path / "lmms" / "tasks").mkdir(parents=True)
+        (tmp_path / "lmms" / "tasks" / "pope.yaml").write_text(TASK)
+        (tmp_path / "lmms" / "tasks" / "absent.yaml").write_text("task: other\n")
+        yield
+        sys.modules.pop("mgllava.integrations.lmms_eval", None)
+    else:
+        yield
+
+
+def test_the_class_of_the_manifest_is_there():
+    from mgllava.integrations import lmms_eval
+
+    found = lmms_eval.manifest()
+    assert found.model_id == "mgllava"
+    module, _, name = found.chat_class_path.rpartition(".")
+    assert getattr(sys.modules[module], name) is lmms_eval.MGLlavaChat and not lmms_eval.MGLlavaChat.is_simple
 
 
 @pytest.fixture
@@ -28,8 +103,9 @@ def ask(repository, documents):
         content = [{"type": "image", "url": document["image"]}, {"type": "text", "text": "Q?"}]
         return [{"role": "user", "content": content}]
 
-    def run(options=({"max_new_tokens": 4},) * 3, **arguments):
-        chat = MGLlavaChat(str(repository), device="cpu", dtype="float32", batch_size=2, **arguments)
+    def run(options=({"max_new_tokens": 4},) * 3, change=lambda chat: None, **arguments):
+        chat = MGLlavaChat(str(repository), device="cpu", dtype="float32", batch_size="2", **arguments)
+        change(chat)
         chat.task_dict = {"task": {"test": documents}}
         requests = [
             SimpleNamespace(args=("context", to_messages, options[number], number, "task", "test"))
@@ -66,12 +142,112 @@ def test_boxes_of_a_file(ask, model, processor, documents, tmp_path):
         ({"boxes": "oracle"}, "`boxes` must be one of none, file, detector"),
         ({"boxes": "file"}, "needs a file"),
         ({"boxes": "detector"}, "has none"),
-        ({"temperature": 1}, "has temperature, which mgllava does not know"),
+        ({"boxes": "none", "box_file": "b.json"}, "`boxes` is none, but `box_file` is b.json"),
+        ({"temperature": 1, "max_batch_size": 8}, "has temperature, which mgllava does not know"),
     ],
 )
 def test_wrong_arguments(arguments, problem, ask):
     with pytest.raises(EvaluationError, match=problem):
         ask(**arguments)
+
+
+def test_its_own_limits_of_batches_are_ignored(ask):
+    assert ask(max_batch_size=8) == ask()
+
+
+def test_boxes_of_the_detector(ask, processor, model, documents):
+    """The one of the model by default, and for every image of a batch its own boxes."""
+    records = [{"boxes": [[n, 0, 30, 30]], "labels": ["a"], "scores": [0.9]} for n in range(3)]
+    images = [document["image"] for document in documents]
+    expected = Answerer(model, processor, 4).answer(images, ["Q?"] * 3, records)
+    limits = []
+
+    def change(chat):
+        chat._detects = True
+        chat.answerer.detect = lambda found: [
+            next(record for record, image in zip(records, images, strict=True) if image.tobytes() == seen.tobytes())
+            for seen in found
+        ]
+        limits.append(chat._options)
+
+    assert ask(change=change) == [expected[number] for number in (2, 0, 1)]
+    ask(change=change, box_limit=0)
+    assert limits == [{"box_limit": 100}, {"box_limit": None}]
+
+
+@pytest.mark.parametrize(("boxes", "detects"), [(None, True), ("detector", True), ("none", False)])
+def test_the_detector_of_the_model_is_the_default(boxes, detects, monkeypatch):
+    from mgllava.integrations import lmms_eval
+
+    given = []
+
+    def load(path, **options):
+        given.append(options)
+        return None, SimpleNamespace(box_detector_config={"tagger": "coco80"})
+
+    monkeypatch.setattr(lmms_eval, "load", load)
+    monkeypatch.setattr(lmms_eval, "Answerer", lambda *pair: SimpleNamespace(takes_boxes=True))
+    chat = lmms_eval.MGLlavaChat("folder", boxes=boxes, device=None)
+    assert chat._detects == detects and chat.batch_size == 1
+    assert given[0]["boxes"] == (None if boxes == "none" else boxes)
+    assert (given[0]["device"], given[0]["dtype"], given[0]["trust_remote_code"]) == ("auto", "auto", False)
+
+
+@pytest.mark.parametrize(
+    ("document", "images", "key", "problem"),
+    [
+        ({"name": 1}, 1, None, r"no index or question_id or questionId or pid or id, but \['name'\]"),
+        ({"id": 1}, 1, "name", "the document has no name"),
+        ({"id": 1}, 2, None, "Document 1 has 2 images, but a box file has one record"),
+    ],
+)
+def test_documents_without_boxes_of_their_own(document, images, key, problem):
+    from mgllava.integrations.lmms_eval import _KEYS, MGLlavaChat
+
+    chat = MGLlavaChat.__new__(MGLlavaChat)
+    chat._box_file, chat._keys = BoxFile([1], [{"boxes": [], "labels": [], "scores": []}]), (key,) if key else _KEYS
+    assert chat._boxes({"id": None, "name": 1, "index": 1}, 1)["boxes"] == []
+    with pytest.raises(EvaluationError, match=problem):
+        chat._boxes(document, images)
+
+
+def test_other_than_images_is_refused(ask):
+    def change(chat):
+        conversation = [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]
+        with pytest.raises(EvaluationError, match="The document has video, but only images are supported"):
+            chat._prepare_images([conversation], [{}])
+        broken = [{"role": "user", "content": [{"type": "image", "image": b"no image"}]}]
+        with pytest.raises(BadRowError, match="cannot be read"):
+            chat._prepare_images([broken], [{}])
+        for refused in (chat.loglikelihood, chat.generate_until_multi_round):
+            with pytest.raises(NotImplementedError, match="generate_until only"):
+                refused([])
+
+    ask(change=change)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, (False, 1.0, 1.0, 1, 100)),
+        ({"temperature": 0, "do_sample": True, "num_beams": 3, "max_new_tokens": 7}, (False, 1.0, 1.0, 3, 7)),
+        ({"temperature": 0.5}, (True, 0.5, 1.0, 1, 100)),
+        ({"temperature": 0.5, "do_sample": False}, (False, 1.0, 1.0, 1, 100)),
+        ({"temperature": 0.5, "top_p": 0.9, "num_beams": None}, (True, 0.5, 0.9, 1, 100)),
+    ],
+)
+def test_options_of_generation(options, expected, model):
+    from mgllava.integrations.lmms_eval import generation_config
+
+    config = generation_config(model.generation_config, options)
+    names = ("do_sample", "temperature", "top_p", "num_beams", "max_new_tokens")
+    assert tuple(getattr(config, name) for name in names) == expected
+
+
+def test_answers_end_before_the_first_of_some_words():
+    from mgllava.integrations.lmms_eval import _cut
+
+    assert _cut(" a b\n\nc ", None) == "a b\n\nc" and _cut("a b c", ["c", "", "b"]) == "a" and _cut("ab", "b") == "a"
 
 
 def test_local_variant_of_a_task(tmp_path):
@@ -81,6 +257,11 @@ def test_local_variant_of_a_task(tmp_path):
     data.touch()
     content = json.loads(write_local_task("pope", [data], tmp_path / "tasks").read_text())
     assert content["task"] == "pope_local" and content["include"].endswith("pope.yaml")
-    assert content["dataset_kwargs"] == {"data_files": {"test": [str(data)]}}
+    assert content["dataset_kwargs"] == {"data_files": {"test": [str(data)]}} and content["test_split"] == "test"
+    assert content["dataset_path"] == "parquet" and content["dataset_name"] is None
+    with pytest.raises(EvaluationError, match="no such file: none was given"):
+        write_local_task("pope", [], tmp_path)
+    with pytest.raises(EvaluationError, match=r"no such file: [^,]*b\.parquet\.$"):
+        write_local_task("pope", [data, tmp_path / "b.parquet"], tmp_path)
     with pytest.raises(EvaluationError, match="no task 'absent'"):
         write_local_task("absent", [data], tmp_path)
