@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from mgllava.box_files import write_boxes
 from mgllava.cli import app
-from mgllava.evaluation import Answerer, evaluate
+from mgllava.evaluation import Answerer, EvaluationError, evaluate
 
 from .conftest import in_base64
 
@@ -102,6 +102,18 @@ def test_bad_rows_stop_before_the_model_answers_or_are_skipped(repository, write
 def test_options_that_do_not_fit_are_refused(options, problem, repository, choices, tmp_path):
     result = command(repository, choices, tmp_path / "out", *options)
     assert result.exit_code == 1 and problem in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"boxes": "all"}, "`boxes` must be one of none, file, detector, oracle, got 'all'"),
+        ({"on_error": "ignore"}, "`on_error` must be stop or skip, got 'ignore'"),
+    ],
+)
+def test_arguments_that_the_command_does_not_let_through(options, problem, tmp_path):
+    with pytest.raises(EvaluationError, match=problem):
+        evaluate("absent", "seed", tmp_path / "absent.tsv", tmp_path / "out", **options)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from mgllava.box_files import BoxFile
-from mgllava.evaluation import BoxChanges, BoxSource, EvaluationError, load_task
+from mgllava.evaluation import BoxChanges, BoxSource, EvaluationError, job, load_task
+from mgllava.evaluation.answering import open_as_stored
 from mgllava.evaluation.box_sources import partners, shifted
 from mgllava.evaluation.evaluate import finish
 from mgllava.evaluation.job import Boxes, answer_task, with_boxes
@@ -234,3 +235,71 @@ def test_images_are_shown_as_stored(tmp_path, write_lines):
     assert (
         "1 images have an EXIF orientation" in json.loads((tmp_path / "out" / "scores.json").read_text())["notes"][0]
     )
+
+
+def test_answers_are_in_order_with_skipped_questions_before_them(tmp_path, write_lines):
+    (tmp_path / "a.png").write_bytes(png())
+    rows = [{"question_id": n, "image": "a.png", "text": text} for n, text in enumerate(["<image>", "Q", "<image>"])]
+    answers = run(load_task("exact-match", write_lines(rows)), tmp_path / "out", on_error="skip")
+    assert [(line["number"], "answer" in line) for line in answers] == [(0, False), (1, True), (2, False)]
+
+
+def test_an_image_that_gives_its_boxes_must_be_readable(tmp_path, write_lines):
+    for name, content in (("a", png()), ("b", b"no image")):
+        (tmp_path / f"{name}.png").write_bytes(content)
+    rows = [{"question_id": n, "image": f"{name}.png", "text": "Q"} for n, name in enumerate("ab")]
+    boxes = Boxes(BoxSource.DETECTOR, None, BoxChanges(shuffle=True))
+    answers = run(load_task("exact-match", write_lines(rows)), tmp_path / "out", boxes=boxes, on_error="skip")
+    assert (
+        answers[0]["reason"].startswith("it gets the boxes of ")
+        and "row 2, and there its image" in answers[0]["reason"]
+    )
+    assert answers[1]["reason"].startswith("its image cannot be read")
+
+
+def test_boxes_that_the_model_refuses_are_named(task, tmp_path):
+    def objects(record, image):
+        if image.getpixel((0, 0)) == (0, 0, 255):
+            raise ValueError("they lie outside")
+        return record
+
+    echo = Echo()
+    echo.objects = objects
+    answers = run(task, tmp_path / "out", echo, DETECTOR, on_error="skip")
+    assert [line.get("reason") for line in answers] == [None, None, "its boxes cannot be used: they lie outside", None]
+
+
+def test_only_some_detections_are_remembered(write_tsv, tmp_path, monkeypatch):
+    """Those of the images that were asked about last, and always those of the batch."""
+    monkeypatch.setattr(job, "_REMEMBERED", 2)
+    line = {"question": "Q?", "A": "x", "answer": "A"}
+    images = [in_base64(color) for color in ("red", "green", "blue", "white")]
+    rows = [{"index": n, **line, "image": images[k]} for n, k in enumerate([0, 1, 2, 2, 3, 3, 0, 1])]
+    echo = Echo()
+    run(load_task("seed", write_tsv(rows)), tmp_path / "out", echo, DETECTOR, batch_size=1)
+    # One more than the number is kept until the next batch.
+    assert echo.detected == [1, 1, 1, 0, 1, 0, 1, 1]
+    wide = Echo()
+    run(load_task("seed", write_tsv(rows)), tmp_path / "wide", wide, DETECTOR, batch_size=8)
+    assert wide.detected == [4]
+
+
+def test_records_of_videos_are_not_boxes_of_an_image(task):
+    frames = [{"boxes": [], "labels": [], "scores": []}]
+    file = BoxFile([0, 1, 2, 3], [*records([], [], []), {"frames": frames}])
+    checked = with_boxes(task, Boxes(BoxSource.FILE, file, BoxChanges()))
+    assert [bad.reason for bad in checked.bad_rows] == ["the box file has frames of a video for the id 3"]
+
+
+def test_no_answered_question_is_an_error(half_broken, tmp_path):
+    lines = [{"number": number, "key": number, "reason": "it is broken"} for number in range(3)]
+    with pytest.raises(EvaluationError, match=r"No question could be asked: .*row 1: it is broken"):
+        finish(half_broken, lines, tmp_path, {}, "model")
+
+
+def test_damaged_metadata_do_not_turn_an_image(monkeypatch):
+    def fail(self):
+        raise SyntaxError("not a TIFF file")
+
+    monkeypatch.setattr(Image.Image, "getexif", fail)
+    assert not open_as_stored(Image.new("RGB", (4, 3))).is_turned

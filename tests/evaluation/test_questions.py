@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from mgllava.evaluation import BENCHMARKS, EvaluationError, load_task
+from mgllava.evaluation import BENCHMARKS, BadRowError, EvaluationError, load_task
+from mgllava.evaluation.paper import REPORTED
 from mgllava.evaluation.questions import question_in_prompt, read_annotations
 from mgllava.evaluation.tables import Row
 
@@ -167,3 +168,47 @@ def test_no_good_row_is_an_error(write_tsv):
 def test_unknown_benchmark():
     with pytest.raises(EvaluationError, match="`benchmark` must be one of mmbench-dev"):
         load_task("mmbench", "x.tsv")
+
+
+@pytest.mark.parametrize("prompt", ["What?", "a\nb\nc", "OCR tokens: A. Question: What?", "a\nb\nc\nd"])
+def test_prompts_of_other_forms_than_those_of_textvqa(prompt):
+    with pytest.raises(BadRowError, match="none of the forms of TextVQA"):
+        question_in_prompt(prompt)
+
+
+def test_answers_by_the_index_of_a_choice():
+    answer = BENCHMARKS["scienceqa"].answer
+    assert [answer(row({"choices": ["x", "y"], "answer": number})) for number in (0, 1)] == ["A", "B"]
+    assert answer(row({"choices": ["x", "y"]})) is None
+    for given in (2, -1, True):
+        with pytest.raises(BadRowError, match="is not one of its options A, B"):
+            answer(row({"choices": ["x", "y"], "answer": given}))
+    # With columns of options, a number is no index.
+    with pytest.raises(BadRowError, match="'1' is not one of its options A, B"):
+        answer(row({"A": "x", "B": "y", "answer": 1}))
+
+
+def test_rows_may_have_no_answers():
+    for name in ("mmbench-dev", "textvqa", "docvqa", "pope", "gqa", "llava-wild", "mmvet", "mathvista"):
+        assert BENCHMARKS[name].answer(row({"question": "Q?"})) is None
+
+
+def test_answers_in_lists():
+    assert BENCHMARKS["docvqa"].answer(row({"answer": "x"})) == ("x",)
+    assert BENCHMARKS["docvqa"].answer(row({"answers": ["x", "y"], "answer": "z"})) == ("x", "y")
+    assert BENCHMARKS["vqav2"].answer(row({"answers": [{"answer": "x"}] * 10})) == ("x",) * 10
+    assert BENCHMARKS["mmvp"].answer(row({"Correct Answer": " (a) "})) == "(a)"
+    assert BENCHMARKS["pope"].answer(row({"label": "no"})) == "No"
+
+
+def test_papers_names_are_those_of_its_tables():
+    named = {benchmark.paper for benchmark in BENCHMARKS.values()} - {None}
+    assert named == {name for scores in REPORTED.values() for name in scores}
+    assert all(benchmark.upload_for for benchmark in BENCHMARKS.values() if benchmark.score is None)
+
+
+@pytest.mark.parametrize("content", ['{"data": [{}]}', '{"annotations": [5]}', '{"7": {}}', '{"7": 5}', "{"])
+def test_annotations_of_another_form_are_refused(content, tmp_path):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(EvaluationError, match="is not a file of TextVQA, VQAv2 or GQA"):
+        read_annotations(tmp_path / "a.json")

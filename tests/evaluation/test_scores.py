@@ -133,3 +133,19 @@ def test_soft_accuracy_and_anls_are_means():
     scores = score_softly(ask((1, humans, ""), (2, humans, "")), ["Cat", "a dog"])
     assert scores.values["accuracy"] == pytest.approx(100 * (0.6 + 1) / 2)
     assert score_documents(ask((1, ("sitting",), "")), ["kitten"]).values["ANLS"] == pytest.approx(100 * 4 / 7)
+
+
+def test_rotations_alone_give_no_score():
+    scores = score_choices(ask((1_000_001, "A", ""), (2_000_001, "A", "")), ["A", "B"])
+    assert scores.values == {"accuracy": 0} and "No question has an index" in scores.notes[0]
+    assert scores.credits == [1, 0]
+
+
+def test_images_of_mme_without_a_pair_are_said():
+    questions = ask(*((n, "Yes", "count", {"image_path": image}) for n, image in enumerate(["a", "b", "b"])))
+    scores = score_mme(questions, ["yes", "yes", "yes"])
+    # The single question counts, but there is no pair for its image.
+    assert scores.categories == {"count": 200} and scores.values["accuracy"] == 100
+    assert "count: 1 images do not have two questions" in scores.notes[0]
+    assert "cognition is the sum without code_reasoning" in scores.notes[2]
+    assert score_mme(questions[:1], ["no"]).categories == {"count": 0}

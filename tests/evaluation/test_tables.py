@@ -6,7 +6,7 @@ import json
 import pytest
 
 from mgllava.evaluation import BadRowError, EvaluationError, load_task
-from mgllava.evaluation.tables import find_image, read_rows
+from mgllava.evaluation.tables import Row, find_image, read_rows
 
 from .conftest import in_base64, png
 
@@ -132,3 +132,83 @@ def test_other_files_are_refused(name, content, problem, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(EvaluationError, match=problem):
         read_rows([tmp_path / name])
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"data": [{"question_id": 1}, {"question_id": 2, "hint": null}]}', [{"question_id": 1}, {"question_id": 2}]),
+        ('{"question_id": 1}', [{"question_id": 1}]),
+    ],
+)
+def test_json_with_one_dictionary(content, expected, tmp_path):
+    (tmp_path / "a.json").write_text(content)
+    assert [row.values for row in read_rows([tmp_path / "a.json"])] == expected
+
+
+def test_json_with_neither_rows_nor_lines(tmp_path):
+    (tmp_path / "a.json").write_text("5")
+    with pytest.raises(EvaluationError, match="must hold a list of rows, got int"):
+        read_rows([tmp_path / "a.json"])
+
+
+def _row(**stored):
+    return Row({}, "row", "data", lambda: stored, {})
+
+
+def test_all_forms_of_stored_images(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    forms = [
+        {"image": {"bytes": png(), "path": "b.png"}},
+        {"image": bytearray(png())},
+        {"decoded_image": {"bytes": png()}, "image": "images/1.jpg"},
+        {"img": in_base64()},
+        {"image": [in_base64()]},
+        {"image": f"['{in_base64()}']"},
+    ]
+    assert [find_image(_row(**stored), tmp_path) for stored in forms] == [png()] * len(forms)
+    paths = [{"image": {"bytes": None, "path": "a.png"}}, {"image_path": "a.png", "image": None}, {"image": "a.png"}]
+    assert [find_image(_row(**stored), tmp_path) for stored in paths] == [tmp_path / "a.png"] * 3
+    assert find_image(_row(image=""), tmp_path, default="a.png") == tmp_path / "a.png"
+
+
+@pytest.mark.parametrize(
+    ("stored", "problem"),
+    [
+        ({"image": [in_base64()] * 2}, "2 images"),
+        ({"image": "*" * 20}, r"not base64 .* begins with '\*{20}'"),
+        ({"image": "[iVBORw0KGgoAAAANSUh"}, "not base64"),
+        ({"image": "data:image/png;base64,"}, "its image is empty"),
+        ({"image": {"bytes": b"", "path": ""}}, "no image"),
+        ({"image": b""}, "not base64"),
+    ],
+)
+def test_images_that_cannot_be_read_are_named(stored, problem, tmp_path):
+    with pytest.raises(BadRowError, match=problem):
+        find_image(_row(**stored), tmp_path)
+
+
+def test_rows_of_parquet_share_images_and_are_numbered(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    rows = [{"index": 1, "image": in_base64()}, {"index": 7, "image": "1"}, {"index": 1, "image": in_base64("blue")}]
+    write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    first, second, _ = read_rows([tmp_path / "a.parquet"])
+    assert find_image(second, tmp_path) == find_image(first, tmp_path) == png()
+    assert (first.stem, second.place) == ("a", f"{tmp_path / 'a.parquet'}, row 2")
+
+
+def test_a_folder_without_questions_is_refused(tmp_path):
+    with pytest.raises(EvaluationError, match="has no Parquet files, and no questions of MME"):
+        read_rows([tmp_path])
+
+
+def test_questions_about_text_are_left_out(write_tsv):
+    """HallusionBench has such questions by design; in other benchmarks, an image is missing."""
+    line = {"question": "Q?", "answer": "yes"}
+    rows = [{"index": "VD_a_b_1_2_3", **line, "image": in_base64()}, {"index": "VS_a_b_1_0_3", **line}]
+    task = load_task("hallusionbench", write_tsv(rows))
+    assert (len(task.questions), task.bad_rows, task.left_out) == (1, [], 1)
+    with pytest.raises(EvaluationError, match="must name at least one file"):
+        load_task("hallusionbench", [])
