@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+from inspect import Parameter, signature
 from types import SimpleNamespace
 from typing import Annotated
 
@@ -13,6 +14,7 @@ import mgllava
 from mgllava.chat import loading
 from mgllava.cli import app
 from mgllava.commands.console import errors_as_messages
+from mgllava.families.family import resolve
 
 COMMANDS = typer.main.get_command(app).commands
 # Options with the same help in all commands that have them.
@@ -50,6 +52,42 @@ def test_model_is_the_positional_argument_of_commands():
     }
     assert {name for name, words in positional.items() if words == ["MODEL"]} == {"chat", "serve", "export", "eval"}
     assert not any("--model" in parameter.opts for command in COMMANDS.values() for parameter in command.params)
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("convert", "mgllava.conversion:convert_checkpoint"),
+        ("convert-ram-plus", "mgllava.conversion:convert_ram_plus"),
+        ("detect", "mgllava.box_files:detect_images"),
+        ("eval", "mgllava.evaluation:evaluate"),
+        ("export", "mgllava.hub:export_repository"),
+        ("train", "mgllava.training:train"),
+    ],
+)
+def test_defaults_are_those_of_the_function(name, function):
+    known = signature(resolve(function)).parameters
+    options = {parameter.name: parameter.default for parameter in COMMANDS[name].params if not parameter.required}
+    options.pop("array_task", None)  # the command parses it
+    defaults = {option: known[option].default for option in options if option in known}
+    defaults = {option: default for option, default in defaults.items() if default is not Parameter.empty}
+    assert defaults
+    assert {option: getattr(options[option], "value", options[option]) for option in defaults} == defaults
+
+
+def test_switches_are_off():
+    for name, command in COMMANDS.items():
+        switches = {parameter.name: parameter for parameter in command.params if getattr(parameter, "is_flag", False)}
+        on = {key for key, parameter in switches.items() if parameter.default and key != "help"}
+        assert on == {"chat": {"use_box_detector"}, "serve": {"use_box_detector"}, "export": {"verify"}}.get(
+            name, set()
+        )
+
+
+def test_the_server_is_local_and_images_come_from_public_addresses():
+    defaults = {parameter.name: parameter.default for parameter in COMMANDS["serve"].params}
+    expected = {"host": "localhost", "port": 8000, "allowed_image_hosts": "public", "engine": "transformers"}
+    assert defaults == {**defaults, **expected, "log_level": "warning", "dtype": "auto", "device": "auto"}
 
 
 @pytest.mark.parametrize("command", ["chat", "serve", "export"])
