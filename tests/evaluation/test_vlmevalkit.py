@@ -1,8 +1,11 @@
 """The wrapper of VLMEvalKit, with a stand-in for the parts of the kit that it uses."""
 
+import json
 import sys
+import time
 
 import pytest
+import typer
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -11,19 +14,51 @@ from mgllava.evaluation import Answerer, EvaluationError
 from mgllava.integrations import vlmevalkit
 from mgllava.integrations.vlmevalkit import MGLlavaVLM, register
 
+# What the kit does with a model in `vlmeval/vlm/base.py`, `vlmeval/inference.py` and `run.py`, at commit e8e78f05.
 BASE = """
 class BaseModel:
+    def __init__(self):
+        self.dump_image_func = None
+
+    def use_custom_prompt(self, dataset):
+        return False
+
+    def set_dump_image(self, dump_image_func):
+        self.dump_image_func = dump_image_func
+
     def generate(self, message, dataset=None):
         assert all(part["type"] in ("text", "image") for part in message)
         return self.generate_inner(message, dataset)
 """
 RUN = """
+import json
+import pathlib
 import sys
 from vlmeval.config import supported_VLM
 
-model = supported_VLM[sys.argv[sys.argv.index("--model") + 1]]()
-message = [dict(type="image", value=sys.argv[-1]), dict(type="text", value="Q?")]
-print("answer:", model.generate(message, dataset="Custom"), type(model).__mro__[2].__name__, model.view)
+
+class Dataset:
+    def dump_image(self, line):
+        return [line["image_path"]]
+
+    def build_prompt(self, line):
+        return [dict(type="image", value=path) for path in self.dump_image(line)] + [dict(type="text", value="Q?")]
+
+
+name, dataset = sys.argv[sys.argv.index("--model") + 1], Dataset()
+folder = pathlib.Path(sys.argv[sys.argv.index("--work-dir") + 1], name, "T20260818-032032")
+folder.mkdir(parents=True, exist_ok=True)
+status, line = {"status": "done"}, {"index": 7, "image_path": sys.argv[-1]}
+try:
+    model = supported_VLM[name]()
+    model.set_dump_image(dataset.dump_image)
+    struct = (model if model.use_custom_prompt("Custom") else dataset).build_prompt(
+        line, **({"dataset": "Custom"} if model.use_custom_prompt("Custom") else {})
+    )
+    print("answer:", model.generate(message=struct, dataset="Custom"), type(model).__mro__[2].__name__, model.view)
+except Exception as error:
+    status["error_message"] = str(error)
+(folder / "status.json").write_text(json.dumps({"datasets": {"Custom": status}}))
 """
 
 
@@ -82,15 +117,36 @@ def test_a_model_answers_through_the_table_of_the_kit(view, kit, wide, loaded, m
     assert wrapper.generate(message(wide)) == Answerer(model, processor, 4).answer([shown], ["Q?"])[0]
 
 
+class Benchmark:
+    def dump_image(self, line):
+        return [line["image_path"]]
+
+    def build_prompt(self, line):
+        return message(*self.dump_image(line))
+
+
 def test_boxes_come_from_the_file_of_the_row(kit, wide, loaded, model, processor, tmp_path):
-    record = {"id": 7, "boxes": [[1, 1, 30, 30]], "labels": ["a"], "scores": [0.9]}
-    file = write_boxes(tmp_path / "b.json", [record])
+    """Also where the image file has another number in its name."""
+    own = {"id": 3, "boxes": [[1, 1, 30, 30]], "labels": ["a"], "scores": [0.9]}
+    other = {"id": 7, "boxes": [[20, 5, 60, 40], [0, 0, 9, 9]], "labels": ["a", "b"], "scores": [0.9, 0.8]}
+    file = write_boxes(tmp_path / "b.json", [own, other])
     wrapper = MGLlavaVLM("folder", box_file=str(file), max_new_tokens=4)
-    expected = Answerer(model, processor, 4).answer([Image.open(wide)], ["Q?"], [record])
-    assert [wrapper.generate_inner(message(wide))] == expected
-    wide.rename(tmp_path / "8.png")
-    with pytest.raises(EvaluationError, match="no boxes for id '8'"):
-        wrapper.generate_inner(message(tmp_path / "8.png"))
+    wrapper.set_dump_image(Benchmark().dump_image)
+    assert wrapper.use_custom_prompt("Custom") and wide.stem == "7"
+    seen = []
+    wrapper.answerer.answer_conversations = lambda conversations: seen.append(conversations[0][0]["content"]) or [""]
+    wrapper.generate_inner(wrapper.build_prompt({"index": 3, "image_path": str(wide)}, dataset="Custom"))
+    assert seen[0][0]["boxes"]["boxes"] == own["boxes"]
+    with pytest.raises(EvaluationError, match="no boxes for id 8"):
+        wrapper.generate_inner(wrapper.build_prompt({"index": 8, "image_path": str(wide)}))
+    with pytest.raises(EvaluationError, match="does not let models build the prompts"):
+        wrapper.generate_inner(message(wide))
+    with pytest.raises(EvaluationError, match="2 images, but a box file has one record"):
+        wrapper.generate_inner([{**part, "index": 3} for part in message(wide)] * 2)
+
+
+def test_without_a_box_file_the_kit_builds_prompts(kit, loaded):
+    assert not MGLlavaVLM("folder").use_custom_prompt("Custom")
 
 
 def test_names_of_the_kit_are_not_replaced(kit):
@@ -105,16 +161,41 @@ def test_other_parts_and_views_are_refused(kit, loaded):
         MGLlavaVLM("folder", view="tiles")
 
 
-def test_command_runs_the_kit(kit, wide, loaded):
-    import typer
-
+@pytest.fixture
+def command(kit, tmp_path):
     app = typer.Typer()
     app.command()(vlmevalkit.main)
-    result = CliRunner().invoke(
-        app, ["org/small", "--kit", str(kit), "--view", "center-crop", "--max-new-tokens", "2", "--", str(wide)]
-    )
+
+    def run(*options, image):
+        words = [*options, "--max-new-tokens", "2", "--", "--work-dir", str(tmp_path / "out"), str(image)]
+        return CliRunner().invoke(app, ["org/small", *words])
+
+    return run
+
+
+def test_command_runs_the_kit(command, kit, wide, loaded):
+    result = command("--kit", str(kit), "--view", "center-crop", "--dtype", "float32", "--device", "cpu", image=wide)
     assert result.exit_code == 0, result.output
     assert "answer:" in result.output and result.output.split()[-2:] == ["BaseModel", "center-crop"]
-    assert loaded[0][0] == "org/small"
-    result = CliRunner().invoke(app, ["org/small", "--kit", "absent"])
+    path, options = loaded[0]
+    assert path == "org/small" and (options["dtype"], options["device"], options["bits"]) == ("float32", "cpu", None)
+    result = command("--kit", "absent", image=wide)
     assert result.exit_code == 2 and "--kit must be the folder" in result.output
+
+
+def test_command_fails_where_the_kit_skips_a_benchmark(command, kit, wide, loaded, tmp_path):
+    """The kit logs errors, goes on with the next benchmark, and exits with 0."""
+    file = write_boxes(tmp_path / "b.json", [{"id": 1, "boxes": [], "labels": [], "scores": []}])
+    result = command("--kit", str(kit), "--box-file", str(file), image=wide)
+    assert result.exit_code == 1
+    assert "did not evaluate everything" in result.output and "Custom: `box_file`: " in result.output
+    assert "no boxes for id 7" in result.output
+
+
+def test_a_run_without_a_status_counts_as_failed(tmp_path):
+    assert vlmevalkit.failures(tmp_path, "small", 0) == [f"{tmp_path / 'small'} has no status.json of this run."]
+    (tmp_path / "small" / "T1").mkdir(parents=True)
+    statuses = {"a": {"status": "done", "metrics": {"acc": 1}}, "b": {"skip_reason": "invalid_dataset"}}
+    (tmp_path / "small" / "T1" / "status.json").write_text(json.dumps({"datasets": statuses}))
+    assert vlmevalkit.failures(tmp_path, "small", 0) == ["b: invalid_dataset"]
+    assert "no status.json of this run" in vlmevalkit.failures(tmp_path, "small", time.time() + 60)[0]

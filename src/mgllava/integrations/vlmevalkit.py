@@ -3,11 +3,17 @@
     python -m mgllava.integrations.vlmevalkit MODEL --kit VLMEvalKit -- --data MMBench_DEV_EN --judge exact_matching
 
 VLMEvalKit has no plugins: models are entries of its table `supported_VLM`, and `run.py` reads it. So this command adds
-entries to the table, and calls `run.py` in the same process.
+entries to the table, and calls `run.py` in the same process. `run.py` exits with 0 after errors, this command with 1.
+
+Written for VLMEvalKit of August 2026 (commit e8e78f05).
 """
 
+import json
+import os
 import runpy
 import sys
+import time
+from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -59,12 +65,50 @@ class MGLlavaVLM:
         model, processor = load(model_path, box_file=box_file, use_box_detector=use_box_detector, **loading)
         self.answerer = Answerer(model, processor, max_new_tokens)
         self.box_file: BoxFile | None = None if box_file is None else read_boxes(box_file)
+        self.dataset: Any = None
         self.detects = (
             self.answerer.takes_boxes
             and use_box_detector
             and box_file is None
             and processor.box_detector_config is not None
         )
+
+    def set_dump_image(self, dump_image_func: Any) -> None:
+        """Take the benchmark from the kit.
+
+        Args:
+            dump_image_func (`Callable`): Its method that writes images to files.
+        """
+        self.dump_image_func = dump_image_func
+        self.dataset = getattr(dump_image_func, "__self__", None)
+
+    def use_custom_prompt(self, dataset: str | None) -> bool:
+        """Tell whether the kit calls [`build_prompt`] instead of that of the benchmark.
+
+        Args:
+            dataset (`str`): Name of the benchmark.
+
+        Returns:
+            `bool`: Whether there is a box file.
+        """
+        return self.box_file is not None
+
+    def build_prompt(self, line: Any, dataset: str | None = None) -> list[dict[str, Any]]:
+        """Return the benchmark's own prompt, with the index of the row in each image.
+
+        Boxes are found by it: the name of the image file may be any other.
+
+        Args:
+            line (`Mapping`): The row.
+            dataset (`str`, *optional*): Name of the benchmark.
+
+        Returns:
+            `list[dict]`: The message.
+        """
+        # The kit has numbers of NumPy.
+        index = getattr(line["index"], "item", lambda: line["index"])()
+        message = self.dataset.build_prompt(line)
+        return [{**part, "index": index} if part["type"] == "image" else part for part in message]
 
     def generate_inner(self, message: Sequence[Mapping[str, Any]], dataset: str | None = None) -> str:
         """Answer a message.
@@ -85,10 +129,14 @@ class MGLlavaVLM:
             if part["type"] == "text":
                 content.append({"type": "text", "text": part["value"]})
             elif part["type"] == "image":
-                content.append({"type": "image", "image": self._open(part["value"]), **self._boxes(part["value"])})
+                content.append({"type": "image", "image": self._open(part["value"]), **self._boxes(part)})
             else:
                 raise EvaluationError(f"`message` has a part of type {part['type']!r}, but only text and images work.")
         images = [part for part in content if part["type"] == "image"]
+        if self.box_file is not None and len(images) > 1:
+            raise EvaluationError(
+                f"The row has {len(images)} images, but a box file has one record for it. Leave out `box_file`."
+            )
         if self.detects:
             for part, record in zip(images, self.answerer.detect([part["image"] for part in images]), strict=True):
                 part["boxes"] = record
@@ -103,15 +151,18 @@ class MGLlavaVLM:
         left, top = (picture.width - side) // 2, (picture.height - side) // 2
         return picture.crop((left, top, left + side, top + side))
 
-    def _boxes(self, image: Any) -> dict[str, Any]:
+    def _boxes(self, part: Mapping[str, Any]) -> dict[str, Any]:
         if not self.answerer.takes_boxes:
             return {}
         if self.box_file is None:
             return {"boxes": {"boxes": []}}
-        # The kit stores the image of a row as INDEX.jpg, and gives the path only.
-        key = Path(str(image)).stem
+        if "index" not in part:
+            raise EvaluationError(
+                "`box_file`: the kit does not let models build the prompts of this benchmark, so the row of "
+                f"{part['value']} is unknown. Leave out `box_file`."
+            )
         try:
-            return {"boxes": self.box_file[key]}
+            return {"boxes": self.box_file[part["index"]]}
         except MissingBoxesError as error:
             raise EvaluationError(f"`box_file`: {error}") from error
 
@@ -144,6 +195,29 @@ def register(name: str, model_path: str, **options: Any) -> list[str]:
     return list(names)
 
 
+def failures(folder: Path, name: str, since: float) -> list[str]:
+    """Return what went wrong in runs of a model, of which VLMEvalKit writes `status.json`.
+
+    Args:
+        folder (`Path`): The kit's `--work-dir`.
+        name (`str`): Name of the model in the kit.
+        since (`float`): Time after which the runs ended.
+
+    Returns:
+        `list[str]`: One text per benchmark that failed; or one that there is no such file.
+    """
+    written = [path for path in folder.glob(f"{name}/*/status.json") if path.stat().st_mtime >= since]
+    if not written:
+        return [f"{folder / name} has no status.json of this run."]
+    found = []
+    for path in written:
+        for benchmark, status in json.loads(path.read_text(encoding="utf-8"))["datasets"].items():
+            reason = status.get("error_message") or status.get("skip_reason")
+            if "error_message" in status or reason == "invalid_dataset":
+                found.append(f"{benchmark}: {reason}")
+    return found
+
+
 def main(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model: folder or Hub id.")],
     arguments: Annotated[
@@ -162,6 +236,13 @@ def main(
         bool, typer.Option(" /--no-box-detector", help="Do not look for objects.", show_default=False)
     ] = True,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.")] = MAX_NEW_TOKENS,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL on the Hub.")] = None,
+    bits: Annotated[int | None, typer.Option(metavar="4|8", help="Load the model quantized to so many bits.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, float16 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the Python code of models that bring their own.")
+    ] = False,
 ) -> None:
     """Evaluate a model with VLMEvalKit's run.py."""
     run = kit / "run.py"
@@ -176,12 +257,28 @@ def main(
         box_file=None if box_file is None else str(box_file),
         use_box_detector=use_box_detector,
         max_new_tokens=max_new_tokens,
+        revision=revision,
+        bits=bits,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
     )
-    sys.argv = [str(run), "--model", names[_VIEWS.index(view)], *(arguments or [])]
+    chosen, options = names[_VIEWS.index(view)], arguments or []
+    if "MMEVAL_ROOT" in os.environ:
+        folder = os.environ["MMEVAL_ROOT"]
+    else:
+        known = ArgumentParser(add_help=False, allow_abbrev=False)
+        known.add_argument("--work-dir", default="outputs")
+        folder = known.parse_known_args(options)[0].work_dir
+    # Times of files may be those of the last second.
+    since = time.time() - 1
+    sys.argv = [str(run), "--model", chosen, *options]
     runpy.run_path(str(run), run_name="__main__")
+    if failed := failures(Path(folder), chosen, since):
+        raise SystemExit("\n".join(["VLMEvalKit did not evaluate everything.", *failed]))
 
 
 if __name__ == "__main__":
     typer.run(main)
 
-__all__ = ["MGLlavaVLM", "main", "register"]
+__all__ = ["MGLlavaVLM", "failures", "main", "register"]
