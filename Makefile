@@ -10,6 +10,9 @@ VLLM_RELEASE := 0.32.0
 # The release for CUDA, whose Python code runs with the compiled code of VLLM.
 VLLM_NEXT := build/vllm-next
 VLLM_NEXT_RELEASE := 0.33.0
+# lmms-eval, which needs an older filelock; the other packages are those of .venv.
+LMMS := build/venv-lmms
+LMMS_RELEASE := 0.7.3
 # A clean environment with the wheel and, like FLOOR, the other packages of `.venv`.
 WHEEL := build/venv-wheel
 WHEEL_PACKAGES = `$(WHEEL)/bin/python -c "import site; print(site.getsitepackages()[0])"`
@@ -21,7 +24,7 @@ ABLATION_WORLD := small-ablation
 ABLATION := --world $(ABLATION_WORLD) --alignment 0.5 --tuning 0.5 --bf16 --jobs 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-mixins hub-check wheel-check vllm-check vllm-check-next lint format bench bench-pooling bench-convert bench-detector \
+.PHONY: help setup demo test test-all test-mixins hub-check wheel-check vllm-check vllm-check-next lmms-check lint format bench bench-pooling bench-convert bench-detector \
 	bench-quantization bench-generation bench-train bench-import bench-real-size bench-sizes bench-video bench-slime bench-gpu bench-vllm refresh-code small-model ablation small-slime slime-ablation clean
 
 help:  ## list the targets
@@ -103,6 +106,17 @@ $(VLLM_NEXT)/.installed: $(VLLM)/.installed
 	rm -rf $(VLLM_NEXT)
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --target $(VLLM_NEXT) vllm==$(VLLM_NEXT_RELEASE) orjson
 	cd $(VLLM)/lib/python3*/site-packages && find vllm -name '*.so' | tar cf - -T - | tar xf - -C $(CURDIR)/$(VLLM_NEXT)
+	touch $@
+
+lmms-check: $(LMMS)/.installed  ## run lmms-eval with the small model, in an environment of its own (minutes)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LMMS)/bin/python -m pytest -p no:cacheprovider tests/lmms_check tests/evaluation/test_lmms_eval.py
+
+$(LMMS)/.installed: $(VENV)/.installed
+	$(BIN)/python -m venv --clear $(LMMS)
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+		> `$(LMMS)/bin/python -c "import site; print(site.getsitepackages()[0])"`/packages_of_venv.pth
+	$(LMMS)/bin/python -m pip install --quiet --upgrade pip
+	$(LMMS)/bin/python -m pip install --quiet lmms-eval==$(LMMS_RELEASE) "filelock<4"
 	touch $@
 
 lint: setup  ## check style, types and spelling without changing anything

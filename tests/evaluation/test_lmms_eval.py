@@ -10,6 +10,7 @@ from PIL import Image
 
 from mgllava.box_files import BoxFile, write_boxes
 from mgllava.evaluation import Answerer, BadRowError, EvaluationError
+from tests import processes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -134,6 +135,13 @@ def test_boxes_of_a_file(ask, model, processor, documents, tmp_path):
     file = str(write_boxes(tmp_path / "b.json", records[:1]))
     with pytest.raises(EvaluationError, match="no boxes for id"):
         ask(box_file=file)
+
+
+@pytest.mark.skipif(find_spec("lmms_eval") is None, reason="needs lmms-eval")
+def test_model_is_registered_if_it_is_imported_first():
+    """As here; lmms-eval loads it while it is imported itself."""
+    code = "import mgllava.integrations.lmms_eval, lmms_eval.models as m; m.get_model_manifest('mgllava')"
+    assert processes.run("-c", code) == 0
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,6 @@ from typing import Annotated, Any
 
 import typer
 from accelerate import Accelerator
-from lmms_eval import utils
-from lmms_eval.api.model import lmms
-from lmms_eval.models.registry_v2 import ModelManifest
-from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
 from mgllava.box_files import BoxFile, MissingBoxesError, read_boxes
@@ -24,17 +20,25 @@ from mgllava.chat.loading import load
 from mgllava.evaluation.answering import MAX_NEW_TOKENS, Answerer, greedy, open_as_stored
 from mgllava.evaluation.errors import EvaluationError
 
-_KEYS = ("index", "question_id", "questionId", "pid", "id")
-_SOURCES = ("none", "file", "detector")
 
-
-def manifest() -> ModelManifest:
+def manifest() -> Any:
     """Describe the model to lmms-eval.
 
     Returns:
         `ModelManifest`: Its name and class.
     """
-    return ModelManifest(model_id="mgllava", chat_class_path=f"{MGLlavaChat.__module__}.{MGLlavaChat.__name__}")
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(model_id="mgllava", chat_class_path=f"{__name__}.MGLlavaChat")
+
+
+# After `manifest`: if this module is imported first, they load the entry points of models, and so call it.
+from lmms_eval import utils  # noqa: E402
+from lmms_eval.api.model import lmms  # noqa: E402
+from lmms_eval.protocol import ChatMessages  # noqa: E402
+
+_KEYS = ("index", "question_id", "questionId", "pid", "id")
+_SOURCES = ("none", "file", "detector")
 
 
 class MGLlavaChat(lmms):
