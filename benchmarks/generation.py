@@ -6,6 +6,7 @@ Usage: `python benchmarks/generation.py` on a GPU; `--preset tiny --device cpu` 
 """
 
 import gc
+import json
 import os
 import time
 from collections.abc import Callable
@@ -184,6 +185,8 @@ def measure(preset: str, weights: str, batches: list[int], modes: list[str], ste
                     "GB per step": weight_bytes(model) / 1e9,
                 }
             )
+            # If the time limit ends this process, the rows so far are in its output.
+            print(json.dumps(rows[-1]), flush=True)
     return rows
 
 

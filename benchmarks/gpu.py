@@ -27,6 +27,8 @@ SECONDS = 480.0
 # The speed-up of the box detector over the original's algorithm that is expected, per image in a batch of 8.
 DETECTOR_SPEEDUP = 8.0
 OUTPUT_CHARACTERS = 4000
+# With less time left, a step is not started: it would be stopped while it loads.
+SHORTEST_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,10 @@ def run_step(
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, status = process.communicate()[0], f"stopped after {seconds:.0f} seconds"
+    except BaseException:
+        # Otherwise the step would survive Ctrl-C, and hold the GPU.
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     written = [path for path in folder.glob("*.json") if path.stat().st_mtime_ns != before.get(path)]
     results = {path.name: json.loads(path.read_text()) for path in sorted(written)}
     problem = judge(results) if judge is not None and status == "ok" else None
@@ -167,7 +173,7 @@ def run_steps(
     for step in steps:
         left = end - time.monotonic()
         absent = missing_packages([step]).get(step.name)
-        if absent or left < 1:
+        if absent or left < min(step.seconds, SHORTEST_SECONDS):
             why = f"left out: {', '.join(absent)} not installed" if absent else "left out: no time left"
             outcome: dict[str, Any] = {"step": step.name, "status": why, "seconds": 0.0, "limit": 0.0}
         else:
@@ -178,6 +184,16 @@ def run_steps(
         print(f"{step.name}: {outcome['status']} ({outcome['seconds']:.0f} s)", flush=True)
         outcomes.append(outcome)
     return outcomes
+
+
+def summary(outcomes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say which steps ran, failed or did not run, one line for each kind."""
+    left_out = [outcome for outcome in outcomes if outcome["status"].startswith("left out")]
+    failed = [outcome for outcome in outcomes if outcome["status"] != "ok" and outcome not in left_out]
+    lines = [f"{len(outcomes) - len(left_out) - len(failed)} of {len(outcomes)} steps are ok."]
+    for title, group in (("Failed", failed), ("Did not run", left_out)):
+        lines += [f"{title}: {outcome['step']} ({outcome['status']})" for outcome in group]
+    return lines
 
 
 def main(
@@ -195,7 +211,10 @@ def main(
         raise typer.BadParameter("A GPU is needed. `--rehearse` tries the steps with tiny sizes on a CPU.")
     if rehearse and output == HERE / "results":
         raise typer.BadParameter("`--output` must be another folder with `--rehearse`, whose figures mean nothing.")
+    for name, packages in missing_packages(step for step in STEPS if step.optional).items():
+        print(f"{name} will be left out: {', '.join(packages)} not installed", flush=True)
     outcomes = run_steps(STEPS, rehearse, output.resolve(), seconds)
+    print("\n".join(summary(outcomes)), flush=True)
     if any(outcome["status"] != "ok" and not outcome["status"].startswith("left out") for outcome in outcomes):
         raise typer.Exit(1)
 

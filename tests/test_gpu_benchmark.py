@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -59,7 +60,36 @@ def test_a_step_that_fails_or_hangs_does_not_stop_the_others(gpu, tmp_path):
     for step, outcome in zip(steps, outcomes, strict=True):
         assert json.loads((tmp_path / "gpu" / f"{step.name}.json").read_text()) == outcome
     assert "no_such_module" in outcomes[0]["output"] and outcomes[1]["seconds"] < 20
-    assert gpu.run_steps(steps[3:], True, tmp_path, seconds=0.5)[0]["status"] == "left out: no time left"
+    # A step that would be stopped at once is not started.
+    left_out = gpu.run_steps(steps[3:], True, tmp_path, seconds=gpu.SHORTEST_SECONDS - 1)
+    assert left_out[0]["status"] == "left out: no time left"
+    assert gpu.summary([*outcomes, *left_out]) == [
+        "1 of 5 steps are ok.",
+        "Failed: fails (exit status 1)",
+        "Failed: hangs (stopped after 0 seconds)",
+        "Did not run: absent (left out: no_such_package not installed)",
+        "Did not run: works (left out: no time left)",
+    ]
+
+
+def test_a_step_ends_with_the_benchmark(gpu, tmp_path, monkeypatch):
+    started = []
+
+    class Interrupted(gpu.subprocess.Popen):
+        def communicate(self, *args, **kwargs):
+            started.append(self)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.run_step(python("hangs", module="http.server"), ("-m", "http.server", "0"), 30, tmp_path)
+    assert started[0].wait(20) == -signal.SIGKILL
+
+
+def test_what_will_be_left_out_is_said_first(gpu, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "STEPS", (python("works"), python("vllm", packages=("no_such_package",), optional=True)))
+    gpu.main(rehearse=True, output=tmp_path, seconds=60)
+    assert capsys.readouterr().out.splitlines()[0] == "vllm will be left out: no_such_package not installed"
 
 
 def test_figures_of_a_step_are_in_its_file(gpu, tmp_path, monkeypatch):
