@@ -80,7 +80,8 @@ def test_numbers_of_the_paper_stand_next_to_the_main_score(report):
     assert "paper, Vicuna-7B" in page.text and "72.1" in page.text and "66.7" in page.text
     kinds = [attrs["class"] for tag, attrs in page.tags if tag == "figure"]
     assert kinds == ["right", "right", "wrong"]
-    assert sum(tag == "rect" for tag, _ in page.tags) == 1
+    # The bar of the only category, as wide as its share.
+    assert [attrs["style"] for tag, attrs in page.tags if tag == "i"] == ["width:66.7%"]
 
 
 def test_benchmarks_that_the_paper_lacks_have_no_such_column(report):

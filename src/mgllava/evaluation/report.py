@@ -20,18 +20,20 @@ REPORT = "report.html"
 SHOWN = 12
 _THUMBNAIL = 360
 _JPEG_QUALITY = 80
-_BAR, _LABEL, _ROW = 360, 220, 22
 _STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;color:#222;max-width:1120px;margin:2em auto;padding:0 1em}
+body{font:15px/1.45 system-ui,sans-serif;color:#222;background:#fff;max-width:1120px;margin:2em auto;padding:0 1em}
 h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}
-table{border-collapse:collapse}td,th{padding:.25em .8em;border-bottom:1px solid #ddd;text-align:left}
-td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}tr.main{font-weight:600}
+table{border-collapse:collapse}
+td,th{padding:.25em .8em;border-bottom:1px solid #ddd;text-align:left;overflow-wrap:anywhere}
+td.n,th.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}tr.main{font-weight:600}
+.bars{width:100%;max-width:640px}.bars td{padding:.1em .5em;border:0}.bars td:first-child{text-align:right}
+.bars td:nth-child(2){width:55%}.bars i{display:block;height:1em;background:#3b6ea5}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:1em}
 figure{margin:0;border:1px solid #ddd;border-radius:6px;padding:.6em;border-top:4px solid #2a7d4f}
 figure.wrong{border-top-color:#b3402e}figure.open{border-top-color:#888}
 img{max-width:100%;display:block;margin:auto}
-figcaption{font-size:.86em;white-space:pre-wrap;overflow-wrap:anywhere}
-.small{color:#666;font-size:.86em}svg text{font:13px system-ui,sans-serif}
+figcaption{font-size:.86em;white-space:pre-wrap;overflow-wrap:anywhere;max-height:24em;overflow:auto}
+.small{color:#666;font-size:.86em}li{overflow-wrap:anywhere}
 """
 
 
@@ -119,22 +121,12 @@ def _bars(summary: Mapping[str, Any]) -> list[str]:
     if not categories:
         return []
     largest = max(100.0, *categories.values())
-    height = _ROW * len(categories)
-    drawn = [
-        f"<h2>By category</h2><svg role=img width={_LABEL + _BAR + 60} height={height} "
-        f'viewBox="0 0 {_LABEL + _BAR + 60} {height}" xmlns="http://www.w3.org/2000/svg">'
+    rows = [
+        f"<tr><td>{escape(name)}</td><td><i style='width:{100 * value / largest:.1f}%'></i></td>"
+        f"<td class=n>{value:.1f}</td></tr>"
+        for name, value in categories.items()
     ]
-    for row, (name, value) in enumerate(categories.items()):
-        top, width = row * _ROW, _BAR * value / largest
-        short = name if len(name) <= 30 else name[:29] + "…"
-        drawn.append(
-            f'<text x="{_LABEL - 8}" y="{top + 15}" text-anchor="end"><title>{escape(name)}</title>'
-            f"{escape(short)}</text>"
-            f'<rect x="{_LABEL}" y="{top + 3}" width="{width:.1f}" height="{_ROW - 6}" fill="#3b6ea5"/>'
-            f'<text x="{_LABEL + width + 6:.1f}" y="{top + 15}">{value:.1f}</text>'
-        )
-    drawn.append("</svg>")
-    return drawn
+    return ["<h2>By category</h2><table class=bars>", *rows, "</table>"]
 
 
 def _spread(questions: Sequence[Question]) -> list[Question]:
