@@ -63,6 +63,7 @@ def test_bad_rows_stop_before_the_model_answers_or_are_skipped(repository, write
     line = {"question": "Q?", "A": "x", "answer": "A", "image": in_base64()}
     data = write_tsv(
         [
+            {"index": 0, **line, "question": "Where is <image>?"},
             {"index": 1, **line},
             {"index": 2, **line, "image": ""},
             {"index": 3, **line, "A": ""},
@@ -70,14 +71,15 @@ def test_bad_rows_stop_before_the_model_answers_or_are_skipped(repository, write
             {"index": 5, **line},
         ]
     )
-    file = write_boxes(tmp_path / "b.json", [{"id": n, "boxes": [], "labels": [], "scores": []} for n in range(1, 5)])
+    file = write_boxes(tmp_path / "b.json", [{"id": n, "boxes": [], "labels": [], "scores": []} for n in range(5)])
     reasons = ["no image", "its options are empty", "'F' is not one of its options A", "no boxes for the id 5"]
+    reasons.insert(3, "its text has <image>, which is a placeholder")
     result = command(repository, data, tmp_path / "out", "--box-file", file)
-    assert result.exit_code == 1 and "4 rows cannot be asked" in result.output and "--on-error" in result.output
+    assert result.exit_code == 1 and "5 rows cannot be asked" in result.output and "--on-error" in result.output
     assert all(reason in result.output for reason in reasons)
     assert not (tmp_path / "out").exists()
     result = command(repository, data, tmp_path / "out", "--box-file", file, "--on-error", "skip")
-    assert result.exit_code == 0 and "1 answers, 4 rows skipped" in result.output
+    assert result.exit_code == 0 and "1 answers, 5 rows skipped" in result.output
     skipped = json.loads((tmp_path / "out" / "scores.json").read_text())["skipped"]
     assert all(reason in row["reason"] for reason, row in zip(reasons, skipped, strict=True))
 

@@ -117,6 +117,116 @@ def test_data_urls(write_lines, tmp_path):
     assert find_image(row, tmp_path) == png()
 
 
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv", "a.json", "a.jsonl"])
+def test_marks_of_editors_at_the_beginning(name, tmp_path):
+    separator = {"a.tsv": "\t", "a.csv": ","}.get(name)
+    content = f"index{separator}question\n1{separator}Q\n" if separator else '{"index": 1, "question": "Q"}\n'
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert [row.values for row in read_rows([tmp_path / name])] == [{"index": 1, "question": "Q"}]
+
+
+def test_json_lines_with_separators_of_unicode_and_empty_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('\n{"index": 1, "question": "a\u2028b\x85c"}\r\n\n  \n{"index": 2, "question": "d"}\n')
+    assert [row.values["question"] for row in read_rows([path])] == ["a\u2028b\x85c", "d"]
+
+
+def test_cells_with_quotation_marks_and_many_digits(tmp_path):
+    (tmp_path / "a.csv").write_text('index,question,id\n1,"a ""b"", c\nd",' + "9" * 5000 + '\n2,5" pipe,1\n')
+    first, second = read_rows([tmp_path / "a.csv"])
+    assert first.values == {"index": 1, "question": 'a "b", c\nd', "id": "9" * 5000}
+    assert second.values["question"] == '5" pipe'
+
+
+def test_empty_values_are_absent(tmp_path, write_lines):
+    rows = [{"index": 1, "answer": None, "hint": "", "boxes": float("nan")}]
+    assert [row.values for row in read_rows([write_lines(rows)])] == [{"index": 1}]
+
+
+def test_lists_of_one_image_in_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    image = {"bytes": png(), "path": "a.png"}
+    rows = [{"index": 1, "image": [image]}, {"index": 2, "image": [image, image]}, {"index": 3, "image": []}]
+    write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    first, *others = read_rows([tmp_path / "a.parquet"])
+    assert find_image(first, tmp_path) == png()
+    for row, problem in zip(others, ("2 images", "0 images"), strict=True):
+        with pytest.raises(BadRowError, match=problem):
+            find_image(row, tmp_path)
+
+
+@pytest.mark.parametrize(("column", "categories"), [(None, ["", ""]), ("category", ["adversarial", "adversarial"])])
+def test_ids_that_occur_twice(column, categories, tmp_path, write_lines):
+    """Also as number and text, and in two files: boxes and answers are found by them."""
+    (tmp_path / "a.png").write_bytes(png())
+    lines = [
+        {"question_id": key, "image": "a.png", "text": "Q", "answer": "yes", **({column: kind} if column else {})}
+        for key, kind in zip((1, "1"), categories, strict=True)
+    ]
+    task = load_task("pope", write_lines(lines))
+    assert [bad.reason for bad in task.bad_rows] == ["its id '1' is that of an earlier row"]
+    files = [write_lines([line], f"{name}.jsonl") for line, name in zip(lines, "ab", strict=True)]
+    assert len(load_task("pope", files).questions) == 2
+    assert len(load_task("exact-match", files).bad_rows) == 1
+
+
+def test_categories_of_pope_repeat_ids_in_one_file(tmp_path, write_lines):
+    (tmp_path / "a.png").write_bytes(png())
+    line = {"question_id": "1", "image": "a.png", "question": "Q", "answer": "yes"}
+    task = load_task("pope", write_lines([{**line, "category": kind} for kind in ("random", "popular")]))
+    assert len(task.questions) == 2 and not task.bad_rows
+
+
+@pytest.mark.parametrize("change", ["pixels", "boxes", "size of a file", "box key"])
+def test_changes_of_a_file_change_its_digest(change, tmp_path, write_tsv):
+    (tmp_path / "a.png").write_bytes(png())
+    line = {"question": "Q", "A": "x", "answer": "A", "boxes": "[]", "name": "n"}
+    rows = [{"index": 1, **line, "image": in_base64()}, {"index": 2, **line, "image_path": "a.png"}]
+
+    def digest(box_key=None):
+        return load_task("seed", write_tsv(rows), box_key=box_key).digest
+
+    before = digest()
+    assert digest() == before
+    if change == "pixels":
+        rows[0]["image"] = in_base64("blue")
+    elif change == "boxes":
+        rows[0]["boxes"] = "[[1, 1, 5, 5]]"
+    elif change == "size of a file":
+        (tmp_path / "a.png").write_bytes(png(size=(200, 100)))
+    assert digest("name" if change == "box key" else None) != before
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"question": ["Q"]}, "its question must be a text or a number, got list"),
+        ({"question": True}, "its question must be a text or a number, got bool"),
+        ({"question": "half \ud83d"}, "half of a character"),
+        ({"options": ["a", None]}, "its option B must be a text or a number, got NoneType"),
+        ({"options": ["a", " "]}, "its options B are empty"),
+        ({"options": list(range(27))}, "27 options"),
+        ({"answer": ["A"]}, "its answer"),
+    ],
+)
+def test_values_of_other_types(values, problem, tmp_path, write_lines):
+    (tmp_path / "a.png").write_bytes(png())
+    line = {"index": 1, "question": "Q", "options": ["a", "b"], "answer": 0, "image": "a.png"}
+    good = {**line, "index": 2}
+    task = load_task("multiple-choice", write_lines([{**line, **values}, good]))
+    assert [question.key for question in task.questions] == [2]
+    assert problem in task.bad_rows[0].reason
+
+
+def test_answers_of_other_types(tmp_path, write_lines):
+    (tmp_path / "a.png").write_bytes(png())
+    rows = [{"question_id": n, "text": "Q", "image": "a.png", "answer": value} for n, value in enumerate([["a"], "a"])]
+    (bad,) = load_task("exact-match", write_lines(rows)).bad_rows
+    assert bad.reason == "its answer must be a text or a number, got list"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
@@ -126,6 +236,9 @@ def test_data_urls(write_lines, tmp_path):
         ("a.json", "[]", "has no rows"),
         ("a.tsv", "index\tquestion\n1\tQ\textra\n", "has 3 cells in row 1, but 2 columns"),
         ("a.parquet", "x", "is not a Parquet file"),
+        ("a.tsv", 'index\tquestion\n1\t"Q\n2\tR\n', "line 3 cannot be read"),
+        ("a.tsv", 'index\tquestion\n1\t"Q" r\n', "line 2 cannot be read"),
+        ("a.tsv", "index\tA\tA\n1\tx\ty\n", "several columns with the name 'A'"),
     ],
 )
 def test_other_files_are_refused(name, content, problem, tmp_path):
@@ -212,3 +325,10 @@ def test_questions_about_text_are_left_out(write_tsv):
     assert (len(task.questions), task.bad_rows, task.left_out) == (1, [], 1)
     with pytest.raises(EvaluationError, match="must name at least one file"):
         load_task("hallusionbench", [])
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.jsonl"])
+def test_other_encodings_are_refused(name, tmp_path):
+    (tmp_path / name).write_bytes("index\tquestion\n1\tcafé\n".encode("latin-1"))
+    with pytest.raises(EvaluationError, match=rf"{name} is not UTF-8 .* Convert it"):
+        read_rows([tmp_path / name])

@@ -61,8 +61,13 @@ def test_mmvet_and_lines_in_order_of_ids(tmp_path):
 
 
 def test_mathvista_keeps_the_problem(tmp_path):
-    (path,) = uploads.upload_mathvista(tmp_path, [question("3", pid="3", unit="m")], ["7"])
-    assert read(path) == {"3": {"pid": "3", "unit": "m", "query": "Prompt 3", "response": "7"}}
+    """Also fields that are null, which its scripts read."""
+    asked = [question("3", pid="3", unit="m"), question("4", pid="4")]
+    (path,) = uploads.upload_mathvista(tmp_path, asked, ["7", "8"])
+    assert read(path) == {
+        "3": {"pid": "3", "unit": "m", "query": "Prompt 3", "response": "7"},
+        "4": {"pid": "4", "unit": None, "query": "Prompt 4", "response": "8"},
+    }
 
 
 def test_mmvp(tmp_path):

@@ -32,6 +32,7 @@ class Benchmark:
         box_limit: Number of detections above which they are limited; `None`: no limit.
         paper: Name of the benchmark in the paper's table; `None` if it is not there.
         image_of: Path of the image of rows that do not name one; `{}` is the id.
+        repeats_ids: Whether ids occur once per file and category, instead of once.
         leaves_out: Whether rows without an image are left out, as in the original: their questions are about text.
     """
 
@@ -46,6 +47,7 @@ class Benchmark:
     box_limit: int | None = _BOX_LIMIT
     paper: str | None = None
     image_of: str | None = None
+    repeats_ids: bool = False
     leaves_out: bool = False
 
 
@@ -107,6 +109,7 @@ _ALL = (
         answer=ask.yes_no_answer,
         keys=_QUESTION_ID,
         score=scores.score_pope,
+        repeats_ids=True,
     ),
     Benchmark(
         name="hallusionbench",

@@ -21,7 +21,7 @@ from .job import Answers, Boxes, Progress, answer_task, skipped, with_boxes
 from .paper import reported
 from .report import REPORT, write_report
 from .scores import Scores
-from .task import OnError, Task, describe, load_task
+from .task import OnError, Task, describe, load_task, without_placeholders
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,9 @@ def evaluate(
     if source is BoxSource.FILE and file is None:
         raise EvaluationError("`boxes` is file, so `box_file` must name one.")
     given = Boxes(source, file, changes)
-    task = with_boxes(task, given)
+    processor = loaded.processor
+    tokens = [token for token in (processor.image_token, getattr(processor, "video_token", None)) if token]
+    task = with_boxes(without_placeholders(task, tokens), given)
     if task.bad_rows and on_error == "stop":
         raise EvaluationError(
             f"`data`: {len(task.bad_rows)} rows cannot be asked: {describe(task.bad_rows)} Correct them, or set "

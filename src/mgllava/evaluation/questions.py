@@ -14,6 +14,8 @@ from .metrics import HUMAN_ANSWERS
 from .tables import Row
 
 _CHINESE = re.compile("[\u4e00-\u9fff]")
+# Tokenizers do not accept them, and files cannot be written with them.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 _HINTS = {
     "multi_choice": "Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end.",
@@ -54,9 +56,19 @@ class Question:
 def _text(row: Row, *names: str) -> str:
     """Return the first of some columns that the row has."""
     for name in names:
-        if name in row.values and str(row.values[name]).strip():
-            return str(row.values[name])
+        if name in row.values and (text := _plain(row.values[name], name)).strip():
+            return text
     raise BadRowError(f"it has no {' or '.join(names)}")
+
+
+def _plain(value: Any, name: str) -> str:
+    """Return a text or a number as text."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise BadRowError(f"its {name} must be a text or a number, got {type(value).__name__}")
+    text = str(value)
+    if _SURROGATE.search(text):
+        raise BadRowError(f"its {name} has half of a character (a lone surrogate), as of a text that was cut")
+    return text
 
 
 def options_of(row: Row) -> dict[str, str]:
@@ -71,8 +83,15 @@ def options_of(row: Row) -> dict[str, str]:
     for name in ("options", "choices"):
         listed = _as_list(row.values.get(name))
         if listed is not None:
-            return dict(zip(string.ascii_uppercase, map(str, listed), strict=False))
-    found = {letter: str(row.values[letter]) for letter in string.ascii_uppercase if letter in row.values}
+            if len(listed) > len(string.ascii_uppercase):
+                raise BadRowError(f"it has {len(listed)} options, which is more than there are letters")
+            options = dict(zip(string.ascii_uppercase, listed, strict=False))
+            return {letter: _plain(option, f"option {letter}") for letter, option in options.items()}
+    found = {
+        letter: _plain(row.values[letter], f"option {letter}")
+        for letter in string.ascii_uppercase
+        if letter in row.values
+    }
     if "A" not in found and _is_mmmu(row) and "answer" in row.values:
         # Open questions of MMMU, which the original turns into a choice.
         return {**found, "A": str(row.values["answer"]), "B": "Other Answers"}
@@ -100,7 +119,9 @@ def choice_prompt(row: Row) -> str:
     options = options_of(row)
     if not options:
         raise BadRowError("its options are empty (columns A, B, …)")
-    lines = [str(row.values["hint"])] if row.values.get("hint") else []
+    if empty := [letter for letter, option in options.items() if not option.strip()]:
+        raise BadRowError(f"its options {', '.join(empty)} are empty")
+    lines = [_plain(row.values["hint"], "hint")] if row.values.get("hint") else []
     lines += [_text(row, "question"), *(f"{letter}. {option}" for letter, option in sorted(options.items()))]
     text = "\n".join(lines) + "\n"
     request = (
@@ -195,7 +216,7 @@ def text_answer(row: Row) -> str | None:
     """Return the answer as text."""
     for name in ("answer", "label", "Correct Answer"):
         if name in row.values:
-            return str(row.values[name]).strip()
+            return _plain(row.values[name], name).strip()
     return None
 
 
@@ -215,7 +236,7 @@ def list_answer(row: Row) -> tuple[str, ...] | None:
     if value is None:
         return None
     listed = _as_list(value)
-    answers = tuple(map(str, [value] if listed is None else listed))
+    answers = tuple(_plain(answer, "answers") for answer in ([value] if listed is None else listed))
     if not answers:
         raise BadRowError("its list of answers is empty")
     return answers
@@ -226,7 +247,7 @@ def human_answers(row: Row) -> tuple[str, ...] | None:
     listed = _as_list(row.values.get("answers"))
     if listed is None:
         return None
-    answers = tuple(str(item["answer"] if isinstance(item, Mapping) else item) for item in listed)
+    answers = tuple(_plain(item.get("answer") if isinstance(item, Mapping) else item, "answers") for item in listed)
     if len(answers) != HUMAN_ANSWERS:
         raise BadRowError(f"it has {len(answers)} human answers, and the soft accuracy is defined for {HUMAN_ANSWERS}")
     return answers
@@ -275,7 +296,7 @@ def read_annotations(path: str | Path) -> dict[Any, Any]:
         OSError: If it cannot be read.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         if isinstance(content, dict) and isinstance(content.get("data"), list):
             return {
                 (str(entry["image_id"]), str(entry["question"]).lower()): entry["answers"] for entry in content["data"]

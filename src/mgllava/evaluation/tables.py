@@ -3,8 +3,11 @@
 import base64
 import binascii
 import csv
+import io
 import json
+import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +24,8 @@ _IMAGE_COLUMNS = ("image", "image_path", "img", "decoded_image")
 _SHORTEST_BASE64 = 16
 # How writers of TSV say that a cell is empty. Words such as "None" and "NA" are text: they occur as options.
 _EMPTY = ("", "nan", "NaN")
+# Without leading zeros, and not longer than any id.
+_WHOLE = re.compile("0|[1-9][0-9]{0,17}")
 _MME_QUESTIONS = "questions_answers_YN"
 _MME_IMAGES = (".jpg", ".png", ".jpeg")
 
@@ -102,18 +107,34 @@ def _rows(path: Path, records: Iterator[dict[str, Any]]) -> Iterator[Row]:
         yield row
 
 
+def _text_of(path: Path) -> str:
+    try:
+        # The mark at the beginning that some editors write is left out.
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise EvaluationError(f"`data`: {path} is not UTF-8 ({error}). Convert it, for example with iconv.") from error
+
+
 def _separated(path: Path, separator: str) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(sys.maxsize)  # images are in the cells
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=separator)
+    # Strict: otherwise a quotation mark that is not closed takes all following rows into its cell.
+    reader = csv.reader(io.StringIO(_text_of(path), newline=""), delimiter=separator, strict=True)
+    try:
         header = next(reader, [])
         lines = [line for line in reader if line]
+    except csv.Error as error:
+        raise EvaluationError(
+            f"`data`: {path}, line {reader.line_num} cannot be read ({error}). Are its cells with quotation marks "
+            "quoted, and the marks in them doubled?"
+        ) from error
+    if twice := sorted({name for name in header if header.count(name) > 1}):
+        raise EvaluationError(f"`data`: {path} has several columns with the name {', '.join(map(repr, twice))}.")
     # As with pandas, a column of whole numbers holds numbers.
     whole = {
         column
         for column in range(len(header))
         if (cells := [line[column] for line in lines if column < len(line) and line[column] not in _EMPTY])
-        and all(cell.isascii() and cell.isdecimal() and (cell == "0" or cell[0] != "0") for cell in cells)
+        and all(map(_WHOLE.fullmatch, cells))
     }
     for line in lines:
         if len(line) > len(header):
@@ -130,11 +151,12 @@ def _separated(path: Path, separator: str) -> Iterator[dict[str, Any]]:
 
 def _json(path: Path) -> Iterator[dict[str, Any]]:
     """Read JSON lines (also in files that end in .json), a list of rows, or a dictionary from ids to rows."""
-    text = path.read_text(encoding="utf-8")
+    text = _text_of(path)
     try:
         content = json.loads(text)
-    except ValueError:
-        content = [_json_line(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    except (ValueError, RecursionError):
+        # Not `splitlines`, which also splits at separators that JSON may hold.
+        content = [_json_line(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content = content["data"]
     elif isinstance(content, dict) and content and all(isinstance(row, dict) for row in content.values()):
@@ -146,13 +168,22 @@ def _json(path: Path) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(content, start=1):
         if not isinstance(row, dict):
             raise EvaluationError(f"`data`: {path}, row {number} must be a dictionary, got {type(row).__name__}.")
-        yield {name: value for name, value in row.items() if value is not None}
+        yield _present(row)
+
+
+def _present(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out empty cells; pandas writes those of Parquet and JSON as NaN."""
+    return {
+        name: value
+        for name, value in row.items()
+        if value is not None and value != "" and not (isinstance(value, float) and math.isnan(value))
+    }
 
 
 def _json_line(path: Path, number: int, line: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EvaluationError(f"`data`: {path}, line {number} is not JSON ({error}).") from error
 
 
@@ -173,7 +204,7 @@ def _parquet(path: Path) -> Iterator[Row]:
         def image(number: int = number) -> Mapping[str, Any]:
             return {name: content[name][number].as_py() for name in images}
 
-        values = {name: value for name, value in record.items() if value is not None}
+        values = _present(record)
         row = Row(values, f"{path}, row {number + 1}", path.stem, image, table)
         if "index" in values:
             table.setdefault(str(values["index"]), row)
@@ -196,7 +227,7 @@ def _mme_folder(path: Path) -> Iterator[Row]:
             folder / f"{file.stem}.jpg",
         )
         name = picture.relative_to(path).as_posix()
-        for number, line in enumerate(filter(str.strip, file.read_text(encoding="utf-8").splitlines()), start=1):
+        for number, line in enumerate(filter(str.strip, _text_of(file).splitlines()), start=1):
             question, _, answer = line.rpartition("\t")
             values = {"index": f"{name}#{number}", "question": question, "answer": answer.strip()}
             stored = {"image_path": name}
@@ -234,6 +265,10 @@ def find_image(row: Row, folder: Path, default: str | None = None, prefers_files
         image = next(
             (stored[name] for name in ("decoded_image", "image", "img") if stored.get(name) is not None), None
         )
+        if isinstance(image, list):
+            if len(image) != 1:
+                raise BadRowError(f"it has {len(image)} images, and the original's questions have one")
+            image = image[0]
         if isinstance(image, Mapping):
             if image.get("bytes"):
                 return image["bytes"]
@@ -246,10 +281,6 @@ def find_image(row: Row, folder: Path, default: str | None = None, prefers_files
             return _inside(folder, default)
         if image is None or image == "":
             raise BadRowError("it has no image")
-        if isinstance(image, list):
-            if len(image) != 1:
-                raise BadRowError(f"it has {len(image)} images, and the original's questions have one")
-            image = image[0]
         if isinstance(image, int) or (isinstance(image, str) and len(image) < _SHORTEST_BASE64):
             other = row.table.get(str(image))
             if other is None:

@@ -55,10 +55,18 @@ class Task:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of keys and prompts, in hexadecimal. Pixels are not read."""
+        """SHA-256 of keys, prompts, images and boxes in the rows, in hexadecimal; of image files, name and size."""
         content = hashlib.sha256()
         for question in self.questions:
-            content.update(json.dumps([question.number, question.key, question.prompt, question.row.place]).encode())
+            image = self.find_image(question)
+            parts = [
+                *(question.number, question.key, question.box_key, question.prompt, question.row.place),
+                hashlib.sha256(image).hexdigest()
+                if isinstance(image, bytes)
+                else [image.relative_to(self.image_folder).as_posix(), image.stat().st_size],
+                question.row.values.get("boxes"),
+            ]
+            content.update(json.dumps(parts, default=str).encode())
         return content.hexdigest()
 
     def find_image(self, question: Question) -> Any:
@@ -128,15 +136,17 @@ def load_task(
             continue
         try:
             question = make_question(number, row, chosen.prompt, chosen.answer, chosen.keys, box_key, answers)
-            # The same question may be in several files of POPE, which are its categories.
-            if (row.stem, question.key) in seen:
+            # Each category of POPE has the same ids, in a file of its own or in a column.
+            part = (row.stem, question.category) if chosen.repeats_ids else None
+            # Boxes and answers are found by the text of an id.
+            if (part, str(question.key)) in seen:
                 raise BadRowError(f"its id {question.key!r} is that of an earlier row")
             task.find_image(question)
         except BadRowError as error:
             key = next((row.values[name] for name in chosen.keys if name in row.values), number + 1)
             task.bad_rows.append(BadRow(row.place, key, str(error)))
         else:
-            seen.add((row.stem, question.key))
+            seen.add((part, str(question.key)))
             task.questions.append(question)
     if any(question.answer is not None for question in task.questions):
         silent = [question for question in task.questions if question.answer is None]
@@ -150,10 +160,24 @@ def load_task(
     return replace(task, left_out=left_out)
 
 
+def without_placeholders(task: Task, placeholders: Sequence[str]) -> Task:
+    """Move questions whose text has a placeholder of images or videos to the bad rows."""
+    found = {
+        question.number: token for question in task.questions for token in placeholders if token in question.prompt
+    }
+    bad_rows = [
+        BadRow(question.row.place, question.key, f"its text has {found[question.number]}, which is a placeholder")
+        for question in task.questions
+        if question.number in found
+    ]
+    questions = [question for question in task.questions if question.number not in found]
+    return replace(task, questions=questions, bad_rows=[*task.bad_rows, *bad_rows])
+
+
 def describe(bad_rows: Sequence[BadRow]) -> str:
     """Name bad rows, at most a few."""
     named = "; ".join(map(str, bad_rows[:_NAMED]))
     return named + (f"; and {len(bad_rows) - _NAMED} more." if len(bad_rows) > _NAMED else ".")
 
 
-__all__ = ["BadRow", "OnError", "Task", "describe", "load_task"]
+__all__ = ["BadRow", "OnError", "Task", "describe", "load_task", "without_placeholders"]

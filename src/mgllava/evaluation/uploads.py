@@ -134,8 +134,10 @@ def upload_mmvet(folder: Path, questions: Sequence[Question], answers: Sequence[
 
 def upload_mathvista(folder: Path, questions: Sequence[Question], answers: Sequence[str]) -> list[Path]:
     """Write `mathvista_results.json`, the problems with query and response, as MathVista's scripts read them."""
+    # The scripts read fields such as `choices` of every problem, also where they are null.
+    names = dict.fromkeys(name for question in questions for name in question.row.values)
     content = {
-        str(question.key): {**question.row.values, "query": question.prompt, "response": text}
+        str(question.key): {**names, **question.row.values, "query": question.prompt, "response": text}
         for question, text in zip(questions, answers, strict=True)
     }
     return _json(folder / "mathvista_results.json", content)
