@@ -24,7 +24,7 @@ class Echo:
     """Answers with the value of a function of prompt and boxes; finds one box in the middle of each image."""
 
     takes_boxes = True
-    placeholder = "<image>"
+    placeholders = ("<image>", "<video>")
 
     def __init__(self, reply=lambda prompt, boxes: "A"):
         self.reply = reply

@@ -58,7 +58,8 @@ def test_prompt(name, values, prompt):
 
 def test_box_limits_are_those_of_the_original():
     unlimited = {name for name, benchmark in BENCHMARKS.items() if benchmark.box_limit is None}
-    assert unlimited == {"vqav2", "llava-wild", "mmvet", "mathvista", "mmvp"}
+    of_videos = {"msvd-qa", "msrvtt-qa", "video-qa"}
+    assert unlimited == {"vqav2", "llava-wild", "mmvet", "mathvista", "mmvp", *of_videos}
     assert {benchmark.box_limit for benchmark in BENCHMARKS.values()} == {100, None}
 
 

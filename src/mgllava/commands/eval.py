@@ -33,8 +33,8 @@ def evaluate(
         str,
         typer.Option(
             help="mmbench-dev, mmbench-test, mmbench-dev-cn, mmbench-test-cn, seed, scienceqa, ai2d, mmstar, mmmu, "
-            "textvqa, docvqa, pope, hallusionbench, mme, gqa, vqav2, llava-wild, mmvet, mathvista, mmvp; for own "
-            "files multiple-choice or exact-match."
+            "textvqa, docvqa, pope, hallusionbench, mme, gqa, vqav2, llava-wild, mmvet, mathvista, mmvp, msvd-qa, "
+            "msrvtt-qa; for own files multiple-choice, exact-match or video-qa."
         ),
     ],
     data: Annotated[
@@ -46,10 +46,11 @@ def evaluate(
     ],
     output: Annotated[Path, typer.Option(help="Folder for answers, scores and the report.")],
     image_folder: Annotated[
-        Path | None, typer.Option(help="Folder that paths of images start from.", show_default="that of --data")
+        Path | None,
+        typer.Option(help="Folder that paths of images and videos start from.", show_default="that of --data"),
     ] = None,
     annotations: Annotated[
-        Path | None, typer.Option(help="File with the answers of TextVQA, VQAv2 or GQA, which are not in --data.")
+        Path | None, typer.Option(help="File with the answers of TextVQA, VQAv2, GQA, MSVD-QA or MSRVTT-QA.")
     ] = None,
     boxes: Annotated[
         Boxes | None,
@@ -72,7 +73,8 @@ def evaluate(
     ] = False,
     seed: Annotated[int, typer.Option(help="Random seed for the changes of boxes.")] = 0,
     on_error: Annotated[
-        OnError, typer.Option(help="Rows that cannot be asked (no image, no options, no boxes): stop or skip them.")
+        OnError,
+        typer.Option(help="Rows that cannot be asked (no image or video, no options, no boxes): stop or skip them."),
     ] = OnError.STOP,
     batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 8,
     max_new_tokens: Annotated[
@@ -83,7 +85,11 @@ def evaluate(
         bool, typer.Option("--resume", help="Resume an interrupted evaluation; start if there is none.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over and replace the output.")] = False,
-    workers: Annotated[int, typer.Option(help="Threads that read images.")] = 4,
+    workers: Annotated[int, typer.Option(help="Threads that read images and videos.")] = 4,
+    num_frames: Annotated[
+        int | None,
+        typer.Option(help="Frames that are sampled from each video.", show_default="8, as in the original"),
+    ] = None,
     revision: Revision = None,
     bits: Bits = None,
     dtype: Dtype = "auto",

@@ -1,4 +1,4 @@
-"""Greedy answers to questions about images, in batches."""
+"""Greedy answers to questions about images and videos, in batches."""
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -12,8 +12,9 @@ from transformers.utils import logging
 
 from mgllava.families import takes_boxes
 from mgllava.processing.images_common import as_rgb, open_image
+from mgllava.processing.video_reading_mgllava import Clip, UnreadableVideoError, read_video, uniform_indices
 
-from .errors import BadRowError
+from .errors import BadRowError, EvaluationError
 
 logger = logging.get_logger(__name__)
 
@@ -34,6 +35,43 @@ class Picture:
 
     image: Image.Image
     is_turned: bool
+
+    @property
+    def frames(self) -> list[Image.Image]:
+        """The image alone, as boxes are per frame."""
+        return [self.image]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.image.size
+
+
+@dataclass(frozen=True)
+class Film:
+    """The sampled frames of a video.
+
+    Attributes:
+        clip: The frames as the processor takes them.
+        is_turned: False: the original's decoder turns videos upright, too.
+    """
+
+    clip: Clip
+    is_turned: bool = False
+
+    @property
+    def frames(self) -> list[Image.Image]:
+        """The frames as images."""
+        return [to_pil_image(frame) for frame in self.clip.frames]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of a frame in pixels."""
+        height, width = self.clip.frames.shape[2:]
+        return width, height
+
+
+Visual = Picture | Film
 
 
 def open_as_stored(image: Any) -> Picture:
@@ -61,6 +99,26 @@ def open_as_stored(image: Any) -> Picture:
     return Picture(rgb, orientation not in (0, 1))
 
 
+def open_video(video: Any, num_frames: int) -> Film:
+    """Sample the frames of a video.
+
+    Args:
+        video: A path, or anything else that the processor takes.
+        num_frames (`int`): How many.
+
+    Returns:
+        [`Film`]: The frames.
+
+    Raises:
+        BadRowError: If it cannot be read.
+        ImportError: If no decoder is installed.
+    """
+    try:
+        return Film(read_video(video, lambda metadata: uniform_indices(metadata.total_num_frames, num_frames)))
+    except (UnreadableVideoError, OSError, TypeError, ValueError) as error:
+        raise BadRowError(f"its video cannot be read: {error}") from error
+
+
 class Answerer:
     """Answers questions as the original's evaluation does: greedy, without a system message.
 
@@ -77,9 +135,10 @@ class Answerer:
         self.generation_config = greedy(model.generation_config, max_new_tokens)
 
     @property
-    def placeholder(self) -> str:
-        """The text that stands for an image, which a question must not contain."""
-        return str(self.processor.image_token)
+    def placeholders(self) -> list[str]:
+        """The texts that stand for images and videos, which a question must not contain."""
+        tokens = (self.processor.image_token, getattr(self.processor, "video_token", None))
+        return [str(token) for token in tokens if token is not None]
 
     def detect(self, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
         """Find the boxes of images.
@@ -105,6 +164,48 @@ class Answerer:
         """
         return plain(self.processor.objects(record, (image.height, image.width)))
 
+    def objects_of_frame(self, record: Mapping[str, Any], frame: Image.Image) -> dict[str, Any]:
+        """Return the objects of a frame of a video that get tokens, see [`~Answerer.objects`].
+
+        Args:
+            record (`Mapping`): `boxes` (xyxy in pixels of the frame), and perhaps `labels` and `scores`.
+            frame (`PIL.Image.Image`): The frame.
+
+        Returns:
+            `dict`: The same lists, with the boxes of the objects in the model's order.
+        """
+        return plain(self.processor.video_processor.objects(record, (frame.height, frame.width)))
+
+    @torch.inference_mode()
+    def answer_videos(
+        self,
+        clips: Sequence[Clip],
+        prompts: Sequence[str],
+        boxes: Sequence[Sequence[Mapping[str, Any]]] | None = None,
+        **video_options: Any,
+    ) -> list[str]:
+        """Answer a batch of questions, each about one video.
+
+        Args:
+            clips (`Sequence[Clip]`): Sampled frames, one clip per question.
+            prompts (`Sequence[str]`): The text after each video.
+            boxes (`Sequence[Sequence[Mapping]]`, *optional*): Per video and frame `boxes`, and perhaps `labels` and
+                `scores`.
+            **video_options: Options of the video processor, such as `box_limit`.
+
+        Returns:
+            `list[str]`: The answers, without control tokens and surrounding spaces.
+
+        Raises:
+            EvaluationError: If a prompt is longer than the model's context.
+        """
+        conversations = []
+        for number, (clip, prompt) in enumerate(zip(clips, prompts, strict=True)):
+            entries: list[Any] = [[]] * len(clip.frames) if boxes is None else list(boxes[number])
+            block = {"type": "video", "video": clip.frames, "boxes": entries}
+            conversations.append([{"role": "user", "content": [block, {"type": "text", "text": prompt}]}])
+        return self.answer_conversations(conversations, do_sample_frames=False, **video_options)
+
     @torch.inference_mode()
     def answer(
         self,
@@ -124,6 +225,9 @@ class Answerer:
 
         Returns:
             `list[str]`: The answers, without control tokens and surrounding spaces.
+
+        Raises:
+            EvaluationError: As [`~Answerer.answer_conversations`].
         """
         conversations = []
         for number, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
@@ -140,12 +244,15 @@ class Answerer:
         """Answer a batch of conversations.
 
         Args:
-            conversations (`Sequence[list[dict]]`): Messages, with images and their boxes in image blocks.
+            conversations (`Sequence[list[dict]]`): Messages, with images, videos and their boxes in blocks.
             generation_config (`GenerationConfig`, *optional*): Options of generation; greedy by default.
-            **image_options: Options of the image processor.
+            **image_options: Options of the processors of images and videos.
 
         Returns:
             `list[str]`: The answers.
+
+        Raises:
+            EvaluationError: If a prompt with a video is longer than the model's context.
         """
         inputs = self.processor.apply_chat_template(
             list(conversations),
@@ -155,9 +262,22 @@ class Answerer:
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "left", **image_options},
         ).to(self.model.device)
+        if "num_video_frames" in inputs:
+            check_context(self.model, int(inputs["attention_mask"].sum(-1).max()))
         output = self.model.generate(**inputs, generation_config=generation_config or self.generation_config)
         new = output[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+
+
+def check_context(model: Any, length: int) -> None:
+    """Refuse prompts with videos that are longer than the model's context, for which it was not trained."""
+    limit = model.config.get_text_config().max_position_embeddings
+    if length >= limit:
+        raise EvaluationError(
+            f"A prompt has {length} tokens, those of frames and boxes included, but the model's context has {limit} "
+            "(`max_position_embeddings` of its language model). Set a smaller `num_frames`, or convert a model that "
+            "was trained on longer prompts with `mgllava convert --max-positions`."
+        )
 
 
 def greedy(config: Any, max_new_tokens: int) -> Any:
@@ -190,4 +310,15 @@ def plain(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-__all__ = ["MAX_NEW_TOKENS", "Answerer", "Picture", "greedy", "open_as_stored", "plain"]
+__all__ = [
+    "MAX_NEW_TOKENS",
+    "Answerer",
+    "Film",
+    "Picture",
+    "Visual",
+    "check_context",
+    "greedy",
+    "open_as_stored",
+    "open_video",
+    "plain",
+]

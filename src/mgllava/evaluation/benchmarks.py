@@ -22,7 +22,7 @@ class Benchmark:
     Attributes:
         name: Its name in the command.
         title: Its name in reports.
-        prompt: Returns the text after the image.
+        prompt: Returns the text after the image or video.
         answer: Returns the reference answer, or `None` if the row has none.
         keys: Columns that may hold the id of the box file, the original's first; without any it is the number of the
             row, from 1.
@@ -34,6 +34,7 @@ class Benchmark:
         image_of: Path of the image of rows that do not name one; `{}` is the id.
         repeats_ids: Whether ids occur once per file and category, instead of once.
         leaves_out: Whether rows without an image are left out, as in the original: their questions are about text.
+        num_frames: Frames that are sampled from each video; `None` for benchmarks of images.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Benchmark:
     image_of: str | None = None
     repeats_ids: bool = False
     leaves_out: bool = False
+    num_frames: int | None = None
 
 
 _INDEX = ("index", "question_id", "id")
@@ -66,6 +68,21 @@ def _choices(name: str, title: str, paper: str | None = None, upload_for: str = 
         upload=uploads.upload_choices,
         upload_for=upload_for,
         paper=paper,
+    )
+
+
+def _videos(name: str, title: str) -> Benchmark:
+    return Benchmark(
+        name=name,
+        title=title,
+        prompt=ask.free_prompt,
+        answer=ask.text_answer,
+        keys=_QUESTION_ID,
+        score=scores.score_videos,
+        upload=uploads.upload_videos,
+        upload_for="a judge (GPT-3.5 in the original)",
+        box_limit=None,
+        num_frames=8,
     )
 
 
@@ -194,6 +211,9 @@ _ALL = (
         box_limit=None,
         paper="MMVP",
     ),
+    _videos("msvd-qa", "MSVD-QA"),
+    _videos("msrvtt-qa", "MSRVTT-QA"),
+    _videos("video-qa", "Questions about videos"),
     Benchmark(
         name="exact-match",
         title="Exact match",

@@ -14,6 +14,7 @@ from mgllava.box_files.formats import check_record
 
 from .errors import BadRowError, EvaluationError
 from .questions import Question
+from .tables import VIDEO_ENDINGS
 
 Record = Mapping[str, Any]
 
@@ -138,32 +139,49 @@ def partners(keys: Sequence[Any], seed: int) -> dict[Any, Any]:
     return dict(zip(distinct, distinct[1:] + distinct[:1], strict=True))
 
 
-def boxes_of(question: Question, source: BoxSource, file: BoxFile | None) -> Record | None:
-    """Return the boxes of a question; `None` if the detector finds them. The truth has no scores."""
+def boxes_of(
+    question: Question, source: BoxSource, file: BoxFile | None, num_frames: int | None = None
+) -> list[Record] | None:
+    """Return the boxes of a question: of its image, or with `num_frames` of each frame of its video.
+
+    `None` if the detector finds them. The truth has no scores.
+    """
     if source is BoxSource.DETECTOR:
         return None
     if source is BoxSource.NONE:
-        return {"boxes": []}
+        return [{"boxes": []}] * (num_frames or 1)
     try:
         if file is not None:
-            record = file[question.box_key]
-            if "frames" in record:
-                raise BadRowError(f"the box file has frames of a video for the id {question.box_key!r}")
+            key = question.box_key
+            if num_frames is not None and key not in file:  # `mgllava detect` names videos with their extension
+                key = next((name for end in VIDEO_ENDINGS if (name := f"{key}{end}") in file), key)
+            record = file[key]
+            if ("frames" in record) != (num_frames is not None):
+                kind = "frames of a video" if num_frames is None else "an image"
+                raise BadRowError(f"the box file has boxes of {kind} for the id {question.box_key!r}")
+            records = [record] if num_frames is None else list(record["frames"])
         else:
             given = question.row.values.get("boxes")
             if given is None:
                 raise BadRowError("it has no true boxes in the column `boxes`")
             given = json.loads(given) if isinstance(given, str) else given
-            boxes = given["boxes"] if isinstance(given, Mapping) else given
-            empty = {"labels": [""] * len(boxes), "scores": [1.0] * len(boxes)}
-            record = check_record({"boxes": [list(box) for box in boxes], **empty}, "its `boxes`")
+            records = [_true_boxes(entry) for entry in ([given] if num_frames is None else given)]
     except MissingBoxesError as error:
         raise BadRowError(f"the box file has no boxes for the id {question.box_key!r}") from error
     except (BoxFileError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, BadRowError):
             raise
         raise BadRowError(f"its boxes cannot be read: {error}") from error
-    return {"boxes": record["boxes"]} if source is BoxSource.ORACLE else record
+    if num_frames is not None and len(records) != num_frames:
+        raise BadRowError(f"it has boxes of {len(records)} frames, but {num_frames} are sampled (`num_frames`)")
+    return [{"boxes": record["boxes"]} for record in records] if source is BoxSource.ORACLE else records
+
+
+def _true_boxes(given: Any) -> Record:
+    """Check the boxes of an image or frame in the column `boxes`."""
+    boxes = given["boxes"] if isinstance(given, Mapping) else given
+    empty = {"labels": [""] * len(boxes), "scores": [1.0] * len(boxes)}
+    return check_record({"boxes": [list(box) for box in boxes], **empty}, "its `boxes`")
 
 
 __all__ = ["BoxChanges", "BoxSource", "Record", "boxes_of", "partners", "scaled", "shifted"]

@@ -10,10 +10,10 @@ from typing import Any
 from mgllava.box_files import detection_settings, read_boxes
 from mgllava.box_files.detectors import folder_digest
 from mgllava.box_files.slices import processes
-from mgllava.families import takes_boxes
+from mgllava.families import takes_boxes, takes_videos
 from mgllava.model_files.json_files import write_json
 
-from .answering import MAX_NEW_TOKENS, Answerer
+from .answering import MAX_NEW_TOKENS, Answerer, check_context
 from .benchmarks import Benchmark
 from .box_sources import BoxChanges, BoxSource
 from .errors import EvaluationError
@@ -79,6 +79,7 @@ def evaluate(
     resume: bool = False,
     overwrite: bool = False,
     workers: int = 4,
+    num_frames: int | None = None,
     progress: Progress | None = None,
     **loading: Any,
 ) -> Evaluation | None:
@@ -96,8 +97,10 @@ def evaluate(
         benchmark (`str` or [`Benchmark`]): The benchmark, or its name in `BENCHMARKS`.
         data (`str`, `Path` or list of them): Its files, see [`read_rows`].
         output (`str` or `Path`): The folder to write.
-        image_folder (`str` or `Path`, *optional*): Folder that paths of images start from; by default that of `data`.
-        annotations (`str` or `Path`, *optional*): File with the answers of TextVQA, VQAv2 or GQA.
+        image_folder (`str` or `Path`, *optional*): Folder that paths of images and videos start from; by default that
+            of `data`.
+        annotations (`str` or `Path`, *optional*): File with the answers of TextVQA, VQAv2, GQA, or of questions about
+            videos.
         boxes (`str`, *optional*): `"none"`, `"file"` (of `box_file`), `"detector"` (that of the model) or `"oracle"`
             (true boxes, of the column `boxes` or of `box_file`, all of which get tokens). By default `"file"` with a
             `box_file`, else `"detector"` if the model has one, else `"none"`.
@@ -113,7 +116,8 @@ def evaluate(
         limit (`int`, *optional*): Number of rows to read, from the first.
         resume (`bool`): Whether to resume an interrupted evaluation, or score a finished one again.
         overwrite (`bool`): Whether to start over.
-        workers (`int`): Threads that open images.
+        workers (`int`): Threads that open images and videos.
+        num_frames (`int`, *optional*): Frames that are sampled from each video; by default 8, as in the original.
         progress (`Callable`, *optional*): Called with the number of questions just done, and of all.
         **loading: `revision`, `dtype`, `bits`, `device`, `attn_implementation` and `trust_remote_code`, as in
             `mgllava chat`.
@@ -134,9 +138,19 @@ def evaluate(
     _check(source, box_file, changes, on_error, batch_size, max_new_tokens, workers, resume, overwrite)
     output = Path(output)
     # Everything that can be wrong with the files is found before the model is loaded.
-    task = load_task(benchmark, data, image_folder=image_folder, annotations=annotations, box_key=box_key, limit=limit)
+    task = load_task(
+        benchmark,
+        data,
+        image_folder=image_folder,
+        annotations=annotations,
+        box_key=box_key,
+        limit=limit,
+        num_frames=num_frames,
+    )
     loaded = _Loaded(model, loading, source, box_file, changes)
     source = loaded.source
+    if task.num_frames is not None:
+        loaded.check_videos(task.num_frames)
     file = None if box_file is None else read_boxes(box_file)
     if source is BoxSource.FILE and file is None:
         raise EvaluationError("`boxes` is file, so `box_file` must name one.")
@@ -158,6 +172,8 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "boxes": {"source": source.value, **loaded.box_settings, **changes.settings},
     }
+    if task.num_frames is not None:
+        settings["num_frames"] = task.num_frames
     answers = answer_task(
         task,
         lambda: loaded.answerer(max_new_tokens),
@@ -263,6 +279,15 @@ class _Loaded:
         folder = Path(model)
         commit = getattr(self.model.config, "_commit_hash", None)
         self.identity = folder_digest(folder) if folder.is_dir() else f"{model}@{commit}"
+
+    def check_videos(self, num_frames: int) -> None:
+        """Refuse a model that takes no videos, or not so many frames."""
+        if not takes_videos(self.processor):
+            raise EvaluationError(
+                "`model` takes no videos. A model of MG-LLaVA that was saved without them gets them from "
+                "`mgllava.add_videos`."
+            )
+        check_context(self.model, num_frames * self.processor.image_seq_length)
 
     def answerer(self, max_new_tokens: int) -> Answers:
         """Return what answers questions."""

@@ -19,7 +19,7 @@ from mgllava.box_files.slices import Batch, SliceFolder, processes, read_ahead
 from mgllava.folder_lock import FolderLock
 from mgllava.model_files.json_files import try_read_json
 
-from .answering import Picture, open_as_stored, plain
+from .answering import Film, Visual, plain
 from .box_sources import BoxChanges, BoxSource, boxes_of, partners, scaled
 from .errors import BadRowError, EvaluationError
 from .questions import Question
@@ -45,8 +45,8 @@ class Answers(Protocol):
     takes_boxes: bool
 
     @property
-    def placeholder(self) -> str:
-        """The text that stands for an image."""
+    def placeholders(self) -> Sequence[str]:
+        """The texts that stand for images and videos."""
 
     def detect(self, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
         """Find the boxes of images."""
@@ -63,6 +63,18 @@ class Answers(Protocol):
     ) -> list[str]:
         """Answer questions."""
 
+    def objects_of_frame(self, record: Mapping[str, Any], frame: Image.Image) -> dict[str, Any]:
+        """Return the objects of a frame of a video that get tokens."""
+
+    def answer_videos(
+        self,
+        clips: Sequence[Any],
+        prompts: Sequence[str],
+        boxes: Sequence[Sequence[Mapping[str, Any]]] | None = None,
+        **video_options: Any,
+    ) -> list[str]:
+        """Answer questions about videos."""
+
 
 @dataclass(frozen=True)
 class Boxes:
@@ -75,15 +87,15 @@ class Boxes:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A question with its opened image, and the question and image whose boxes it gets.
+    """A question with its opened image or video, and the question and image or video whose boxes it gets.
 
-    `owner_id` is the same for all questions about this image.
+    `owner_id` is the same for all questions about this image or video.
     """
 
     question: Question
-    picture: Picture
+    visual: Visual
     owner: Question
-    owner_image: Image.Image
+    owner_visual: Visual
     owner_id: str
 
 
@@ -121,7 +133,7 @@ def answer_task(
 
     Returns:
         `list[dict]`, *optional*: Per question `number`, `key` and `answer`, and `boxes` with `labels` if the model
-        takes boxes; or `number`, `key` and `reason` for a question that was skipped.
+        takes boxes (for a video these in a list `frames`); or `number`, `key` and `reason` for one that was skipped.
 
     Raises:
         EvaluationError: If a question cannot be asked and `on_error` is `"stop"`, or there are answers already.
@@ -215,7 +227,7 @@ class _Job:
         self.workers = workers
         self._partners: dict[Any, Any] = {}
         self._owners: dict[Any, Question] = {}
-        self._detections: dict[str, Mapping[str, Any]] = {}
+        self._detections: dict[str, list[Mapping[str, Any]]] = {}
         if boxes.changes.shuffle:
             self._partners = partners([question.box_key for question in task.questions], boxes.changes.seed)
             self._owners = {question.box_key: question for question in reversed(task.questions)}
@@ -251,17 +263,17 @@ class _Job:
 
     def _open(self, question: Question) -> _Asked:
         stored = self.task.find_image(question)
-        picture = open_as_stored(stored)
-        owner, image = question, picture.image
+        visual = self.task.open(stored)
+        owner, owner_visual = question, visual
         if self._partners:
             owner = self._owners[self._partners[question.box_key]]
             try:
                 stored = self.task.find_image(owner)
-                image = open_as_stored(stored).image
+                owner_visual = self.task.open(stored)
             except BadRowError as error:
                 raise BadRowError(f"it gets the boxes of {owner.row.place}, and there {error}") from error
         image_id = hashlib.sha256(stored).hexdigest() if isinstance(stored, bytes) else str(stored)
-        return _Asked(question, picture, owner, image, image_id)
+        return _Asked(question, visual, owner, owner_visual, image_id)
 
     def _answer(self, first: int, opened: Sequence[Future[_Asked]]) -> Batch:
         """Answer a batch; questions that cannot be asked are skipped, or end the run."""
@@ -269,76 +281,93 @@ class _Job:
             self.answerer = self.make_answerer()
         batch = Batch(first, first + len(opened))
         asked: list[_Asked] = []
-        records: list[Mapping[str, Any] | None] = []
+        records: list[list[Mapping[str, Any]] | None] = []
         for question, future in zip(self.task.questions[first : batch.stop], opened, strict=True):
             try:
-                if self.answerer.placeholder in question.prompt:
-                    raise BadRowError(f"its text has {self.answerer.placeholder}, which stands for an image")
+                for token in self.answerer.placeholders:
+                    if token in question.prompt:
+                        raise BadRowError(f"its text has {token}, which stands for an image or video")
                 item = future.result()
-                record = boxes_of(item.owner, self.boxes.source, self.boxes.file)
+                record = boxes_of(item.owner, self.boxes.source, self.boxes.file, self.task.num_frames)
                 asked.append(item)
                 records.append(record)
             except BadRowError as error:
                 self._skip(batch, question, error)
         kept, given, objects = self._with_boxes(batch, asked, records)
         options = {"box_limit": self.task.benchmark.box_limit} if self.answerer.takes_boxes else {}
-        texts = (
-            self.answerer.answer(
-                [item.picture.image for item in kept], [item.question.prompt for item in kept], given, **options
-            )
-            if kept
-            else []
-        )
+        texts: list[str] = []
+        prompts = [item.question.prompt for item in kept]
+        if kept and self.task.num_frames is None:
+            of_images = None if given is None else [records[0] for records in given]
+            texts = self.answerer.answer([item.visual.frames[0] for item in kept], prompts, of_images, **options)
+        elif kept:
+            clips = [item.visual.clip for item in kept if isinstance(item.visual, Film)]
+            texts = self.answerer.answer_videos(clips, prompts, given, **options)
         for item, text, seen in zip(kept, texts, objects, strict=True):
-            turned = {"is_turned": True} if item.picture.is_turned else {}
+            turned = {"is_turned": True} if item.visual.is_turned else {}
             batch.records.append(
                 {"number": item.question.number, "key": item.question.key, "answer": text, **seen, **turned}
             )
         return batch
 
     def _with_boxes(
-        self, batch: Batch, asked: Sequence[_Asked], records: Sequence[Mapping[str, Any] | None]
-    ) -> tuple[list[_Asked], list[Mapping[str, Any]] | None, list[dict[str, Any]]]:
-        """Detect missing boxes, change them, and find out which get tokens."""
+        self, batch: Batch, asked: Sequence[_Asked], records: Sequence[list[Mapping[str, Any]] | None]
+    ) -> tuple[list[_Asked], list[list[Mapping[str, Any]]] | None, list[dict[str, Any]]]:
+        """Detect missing boxes, change them, and find out which get tokens; for each frame of a visual."""
         assert self.answerer is not None
         if not self.answerer.takes_boxes:
             return list(asked), None, [{}] * len(asked)
         self._detect([item for item, record in zip(asked, records, strict=True) if record is None])
         complete = [
-            self._detections[item.owner_id] if record is None else plain(record)
+            self._detections[item.owner_id] if record is None else list(map(plain, record))
             for item, record in zip(asked, records, strict=True)
         ]
+        is_video = self.task.num_frames is not None
         kept: list[_Asked] = []
-        given: list[Mapping[str, Any]] = []
+        given: list[list[Mapping[str, Any]]] = []
         objects: list[dict[str, Any]] = []
-        for item, record in zip(asked, complete, strict=True):
-            image = item.picture.image
-            record = scaled(record, item.owner_image.size, image.size) if item.owner is not item.question else record
-            changed = self.boxes.changes.apply(record, item.question.box_key, image.size)
+        for item, of_frames in zip(asked, complete, strict=True):
             try:
-                seen = self.answerer.objects(changed, image)
+                pairs = [
+                    self._changed(item, frame, place, record)
+                    for place, (frame, record) in enumerate(zip(item.visual.frames, of_frames, strict=True))
+                ]
             except (TypeError, ValueError) as error:
                 self._skip(batch, item.question, BadRowError(f"its boxes cannot be used: {error}"))
                 continue
             kept.append(item)
-            given.append(changed)
-            objects.append(
-                {
-                    "boxes": [[round(value, 1) for value in box] for box in seen["boxes"]],
-                    **({"labels": list(seen["labels"])} if "labels" in seen else {}),
-                }
-            )
+            given.append([changed for changed, _ in pairs])
+            seen = [of_frame for _, of_frame in pairs]
+            objects.append({"frames": seen} if is_video else seen[0])
         return kept, given, objects
 
-    def _detect(self, asked: Sequence[_Asked]) -> None:
-        """Detect the boxes of images, each once: benchmarks ask several questions about an image."""
+    def _changed(
+        self, item: _Asked, frame: Image.Image, place: int, record: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any], dict[str, Any]]:
+        """Change the boxes of an image or frame; return them, and those that get tokens."""
         assert self.answerer is not None
-        wanted = {item.owner_id: item.owner_image for item in asked}
+        if item.owner is not item.question:
+            record = scaled(record, item.owner_visual.size, frame.size)
+        is_video = self.task.num_frames is not None
+        key = f"{item.question.box_key}/{place}" if is_video else item.question.box_key
+        changed = self.boxes.changes.apply(record, key, frame.size)
+        seen = (self.answerer.objects_of_frame if is_video else self.answerer.objects)(changed, frame)
+        labels = {"labels": list(seen["labels"])} if "labels" in seen else {}
+        return changed, {"boxes": [[round(value, 1) for value in box] for box in seen["boxes"]], **labels}
+
+    def _detect(self, asked: Sequence[_Asked]) -> None:
+        """Detect the boxes of images and videos, each once: benchmarks ask several questions about one."""
+        assert self.answerer is not None
+        wanted = {item.owner_id: item.owner_visual for item in asked}
         # Those of the last batches are enough, since questions about an image follow each other.
         while len(self._detections) > _REMEMBERED and (old := next(iter(self._detections))) not in wanted:
             del self._detections[old]
-        new = {name: image for name, image in wanted.items() if name not in self._detections}
-        self._detections |= zip(new, self.answerer.detect(list(new.values())), strict=True)
+        new = {name: visual.frames for name, visual in wanted.items() if name not in self._detections}
+        if self.task.num_frames is not None:  # the frames of a video are a batch
+            self._detections |= {name: list(self.answerer.detect(frames)) for name, frames in new.items()}
+            return
+        found = self.answerer.detect([frame for frames in new.values() for frame in frames])
+        self._detections |= zip(new, ([record] for record in found), strict=True)
 
     def _skip(self, batch: Batch, question: Question, error: BadRowError) -> None:
         if self.on_error == "stop":
@@ -355,7 +384,7 @@ def with_boxes(task: Task, boxes: Boxes) -> Task:
     questions, bad_rows = [], []
     for question in task.questions:
         try:
-            boxes_of(question, boxes.source, boxes.file)
+            boxes_of(question, boxes.source, boxes.file, task.num_frames)
         except BadRowError as error:
             bad_rows.append(BadRow(question.row.place, question.key, str(error)))
         else:

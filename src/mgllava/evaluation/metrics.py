@@ -1,6 +1,7 @@
 """Measures of answers that need no judge."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 from .normalization import normalize_answer
@@ -65,6 +66,23 @@ def _similarity(answer: str, reference: str) -> float:
     return 1.0 - (edit_distance(left, right) / length if length else 0.0)
 
 
+def token_f1(answer: str, reference: str) -> float:
+    """Return the F1 of the words of an answer, both texts normalized by the rule of VQAv2.
+
+    Args:
+        answer (`str`): The answer.
+        reference (`str`): The reference answer.
+
+    Returns:
+        `float`: From 0 to 1; 1 for two texts without words.
+    """
+    said, wanted = (Counter(normalize_answer(text).split()) for text in (answer, reference))
+    if not said and not wanted:
+        return 1.0
+    shared = (said & wanted).total()
+    return 2 * shared / (said.total() + wanted.total())
+
+
 def edit_distance(left: str, right: str) -> int:
     """Return how many letters must be inserted, removed or replaced to turn one text into the other.
 
@@ -86,4 +104,4 @@ def edit_distance(left: str, right: str) -> int:
     return row[-1]
 
 
-__all__ = ["HUMAN_ANSWERS", "anls", "chosen_letters", "edit_distance", "soft_accuracy"]
+__all__ = ["HUMAN_ANSWERS", "anls", "chosen_letters", "edit_distance", "soft_accuracy", "token_f1"]

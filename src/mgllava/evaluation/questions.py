@@ -37,8 +37,8 @@ class Question:
     Attributes:
         number: Index among the rows of the benchmark.
         key: The id of the question.
-        box_key: The id of its image in the box file.
-        prompt: The text after the image.
+        box_key: The id of its image or video in the box file.
+        prompt: The text after the image or video.
         answer: The reference answer: a text, several texts, or `None` if the file has none.
         category: Category of the question, in whose column its score counts; may be empty.
         row: The row that it comes from.
@@ -281,15 +281,17 @@ def question_in_prompt(prompt: str) -> str:
 Annotations = Mapping[Any, Any]
 
 
-def read_annotations(path: str | Path) -> dict[Any, Any]:
+def read_annotations(path: str | Path) -> dict[Any, Any] | list[Any]:
     """Read the answers of a benchmark whose questions are in another file.
 
     Args:
         path (`str` or `Path`): JSON of TextVQA (`TextVQA_0.5.1_val.json`), VQAv2
-            (`v2_mscoco_val2014_annotations.json`) or GQA (`testdev_balanced_questions.json`).
+            (`v2_mscoco_val2014_annotations.json`), GQA (`testdev_balanced_questions.json`), or a list of answers such
+            as that of MSVD-QA.
 
     Returns:
-        `dict`: The answers by question id as text; for TextVQA by image id and lower-case question.
+        `dict` or `list`: The answers by question id as text; for TextVQA by image id and lower-case question; a list
+        without question ids in its order.
 
     Raises:
         EvaluationError: If the file has another form.
@@ -297,6 +299,8 @@ def read_annotations(path: str | Path) -> dict[Any, Any]:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        if isinstance(content, list) and content:
+            return _listed_answers(path, content)
         if isinstance(content, dict) and isinstance(content.get("data"), list):
             return {
                 (str(entry["image_id"]), str(entry["question"]).lower()): entry["answers"] for entry in content["data"]
@@ -311,9 +315,24 @@ def read_annotations(path: str | Path) -> dict[Any, Any]:
             }
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise EvaluationError(
-            f"`annotations`: {path} is not a file of TextVQA, VQAv2 or GQA ({type(error).__name__}: {error})."
+            f"`annotations`: {path} is not a file of TextVQA, VQAv2 or GQA, nor a list of answers "
+            f"({type(error).__name__}: {error})."
         ) from error
-    raise EvaluationError(f"`annotations`: {path} must be a dictionary of TextVQA, VQAv2 or GQA.")
+    raise EvaluationError(
+        f"`annotations`: {path} must be a dictionary of TextVQA, VQAv2 or GQA, or a list of answers."
+    )
+
+
+def _listed_answers(path: str | Path, content: list[Any]) -> dict[str, Any] | list[Any]:
+    """Read a list of answers: by question id if all have one, else in the order of the questions."""
+    answers = [entry["answer"] if isinstance(entry, Mapping) else entry for entry in content]
+    ids = [str(entry["question_id"]) for entry in content if isinstance(entry, Mapping) and "question_id" in entry]
+    if len(ids) < len(content):
+        return answers
+    if len(set(ids)) < len(ids):
+        twice = next(name for number, name in enumerate(ids) if name in ids[:number])
+        raise EvaluationError(f"`annotations`: {path} has two answers for the question_id {twice!r}.")
+    return dict(zip(ids, answers, strict=True))
 
 
 def make_question(

@@ -7,10 +7,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from mgllava.atomic_files import replacing
-from mgllava.visualization import draw_boxes
+from PIL import Image
 
-from .answering import open_as_stored
+from mgllava.atomic_files import replacing
+from mgllava.visualization import draw_boxes, draw_frames
+
 from .errors import BadRowError
 from .questions import Question
 from .task import Task
@@ -18,7 +19,8 @@ from .task import Task
 REPORT = "report.html"
 # Answers shown of those that are right, and of those that are wrong.
 SHOWN = 12
-_THUMBNAIL = 360
+# Longer sides in pixels of an image, and of the frames of a video together and each.
+_THUMBNAIL, _STRIP, _FRAME = 360, 960, 240
 _JPEG_QUALITY = 80
 _STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;color:#222;background:#fff;max-width:1120px;margin:2em auto;padding:0 1em}
@@ -29,6 +31,7 @@ td.n,th.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 .bars{width:100%;max-width:640px}.bars td{padding:.1em .5em;border:0}.bars td:first-child{text-align:right}
 .bars td:nth-child(2){width:55%}.bars i{display:block;height:1em;background:#3b6ea5}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:1em}
+.wide{grid-template-columns:repeat(auto-fill,minmax(500px,1fr))}
 figure{margin:0;border:1px solid #ddd;border-radius:6px;padding:.6em;border-top:4px solid #2a7d4f}
 figure.wrong{border-top-color:#b3402e}figure.open{border-top-color:#888}
 img{max-width:100%;display:block;margin:auto}
@@ -139,11 +142,12 @@ def _spread(questions: Sequence[Question]) -> list[Question]:
 def _gallery(
     task: Task, questions: Sequence[Question], answers: Mapping[int, Mapping[str, Any]], kind: str
 ) -> list[str]:
-    parts = ["<div class=grid>"]
+    parts = [f'<div class="grid{"" if task.num_frames is None else " wide"}">']
     for question in questions:
         line = answers[question.number]
         wanted = "" if question.answer is None else f"\n<b>Expected:</b> {escape(_wanted(question.answer))}"
-        boxes = f"\n<span class=small>{len(line['boxes'])} boxes</span>" if "boxes" in line else ""
+        seen = _seen(line)
+        boxes = "" if seen is None else f"\n<span class=small>{', '.join(_numbers(seen))} boxes</span>"
         parts.append(
             f"<figure class={kind}>{_picture(task, question, line)}<figcaption>{escape(question.prompt)}\n"
             f"<b>Answer:</b> {escape(line['answer'])}{wanted}{boxes}\n"
@@ -158,25 +162,42 @@ def _wanted(answer: str | tuple[str, ...]) -> str:
 
 
 def _picture(task: Task, question: Question, line: Mapping[str, Any]) -> str:
-    """Draw an image with the boxes that the model saw, small and inside the page."""
+    """Draw an image, or the frames of a video, with the boxes that the model saw, small and inside the page."""
     try:
-        image = open_as_stored(task.find_image(question)).image
+        frames = task.open(task.find_image(question)).frames
     except BadRowError as error:  # removed since it was asked
         return f"<p class=small>{escape(str(error))}</p>"
-    factor = min(1.0, _THUMBNAIL / max(image.size))
-    small = image.resize((max(1, round(image.width * factor)), max(1, round(image.height * factor))))
-    if line.get("boxes"):
-        limits = (small.width, small.height) * 2
+    side = _THUMBNAIL if task.num_frames is None else _FRAME
+    factor = min(1.0, side / max(frames[0].size))
+    smaller = [
+        image.resize((max(1, round(image.width * factor)), max(1, round(image.height * factor)))) for image in frames
+    ]
+    limits = smaller[0].size * 2
+    shown = []
+    for entry in _seen(line) or [{}] * len(frames):
         boxes = [
             [min(max(value * factor, 0), limit) for value, limit in zip(box, limits, strict=True)]
-            for box in line["boxes"]
+            for box in entry.get("boxes", ())
         ]
-        shown = {"boxes": boxes, "labels": line["labels"]} if any(line.get("labels", ())) else {"boxes": boxes}
-        small = draw_boxes(small, shown)
+        shown.append({"boxes": boxes, "labels": entry["labels"]} if any(entry.get("labels", ())) else {"boxes": boxes})
+    if task.num_frames is not None:
+        small = draw_frames(smaller, shown)
+        small.thumbnail((_STRIP, _STRIP), Image.Resampling.LANCZOS)
+    else:
+        small = draw_boxes(smaller[0], shown[0]) if shown[0]["boxes"] else smaller[0]
     buffer = io.BytesIO()
     small.save(buffer, format="JPEG", quality=_JPEG_QUALITY)
     content = base64.b64encode(buffer.getvalue()).decode("ascii")
     return f'<img alt="" src="data:image/jpeg;base64,{content}">'
+
+
+def _seen(line: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
+    """Return the boxes of each frame of an answered question; `None` if the model takes no boxes."""
+    return line.get("frames", [line] if "boxes" in line else None)
+
+
+def _numbers(seen: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [str(len(entry["boxes"])) for entry in seen]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from .metrics import anls, chosen_letters, soft_accuracy
-from .normalization import yes_or_no
+from .metrics import anls, chosen_letters, soft_accuracy, token_f1
+from .normalization import normalize_answer, yes_or_no
 from .questions import Question
 
 _PERCENT = 100.0
@@ -153,6 +153,18 @@ def score_documents(questions: Sequence[Question], answers: Sequence[str]) -> Sc
     return _mean("ANLS", questions, credits)
 
 
+def score_videos(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
+    """Score questions about videos: normalized by the rule of VQAv2, equal to the reference, and the words' F1."""
+    pairs = [(text, str(question.answer)) for question, text in zip(questions, answers, strict=True)]
+    credits = [float(normalize_answer(text) == normalize_answer(wanted)) for text, wanted in pairs]
+    scores = _mean("exact match", questions, credits)
+    scores.values["token F1"] = _PERCENT * fmean(token_f1(text, wanted) for text, wanted in pairs)
+    scores.notes.append(
+        "The original and the paper count the answers that GPT-3.5 accepts, which are more than exact matches."
+    )
+    return scores
+
+
 def score_pope(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
     """Score POPE: accuracy, precision, recall and F1 of `Yes`, each averaged over the categories."""
     said = [yes_or_no(text) == "Yes" for text in answers]
@@ -234,4 +246,5 @@ __all__ = [
     "score_mme",
     "score_pope",
     "score_softly",
+    "score_videos",
 ]

@@ -26,6 +26,9 @@ _SHORTEST_BASE64 = 16
 _EMPTY = ("", "nan", "NaN")
 # Without leading zeros, and not longer than any id.
 _WHOLE = re.compile("0|[1-9][0-9]{0,17}")
+_VIDEO_COLUMNS = ("video_name", "video", "video_path")
+# Benchmarks name videos without an extension.
+VIDEO_ENDINGS = ("", ".avi", ".mp4", ".mkv", ".webm", ".mov", ".gif")
 _MME_QUESTIONS = "questions_answers_YN"
 _MME_IMAGES = (".jpg", ".png", ".jpeg")
 
@@ -291,19 +294,45 @@ def find_image(row: Row, folder: Path, default: str | None = None, prefers_files
     raise BadRowError("its image is that of another row, in a circle")
 
 
+def name_of_video(row: Row) -> str:
+    """Return the name of a row's video, as its column has it; raise `BadRowError` if there is none."""
+    name = next((row.values[column] for column in _VIDEO_COLUMNS if row.values.get(column) not in (None, "")), None)
+    if not isinstance(name, str | int):
+        raise BadRowError(f"it has no {' or '.join(_VIDEO_COLUMNS)}")
+    return str(name)
+
+
+def find_video(row: Row, folder: Path) -> Path:
+    """Return the file of a row's video, whose name may lack its extension.
+
+    Args:
+        row ([`Row`]): The row.
+        folder (`Path`): Where paths start.
+
+    Returns:
+        `Path`: The file.
+
+    Raises:
+        BadRowError: If the row names no video, or the file is not there.
+    """
+    name = name_of_video(row)
+    ending = next((ending for ending in VIDEO_ENDINGS if (folder / (name + ending)).is_file()), "")
+    return _inside(folder, name + ending, "video")
+
+
 def _is_path(value: Any) -> bool:
     """Tell whether the cell of an image is a path: base64 has no point."""
     return isinstance(value, str) and not value.startswith(("data:", "[")) and "." in value[-6:]
 
 
-def _inside(folder: Path, name: str) -> Path:
-    """Return the path of an image; files of benchmarks are downloaded, so it must be inside the folder."""
+def _inside(folder: Path, name: str, kind: str = "image") -> Path:
+    """Return the path of an image or video; files of benchmarks are downloaded, so it must be inside the folder."""
     relative = os.path.normpath(os.path.relpath(name, folder.absolute()) if os.path.isabs(name) else name)
     if relative == ".." or relative.startswith(".." + os.sep) or os.path.isabs(relative):
-        raise BadRowError(f"its image {name!r} is outside the folder {folder}")
+        raise BadRowError(f"its {kind} {name!r} is outside the folder {folder}")
     path = folder / relative
     if not path.is_file():
-        raise BadRowError(f"its image {path} does not exist")
+        raise BadRowError(f"its {kind} {path} does not exist")
     return path
 
 
@@ -327,4 +356,4 @@ def _decode(text: str) -> bytes:
     return content
 
 
-__all__ = ["EXTENSIONS", "Row", "find_image", "read_rows"]
+__all__ = ["EXTENSIONS", "VIDEO_ENDINGS", "Row", "find_image", "find_video", "name_of_video", "read_rows"]

@@ -158,6 +158,15 @@ def upload_mmvp(folder: Path, questions: Sequence[Question], answers: Sequence[s
     return _lines(folder / "mmvp_results.jsonl", records)
 
 
+def upload_videos(folder: Path, questions: Sequence[Question], answers: Sequence[str]) -> list[Path]:
+    """Write `video_qa_results.json`, the list of id, question, answer and pred that the original gives its judge."""
+    content = [
+        {"id": question.key, "question": question.prompt, "answer": question.answer, "pred": text}
+        for question, text in zip(questions, answers, strict=True)
+    ]
+    return _json(folder / "video_qa_results.json", content)
+
+
 __all__ = [
     "Upload",
     "upload_choices",
@@ -167,5 +176,6 @@ __all__ = [
     "upload_mathvista",
     "upload_mmvet",
     "upload_mmvp",
+    "upload_videos",
     "upload_vqav2",
 ]
