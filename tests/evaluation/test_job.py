@@ -288,7 +288,7 @@ def test_records_of_videos_are_not_boxes_of_an_image(task):
     frames = [{"boxes": [], "labels": [], "scores": []}]
     file = BoxFile([0, 1, 2, 3], [*records([], [], []), {"frames": frames}])
     checked = with_boxes(task, Boxes(BoxSource.FILE, file, BoxChanges()))
-    assert [bad.reason for bad in checked.bad_rows] == ["the box file has frames of a video for the id 3"]
+    assert [bad.reason for bad in checked.bad_rows] == ["the box file has boxes of frames of a video for the id 3"]
 
 
 def test_no_answered_question_is_an_error(half_broken, tmp_path):
