@@ -197,11 +197,6 @@ def test_requests_that_vllm_reads_itself(llm, generate, processor):
     assert prompt["prompt_token_ids"] == generate([ask("Is < /s> a word?", (picture(14), boxes))])[0]
 
 
-def test_the_plain_backend_is_refused_with_the_plugin():
-    with pytest.raises(ValueError, match=r"`model_impl` must be 'auto'.* `VLLM_PLUGINS`"):
-        LLM(str(MODEL), dtype="float32", model_impl="transformers")
-
-
 def test_hooks_that_are_gone_are_named():
     from mgllava.integrations.vllm.hooks import OVERRIDDEN, HfRenderer, check_hooks, missing_hooks
 

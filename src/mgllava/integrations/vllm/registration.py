@@ -25,12 +25,6 @@ class ModelCheck(VerifyAndUpdateConfig):
         """Refuse what would give other answers than in this package."""
         check_hooks()
         check_config(model_config.hf_config, family_of(model_config.hf_config))
-        if model_config.model_impl not in ("auto", "vllm"):
-            raise ValueError(
-                f"`model_impl` must be 'auto' for models of mgllava, got {model_config.model_impl!r}, which replaces "
-                "the plugin's model. To do without the plugin, set the environment variable `VLLM_PLUGINS` to an "
-                "empty string (docs/vllm.md)."
-            )
         if model_config.tokenizer_mode not in ("auto", "hf", NAME):
             raise ValueError(
                 f"`tokenizer_mode` must be 'auto' for models of mgllava, got {model_config.tokenizer_mode!r}."
