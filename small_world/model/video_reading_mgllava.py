@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -32,6 +33,7 @@ _CONTAINERS = (
     "mpegts,mpegvideo,mxf,nut,obu,ogg,rm,swf,vc1,wav,webm,wtv,yuv4mpegpipe"
 )
 _IMAGE_STARTS = (b"GIF8", b"\x89PNG")
+_MATROSKA = b"\x1a\x45\xdf\xa3"
 # Containers whose writers note the length when they are done, and by how much of it a file may be shorter.
 _FINISHED_CONTAINERS = ("matroska", "mp4")
 _MISSING_PART, _MISSING_FRAMES = 0.1, 2.5
@@ -142,8 +144,15 @@ def read_video(
                 f"`{name}` must be a video file, got {described}, which is a playlist. Pass one of its videos."
             )
         decoder = None if limits != NO_LIMITS else _torchcodec_decoder()
-        if decoder is not None:
-            return _read_with_torchcodec(decoder, file, sample, name, described)
+        # torchcodec does not say how long a Matroska or WebM file claims to be, and fails for some that PyAV reads.
+        has_pyav = find_spec("av") is not None
+        if decoder is not None and not (has_pyav and start.startswith(_MATROSKA)):
+            try:
+                return _read_with_torchcodec(decoder, file, sample, name, described, start)
+            except UnreadableVideoError:
+                if not has_pyav:
+                    raise
+                file.seek(0)
         if not start.startswith(b"\xff\xd8\xff"):
             return _read_with_pyav(file, sample, name, described, limits)
         try:  # either frames of JPEG one after the other, or an image
@@ -354,12 +363,22 @@ def _torchcodec_decoder() -> Any:
 
 
 def _read_with_torchcodec(
-    decoder_class: Any, file: BinaryIO, sample: Sampler | None, name: str, described: str
+    decoder_class: Any, file: BinaryIO, sample: Sampler | None, name: str, described: str, start: bytes
 ) -> Clip:
     """Decode a video with torchcodec, which scans the file for its frames."""
     with _errors_named(name, described):
         decoder = decoder_class(file.read(), seek_mode="exact")
-    return _read_decoder(decoder, sample, name, NO_LIMITS, described)
+    clip = _read_decoder(decoder, sample, name, NO_LIMITS, described)
+    if start[4:8] == b"ftyp":  # MP4; for Matroska, the duration is None
+        claimed = getattr(decoder.metadata, "duration_seconds_from_header", None)
+        length = _Length(clip.metadata.total_num_frames, clip.metadata.duration, claimed)
+        _check_end(length, clip.metadata.fps, name, described)
+    elif start.startswith(_MATROSKA):
+        logger.warning_once(
+            "Without PyAV, it is not noticed if a Matroska or WebM file breaks off: fewer frames are taken for all. "
+            "Install it: pip install av."
+        )
+    return clip
 
 
 def is_decoder(video: Any) -> bool:

