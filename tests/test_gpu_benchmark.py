@@ -125,6 +125,11 @@ def test_a_slow_detector_is_named(gpu):
     assert "7.5 times the reference's speed" in gpu.judge_detector(rows({"times faster": 7.5}))
 
 
+def test_operations_are_counted_without_values(gpu):
+    generation = importlib.import_module("generation")
+    assert min(generation.count_flops(generation.make_config("tiny"))) > 0
+
+
 def test_generation_is_measured_on_a_tiny_model(gpu):
     row = importlib.import_module("generation").measure("tiny", "bf16", [1], ["eager"], 1, "cpu")[0]
     assert row["first token ms"] > 0 and row["weights GB"] > 0
