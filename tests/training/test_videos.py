@@ -1,6 +1,7 @@
 """Training on videos: samples, box files, batches, and what is refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import yaml
 from PIL import Image
 
 from mgllava import MGLlavaVideoProcessor
-from mgllava.box_files import write_boxes
+from mgllava.box_files import BoxFile, detection_settings, write_boxes
 from mgllava.processing import MGLlavaProcessor
 from mgllava.training import (
     ConversationDataset,
@@ -20,6 +21,10 @@ from mgllava.training import (
     stream_samples,
     train,
 )
+from mgllava.training.recipe_data import _check_detector
+from tests.processing.detectors import OWLV2
+from tests.processing.videos import make_frames
+from tests.processing.videos import write as encode
 from tests.tiny import NUM_FUSED_TOKENS
 from tests.training.conftest import tiny_video_processor, words_model
 
@@ -279,3 +284,41 @@ def test_recipes_of_the_video_model_sample_eight_frames_within_its_positions():
         # 100 boxes of a frame are most that come without a limit on labels
         assert recipe.model.config["text_config"]["max_position_embeddings"] >= 8 * (576 + 100) + 1472
     assert recipe.model.name == load_recipe("video_stage_1.yaml").training["output_dir"]
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "avi"])
+def test_files_of_encoders_are_read(video_processor, tmp_path, ending):
+    """Videos as cameras write them, with frames of colors that tell which were sampled."""
+    container = "matroska" if ending == "mkv" else ending
+    frames = make_frames(10, 90, 60)
+    (tmp_path / f"0.{ending}").write_bytes(encode(frames, "mpeg4", "yuv420p", container, qmin=1, qmax=2))
+    rows = [{"id": "one", "video": f"0.{ending}", "conversations": turns("<video>\nWhat is it?")}]
+    (tmp_path / "s.json").write_text(json.dumps(rows))
+    write_boxes(tmp_path / "boxes.json", [{"id": "one", "frames": [ENTRY, EMPTY, ENTRY]}])
+    dataset = ConversationDataset(
+        [open_source(tmp_path / "s.json", tmp_path, tmp_path / "boxes.json", tmp_path)], video_processor
+    )
+    batch = MGLlavaDataCollator(video_processor)([dataset[0]])
+    wanted = video_processor.video_processor(frames[[0, 4, 9]], do_sample_frames=False, return_tensors="pt")
+    distance = (batch["pixel_values_videos"] - wanted["pixel_values_videos"]).abs().mean(dim=(1, 2, 3))
+    assert batch["num_video_frames"].tolist() == [FRAMES] and distance.max() < 0.15, distance
+    assert [bool(boxes.any()) for boxes in batch["video_boxes"]] == [True, False, True]
+
+
+@pytest.mark.parametrize(("sampled", "is_refused"), [(FRAMES, False), (FRAMES + 1, True), (None, True)])
+def test_box_files_of_other_frames_are_refused(video_processor, monkeypatch, sampled, is_refused):
+    """The settings of a box file say how many frames of a video were sampled."""
+    config = {"tagger": ["cup"], "detector": str(OWLV2), "mode": "clean"}
+    monkeypatch.setattr(video_processor, "locate_box_detector", lambda: config, raising=False)
+    settings = detection_settings(config, num_frames=sampled)
+    if sampled is None:  # of images, but with a rule for frames that says nothing
+        settings["frames"] = None
+    record = {"id": "one", "frames": [ENTRY, EMPTY, ENTRY]}
+    file = BoxFile(["one"], [record], settings=settings, name="boxes.json")
+    options = SimpleNamespace(allow_other_boxes=False, detector=None)
+    sources = [SimpleNamespace(boxes=file)]
+    if is_refused:
+        with pytest.raises(TrainingError, match=r"frames.*data\.allow_other_boxes=true"):
+            _check_detector(options, video_processor, sources, "data")
+    else:
+        _check_detector(options, video_processor, sources, "data")
