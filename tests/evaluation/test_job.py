@@ -215,6 +215,15 @@ def test_finished_answers_are_scored_again_without_asking(task, tmp_path):
     assert run(task, output, Echo(lambda *_: "new"), overwrite=True)[0]["answer"] == "new"
 
 
+def test_files_of_something_else_are_not_replaced(task, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "settings.json").write_text("{}")
+    with pytest.raises(EvaluationError, match=r"has settings\.json but no answers"):
+        run(task, tmp_path / "out")
+    assert (tmp_path / "out" / "settings.json").read_text() == "{}"
+    assert len(run(task, tmp_path / "out", overwrite=True)) == 4
+
+
 def test_two_runs_do_not_write_the_same_folder(task, tmp_path):
     output = tmp_path / "out"
     with FolderLock(output / "answers.jsonl", "evaluating"), pytest.raises(FolderLockedError):

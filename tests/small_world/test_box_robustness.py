@@ -11,7 +11,7 @@ from small_world import box_robustness
 
 class NeedsBoxes:
     takes_boxes = True
-    placeholder = "<image>"
+    placeholders = ("<image>",)
 
     def __init__(self, answers):
         self.answers = answers

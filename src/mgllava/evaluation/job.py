@@ -188,6 +188,12 @@ def _prepare(path: Path, folder: SliceFolder, manifest: dict[str, Any], resume: 
             f"{path.parent} holds {'an interrupted' if begun else 'a finished'} evaluation. Pass `resume=True` to "
             f"{'continue it' if begun else 'score its answers again'}, or `overwrite=True` to start over."
         )
+    foreign = [name for name in (SETTINGS, "scores.json", "report.html") if path.with_name(name).exists()]
+    if foreign and not (begun or path.exists() or resume or overwrite):
+        raise EvaluationError(
+            f"{path.parent} has {', '.join(foreign)} but no answers, so they are of something else. Choose another "
+            "`output`, or pass `overwrite=True` to replace them."
+        )
     if path.exists() and not begun:
         made = try_read_json(path.with_name(SETTINGS)) or {}
         wanted = {"settings": manifest["settings"], "questions_digest": manifest["inputs_digest"]}
