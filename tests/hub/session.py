@@ -28,6 +28,7 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
     AutoTokenizer,
+    AutoVideoProcessor,
     pipeline,
 )
 
@@ -91,6 +92,31 @@ def mgllava(name, again=None, **options):
         processor.save_pretrained(again)
         tensors |= {f"again.{key}": value for key, value in answers(*load(again)).items()}
     return tensors, {"classes": classes(model, model.config, processor, processor.image_processor, *image_processors)}
+
+
+@torch.no_grad()
+def video(name, file):
+    """Compute inputs, logits and an answer for a video file, and for an array of frames next to text."""
+    model, processor = load(name)
+    frames = np.random.default_rng(0).integers(0, 256, (5, 24, 32, 3), dtype=np.uint8)
+    boxes = [[[2, 3, 20, 18]], []]
+    tensors = {}
+    for kind, block in (("file", {"path": file}), ("array", {"video": frames})):
+        content = [{"type": "video", **block, "boxes": boxes}, {"type": "text", "text": "What happens?"}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"num_frames": 2},
+        )
+        tensors |= {f"{kind}.{key}": value for key, value in inputs.items()}
+        tensors[f"{kind}.logits"] = model(**inputs).logits
+        tensors[f"{kind}.answer"] = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    alone = AutoVideoProcessor.from_pretrained(name, **REMOTE)
+    tensors["alone.pixels"] = alone(frames, num_frames=2, return_tensors="pt")["pixel_values_videos"]
+    return tensors, {"classes": classes(model, processor, processor.video_processor, alone)}
 
 
 @torch.no_grad()

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from mgllava import BoxDetector, MGLlavaForConditionalGeneration, MGLlavaProcessor
+from mgllava import BoxDetector, MGLlavaForConditionalGeneration, MGLlavaProcessor, add_videos
 from mgllava.hub import export_repository
 from tests.hub import session
 from tests.hub.conftest import FORKED, PYTHONS
 from tests.hub.repositories import as_hub_cache
 from tests.hub.test_saved_before import PICTURE, SMALL_MODEL
 from tests.processing.detectors import OWLV2
+from tests.processing.videos import make_frames, write
 
 
 def assert_equal(remote, own, exact=True):
@@ -66,11 +67,20 @@ def test_all_model_folders_load_and_compute_the_same(
     for path in (cached / "snapshots" / latest).rglob("*.py"):
         path.write_text("raise RuntimeError('not the pinned revision')\n")
 
+    with_videos = tmp_path / "with-videos"
+    model = MGLlavaForConditionalGeneration.from_pretrained(families["vicuna"])
+    processor = MGLlavaProcessor.from_pretrained(families["vicuna"])
+    add_videos(model, processor)
+    model.save_pretrained(with_videos)
+    processor.save_pretrained(with_videos)
+    movie = tmp_path / "movie.mkv"
+    movie.write_bytes(write(make_frames(6)))
     jobs = {family: ("mgllava", {"name": folder, "again": tmp_path / family}) for family, folder in families.items()}
     jobs |= {
         "other classes": ("other_classes", {"name": families["llama3"]}),
         "slime": ("mgllava", {"name": slime_repository, "again": tmp_path / "slime"}),
         "other classes of slime": ("other_classes", {"name": slime_repository}),
+        "video": ("video", {"name": with_videos, "file": movie}),
         "ram_plus": ("ram_plus", {"name": tagger_repository, "again": tmp_path / "ram_plus"}),
         "detection": ("detection", {"name": with_detector, "again": tmp_path / "detection"}),
         "detection of labels": ("detection", {"name": with_labels}),
