@@ -181,3 +181,10 @@ def test_frames_are_made_smaller_and_need_an_entry_each():
         draw_frames([gray(40, 40)] * 2, [[]])
     with pytest.raises(ValueError, match="at least 1, got 0"):
         draw_frames([])
+
+
+def test_letters_have_at_least_twelve_pixels():
+    """On the smallest image that is not enlarged; on larger ones they grow."""
+    found = {"boxes": [[100, 100, 300, 300]], "labels": ["cup"]}
+    assert draw_boxes(gray(360, 360), found) == draw_boxes(gray(360, 360), found, font_size=12)
+    assert draw_boxes(gray(960, 960), found) == draw_boxes(gray(960, 960), found, font_size=30)

@@ -1,6 +1,7 @@
 """`mgllava eval` with small models: answers as of single prompts, boxes of models that have some, and of others."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -142,3 +143,15 @@ def test_answers_are_greedy_whatever_the_model_suggests(model, processor, monkey
         monkeypatch.setattr(model.generation_config, name, value)
     torch.manual_seed(1)
     assert Answerer(model, processor, 5).answer([image], ["Q?"]) == expected
+
+
+def test_answers_of_another_model_are_not_scored_again(repository, choices, tmp_path):
+    """A model is told by the content of its folder, so a copy is the same model."""
+    options = {"boxes": "none", "dtype": "float32", "max_new_tokens": 1, "limit": 1}
+    first, other = (shutil.copytree(repository, tmp_path / name) for name in "ab")
+    evaluate(str(first), "multiple-choice", choices, tmp_path / "out", **options)
+    assert evaluate(str(other), "multiple-choice", choices, tmp_path / "out", **options, resume=True).answered == 1
+    config = json.loads((other / "generation_config.json").read_text())
+    (other / "generation_config.json").write_text(json.dumps({**config, "temperature": 0.5}))
+    with pytest.raises(EvaluationError, match=r"answers of other settings: settings\.model is"):
+        evaluate(str(other), "multiple-choice", choices, tmp_path / "out", **options, resume=True)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mgllava.evaluation import BENCHMARKS, BadRowError, EvaluationError, load_task
+from mgllava.evaluation.benchmarks import find_benchmark
 from mgllava.evaluation.paper import REPORTED
 from mgllava.evaluation.questions import question_in_prompt, read_annotations
 from mgllava.evaluation.tables import Row
@@ -213,3 +214,8 @@ def test_annotations_of_another_form_are_refused(content, tmp_path):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(EvaluationError, match="is not a file of TextVQA, VQAv2 or GQA"):
         read_annotations(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("name", ["MMBench-Dev_CN", "mmbench_dev_cn", "mmbench-dev-cn"])
+def test_names_in_other_spellings(name):
+    assert find_benchmark(name) is BENCHMARKS["mmbench-dev-cn"]

@@ -7,6 +7,7 @@ import socket
 import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -511,3 +512,17 @@ def test_health_answers_while_the_server_works(server, post):
             connection.close()
             time.sleep(0.05)
     assert [job.result()[0] for job in busy] == [200, 200]
+
+
+@pytest.mark.parametrize(
+    ("cycle", "is_closed"),
+    [(None, True), (SimpleNamespace(response_complete=True), True), (SimpleNamespace(response_complete=False), False)],
+)
+def test_connections_without_a_request_are_closed(cycle, is_closed):
+    """A fast sibling of `test_silent_clients_are_disconnected`."""
+    from mgllava.serving.server import _ImpatientProtocol
+
+    closed = []
+    protocol = SimpleNamespace(cycle=cycle, transport=SimpleNamespace(abort=lambda: closed.append(True)))
+    _ImpatientProtocol._hang_up(protocol)
+    assert bool(closed) == is_closed

@@ -10,7 +10,10 @@ from transformers import AutoModel, AutoProcessor
 
 from mgllava.conversion import ConversionError, convert_checkpoint, export_original, fetch
 from mgllava.conversion.detect import presets
+from mgllava.conversion.slime.new_modules import add_positions
+from mgllava.conversion.source_format import GatheredTensors
 from mgllava.model_files import sources as model_sources
+from mgllava.model_files.lazy_tensor import from_tensor
 from mgllava.modeling.adapters_slime import sincos_positions
 from mgllava.processing import SLIME_CHAT_TEMPLATES
 from tests.conversion.test_hub_ids import FakeHub
@@ -447,3 +450,10 @@ def test_llava_is_not_taken_for_slime(tmp_path, checkpoint):
     gone = dict.fromkeys(("mm_resampler_type", "mm_learnable_gated"), "absent")
     _edit(checkpoint / "config.json", **gone, mm_projector_type="mlp2x_gelu")
     assert "LlavaForConditionalGeneration" in _failure(checkpoint, tmp_path)
+
+
+def test_computed_positions_keep_their_dtype():
+    tensors = GatheredTensors()
+    tensors.used["model.local_compressor.queries"] = from_tensor(torch.zeros(4, 8, dtype=torch.bfloat16), "x")
+    assert add_positions(tensors, False) == ["model.local_compressor.positions"]
+    assert tensors.kept == {"model.local_compressor.positions"}
