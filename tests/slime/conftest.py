@@ -5,8 +5,12 @@ import torch
 from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig
 
 from mgllava import SlimeConfig, SlimeForConditionalGeneration, SlimeImageProcessorPil, SlimeProcessor
+from mgllava.conversion.slime.processor import make_processor
+from mgllava.model_files.vocabulary import load_tokenizer
 from mgllava.processing import SLIME_CHAT_TEMPLATES
+from tests import golden_cases
 from tests.slime.golden import GOLDEN, VOCAB_SIZE, load_checkpoint
+from tests.tiny import tiny_slime
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +53,19 @@ def slime_processor():
     return SlimeProcessor(
         SlimeImageProcessorPil(), tokenizer, num_local_tokens=16, chat_template=SLIME_CHAT_TEMPLATES["v1"]
     )
+
+
+@pytest.fixture(scope="session")
+def slime_folder(tmp_path_factory):
+    """A small SliME with the words of the golden set, whose gate is at zero as in a new model."""
+    folder = tmp_path_factory.mktemp("slime") / "model"
+    sizes = {"vocab_size": 448, "max_position_embeddings": 2048, "initializer_range": 0.1}
+    model = tiny_slime(
+        text_config=sizes, image_token_id=golden_cases.IMAGE_ID, unpadded_vocab_size=golden_cases.VOCAB_SIZE
+    )
+    model.save_pretrained(folder)
+    make_processor(model.config, load_tokenizer(golden_cases.GOLDEN / "llm"), {}, "v1").save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)

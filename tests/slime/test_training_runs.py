@@ -9,13 +9,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from mgllava.conversion.slime.processor import make_processor
-from mgllava.model_files.vocabulary import load_tokenizer
 from mgllava.processing import SLIME_CHAT_TEMPLATES
 from mgllava.training import MGLlavaDataCollator, MGLlavaTrainer, TrainingError, load_recipe, lora_config, train
-from tests.golden_cases import GOLDEN, IMAGE_ID
-from tests.golden_cases import VOCAB_SIZE as NUM_WORDS
-from tests.tiny import tiny_slime
 from tests.training.conftest import losses, write_samples
 from tests.training.test_distributed import launch
 from tests.training.test_train import changed_tensors
@@ -42,22 +37,6 @@ training:
   dataloader_persistent_workers: false
   disable_tqdm: true
 """
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(GOLDEN / "llm")
-
-
-@pytest.fixture(scope="module")
-def slime_folder(tmp_path_factory, tokenizer):
-    """A small SliME with the words of the golden set, whose gate is at zero as in a new model."""
-    folder = tmp_path_factory.mktemp("slime") / "model"
-    sizes = {"vocab_size": 448, "max_position_embeddings": 2048, "initializer_range": 0.1}
-    model = tiny_slime(text_config=sizes, image_token_id=IMAGE_ID, unpadded_vocab_size=NUM_WORDS)
-    model.save_pretrained(folder)
-    make_processor(model.config, tokenizer, {}, "v1").save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -159,3 +159,19 @@ def test_a_dataset_takes_what_the_collator_takes(slime_processor, tmp_path):
     assert [int((row != -100).sum()) for row in batch["labels"]] == [
         sum(label != -100 for label in entry["labels"]) for entry in texts
     ]
+
+
+@pytest.mark.parametrize("template", SLIME_CHAT_TEMPLATES)
+def test_an_answer_alone_is_encoded_as_behind_its_prompt(slime_processor, template):
+    """TRL encodes prompts and completions apart, as strings, and joins the ids."""
+    processor = with_template(slime_processor, template)
+    prompt = [{"role": "user", "content": [{"type": "image", "image": IMAGE}, {"type": "text", "text": "What?"}]}]
+    whole = [*prompt, {"role": "assistant", "content": "the red dog is it"}]
+    strings = [
+        processor.apply_chat_template(turns, add_generation_prompt=turns is prompt) for turns in (prompt, whole)
+    ]
+    assert strings[1].startswith(strings[0])
+    ids = []
+    for images, text in ((IMAGE, strings[0]), (None, strings[1].removeprefix(strings[0]))):
+        ids += processor(images, text, add_special_tokens=False)["input_ids"][0]
+    assert ids == processor.apply_chat_template(whole, tokenize=True, return_dict=True)["input_ids"][0]

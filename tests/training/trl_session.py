@@ -102,7 +102,7 @@ def trainer(form, model, processor, output, rows=None, with_boxes=True, samples=
 def watch(model):
     """Note the learned ids of every row, and the boxes of every image, whenever the model is called with labels."""
     seen = {"learned": [], "boxes": [], "completions": []}
-    forward, generate, encode = model.forward, model.generate, model.model.encode_images
+    forward, generate = model.forward, model.generate
 
     @functools.wraps(forward)  # `generate` reads the names of its arguments
     def watched_forward(*arguments, **inputs):
@@ -125,7 +125,9 @@ def watch(model):
         seen["completions"] += output[:, inputs["input_ids"].shape[1] :].tolist()
         return output
 
-    model.forward, model.generate, model.model.encode_images = watched_forward, watched_generate, watched_encode
+    model.forward, model.generate = watched_forward, watched_generate
+    if encode := getattr(model.model, "encode_images", None):
+        model.model.encode_images = watched_encode
     return seen
 
 
