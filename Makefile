@@ -186,9 +186,9 @@ ablation: setup  ## run the paper's ablations on the small model (hours; resumes
 small-slime: setup  ## train the small SliME from scratch in small-slime/ (an hour or two; resumes)
 	HF_HUB_OFFLINE=1 $(MAKE) -f small_world/slime.mk
 
-slime-ablation: setup  ## ask the small SliME with other values of its configuration
-	HF_HUB_OFFLINE=1 $(MAKE) -f small_world/slime.mk small-slime/test/boxes.json
-	$(BIN)/python -m small_world.slime_ablation
+slime-ablation: setup  ## ask and train the small SliME with other branches, experts, thresholds and stages (an hour; resumes)
+	HF_HUB_OFFLINE=1 $(MAKE) -f small_world/slime.mk small-slime/test/boxes.json small-slime/train/boxes.json small-slime/ablation/start/config.json
+	HF_HUB_OFFLINE=1 $(BIN)/python -m small_world.slime_ablation asked trained
 
 clean:  ## remove .venv and all outputs
 	rm -rf $(VENV) demo-output build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -40,3 +40,9 @@ $(MODEL)/config.json: $(WORLD)/all-kinds/config.json
 	$(PYTHON) -m small_world.bundle_slime $(WORLD)/all-kinds --output $(MODEL)
 $(WORLD)/accuracy.json: $(MODEL)/config.json $(WORLD)/test/boxes.json
 	$(PYTHON) -m small_world.evaluation $(MODEL) --data $(WORLD)/test --output $@
+
+# The start of the trained rows of the ablation: tower and language model of the shipped model, new adapters.
+$(WORLD)/ablation/parts/tile-tower/config.json:
+	$(PYTHON) -m small_world.unbundle $(MODEL) --output $(WORLD)/ablation/parts
+$(WORLD)/ablation/start/config.json: $(WORLD)/ablation/parts/tile-tower/config.json $(WORLD)/crowded/boxes.json
+	$(PYTHON) -m small_world.slime_start --parts $(WORLD)/ablation/parts --data $(WORLD)/crowded --output $(WORLD)/ablation/start

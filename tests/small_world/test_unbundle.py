@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from mgllava import build_from_parts
+from mgllava.conversion.build import build_slime
 from small_world.bundle import LANGUAGE_MODEL, bundle, write_language_model
-from small_world.demo import MODEL
+from small_world.demo import MODEL, SLIME
 from small_world.parts import Part
 from small_world.unbundle import unbundle
 
@@ -59,6 +60,19 @@ def test_bundling_the_parts_again_gives_the_shipped_files(parts, tmp_path):
                     # Prompt embeddings are computed again.
                     tolerance = 1e-5 if file.stem == "prompt_embeds" else 0
                     torch.testing.assert_close(got[key], value, rtol=0, atol=tolerance)
+
+
+def test_parts_of_the_small_slime_are_those_of_the_model(tmp_path):
+    unbundle(SLIME, tmp_path)
+    shipped = AutoModel.from_pretrained(SLIME, dtype=torch.float32)
+    parts = {"llm": tmp_path / "language-model", "vision_tower": tmp_path / "tile-tower"}
+    again, _ = build_slime(**parts, prompt_template="v1", dtype=torch.float32)
+    vocab_size = shipped.config.unpadded_vocab_size
+    expected, got = (model.state_dict() for model in (shipped, again))
+    for name, value in expected.items():
+        if name.startswith(("model.vision_tower", "model.language_model", "lm_head")):
+            rows = vocab_size if "embed_tokens" in name or "lm_head" in name else None
+            assert torch.equal(got[name][:rows], value[:rows]), name
 
 
 def test_existing_parts_are_kept(parts, tmp_path):
