@@ -655,7 +655,8 @@ def _encode_rows(
                 width = len(chunk.text) // count
                 row.add(chunk, [chunk.token_id] * count, [(i * width, (i + 1) * width) for i in range(count)])
             else:
-                ids, spans = next(ids_of_chunks), next(spans_of_chunks, [])
+                ids: list[int] = next(ids_of_chunks)
+                spans: list[tuple[int, int]] = next(spans_of_chunks, [])
                 if length := len(chunk.context):
                     kept = [index for index, (start, _) in enumerate(spans) if start >= length]
                     if kept and spans[kept[0]][0] == length:
