@@ -660,7 +660,7 @@ def _encode_rows(
                 if length := len(chunk.context):
                     kept = [index for index, (start, _) in enumerate(spans) if start >= length]
                     if kept and spans[kept[0]][0] == length:
-                        ids, spans = ([values[index] for index in kept] for values in (ids, spans))
+                        ids, spans = [ids[index] for index in kept], [spans[index] for index in kept]
                         spans = [(start - length, end - length) for start, end in spans]
                     else:  # a token lies across the start of the answer, which the prompt alone does not have
                         alone = tokenizer([chunk.text], **options)
