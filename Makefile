@@ -25,7 +25,7 @@ ABLATION := --world $(ABLATION_WORLD) --alignment 0.5 --tuning 0.5 --bf16 --jobs
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all test-mixins hub-check wheel-check vllm-check vllm-check-next lmms-check lint format bench bench-pooling bench-convert bench-detector \
-	bench-quantization bench-generation bench-train bench-import bench-real-size bench-sizes bench-video bench-slime bench-gpu bench-vllm refresh-code small-model ablation small-slime slime-ablation clean
+	bench-quantization bench-generation bench-train bench-import bench-real-size bench-sizes bench-video bench-slime bench-gpu bench-vllm refresh-code small-model ablation small-slime slime-ablation small-video video-accuracy clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -189,6 +189,9 @@ small-slime: setup  ## train the small SliME from scratch in small-slime/ (an ho
 slime-ablation: setup  ## ask and train the small SliME with other branches, experts, thresholds and stages (an hour; resumes)
 	HF_HUB_OFFLINE=1 $(MAKE) -f small_world/slime.mk small-slime/test/boxes.json small-slime/train/boxes.json small-slime/ablation/start/config.json
 	HF_HUB_OFFLINE=1 $(BIN)/python -m small_world.slime_ablation asked trained
+
+small-video: setup  ## train the small video model in small-video/ (an hour or two; resumes)
+	HF_HUB_OFFLINE=1 $(MAKE) -f small_world/video.mk
 
 clean:  ## remove .venv and all outputs
 	rm -rf $(VENV) demo-output build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -25,19 +25,22 @@ def draw_answers(answers: Sequence[Answer], boxes: Mapping[str, Any], images: Pa
     )
 
 
-def draw_sheet(drawn: Mapping[str, Image.Image], answers: Sequence[Answer]) -> Image.Image:
-    """Draw pictures side by side, each with its questions and answers (right ones in green, wrong ones in red)."""
+def draw_sheet(drawn: Mapping[str, Image.Image], answers: Sequence[Answer], width: int = _WIDTH) -> Image.Image:
+    """Draw pictures side by side, each with its questions and answers (right ones in green, wrong ones in red).
+
+    `width` is that of each picture in the drawing, in pixels.
+    """
     names = list(drawn)
-    pictures = [ImageOps.contain(drawn[name], (_WIDTH, _WIDTH)) for name in names]
+    pictures = [ImageOps.contain(drawn[name], (width, width)) for name in names]
     font = ImageFont.load_default(_FONT_SIZE)
     line = round(1.5 * _FONT_SIZE)
     tallest = max(picture.height for picture in pictures)
     most = max(sum(answer.image == name for answer in answers) for name in names)
-    size = (len(names) * (_WIDTH + _MARGIN) + _MARGIN, tallest + most * line + 3 * _MARGIN)
+    size = (len(names) * (width + _MARGIN) + _MARGIN, tallest + most * line + 3 * _MARGIN)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for column, (name, picture) in enumerate(zip(names, pictures, strict=True)):
-        left, top = _MARGIN + column * (_WIDTH + _MARGIN), _MARGIN
+        left, top = _MARGIN + column * (width + _MARGIN), _MARGIN
         sheet.paste(picture, (left, top))
         top += picture.height + _MARGIN
         for answer in (answer for answer in answers if answer.image == name):

@@ -77,15 +77,15 @@ def write_dataset(
     with ProcessPoolExecutor(processes or os.cpu_count()) as pool:
         done = pool.map(job, range(first, first + count), chunksize=20)
         samples = list(track(done, f"Drawing {folder}", total=count))
-    _write_json(folder / "captions.json", (_conversation(s, [(CAPTION_REQUEST, s["caption"])]) for s in samples))
-    _write_json(
+    write_json(folder / "captions.json", (_conversation(s, [(CAPTION_REQUEST, s["caption"])]) for s in samples))
+    write_json(
         folder / "conversations.json",
         (_conversation(s, [(q["text"], q["answer"]) for q in s["questions"]]) for s in samples),
     )
     if split.startswith("fine"):
         asked = (s for s in samples if s["reading"])
         turns = ((s, [(q["text"], q["answer"]) for q in s["reading"]]) for s in asked)
-        _write_json(folder / "reading.json", (_conversation(*pair) for pair in turns))
+        write_json(folder / "reading.json", (_conversation(*pair) for pair in turns))
     with replacing(folder / "questions.jsonl") as path, path.open("w", encoding="utf-8") as file:
         for sample in samples:
             for number, question in enumerate(sample["questions"]):
@@ -103,7 +103,8 @@ def _conversation(sample: dict[str, Any], turns: list[tuple[str, str]]) -> dict[
     return {"id": sample["id"], "image": sample["image"], "conversations": messages}
 
 
-def _write_json(path: Path, values: Iterable[Any]) -> None:
+def write_json(path: Path, values: Iterable[Any]) -> None:
+    """Write values as a JSON list."""
     with replacing(path) as partial_path:
         partial_path.write_text(json.dumps(list(values), indent=1), encoding="utf-8")
 

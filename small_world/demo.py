@@ -4,7 +4,8 @@
 
 The pictures are drawn into FOLDER (`demo-output` by default). MG-LLaVA finds boxes itself, and answers with them and
 without. FOLDER/answers.png shows some of the answers, FOLDER/accuracy.json lists all of them. SliME reads small print,
-with tiles and without. FOLDER/kept.png shows which parts of the tiles its language model saw.
+with tiles and without. FOLDER/kept.png shows which parts of the tiles its language model saw. The video model says
+what happens in videos (FOLDER/videos.png), and guesses when it sees one frame only.
 """
 
 from itertools import islice
@@ -22,6 +23,7 @@ from mgllava.chat import ChatSession
 from mgllava.noise import hide_noise
 from mgllava.visualization import kept_tokens
 
+from . import video_evaluation
 from .answer_picture import draw_answers, draw_sheet
 from .dataset import write_dataset
 from .evaluation import (
@@ -33,6 +35,7 @@ from .evaluation import (
     read_questions,
     write_answers,
 )
+from .video_dataset import write_videos
 
 MODEL = Path(__file__).parent / "model"
 SLIME = Path(__file__).parent / "slime_model"
@@ -45,6 +48,7 @@ _DRAWN, _FEW, _MANY = 3, 3, 10
 _COMPARED_KINDS, _COMPARED = ("shape", "reading"), 8
 # Pictures with small print for each other picture, and the fewest.
 _SMALL_PRINT_SHARE, _FEWEST_SMALL_PRINT = 0.1, 4
+_VIDEOS = 2
 
 
 def main(
@@ -52,7 +56,7 @@ def main(
     model: Annotated[Path, typer.Option(help="Folder of a model with its processor.")] = MODEL,
     pictures: Annotated[int, typer.Option(help="Number of new pictures.")] = 200,
 ) -> None:
-    """Draw new pictures, find the boxes, answer questions with and without them, and read small print."""
+    """Draw new pictures, find the boxes, answer questions with and without them, read small print, watch videos."""
     hide_noise()
     logging.disable_progress_bar()
     console = Console(highlight=False)
@@ -84,6 +88,9 @@ def main(
 
     console.rule("4. Read small print with SliME")
     _read_small_print(folder, max(_FEWEST_SMALL_PRINT, round(_SMALL_PRINT_SHARE * pictures)), console)
+
+    console.rule("5. Say what happens in videos")
+    _watch_videos(folder, console)
 
 
 def _read_small_print(folder: Path, pictures: int, console: Console) -> None:
@@ -120,6 +127,31 @@ def _read_small_print(folder: Path, pictures: int, console: Console) -> None:
     console.print(f"Pictures with the parts of tiles that the language model saw: {folder / 'kept.png'}")
 
 
+def _watch_videos(folder: Path, console: Console) -> None:
+    """Let the video model answer questions about videos, from all frames and from the first one only."""
+    loaded, processor = load_model(video_evaluation.MODEL)
+    console.print(f"  {type(loaded).__name__}, {loaded.num_parameters():,} parameters, {type(processor).__name__}")
+    data = folder / "videos"
+    write_videos(data, "test", _VIDEOS, first=_FIRST_SEED)
+    videos = video_evaluation.read_video_questions(data)
+    answers, of_one = (
+        list(video_evaluation.answer_video_questions(loaded, processor, data, videos, video_evaluation.ROWS[name]))
+        for name in (video_evaluation.ALL, video_evaluation.FIRST)
+    )
+    table = Table(title=f"{_VIDEOS} new videos")
+    for column in ("video", "question", "right answer", "8 frames", "first frame only"):
+        table.add_column(column)
+    for pair in zip(answers, of_one, strict=True):
+        table.add_row(pair[0].image, pair[0].question, pair[0].expected, *map(_marked, pair))
+    console.print(table)
+    video_evaluation.draw_videos(processor, data, answers).save(folder / "videos.png")
+    console.print(f"Videos with boxes and answers: {folder / 'videos.png'}")
+
+
+def _marked(answer: Answer) -> str:
+    return answer.answer if answer.is_right else f"[red]{answer.answer} (wrong)[/red]"
+
+
 def _comparison(answers: list[Answer], without: list[Answer]) -> Table:
     """Return a table of the first questions about shapes and characters whose answers depend on boxes."""
     table = Table(title="Shapes and characters: the first questions that are answered differently without boxes")
@@ -129,8 +161,7 @@ def _comparison(answers: list[Answer], without: list[Answer]) -> Table:
         (a, b) for a, b in zip(answers, without, strict=True) if a.kind in _COMPARED_KINDS and a.answer != b.answer
     )
     for pair in islice(pairs, _COMPARED):
-        marked = (a.answer if a.is_right else f"[red]{a.answer} (wrong)[/red]" for a in pair)
-        table.add_row(pair[0].image, pair[0].question, pair[0].expected, *marked)
+        table.add_row(pair[0].image, pair[0].question, pair[0].expected, *map(_marked, pair))
     return table
 
 

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -18,18 +19,29 @@ def draw_scene(scene: Scene) -> tuple[Image.Image, list[list[float]]]:
 
     A box encloses the whole outline, including parts that another object hides.
     """
-    picture = _background(scene)
-    boxes = []
-    for item in scene.objects:
-        corner, sprite, mask = _sprite(item, scene.side / 256, scene.character_height)
-        picture.paste(sprite, corner, mask)
-        left, top, right, bottom = mask.point(lambda value: 255 * (value > 127)).getbbox()
-        boxes.append(
-            [float(left + corner[0]), float(top + corner[1]), float(right + corner[0]), float(bottom + corner[1])]
-        )
-    rng = np.random.default_rng(random.Random(f"{scene.id}/noise").getrandbits(32))
-    noisy = np.asarray(picture) + 4 * rng.standard_normal((scene.height, scene.width, 3), dtype=np.float32)
-    return Image.fromarray(noisy.clip(0, 255).round().astype(np.uint8)), boxes
+    return draw_frames([scene])[0]
+
+
+def draw_frames(scenes: Sequence[Scene]) -> list[tuple[Image.Image, list[list[float]]]]:
+    """Draw the frames of a video like [`draw_scene`], on the background and with the noise of the first one."""
+    first = scenes[0]
+    background = _background(first)
+    rng = np.random.default_rng(random.Random(f"{first.id}/noise").getrandbits(32))
+    noise = 4 * rng.standard_normal((first.height, first.width, 3), dtype=np.float32)
+    frames = []
+    for scene in scenes:
+        picture = background.copy()
+        boxes = []
+        for item in scene.objects:
+            corner, sprite, mask = _sprite(item, scene.side / 256, scene.character_height)
+            picture.paste(sprite, corner, mask)
+            left, top, right, bottom = mask.point(lambda value: 255 * (value > 127)).getbbox()
+            boxes.append(
+                [float(left + corner[0]), float(top + corner[1]), float(right + corner[0]), float(bottom + corner[1])]
+            )
+        noisy = np.asarray(picture) + noise
+        frames.append((Image.fromarray(noisy.clip(0, 255).round().astype(np.uint8)), boxes))
+    return frames
 
 
 def _background(scene: Scene) -> Image.Image:
@@ -52,6 +64,8 @@ def _background(scene: Scene) -> Image.Image:
     return picture
 
 
+# Most objects of a video are the same in all frames.
+@lru_cache(maxsize=64)
 def _sprite(
     item: SceneObject, unit: float, character_height: float
 ) -> tuple[tuple[int, int], Image.Image, Image.Image]:

@@ -122,16 +122,20 @@ def _count(scene: Scene, rng: random.Random) -> list[Question]:
 
 
 def _position(scene: Scene) -> list[Question]:
-    questions = []
-    for item, name in _named(scene):
-        column = _third(item.center[0] / scene.width, ("left", "center", "right"))
-        row = _third(item.center[1] / scene.height, ("top", "middle", "bottom"))
-        if column and row:
-            answer = {"middle center": "center", "middle left": "left", "middle right": "right"}
-            answer |= {"top center": "top", "bottom center": "bottom"}
-            place = f"{row} {column}"
-            questions.append(Question("position", f"Where is the {name}?", answer.get(place, place)))
-    return questions
+    places = ((name, place_of(item.center, scene.width, scene.height)) for item, name in _named(scene))
+    return [Question("position", f"Where is the {name}?", place) for name, place in places if place]
+
+
+def place_of(center: tuple[float, float], width: int, height: int) -> str | None:
+    """Return the name of the ninth of a picture that a point is in, or `None` near a boundary; see [`_third`]."""
+    column = _third(center[0] / width, ("left", "center", "right"))
+    row = _third(center[1] / height, ("top", "middle", "bottom"))
+    if not column or not row:
+        return None
+    short = {"middle center": "center", "middle left": "left", "middle right": "right"}
+    short |= {"top center": "top", "bottom center": "bottom"}
+    place = f"{row} {column}"
+    return short.get(place, place)
 
 
 def _third(value: float, names: tuple[str, str, str]) -> str | None:

@@ -20,7 +20,7 @@ from mgllava.families import FAMILIES, resolve
 
 _HERE = Path(__file__).parent
 # The shipped models.
-MODELS = (_HERE / "model", _HERE / "slime_model")
+MODELS = (_HERE / "model", _HERE / "slime_model", _HERE / "video_model")
 _TAGGER = Path("box_detector") / "tagger"
 
 

@@ -37,7 +37,7 @@ $(WORLD)/all-kinds/config.json: $(WORLD)/reading-2/config.json
 	$(MGLLAVA) train $(RECIPES)/small_slime.yaml $(PRECISION) --resume
 
 $(MODEL)/config.json: $(WORLD)/all-kinds/config.json
-	$(PYTHON) -m small_world.bundle_slime $(WORLD)/all-kinds --output $(MODEL)
+	$(PYTHON) -m small_world.bundle_model $(WORLD)/all-kinds --output $(MODEL)
 $(WORLD)/accuracy.json: $(MODEL)/config.json $(WORLD)/test/boxes.json
 	$(PYTHON) -m small_world.evaluation $(MODEL) --data $(WORLD)/test --output $@
 

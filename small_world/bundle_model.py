@@ -1,4 +1,4 @@
-"""Save the small SliME as a model folder in half precision; see `slime.mk`."""
+"""Save a small model as a model folder in half precision; see `slime.mk` and `video.mk`."""
 
 import shutil
 import tempfile
@@ -9,12 +9,12 @@ import torch
 import typer
 from transformers import AutoModel, AutoProcessor
 
-import mgllava  # noqa: F401  # registers SliME
+import mgllava  # noqa: F401  # registers the families
 
 _CARD = "README.md"
 
 
-def bundle_slime(model: Path, output: Path) -> None:
+def bundle_model(model: Path, output: Path) -> None:
     """Write a complete model folder, with the code of the model; an existing `output` is replaced, but for its card.
 
     `python -m small_world.refresh_code` updates the code later.
@@ -34,7 +34,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder to write.")],
 ) -> None:
     """Save the model in half precision."""
-    bundle_slime(model, output)
+    bundle_model(model, output)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     typer.echo(f"Wrote {output}, {size / 1e6:.1f} MB")
 
