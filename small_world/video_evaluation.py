@@ -164,10 +164,11 @@ def summarize(rows: dict[str, dict[str, float]], asked: dict[str, int]) -> Table
 
 def draw_videos(processor: Any, data: Path, answers: Sequence[Answer], width: int = 760) -> Image.Image:
     """Draw the frames of videos with their true boxes, and the questions and answers about them."""
-    boxes = {record["video"]: record for record in json.loads((data / "boxes.json").read_text(encoding="utf-8"))}
-    names = dict.fromkeys(answer.image for answer in answers)
+    boxes = read_boxes(data / "boxes.json")
+    ids = {answer.image: answer.question_id.rpartition("/")[0] for answer in answers}
     drawn = {
-        name: draw_frames(read_frames(processor, data / "videos" / name), boxes[name], scores=False) for name in names
+        name: draw_frames(read_frames(processor, data / "videos" / name), boxes[key], scores=False)
+        for name, key in ids.items()
     }
     return draw_sheet(drawn, answers, width)
 
@@ -193,15 +194,15 @@ def main(
         rows[name] = shares(answers)
         asked = {kind: sum(kind in (a.kind, "all") for a in answers) for kind in rows[name]}
         typer.echo(f"{name}: {rows[name]}")
+        if output is not None:
+            output.parent.mkdir(exist_ok=True)
+            with replacing(output) as partial:
+                result = {"videos": len(videos), "questions": asked, "rows": rows}
+                partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         if name == ALL and picture is not None:
             drawn = list(dict.fromkeys(answer.image for answer in answers))[:_DRAWN]
             draw_videos(processor, data, [answer for answer in answers if answer.image in drawn]).save(picture)
     Console().print(summarize(rows, asked))
-    if output is not None:
-        output.parent.mkdir(exist_ok=True)
-        with replacing(output) as partial:
-            result = {"videos": len(videos), "questions": asked, "rows": rows}
-            partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

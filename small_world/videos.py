@@ -37,8 +37,8 @@ class Video:
 def make_video(split: VideoSplit, number: int) -> Video:
     """Return the video of a seed, which is `number` within the split.
 
-    It has one or two objects that move, two that appear (or two that vanish) one after the other, and one that changes
-    its color. All shapes and colors are different, and each object does one thing only.
+    It has one or two objects that move, two of one shape that appear (or vanish) one after the other, and one that
+    changes its color. All other shapes and all colors are different, and each object does one thing only.
 
     Videos of the split `lesson` have two frames, in which all objects move, with questions about their places, too.
     """
@@ -49,10 +49,12 @@ def make_video(split: VideoSplit, number: int) -> Video:
     num_moving = rng.randint(1, 2)
     directions = [*rng.choices(list(_DIRECTIONS), k=num_moving), *[None] * 3]
     paths = _place(rng, directions)
-    shapes = rng.sample(SHAPES, len(paths))
-    colors = rng.sample(list(COLORS), len(paths) + 1)
-    while any(pair in HELD_OUT for pair in (*zip(shapes, colors, strict=False), (shapes[-1], colors[-1]))):
-        shapes, colors = rng.sample(SHAPES, len(paths)), rng.sample(list(COLORS), len(paths) + 1)
+    while True:
+        # Those that move, the pair, and the one that changes from the last color but one to the last.
+        shapes, colors = rng.sample(SHAPES, num_moving + 2), rng.sample(list(COLORS), num_moving + 4)
+        shapes.insert(num_moving, shapes[num_moving])
+        if not HELD_OUT.intersection([*zip(shapes, colors, strict=False), (shapes[-1], colors[-1])]):
+            break
     sizes_and_angles = [(size, rng.uniform(-20, 20)) for size, _ in paths]
     # For each object of the pair, the frames that show it.
     appear = rng.random() < 0.5
@@ -72,11 +74,7 @@ def make_video(split: VideoSplit, number: int) -> Video:
         frames.append(Scene(video_id, SIDE, SIDE, tuple(objects)))
 
     questions = [_motion(colors[index], shapes[index], directions[index]) for index in range(num_moving)]
-    pair = [colors[num_moving], colors[num_moving + 1]]
-    named = rng.sample(pair, 2)
-    kind, verb = ("appearance", "appears") if appear else ("disappearance", "vanishes")
-    text = f"Which {verb} first, the {named[0]} object or the {named[1]} object?"
-    questions.append(Question(kind, text, pair[0]))
+    questions.append(_order(rng, appear, *shapes[num_moving : num_moving + 1], *colors[num_moving : num_moving + 2]))
     shape, before, after = shapes[-1], colors[-2], colors[-1]
     questions.append(Question("before", f"What color was the {shape} at first?", before))
     questions.append(Question("after", f"What color does the {shape} become?", after))
@@ -114,6 +112,14 @@ def _make_lesson(video_id: str, rng: random.Random) -> Video:
     ]
     rng.shuffle(places)
     return Video(video_id, frames, (*motion, *places))
+
+
+def _order(rng: random.Random, appear: bool, shape: str, first: str, last: str) -> Question:
+    """Ask which of two objects of a shape, by their colors, appears first or vanishes last."""
+    kind, verb = ("appearance", "appears first") if appear else ("disappearance", "vanishes last")
+    one, other = rng.sample([first, last], 2)
+    text = f"Which {shape} {verb}, the {one} one or the {other} one?"
+    return Question(kind, text, first if appear else last)
 
 
 def _pairs(rng: random.Random, count: int) -> list[tuple[str, str]]:

@@ -42,18 +42,22 @@ def _answer(question, frames):
             return "left" if to_x < x else "right"
         return "up" if to_y < y else "down"
     if question.kind.endswith("appearance"):
-        verb, *colors = re.fullmatch(
-            r"Which (\w+) first, the (\w+) object or the (\w+) object\?", question.text
+        shape, verb, *colors = re.fullmatch(
+            r"Which (\w+) (appears first|vanishes last), the (\w+) one or the (\w+) one\?", question.text
         ).groups()
-        shown = {color: [any(color == seen[1] for seen in frame) for frame in frames] for color in colors}
-        wanted = verb == "appears"
-        return min(colors, key=lambda color: shown[color].index(wanted))
+        shown = {color: sum([shape, color] == name for frame in frames for *name, _ in frame) for color in colors}
+        assert {"appears first": frames[0], "vanishes last": frames[-1]}[verb]
+        return max(shown, key=shown.get)
     of_shape = {}
     for frame in frames:
         for shape, color, _ in frame:
             of_shape.setdefault(shape, []).append(color)
     if question.kind == "change":
-        [changed] = (shape for shape, colors in of_shape.items() if len(set(colors)) > 1)
+        per_frame = {shape: [[seen[0] for seen in frame].count(shape) for frame in frames] for shape in of_shape}
+        # A pair has two colors, too, but is not in all frames.
+        [changed] = (
+            shape for shape, colors in of_shape.items() if set(per_frame[shape]) == {1} and len(set(colors)) > 1
+        )
         return changed
     [shape] = (shape for shape in of_shape if f" {shape} " in question.text)
     return of_shape[shape][0 if question.kind == "before" else -1]
