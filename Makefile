@@ -193,5 +193,9 @@ slime-ablation: setup  ## ask and train the small SliME with other branches, exp
 small-video: setup  ## train the small video model in small-video/ (an hour or two; resumes)
 	HF_HUB_OFFLINE=1 $(MAKE) -f small_world/video.mk
 
+video-accuracy: setup  ## ask the small video model with all frames, one frame, other boxes
+	HF_HUB_OFFLINE=1 $(MAKE) -f small_world/video.mk small-video/test/boxes.json
+	HF_HUB_OFFLINE=1 $(BIN)/python -m small_world.video_evaluation --output small_world/results/video.json --picture docs/small_video.png
+
 clean:  ## remove .venv and all outputs
 	rm -rf $(VENV) demo-output build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -25,7 +25,7 @@ def test_it_answers_what_one_frame_does_not_show(data):
         name: shares(list(answer_video_questions(model, processor, data, videos, ROWS[name])))["all"]
         for name in (ALL, FIRST)
     }
-    # Low enough for the variance of few videos; docs/small_video.md has the shares, measured on 400.
+    # Low enough for the variance of few videos; docs/small_video.md has the shares, measured on 200.
     assert share[ALL] >= 0.7
     assert share[FIRST] <= 0.6
 
