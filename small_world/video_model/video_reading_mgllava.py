@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -32,9 +33,12 @@ _CONTAINERS = (
     "mpegts,mpegvideo,mxf,nut,obu,ogg,rm,swf,vc1,wav,webm,wtv,yuv4mpegpipe"
 )
 _IMAGE_STARTS = (b"GIF8", b"\x89PNG")
+_MATROSKA = b"\x1a\x45\xdf\xa3"
 # Containers whose writers note the length when they are done, and by how much of it a file may be shorter.
 _FINISHED_CONTAINERS = ("matroska", "mp4")
 _MISSING_PART, _MISSING_FRAMES = 0.1, 2.5
+# Pixels by which the buffers of decoders may be wider and higher than the frames.
+_DECODER_MARGIN = 256
 
 
 class UnreadableVideoError(UnreadableImageError):
@@ -140,8 +144,15 @@ def read_video(
                 f"`{name}` must be a video file, got {described}, which is a playlist. Pass one of its videos."
             )
         decoder = None if limits != NO_LIMITS else _torchcodec_decoder()
-        if decoder is not None:
-            return _read_with_torchcodec(decoder, file, sample, name, described)
+        # torchcodec does not say how long a Matroska or WebM file claims to be, and fails for some that PyAV reads.
+        has_pyav = find_spec("av") is not None
+        if decoder is not None and not (has_pyav and start.startswith(_MATROSKA)):
+            try:
+                return _read_with_torchcodec(decoder, file, sample, name, described, start)
+            except UnreadableVideoError:
+                if not has_pyav:
+                    raise
+                file.seek(0)
         if not start.startswith(b"\xff\xd8\xff"):
             return _read_with_pyav(file, sample, name, described, limits)
         try:  # either frames of JPEG one after the other, or an image
@@ -229,6 +240,8 @@ def _read_with_pyav(file: BinaryIO, sample: Sampler | None, name: str, described
             best = container.streams.best("video")
             stream = best if best in streams else streams[0]
             stream.thread_type = "AUTO"
+            if limits.max_side is not None:  # frames may be larger than the header says
+                stream.codec_context.options = {"max_pixels": str((limits.max_side + _DECODER_MARGIN) ** 2)}
             yield container, stream
 
     with _errors_named(name, described):
@@ -300,7 +313,14 @@ def _decode(
     kept: dict[int, torch.Tensor] = {}
     count = 0
     for packet in container.demux(stream):
-        for frame in packet.decode():
+        try:
+            decoded = packet.decode()
+        except MemoryError as error:
+            if limits.max_side is None:
+                raise
+            problem = f"frame {count} needs more memory than one of {limits.max_side:,} x {limits.max_side:,} pixels"
+            raise _undecodable(name, described, problem) from error
+        for frame in decoded:
             limits.check(name, frames=count + 1, side=max(frame.width, frame.height))
             if count in wanted:
                 if frame.is_corrupt:
@@ -343,12 +363,22 @@ def _torchcodec_decoder() -> Any:
 
 
 def _read_with_torchcodec(
-    decoder_class: Any, file: BinaryIO, sample: Sampler | None, name: str, described: str
+    decoder_class: Any, file: BinaryIO, sample: Sampler | None, name: str, described: str, start: bytes
 ) -> Clip:
     """Decode a video with torchcodec, which scans the file for its frames."""
     with _errors_named(name, described):
         decoder = decoder_class(file.read(), seek_mode="exact")
-    return _read_decoder(decoder, sample, name, NO_LIMITS, described)
+    clip = _read_decoder(decoder, sample, name, NO_LIMITS, described)
+    if start[4:8] == b"ftyp":  # MP4; for Matroska, the duration is None
+        claimed = getattr(decoder.metadata, "duration_seconds_from_header", None)
+        length = _Length(clip.metadata.total_num_frames, clip.metadata.duration, claimed)
+        _check_end(length, clip.metadata.fps, name, described)
+    elif start.startswith(_MATROSKA):
+        logger.warning_once(
+            "Without PyAV, it is not noticed if a Matroska or WebM file breaks off: fewer frames are taken for all. "
+            "Install it: pip install av."
+        )
+    return clip
 
 
 def is_decoder(video: Any) -> bool:
