@@ -5,7 +5,7 @@
 The pictures are drawn into FOLDER (`demo-output` by default). MG-LLaVA finds boxes itself, and answers with them and
 without. FOLDER/answers.png shows some of the answers, FOLDER/accuracy.json lists all of them. SliME reads small print,
 with tiles and without. FOLDER/kept.png shows which parts of the tiles its language model saw. The video model says
-what happens in videos (FOLDER/videos.png), and guesses when it sees one frame only.
+what happens in a video (FOLDER/videos.png), and guesses when it sees one frame only.
 """
 
 from itertools import islice
@@ -48,7 +48,7 @@ _DRAWN, _FEW, _MANY = 3, 3, 10
 _COMPARED_KINDS, _COMPARED = ("shape", "reading"), 8
 # Pictures with small print for each other picture, and the fewest.
 _SMALL_PRINT_SHARE, _FEWEST_SMALL_PRINT = 0.1, 4
-_VIDEOS = 2
+_VIDEOS = 1
 
 
 def main(
@@ -89,7 +89,7 @@ def main(
     console.rule("4. Read small print with SliME")
     _read_small_print(folder, max(_FEWEST_SMALL_PRINT, round(_SMALL_PRINT_SHARE * pictures)), console)
 
-    console.rule("5. Say what happens in videos")
+    console.rule("5. Say what happens in a video")
     _watch_videos(folder, console)
 
 
@@ -138,14 +138,14 @@ def _watch_videos(folder: Path, console: Console) -> None:
         list(video_evaluation.answer_video_questions(loaded, processor, data, videos, video_evaluation.ROWS[name]))
         for name in (video_evaluation.ALL, video_evaluation.FIRST)
     )
-    table = Table(title=f"{_VIDEOS} new videos")
+    table = Table(title="A new video")
     for column in ("video", "question", "right answer", "8 frames", "first frame only"):
         table.add_column(column)
     for pair in zip(answers, of_one, strict=True):
         table.add_row(pair[0].image, pair[0].question, pair[0].expected, *map(_marked, pair))
     console.print(table)
     video_evaluation.draw_videos(processor, data, answers).save(folder / "videos.png")
-    console.print(f"Videos with boxes and answers: {folder / 'videos.png'}")
+    console.print(f"Video with boxes and answers: {folder / 'videos.png'}")
 
 
 def _marked(answer: Answer) -> str:

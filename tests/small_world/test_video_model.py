@@ -6,7 +6,7 @@ from small_world.evaluation import load_model
 from small_world.video_dataset import write_videos
 from small_world.video_evaluation import ALL, FIRST, MODEL, ROWS, answer_video_questions, read_video_questions, shares
 
-VIDEOS = 10
+VIDEOS = 4
 # No training or other test uses these seeds.
 FIRST_SEED = 2_000_000
 
@@ -26,7 +26,7 @@ def test_it_answers_what_one_frame_does_not_show(data):
         for name in (ALL, FIRST)
     }
     # Low enough for the variance of few videos; docs/small_video.md has the shares, measured on 200.
-    assert share[ALL] >= 0.7
+    assert share[ALL] >= 0.65
     assert share[FIRST] <= 0.6
 
 
