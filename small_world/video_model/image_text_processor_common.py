@@ -277,8 +277,9 @@ class ImageTextProcessor(ProcessorMixin):
         self, text: str, runs: Mapping[str, tuple[int, Iterator[int]]], chats: Sequence[ChatFormat] = ()
     ) -> list[TextChunk]:
         """Cut a text into what is encoded apart; `runs` are those of [`~ImageTextProcessor._runs`]."""
-        chunks = split_text(text, self.placeholder_pattern(), runs, self.tokenizer.bos_token, chats)
-        return chunks if self.cuts_at_answers else join_text(chunks)
+        placeholder, bos_token, joins = self.placeholder_pattern(), self.tokenizer.bos_token, not self.cuts_at_answers
+        chunks = split_text(text, placeholder, runs, bos_token, chats, in_context=joins)
+        return join_text(chunks) if joins else chunks
 
     def _chat_formats(self) -> tuple[ChatFormat, ...]:
         special_tokens = self.tokenizer.special_tokens_map

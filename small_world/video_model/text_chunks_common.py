@@ -224,6 +224,11 @@ class ChatFormat:
     between: Delimiter
     closing: Delimiter
 
+    @property
+    def prompt_end(self) -> str:
+        """The end of a prompt, which an answer follows."""
+        return self.opening.text[: self.opening.cuts[0][0]]
+
 
 def read_format(template: str, special_tokens: Mapping[str, Any]) -> ChatFormat | None:
     """Return the format of a template's strings; `None` if it writes no boundaries as [`build_chat_template`]'s do.
@@ -295,12 +300,14 @@ class _Pieces:
         cuts: Where it is cut.
         bos: Length of the BOS that the text starts with; `None` if it has none and needs one.
         repeated: A delimiter where only a message can contain it.
+        prompt_end: The end of the prompt of an answer that the text starts with.
     """
 
     text: str
     cuts: Sequence[Cut]
     bos: int | None
     repeated: str | None = None
+    prompt_end: str = ""
 
     def split(self) -> list[tuple[str, bool]]:
         """Return the pieces after BOS that are not empty, without guards, and whether they are learned."""
@@ -318,7 +325,8 @@ def _cut(text: str, bos_token: str | None, chats: Iterable[ChatFormat]) -> _Piec
         text, cuts = _take_boundaries(text)
         # The BOS of some language models is also the first token of a template.
         is_template = cuts[0][0] == 0 and any(text.startswith(chat.starts) for chat in chats)
-        return _Pieces(text, cuts, len(bos) if text.startswith(bos) and not is_template else None if bos else 0)
+        is_whole = bos and cuts[0] != (0, True)  # an answer alone needs no BOS
+        return _Pieces(text, cuts, len(bos) if text.startswith(bos) and not is_template else None if is_whole else 0)
     for chat in chats:
         if text.startswith(chat.starts):
             return _cut_by_format(text, 0, chat, is_answer=False)
@@ -335,7 +343,7 @@ def _cut(text: str, bos_token: str | None, chats: Iterable[ChatFormat]) -> _Piec
 def _cut_by_format(text: str, start: int, chat: ChatFormat, is_answer: bool | None) -> _Pieces:
     """Find the cuts of a text that a template rendered; `is_answer`: whether it starts with an answer."""
     cuts: list[Cut] = []
-    position, repeated = start, None
+    position, repeated, prompt_end = start, None, ""
     while True:
         found = []
         if is_answer is not True:
@@ -348,14 +356,15 @@ def _cut_by_format(text: str, start: int, chat: ChatFormat, is_answer: bool | No
         if is_answer and 0 <= _find(text, chat.opening.text, position) < place:
             repeated = chat.opening.text
         if delimiter is None:
-            return _Pieces(text, cuts, start, repeated)
+            return _Pieces(text, cuts, start, repeated, prompt_end)
         if is_answer is None and delimiter is not chat.opening:
             cuts.append((start, True))
+            prompt_end = chat.prompt_end
         cuts += delimiter.cuts_at(place)
         position = place + len(delimiter.text)
         is_answer = cuts[-1][1] if cuts else is_answer
         if delimiter is chat.closing:
-            return _Pieces(text, cuts, start, repeated)
+            return _Pieces(text, cuts, start, repeated, prompt_end)
 
 
 def _find(text: str, literal: str, start: int) -> int:
@@ -454,6 +463,7 @@ class TextChunk:
         is_answer: Whether the chunk is learned in training.
         is_bos: Whether this is the leading BOS; its text is empty if the text does not have it.
         answers: Where answers start and end in a text with more than an answer.
+        context: Text that is encoded in front of it, without its tokens.
     """
 
     text: str
@@ -462,6 +472,7 @@ class TextChunk:
     is_answer: bool = False
     is_bos: bool = False
     answers: tuple[tuple[int, int], ...] = ()
+    context: str = ""
 
     @property
     def is_text(self) -> bool:
@@ -475,12 +486,14 @@ def split_text(
     runs: Mapping[str, tuple[int, Iterator[int]]],
     bos_token: str | None,
     chats: Sequence[ChatFormat] = (),
+    in_context: bool = False,
 ) -> list[TextChunk]:
     """Cut a text after a leading BOS, at its images and videos, and between the pieces of a conversation.
 
     `placeholder` finds their tokens; `runs` holds the id of each and yields the number of placeholders of image after
-    image, or video after video; `chats` are the formats by which a text without boundary characters is cut. Empty
-    chunks and private characters are left out.
+    image, or video after video; `chats` are the formats by which a text without boundary characters is cut. With
+    `in_context`, an answer without its prompt, such as TRL's completions, gets the end of the prompt as context, so
+    that it is encoded as in the whole conversation. Empty chunks and private characters are left out.
     """
     pieces = _cut(text, bos_token, chats)
     if pieces.repeated:
@@ -501,7 +514,10 @@ def split_text(
             chunks.append(TextChunk(cut.group() * length, num_image_tokens=length, token_id=token_id))
             start = cut.end()
         chunks.append(TextChunk(piece[start:], is_answer=is_answer))
-    return [chunk for chunk in chunks if chunk.text or chunk.is_bos]
+    chunks = [chunk for chunk in chunks if chunk.text or chunk.is_bos]
+    if in_context and chunks and chunks[0].is_answer:
+        chunks[0].context = pieces.prompt_end
+    return chunks
 
 
 def join_text(chunks: Sequence[TextChunk]) -> list[TextChunk]:
@@ -512,7 +528,7 @@ def join_text(chunks: Sequence[TextChunk]) -> list[TextChunk]:
             joined.append(chunk)
             continue
         if not (joined and joined[-1].is_text):
-            joined.append(TextChunk(""))
+            joined.append(TextChunk("", context=chunk.context))
         whole = joined[-1]
         start = len(whole.text)
         whole.text += chunk.text
@@ -589,7 +605,7 @@ def encode_chunks(
     if wanted := sorted(name for name, value in options.items() if value):
         raise ValueError(f"{wanted} must not be set: text is encoded in chunks around the images. Leave them out.")
 
-    needs_spans = any(chunk.answers for chunks in texts for chunk in chunks)
+    needs_spans = any(chunk.answers or chunk.context for chunks in texts for chunk in chunks)
     tokenizer_options: dict[str, Any] = {"return_offsets_mapping": needs_spans or bool(return_offsets_mapping)}
     if sanitize_control_tokens:
         tokenizer_options["sanitize_control_tokens"] = True
@@ -622,10 +638,9 @@ def _encode_rows(
     options: Mapping[str, Any],
 ) -> list[_Row]:
     """Encode the chunks of all texts in one call of the tokenizer, and join those of each text."""
-    to_encode = [chunk.text for chunks in texts for chunk in chunks if chunk.is_text]
-    encoded: Mapping[str, Any] = {}
-    if to_encode:
-        encoded = tokenizer(to_encode, add_special_tokens=False, return_attention_mask=False, verbose=False, **options)
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False, **options}
+    to_encode = [chunk.context + chunk.text for chunks in texts for chunk in chunks if chunk.is_text]
+    encoded: Mapping[str, Any] = tokenizer(to_encode, **options) if to_encode else {}
     ids_of_chunks = iter(encoded.get("input_ids", []))
     spans_of_chunks = iter(encoded.get("offset_mapping", []))
     rows = []
@@ -640,7 +655,17 @@ def _encode_rows(
                 width = len(chunk.text) // count
                 row.add(chunk, [chunk.token_id] * count, [(i * width, (i + 1) * width) for i in range(count)])
             else:
-                row.add(chunk, next(ids_of_chunks), next(spans_of_chunks, []))
+                ids: list[int] = next(ids_of_chunks)
+                spans: list[tuple[int, int]] = next(spans_of_chunks, [])
+                if length := len(chunk.context):
+                    kept = [index for index, (start, _) in enumerate(spans) if start >= length]
+                    if kept and spans[kept[0]][0] == length:
+                        ids, spans = [ids[index] for index in kept], [spans[index] for index in kept]
+                        spans = [(start - length, end - length) for start, end in spans]
+                    else:  # a token lies across the start of the answer, which the prompt alone does not have
+                        alone = tokenizer([chunk.text], **options)
+                        ids, spans = alone["input_ids"][0], alone["offset_mapping"][0]
+                row.add(chunk, ids, spans)
         rows.append(row)
     return rows
 
