@@ -91,7 +91,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     size: Annotated[Literal["small", "real"], typer.Option(help="Size of the towers.")] = "small",
     seconds: Annotated[int, typer.Option(help="Length of the video.")] = 10,
-    repeats: Annotated[int, typer.Option(help="Runs of each way; the fastest counts.")] = 2,
+    repeats: Annotated[int, typer.Option(help="Runs of each way; the fastest counts.")] = 5,
 ) -> None:
     """Measure all steps, and write the report."""
     data = make_video(seconds, 640, 360)
