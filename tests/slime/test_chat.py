@@ -42,6 +42,15 @@ def test_later_turns_keep_what_one_prompt_with_all_turns_keeps(session, slime, s
     assert text.strip() == answers[1].text
 
 
+def test_help_names_videos_only_for_models_that_take_them(session, monkeypatch, capsys):
+    for session.takes_videos in (False, True):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("/help\n"))
+        ChatTerminal(session).run()
+        said = capsys.readouterr().err
+        assert "/image" in said
+        assert ("/video" in said) == session.takes_videos
+
+
 def test_the_terminal_says_and_draws_what_was_kept(session, tmp_path, monkeypatch, capsys):
     noise(640, 360).save(tmp_path / "photo.png")
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"/image {tmp_path / 'photo.png'}\nWhat?\nWhy?\n"))

@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, CLIPVisionModel, LlamaForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging
 
 from mgllava import SlimeConfig, SlimeForConditionalGeneration
 from mgllava.modeling.adapters_slime import SlimeQueryAdapter, route
@@ -354,6 +355,49 @@ def test_windows_and_states_do_not_count_dropped_tokens(llm, values, caplog):
     assert "no cache is returned" in caplog.text
     model(**inputs, use_cache=True)
     assert "the result differs from that of `generate`" in caplog.text
+
+
+def _windowed_model():
+    model, inputs = tiny_slime("mistral", text_config={"sliding_window": 8}).double(), slime_inputs([[4]])
+    torch.compiler.reset()
+    return model, inputs
+
+
+@torch.no_grad()
+def test_compiled_windows_leave_dropped_tokens_out_too(monkeypatch):
+    """Without windows, a compiled `forward` masks them, and its shapes depend on no image."""
+    model, inputs = _windowed_model()
+    found, leaves_out = [], torch.compile(model.model._leaves_out, backend="eager")
+    monkeypatch.setattr(model.model, "_leaves_out", lambda *given: found.append(leaves_out(*given)) or found[-1])
+    for window in (8, None):
+        model.config.text_config.sliding_window = window
+        model(**inputs, use_cache=False)
+        model(**inputs)
+    assert found == [True, True, False, False]
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_compiled_windows_give_the_logits_of_eager_ones(caplog):
+    model, inputs = _windowed_model()
+    logging.warning_once.cache_clear()  # an eager test may have warned
+    compiled = torch.compile(model, backend="eager")(**inputs)
+    assert compiled.past_key_values is None
+    assert "no cache is returned" in caplog.text
+    torch.testing.assert_close(compiled.logits, model(**inputs).logits)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize(("llm", "values"), [("llama", {}), ("mistral", {"sliding_window": 8})])
+def test_a_compiled_forward_generates_the_same_tokens(llm, values):
+    model, inputs = tiny_slime(llm, text_config=values).double(), slime_inputs(MIXED)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(**inputs, **options)
+    torch.compiler.reset()
+    model.forward = torch.compile(model.forward, backend="eager")
+    for cache in (None, "static"):
+        assert torch.equal(model.generate(**inputs, **options, cache_implementation=cache), expected)
 
 
 def test_values_of_the_configuration():

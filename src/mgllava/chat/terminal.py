@@ -22,11 +22,12 @@ from mgllava.visualization.token_map import kept_cells
 
 from .session import ChatError, ChatSession
 
+_VIDEO_HELP = "  /video PATH_OR_URL  show a video, of which frames are sampled\n"
 _HELP = """\
 A line is a question, except for:
   /image PATH_OR_URL  show an image; the next question is about it (its path or URL alone does the same)
-  /video PATH_OR_URL  show a video, of which frames are sampled
-  /reset              forget all turns, images and videos (also RESET)
+{videos}\
+  /reset              forget all turns and all that was shown (also RESET)
   /exit               quit (also EXIT, or Ctrl-D)
   /help               show this text
 Ctrl-C stops an answer; what has been generated stays in the conversation."""
@@ -87,7 +88,7 @@ class ChatTerminal:
             self.session.reset()
             self._say("(all turns and images are forgotten)", "dim")
         elif word == "/help":
-            self._say(_HELP)
+            self._say(_HELP.format(videos=_VIDEO_HELP if self.session.takes_videos else ""))
         elif command == "/image":
             source = find_image(argument) or argument.strip()
             if source:
