@@ -98,7 +98,8 @@ def test_the_channel_order_of_arrays_reaches_the_detector(processor, order):
     detector = BoxDetector(LABELS, OWLV2)
     by_order = detector.detect(values, threshold=0.0, input_data_format=order)[0]
     by_image = detector.detect(PIL.Image.fromarray(wanted), threshold=0.0)[0]
-    assert torch.equal(by_order["scores"], by_image["scores"])
+    # The order of sums may differ between calls; another order of the channels changes scores by up to 0.07.
+    torch.testing.assert_close(by_order["scores"], by_image["scores"], rtol=0, atol=1e-6)
 
 
 RESULT = {"boxes": [[0, 0, 9, 9]], "labels": ["a"], "scores": [0.5]}

@@ -4,13 +4,14 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from mgllava.errors import MGLlavaError
 from mgllava.processing.video_reading_mgllava import Clip, UnreadableVideoError, VideoLimits
 
 from .errors import RequestError
 from .limits import ServingLimits
 
 
-class _TooLargeError(UnreadableVideoError):
+class _TooLargeError(MGLlavaError, UnreadableVideoError):
     """A video that exceeds a limit of the server."""
 
 
