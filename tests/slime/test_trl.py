@@ -49,3 +49,15 @@ def test_log_probabilities_of_preferences_are_those_of_the_model(slime_folder, t
         of_labels = scores[:, :-1].gather(-1, labels[:, 1:].clamp(min=0).unsqueeze(-1)).squeeze(-1)
         expected = (of_labels * (labels[:, 1:] != -100)).sum(-1)
         torch.testing.assert_close(log_probs.sort().values, expected.sort().values, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["grpo", pytest.param("rloo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("do_tile", "unknown"), [(True, "crop_to_patches"), (False, "image_grids")])
+def test_trainers_that_know_no_tiles_stop_before_the_first_step(form, do_tile, unknown, slime_folder, tmp_path):
+    """TRL takes the tiles for those of InternVL. If this test fails, docs/training.md may promise more."""
+    model, processor = trl_session.load(slime_folder)
+    processor.image_processor.do_tile = do_tile
+    running = trl_session.trainer(form, model, processor, tmp_path, with_boxes=False)
+    with pytest.raises(TypeError, match=unknown):
+        running.train()
+    assert running.state.global_step == 0
