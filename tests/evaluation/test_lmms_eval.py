@@ -5,12 +5,15 @@ import sys
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mgllava.box_files import BoxFile, write_boxes
+from mgllava.box_files import BoxFile, read_boxes, write_boxes
 from mgllava.evaluation import Answerer, BadRowError, EvaluationError
+from mgllava.evaluation.answering import Film, open_video
 from tests import processes
+from tests.processing.videos import make_frames, write
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -44,7 +47,8 @@ class Messages:
 
     def to_hf_messages(self):
         def block(part):
-            return {"type": "image", "image": part["url"]} if part["type"] == "image" else dict(part)
+            kind = part["type"]
+            return dict(part) if kind == "text" else {"type": kind, kind: part["url"]}
 
         return [{**message, "content": [block(part) for part in message["content"]]} for message in self.messages]
 
@@ -133,7 +137,7 @@ def test_boxes_of_a_file(ask, model, processor, documents, tmp_path):
     expected = Answerer(model, processor, 4).answer(images, ["Q?"] * 3, records)
     assert ask(box_file=file) == [expected[number] for number in (2, 0, 1)]
     file = str(write_boxes(tmp_path / "b.json", records[:1]))
-    with pytest.raises(EvaluationError, match="no boxes for id"):
+    with pytest.raises(EvaluationError, match="no boxes for the id 1"):
         ask(box_file=file)
 
 
@@ -204,9 +208,9 @@ def test_the_detector_of_the_model_is_the_default(boxes, detects, monkeypatch):
 @pytest.mark.parametrize(
     ("document", "images", "key", "problem"),
     [
-        ({"name": 1}, 1, None, r"no index or question_id or questionId or pid or id, but \['name'\]"),
+        ({"name": 1}, 1, None, r"no video_name or index or question_id or questionId or pid or id, but \['name'\]"),
         ({"id": 1}, 1, "name", "the document has no name"),
-        ({"id": 1}, 2, None, "Document 1 has 2 images, but a box file has one record"),
+        ({"id": 1}, 2, None, "Document 1 has 2 images or videos, but a box file has one record"),
     ],
 )
 def test_documents_without_boxes_of_their_own(document, images, key, problem):
@@ -214,24 +218,139 @@ def test_documents_without_boxes_of_their_own(document, images, key, problem):
 
     chat = MGLlavaChat.__new__(MGLlavaChat)
     chat._box_file, chat._keys = BoxFile([1], [{"boxes": [], "labels": [], "scores": []}]), (key,) if key else _KEYS
-    assert chat._boxes({"id": None, "name": 1, "index": 1}, 1)["boxes"] == []
+    assert chat._boxes({"id": None, "name": 1, "index": 1}, 1)[0]["boxes"] == []
     with pytest.raises(EvaluationError, match=problem):
         chat._boxes(document, images)
 
 
-def test_other_than_images_is_refused(ask):
+def test_other_than_images_and_videos_is_refused(ask):
     def change(chat):
-        conversation = [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]
-        with pytest.raises(EvaluationError, match="The document has video, but only images are supported"):
-            chat._prepare_images([conversation], [{}])
-        broken = [{"role": "user", "content": [{"type": "image", "image": b"no image"}]}]
-        with pytest.raises(BadRowError, match="cannot be read"):
-            chat._prepare_images([broken], [{}])
+        def prepare(**block):
+            chat._prepare([[{"role": "user", "content": [block]}]], [{}])
+
+        with pytest.raises(EvaluationError, match="The document has audio, but only images and videos are supported"):
+            prepare(type="audio", audio="a.wav")
+        with pytest.raises(EvaluationError, match="has video_start, but only whole videos"):
+            prepare(type="video", video="a.mp4", video_start=1.0)
+        with pytest.raises(BadRowError, match="its video cannot be read"):
+            prepare(type="video", video="absent.mp4")
+        with pytest.raises(BadRowError, match="its image cannot be read"):
+            prepare(type="image", image=b"no image")
+        processor, chat.answerer.processor = chat.answerer.processor, SimpleNamespace(takes_videos=False)
+        with pytest.raises(EvaluationError, match=r"has a video, but the model takes none.*add_videos"):
+            prepare(type="video", video="a.mp4")
+        chat.answerer.processor = processor
         for refused in (chat.loglikelihood, chat.generate_until_multi_round):
             with pytest.raises(NotImplementedError, match="generate_until only"):
                 refused([])
 
     ask(change=change)
+
+
+@pytest.fixture
+def films(tmp_path):
+    """Questions about two videos, one of them about an image as well, and their box file."""
+    for number in (1, 2):
+        (tmp_path / f"v{number}.mp4").write_bytes(write(make_frames(4 * number), "mpeg4", "yuv420p", "mp4"))
+    boxes = [[[number + time, 0, 40, 30]] for number in (1, 2) for time in (0, 1)]
+    frames = [{"boxes": found, "labels": ["a"], "scores": [0.9]} for found in boxes]
+    records = [{"id": f"v{number}.mp4", "frames": frames[2 * number - 2 : 2 * number]} for number in (1, 2)]
+    return [tmp_path / "v1.mp4", tmp_path / "v2.mp4"], records, str(write_boxes(tmp_path / "films.parquet", records))
+
+
+@pytest.mark.parametrize("source", ["none", "file", "detector"])
+def test_videos_and_their_boxes(source, films, repository, model, processor):
+    """Equal to the answers of `mgllava eval`, in batches with an image."""
+    from mgllava.integrations.lmms_eval import MGLlavaChat
+
+    paths, records, file = films
+    image = Image.new("RGB", (40, 30), "red")
+    answerer = Answerer(model, processor, 4)
+    clips = [open_video(path, 2).clip for path in paths]
+    boxes = [[[]] * 2] * 2 if source == "none" else [record["frames"] for record in records]
+    expected = answerer.answer_videos(clips, ["Q?"] * 2, boxes)
+    chat = MGLlavaChat(
+        str(repository),
+        device="cpu",
+        dtype="float32",
+        batch_size=3,
+        num_frames=2,
+        boxes="file" if source == "file" else "none",
+        box_file=file if source == "file" else None,
+    )
+    documents = [
+        {"video_name": f"v{number}", "question_id": "1", "video": str(paths[number - 1])} for number in (2, 1)
+    ]
+    if source != "file":  # a box file is of videos or of images here
+        documents.append({"image": image})
+        expected += answerer.answer([image], ["Q?"])
+    if source == "detector":
+        given = {
+            frame.tobytes(): entry
+            for clip, record in zip(clips, records, strict=True)
+            for frame, entry in zip(Film(clip).frames, record["frames"], strict=True)
+        }
+        chat._detects = True
+        chat.answerer.detect = lambda images: [given.get(image.tobytes(), {"boxes": []}) for image in images]
+
+    def to_messages(document):
+        kind = "video" if "video" in document else "image"
+        content = [{"type": kind, "url": document[kind]}, {"type": "text", "text": "Q?"}]
+        return [{"role": "user", "content": content}]
+
+    chat.task_dict = {"task": {"test": documents}}
+    options = {"max_new_tokens": 4, "until": []}
+    found = chat.generate_until(
+        [SimpleNamespace(args=("c", to_messages, options, number, "task", "test")) for number in range(len(documents))]
+    )
+    assert found == [expected[1], expected[0], *expected[2:]]
+
+
+def test_frames_and_boxes_that_do_not_fit_are_refused(films, repository):
+    from mgllava.integrations.lmms_eval import MGLlavaChat
+
+    with pytest.raises(EvaluationError, match="`num_frames` must be at least 1, got 0"):
+        MGLlavaChat(str(repository), num_frames=0)
+    chat = MGLlavaChat.__new__(MGLlavaChat)
+    chat._box_file, chat._keys = read_boxes(films[2]), ("video_name",)
+    assert len(chat._boxes({"video_name": "v1"}, 1, 2)) == 2
+    with pytest.raises(EvaluationError, match="the document 'v1', it has boxes of 2 frames, but 3 are sampled"):
+        chat._boxes({"video_name": "v1"}, 1, 3)
+    with pytest.raises(EvaluationError, match="no boxes for the id 'v3'"):
+        chat._boxes({"video_name": "v3"}, 1, 2)
+    with pytest.raises(EvaluationError, match=r"boxes of frames of a video for the id 'v1\.mp4'"):
+        chat._boxes({"video_name": "v1.mp4"}, 1)
+
+
+def test_task_of_videos(films, tmp_path):
+    from mgllava.integrations.lmms_eval import score_answer, write_task
+
+    questions, answers = tmp_path / "q.json", tmp_path / "a.json"
+    rows = [{"question_id": number, "video_name": f"v{number}", "question": f"{number}?"} for number in (1, 2)]
+    questions.write_text(json.dumps(rows))
+    answers.write_text(json.dumps([{"answer": "2010-01-01"}, {"answer": "a big dog"}]))
+    path = write_task("MSVD_QA", [questions], tmp_path / "tasks", annotations=answers)
+    tagged = "!function mgllava.integrations.lmms_eval.score_answer"
+    task = json.loads(path.read_text().replace(tagged, '"score"'))
+    assert path.name == "msvd_qa_local.yaml" and task["process_results"] == "score"
+    assert [metric["metric"] for metric in task["metric_list"]] == ["exact_match", "token_f1"]
+    table = pq.read_table(task["dataset_kwargs"]["data_files"]["test"]).to_pylist()
+    assert table[0] == {
+        "question_id": "1",
+        "video_name": "v1",
+        "video": str(tmp_path / "v1.mp4"),
+        "question": "1?",
+        "answer": "2010-01-01",
+    }
+    assert score_answer(table[1], ["big dog."]) == {"exact_match": 1.0, "token_f1": 1.0}  # articles do not count
+    assert score_answer(table[1], ["cat dog"]) == {"exact_match": 0.0, "token_f1": 0.5}
+    with pytest.raises(EvaluationError, match="`annotations` must name a file with the answers"):
+        write_task("msvd-qa", [questions], tmp_path / "tasks")
+    with pytest.raises(EvaluationError, match="`annotations` and `image_folder` are for tasks of videos"):
+        write_task("pope", [questions], tmp_path / "tasks", annotations=answers)
+    (tmp_path / "v2.mp4").unlink()
+    with pytest.raises(EvaluationError, match=r"`data`: .*v2 does not exist"):
+        write_task("msvd-qa", [questions], tmp_path / "tasks", annotations=answers)
 
 
 @pytest.mark.parametrize(

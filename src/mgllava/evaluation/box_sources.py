@@ -152,29 +152,56 @@ def boxes_of(
         return [{"boxes": []}] * (num_frames or 1)
     try:
         if file is not None:
-            key = question.box_key
-            if num_frames is not None and key not in file:  # `mgllava detect` names videos with their extension
-                key = next((name for end in VIDEO_ENDINGS if (name := f"{key}{end}") in file), key)
-            record = file[key]
-            if ("frames" in record) != (num_frames is not None):
-                kind = "frames of a video" if num_frames is None else "an image"
-                raise BadRowError(f"the box file has boxes of {kind} for the id {question.box_key!r}")
-            records = [record] if num_frames is None else list(record["frames"])
+            records = boxes_in_file(file, question.box_key, num_frames)
         else:
             given = question.row.values.get("boxes")
             if given is None:
                 raise BadRowError("it has no true boxes in the column `boxes`")
             given = json.loads(given) if isinstance(given, str) else given
             records = [_true_boxes(entry) for entry in ([given] if num_frames is None else given)]
-    except MissingBoxesError as error:
-        raise BadRowError(f"the box file has no boxes for the id {question.box_key!r}") from error
+            _check_frames(records, num_frames)
     except (BoxFileError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, BadRowError):
             raise
         raise BadRowError(f"its boxes cannot be read: {error}") from error
+    return [{"boxes": record["boxes"]} for record in records] if source is BoxSource.ORACLE else records
+
+
+def boxes_in_file(file: BoxFile, key: Any, num_frames: int | None = None) -> list[Record]:
+    """Return the boxes of an image in a box file, or with `num_frames` those of each frame of a video.
+
+    Args:
+        file ([`BoxFile`]): The box file.
+        key: The id; that of a video may lack the extension of its file.
+        num_frames (`int`, *optional*): Number of frames.
+
+    Returns:
+        `list[Mapping]`: Of an image one record.
+
+    Raises:
+        BadRowError: If the file has no boxes for the id, or those of something else.
+        BoxFileError: If the record cannot be read.
+    """
+    name = key
+    if num_frames is not None and key not in file:  # `mgllava detect` names videos with their extension
+        name = next((other for end in VIDEO_ENDINGS if (other := f"{key}{end}") in file), key)
+    try:
+        record = file[name]
+    except MissingBoxesError as error:
+        raise BadRowError(f"the box file has no boxes for the id {key!r}") from error
+    if ("frames" in record) != (num_frames is not None):
+        kind = "frames of a video" if num_frames is None else "an image"
+        raise BadRowError(f"the box file has boxes of {kind} for the id {key!r}")
+    if num_frames is None:
+        return [record]
+    records = list(record["frames"])
+    _check_frames(records, num_frames)
+    return records
+
+
+def _check_frames(records: Sequence[Record], num_frames: int | None) -> None:
     if num_frames is not None and len(records) != num_frames:
         raise BadRowError(f"it has boxes of {len(records)} frames, but {num_frames} are sampled (`num_frames`)")
-    return [{"boxes": record["boxes"]} for record in records] if source is BoxSource.ORACLE else records
 
 
 def _true_boxes(given: Any) -> Record:
@@ -184,4 +211,4 @@ def _true_boxes(given: Any) -> Record:
     return check_record({"boxes": [list(box) for box in boxes], **empty}, "its `boxes`")
 
 
-__all__ = ["BoxChanges", "BoxSource", "Record", "boxes_of", "partners", "scaled", "shifted"]
+__all__ = ["BoxChanges", "BoxSource", "Record", "boxes_in_file", "boxes_of", "partners", "scaled", "shifted"]
