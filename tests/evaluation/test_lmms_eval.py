@@ -1,6 +1,7 @@
 """The model of lmms-eval, or of a stand-in where it is not installed: answers in order, boxes, options of tasks."""
 
 import json
+import re
 import sys
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
@@ -323,16 +324,16 @@ def test_frames_and_boxes_that_do_not_fit_are_refused(films, repository):
 
 
 def test_task_of_videos(films, tmp_path):
-    from mgllava.integrations.lmms_eval import score_answer, write_task
+    from mgllava.integrations.lmms_eval import messages_about_video, score_answer, write_task
 
     questions, answers = tmp_path / "q.json", tmp_path / "a.json"
     rows = [{"question_id": number, "video_name": f"v{number}", "question": f"{number}?"} for number in (1, 2)]
     questions.write_text(json.dumps(rows))
     answers.write_text(json.dumps([{"answer": "2010-01-01"}, {"answer": "a big dog"}]))
     path = write_task("MSVD_QA", [questions], tmp_path / "tasks", annotations=answers)
-    tagged = "!function mgllava.integrations.lmms_eval.score_answer"
-    task = json.loads(path.read_text().replace(tagged, '"score"'))
-    assert path.name == "msvd_qa_local.yaml" and task["process_results"] == "score"
+    task = json.loads(re.sub(r"!function mgllava\.integrations\.lmms_eval\.(\w+)", r'"\1"', path.read_text()))
+    assert path.name == "msvd_qa_local.yaml" and task["process_results"] == "score_answer"
+    assert task["doc_to_messages"] == "messages_about_video"
     assert [metric["metric"] for metric in task["metric_list"]] == ["exact_match", "token_f1"]
     table = pq.read_table(task["dataset_kwargs"]["data_files"]["test"]).to_pylist()
     assert table[0] == {
@@ -342,6 +343,9 @@ def test_task_of_videos(films, tmp_path):
         "question": "1?",
         "answer": "2010-01-01",
     }
+    # A video also if lmms-eval would take its file for an image.
+    [message] = messages_about_video({**table[0], "video": "a.gif"})
+    assert message["content"] == [{"type": "video", "url": "a.gif"}, {"type": "text", "text": "1?"}]
     assert score_answer(table[1], ["big dog."]) == {"exact_match": 1.0, "token_f1": 1.0}  # articles do not count
     assert score_answer(table[1], ["cat dog"]) == {"exact_match": 0.0, "token_f1": 0.5}
     with pytest.raises(EvaluationError, match="`annotations` must name a file with the answers"):

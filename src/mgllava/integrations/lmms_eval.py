@@ -8,6 +8,7 @@ lmms-eval lacks.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,7 +49,6 @@ from lmms_eval.protocol import ChatMessages  # noqa: E402
 # The first is that of videos, about which there are several questions.
 _KEYS = ("video_name", "index", "question_id", "questionId", "pid", "id")
 _SOURCES = ("none", "file", "detector")
-_FUNCTION = "FUNCTION"
 
 
 class MGLlavaChat(lmms):
@@ -412,19 +412,32 @@ def write_video_task(
         "test_split": "test",
         "output_type": "generate_until",
         "doc_to_visual": "video",
+        # Otherwise lmms-eval takes a video in a format of animations, such as WebP or GIF, for an image.
+        "doc_to_messages": "TAG messages_about_video",
         "doc_to_text": "question",
         "doc_to_target": "answer",
-        "process_results": _FUNCTION,
+        "process_results": "TAG score_answer",
         "generation_kwargs": {"max_new_tokens": MAX_NEW_TOKENS, "temperature": 0, "do_sample": False, "until": []},
         "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in metrics],
     }
     path = output / f"{name}.yaml"
-    # JSON is YAML, except for the tag of a function.
-    text = json.dumps(content, indent=1).replace(
-        json.dumps(_FUNCTION), "!function mgllava.integrations.lmms_eval.score_answer"
-    )
+    # JSON is YAML, except for the tags of functions.
+    text = re.sub(r'"TAG (\w+)"', r"!function mgllava.integrations.lmms_eval.\1", json.dumps(content, indent=1))
     path.write_text(text + "\n", encoding="utf-8")
     return path
+
+
+def messages_about_video(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the video of a row of a task of videos, and its question; lmms-eval calls this.
+
+    Args:
+        document (`Mapping`): The row.
+
+    Returns:
+        `list[dict]`: One message in the form of lmms-eval.
+    """
+    content = [{"type": "video", "url": document["video"]}, {"type": "text", "text": document["question"]}]
+    return [{"role": "user", "content": content}]
 
 
 def score_answer(document: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
@@ -472,4 +485,12 @@ def main(
 if __name__ == "__main__":
     typer.run(main)
 
-__all__ = ["MGLlavaChat", "generation_config", "manifest", "score_answer", "write_local_task", "write_video_task"]
+__all__ = [
+    "MGLlavaChat",
+    "generation_config",
+    "manifest",
+    "messages_about_video",
+    "score_answer",
+    "write_local_task",
+    "write_video_task",
+]
