@@ -224,6 +224,23 @@ def test_files_of_something_else_are_not_replaced(task, tmp_path):
     assert len(run(task, tmp_path / "out", overwrite=True)) == 4
 
 
+def test_a_killed_new_run_leaves_no_old_scores(task, tmp_path):
+    output = tmp_path / "out"
+    run(task, output)
+    for name in ("scores.json", "report.html"):
+        (output / name).write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        run(task, output, Interrupted(1), overwrite=True, batch_size=1)
+    assert not [path.name for path in output.iterdir() if path.name in ("settings.json", "scores.json", "report.html")]
+
+
+def test_an_output_that_is_a_file_is_named(task, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(EvaluationError, match=r"out is a file, expected a folder"):
+        run(task, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 def test_two_runs_do_not_write_the_same_folder(task, tmp_path):
     output = tmp_path / "out"
     with FolderLock(output / "answers.jsonl", "evaluating"), pytest.raises(FolderLockedError):

@@ -32,6 +32,8 @@ Progress = Callable[[int, int], None]
 
 ANSWERS = "answers.jsonl"
 SETTINGS = "settings.json"
+# What is made of the answers.
+_RESULTS = (SETTINGS, "scores.json", "report.html")
 # Questions that a process takes at a time.
 _SLICE_SIZE = 64
 _BATCHES_AHEAD = 2
@@ -136,10 +138,13 @@ def answer_task(
         takes boxes (for a video these in a list `frames`); or `number`, `key` and `reason` for one that was skipped.
 
     Raises:
-        EvaluationError: If a question cannot be asked and `on_error` is `"stop"`, or there are answers already.
+        EvaluationError: If a question cannot be asked and `on_error` is `"stop"`, there are answers already, or the
+            output is a file.
         BoxFileError: If the folder has an interrupted run of other settings.
         FolderLockedError: If another run writes there.
     """
+    if output.exists() and not output.is_dir():
+        raise EvaluationError(f"`output`: {output} is a file, expected a folder. Choose another one.")
     path = output / ANSWERS
     manifest = {
         "settings": dict(settings),
@@ -180,6 +185,9 @@ def _prepare(path: Path, folder: SliceFolder, manifest: dict[str, Any], resume: 
     """Start or resume a run, or raise. Afterwards there is a manifest, unless all answers are there."""
     folder.clean()
     if overwrite:
+        # Scores go before their answers, so that a kill leaves none beside others.
+        for name in reversed(_RESULTS):
+            path.with_name(name).unlink(missing_ok=True)
         folder.remove()
         path.unlink(missing_ok=True)
     begun = folder.has_begun()
@@ -188,7 +196,7 @@ def _prepare(path: Path, folder: SliceFolder, manifest: dict[str, Any], resume: 
             f"{path.parent} holds {'an interrupted' if begun else 'a finished'} evaluation. Pass `resume=True` to "
             f"{'continue it' if begun else 'score its answers again'}, or `overwrite=True` to start over."
         )
-    foreign = [name for name in (SETTINGS, "scores.json", "report.html") if path.with_name(name).exists()]
+    foreign = [name for name in _RESULTS if path.with_name(name).exists()]
     if foreign and not (begun or path.exists() or resume or overwrite):
         raise EvaluationError(
             f"{path.parent} has {', '.join(foreign)} but no answers, so they are of something else. Choose another "
