@@ -13,6 +13,7 @@ from mgllava.evaluation.box_sources import partners, shifted
 from mgllava.evaluation.evaluate import finish
 from mgllava.evaluation.job import Boxes, answer_task, with_boxes
 from mgllava.folder_lock import FolderLock, FolderLockedError
+from tests import processes
 
 from .conftest import Echo, in_base64, png
 
@@ -245,6 +246,35 @@ def test_two_runs_do_not_write_the_same_folder(task, tmp_path):
     output = tmp_path / "out"
     with FolderLock(output / "answers.jsonl", "evaluating"), pytest.raises(FolderLockedError):
         run(task, output)
+
+
+ONE_OF_TWO = """
+import sys
+from pathlib import Path
+from mgllava.evaluation import BoxChanges, BoxSource, job, load_task
+from tests.evaluation.conftest import Echo
+job._SLICE_SIZE = 1
+boxes = job.Boxes(BoxSource.NONE, None, BoxChanges())
+job.answer_task(load_task("seed", sys.argv[1]), Echo, boxes, Path(sys.argv[2]), {})
+"""
+
+
+@pytest.mark.slow
+def test_a_bad_image_of_one_process_stops_both(write_tsv, tmp_path):
+    line = {"question": "Q?", "A": "x", "answer": "A"}
+    path = write_tsv([{**line, "index": 1, "image": in_base64()}, {**line, "index": 2, "image": "bm9w" * 40}])
+    said = [tmp_path / "said.0", tmp_path / "said.1"]
+    pair = [
+        processes.start("-c", ONE_OF_TWO, path, tmp_path / "out", output=output, **environment)
+        for output, environment in zip(said, processes.group(2), strict=True)
+    ]
+    for process in pair:
+        process.join(120)
+    codes = [process.exitcode for process in pair]
+    for process in pair:
+        process.kill()
+    assert codes == [1, 1] and "row 2 (id 2) cannot be asked" in said[1].read_text()
+    assert not (tmp_path / "out" / "answers.jsonl").exists()
 
 
 def test_images_are_shown_as_stored(tmp_path, write_lines):
