@@ -524,9 +524,10 @@ class ImageTextModel(ImageTextPreTrainedModel):
 
     def _leaves_out(self, inputs: dict[str, Any], kwargs: dict[str, Any]) -> bool:
         """Tell whether the language model runs without the tokens that it does not see, instead of masking them."""
-        if is_torchdynamo_compiling():
-            return False
-        config, use_cache = self.config.text_config, kwargs.get("use_cache")
+        config, use_cache, mask = self.config.text_config, kwargs.get("use_cache"), inputs["attention_mask"]
+        counts_masked = self._counts_masked_tokens(mask.shape[1])
+        if is_torchdynamo_compiling() and not counts_masked:
+            return False  # the same result, and no shape depends on the images
         # Nobody continues from the cache of a training step.
         returns_cache = (config.use_cache and not self.training) if use_cache is None else use_cache
         shows_all = inputs[CACHE_NAME] is not None or any(
@@ -534,8 +535,7 @@ class ImageTextModel(ImageTextPreTrainedModel):
         )
         if not shows_all and not returns_cache:
             return True
-        mask = inputs["attention_mask"]
-        if not self._counts_masked_tokens(mask.shape[1]) or bool((mask != 0).all()):
+        if not counts_masked or bool((mask != 0).all()):
             return False
         leaves_out = not shows_all and use_cache is None
         logger.warning_once(

@@ -33,7 +33,8 @@ def test_stored_length_limit_is_replaced_without_warnings(model, processor, own_
     session.max_new_tokens = 3
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     assert session.ask("Hello.").num_tokens == 3
-    assert caplog.text == ""
+    # 5.16 warns of control tokens.
+    assert [record.message for record in caplog.records if "control tokens" not in record.message] == []
 
 
 def test_generation_options_override_those_of_the_model(model, own_config):

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from transformers import AutoProcessor
+from transformers import AutoProcessor, TrainingArguments
 from typer.testing import CliRunner
 
 from mgllava.cli import app
@@ -160,7 +160,12 @@ REFUSED = [
     ("training.report_to=nobody", "`training` cannot be used"),
     ("data.samples=gone.json", "`data.samples`: gone.json does not exist"),
     ("evaluation={samples: x.json, streaming: true}", "`evaluation.streaming` must be false"),
-    ("training.activation_checkpointing=true", "are two names of one option, got False and True"),
+    pytest.param(
+        *("training.activation_checkpointing=true", "are two names of one option, got False and True"),
+        marks=pytest.mark.skipif(
+            not hasattr(TrainingArguments, "activation_checkpointing"), reason="5.16 has only the older name"
+        ),
+    ),
     ("model.config.projector_hidden_actt=relu", "Did you mean `model.config.projector_hidden_act`?"),
     ("model.config.fusion_type=none", "weights are missing or unused, such as model.fusion."),
     ("model.config.fusion_type=round", "`model.config` cannot be used"),
@@ -169,7 +174,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("change", "expected"), REFUSED, ids=[change for change, _ in REFUSED])
+@pytest.mark.parametrize(("change", "expected"), REFUSED)
 def test_settings_that_contradict_each_other_are_refused_in_one_line(cpu_recipe, change, expected):
     changes = ("training.lr_scheduler_type=cosine", change) if "scheduler" in change else (change,)
     changes = ("train=[fusion]", change) if change.startswith("lora") else changes
