@@ -16,7 +16,7 @@ $(WORLD)/train/boxes.json:
 $(WORLD)/lesson/boxes.json:
 	$(PYTHON) -m small_world.video_dataset $(WORLD)/lesson --split lesson --count 6000
 $(WORLD)/test/boxes.json:
-	$(PYTHON) -m small_world.video_dataset $(WORLD)/test --split test --count 200
+	$(PYTHON) -m small_world.video_dataset $(WORLD)/test --split test --first 200 --count 200
 
 $(WORLD)/start/config.json:
 	$(PYTHON) -m small_world.video_start small_world/model --output $(WORLD)/start
