@@ -66,9 +66,10 @@ class MGLlavaChat(lmms):
         boxes (`str`, *optional*): `"none"`, `"file"` or `"detector"`; by default `"file"` with a `box_file`, else
             `"detector"` if the model has one.
         box_file (`str`, *optional*): Box file of `mgllava detect`.
-        box_key (`str`, *optional*): Field of documents with the ids of the box file; by default the first of index,
-            question_id, questionId, pid and id.
+        box_key (`str`, *optional*): Field of documents with the ids of the box file; by default the first of
+            video_name, index, question_id, questionId, pid and id.
         box_limit (`int`, *optional*): Number of detections above which they are limited; 0 for no limit.
+        num_frames (`int`): Frames that are sampled from each video.
 
     Raises:
         EvaluationError: If an argument is wrong.
