@@ -24,7 +24,6 @@ class Echo:
     """Answers with the value of a function of prompt and boxes; finds one box in the middle of each image."""
 
     takes_boxes = True
-    placeholders = ("<image>", "<video>")
 
     def __init__(self, reply=lambda prompt, boxes: "A"):
         self.reply = reply
@@ -39,7 +38,7 @@ class Echo:
             for image in images
         ]
 
-    def objects(self, record, image):
+    def objects(self, record, image, is_frame=False):
         return record
 
     def answer(self, images, prompts, boxes=None, **options):

@@ -21,7 +21,7 @@ class NeedsBoxes:
         assert not images  # boxes are found once, before
         return []
 
-    def objects(self, record, image):
+    def objects(self, record, image, is_frame=False):
         return record
 
     def answer(self, images, prompts, boxes=None, **options):

@@ -134,12 +134,6 @@ class Answerer:
         self.takes_boxes = takes_boxes(processor)
         self.generation_config = greedy(model.generation_config, max_new_tokens)
 
-    @property
-    def placeholders(self) -> list[str]:
-        """The texts that stand for images and videos, which a question must not contain."""
-        tokens = (self.processor.image_token, getattr(self.processor, "video_token", None))
-        return [str(token) for token in tokens if token is not None]
-
     def detect(self, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
         """Find the boxes of images.
 
@@ -152,29 +146,19 @@ class Answerer:
         found = self.processor.detect(list(images), batch_size=len(images)) if images else []
         return [plain(record) for record in found]
 
-    def objects(self, record: Mapping[str, Any], image: Image.Image) -> dict[str, Any]:
-        """Return the objects of an image that get tokens.
+    def objects(self, record: Mapping[str, Any], image: Image.Image, is_frame: bool = False) -> dict[str, Any]:
+        """Return the objects of an image, or of a frame of a video, that get tokens.
 
         Args:
             record (`Mapping`): `boxes` (xyxy in pixels of the image), and perhaps `labels` and `scores`.
-            image (`PIL.Image.Image`): The image.
+            image (`PIL.Image.Image`): The image or frame.
+            is_frame (`bool`, *optional*, defaults to `False`): Whether it is a frame.
 
         Returns:
             `dict`: The same lists, with the boxes of the objects in the model's order.
         """
-        return plain(self.processor.objects(record, (image.height, image.width)))
-
-    def objects_of_frame(self, record: Mapping[str, Any], frame: Image.Image) -> dict[str, Any]:
-        """Return the objects of a frame of a video that get tokens, see [`~Answerer.objects`].
-
-        Args:
-            record (`Mapping`): `boxes` (xyxy in pixels of the frame), and perhaps `labels` and `scores`.
-            frame (`PIL.Image.Image`): The frame.
-
-        Returns:
-            `dict`: The same lists, with the boxes of the objects in the model's order.
-        """
-        return plain(self.processor.video_processor.objects(record, (frame.height, frame.width)))
+        chooser = self.processor.video_processor if is_frame else self.processor
+        return plain(chooser.objects(record, (image.height, image.width)))
 
     @torch.inference_mode()
     def answer_videos(

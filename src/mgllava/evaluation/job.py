@@ -46,15 +46,11 @@ class Answers(Protocol):
 
     takes_boxes: bool
 
-    @property
-    def placeholders(self) -> Sequence[str]:
-        """The texts that stand for images and videos."""
-
     def detect(self, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
         """Find the boxes of images."""
 
-    def objects(self, record: Mapping[str, Any], image: Image.Image) -> dict[str, Any]:
-        """Return the objects that get tokens."""
+    def objects(self, record: Mapping[str, Any], image: Image.Image, is_frame: bool = False) -> dict[str, Any]:
+        """Return the objects of an image, or of a frame of a video, that get tokens."""
 
     def answer(
         self,
@@ -64,9 +60,6 @@ class Answers(Protocol):
         **image_options: Any,
     ) -> list[str]:
         """Answer questions."""
-
-    def objects_of_frame(self, record: Mapping[str, Any], frame: Image.Image) -> dict[str, Any]:
-        """Return the objects of a frame of a video that get tokens."""
 
     def answer_videos(
         self,
@@ -298,9 +291,6 @@ class _Job:
         records: list[list[Mapping[str, Any]] | None] = []
         for question, future in zip(self.task.questions[first : batch.stop], opened, strict=True):
             try:
-                for token in self.answerer.placeholders:
-                    if token in question.prompt:
-                        raise BadRowError(f"its text has {token}, which stands for an image or video")
                 item = future.result()
                 record = boxes_of(item.owner, self.boxes.source, self.boxes.file, self.task.num_frames)
                 asked.append(item)
@@ -365,7 +355,7 @@ class _Job:
         is_video = self.task.num_frames is not None
         key = f"{item.question.box_key}/{place}" if is_video else item.question.box_key
         changed = self.boxes.changes.apply(record, key, frame.size)
-        seen = (self.answerer.objects_of_frame if is_video else self.answerer.objects)(changed, frame)
+        seen = self.answerer.objects(changed, frame, is_frame=is_video)
         labels = {"labels": list(seen["labels"])} if "labels" in seen else {}
         return changed, {"boxes": [[round(value, 1) for value in box] for box in seen["boxes"]], **labels}
 
