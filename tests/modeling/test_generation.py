@@ -91,6 +91,24 @@ def test_beams_without_num_boxes(model):
     assert torch.equal(new_tokens(model, inputs, num_beams=3), expected)
 
 
+def repeated_logits(model, inputs):
+    """Logits of inputs that `generate` repeated before images were encoded, and those of each prompt, repeated."""
+    ids, others = model._expand_inputs_for_generation(expand_size=2, **inputs)
+    with torch.no_grad():
+        return model(input_ids=ids, **others).logits, model(**inputs).logits.repeat_interleave(2, dim=0)
+
+
+def test_images_that_are_not_encoded_yet_are_repeated_prompt_by_prompt(family, any_model):
+    """Releases of transformers that do not encode images before the prefill ask for this."""
+    torch.testing.assert_close(*repeated_logits(any_model, family.inputs(MIXED)))
+
+
+def test_repeated_images_without_padded_boxes(model):
+    inputs = tiny_inputs([[2, 2], [2]])
+    del inputs["num_boxes"]
+    torch.testing.assert_close(*repeated_logits(model, inputs))
+
+
 def test_several_samples_per_prompt_see_their_own_images(family, any_model):
     inputs = family.inputs(MIXED)
     # Sampling from the best candidate alone is greedy.

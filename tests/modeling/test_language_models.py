@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaPreTrainedModel
 
 from mgllava import MGLlavaConfig, MGLlavaForConditionalGeneration
 from mgllava.modeling import CACHE_NAME
@@ -148,13 +148,6 @@ def test_page_lists_every_type_of_this_release_once():
     assert sorted(set(TYPES) - set(names)) == []
 
 
-@pytest.mark.parametrize("model_type", ["bart", "bert", "gemma3", "xlnet"])
-def test_refused_types_are_named(model_type):
-    with pytest.raises(UnsupportedLanguageModelError, match=f"'{model_type}' cannot be used, since"):
-        load_language_model(small_config(model_type))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("model_type", [name for name in listed("Refused") if name in TYPES])
 def test_every_refused_type(model_type):
     try:
@@ -214,6 +207,39 @@ def test_phi3_gets_its_images_again_when_its_positions_change():
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     assert torch.equal(model.generate(**inputs, **options), model.generate(**inputs, **options, use_cache=False))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "reason"),
+    [
+        ("gemma4_text", {"hidden_size_per_layer_input": 8}, r"read token ids.*`hidden_size_per_layer_input`"),
+        ("opt", {"word_embed_proj_dim": 16}, r"token embeddings \(16\) and its layers \(32\) differ in width"),
+    ],
+)
+def test_configurations_of_accepted_types_that_do_not_fit_are_refused(model_type, options, reason):
+    with pytest.raises(UnsupportedLanguageModelError, match=f"'{model_type}' cannot be used, since .*{reason}"):
+        load_language_model(small_config(model_type, **options))
+
+
+class OwnGeneration(LlamaForCausalLM):
+    def generate(self, *args, **kwargs):
+        return super().generate(*args, **kwargs)
+
+
+class NoGeneration(LlamaPreTrainedModel):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("model_class", "reason"),
+    [(OwnGeneration, r"overrides how transformers generates \(generate\)"), (NoGeneration, "does not generate")],
+)
+def test_classes_that_generate_in_their_own_way_or_not_at_all_are_refused(model_class, reason):
+    config_class = type("Config", (LlamaConfig,), {"model_type": model_class.__name__.lower()})
+    model_class.config_class = config_class
+    AutoModelForCausalLM.register(config_class, model_class)
+    with pytest.raises(UnsupportedLanguageModelError, match=f"since it {reason}"):
+        load_language_model(config_class())
 
 
 class StrangeConfig(LlamaConfig):

@@ -78,6 +78,19 @@ def test_steps_do_not_change_features_and_limit_the_frames_in_a_tower(model, inp
     torch.testing.assert_close(outputs.hidden_states, expected.hidden_states, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "absent"), [(MIXED, []), ([[[2, 2, 2]]], ["num_video_frames", "num_video_boxes"])], ids=["mixed", "one"]
+)
+def test_videos_that_are_not_encoded_yet_are_repeated_prompt_by_prompt(model, prompts, absent):
+    inputs = tiny_video_inputs(prompts)
+    for name in absent:  # then there is one video, and its boxes are not padded
+        del inputs[name]
+    ids, others = model._expand_inputs_for_generation(expand_size=2, **inputs)
+    with torch.no_grad():
+        expected = model(**inputs).logits.repeat_interleave(2, dim=0)
+        torch.testing.assert_close(model(input_ids=ids, **others).logits, expected)
+
+
 def test_features_replace_the_placeholders_of_their_modality(model, inputs):
     embeds = []
     hook = model.model.language_model.register_forward_pre_hook(

@@ -221,6 +221,11 @@ def test_a_batch_of_floats_has_one_range(processor):
     assert levels(processor, batch)[1].max() == 1
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_a_prompt_may_have_an_empty_batch(dtype):
+    np.testing.assert_array_equal(levels(PROCESSOR, [np.zeros((0, SIDE, SIDE, 3), dtype), [RGB]]), [RGB])
+
+
 def test_images_may_be_nested_in_any_sequence(folder):
     names = [str(folder / "0.img"), str(folder / "11.img")]
     expected = [gray(GRAY), RGB]
