@@ -391,9 +391,10 @@ def _resize(pixels: torch.Tensor, short_side: int, crop: Mapping[str, int]) -> t
     else:
         size = short_side, math.floor(width / height * short_side)
     resized = F.interpolate(pixels[None], size=size, mode="bilinear", align_corners=False)[0]
-    top, left = (round((side - crop[name]) / 2) for side, name in zip(size, ("height", "width"), strict=True))
-    if top < 0 or left < 0:
+    margins = [side - crop[name] for side, name in zip(size, ("height", "width"), strict=True)]
+    if min(margins) < 0:
         raise ValueError(f"`crop_size` must not exceed the resized frame ({size[1]} x {size[0]}), got {dict(crop)}.")
+    top, left = (round(margin / 2) for margin in margins)
     return resized[:, top : top + crop["height"], left : left + crop["width"]].contiguous()
 
 

@@ -79,7 +79,9 @@ def test_steps_do_not_change_features_and_limit_the_frames_in_a_tower(model, inp
 
 
 @pytest.mark.parametrize(
-    ("prompts", "absent"), [(MIXED, []), ([[[2, 2, 2]]], ["num_video_frames", "num_video_boxes"])], ids=["mixed", "one"]
+    ("prompts", "absent"),
+    [(MIXED, []), ([[[2, 2, 2]]], ["num_video_frames", "num_video_boxes"])],
+    ids=["mixed", "one"],
 )
 def test_videos_that_are_not_encoded_yet_are_repeated_prompt_by_prompt(model, prompts, absent):
     inputs = tiny_video_inputs(prompts)

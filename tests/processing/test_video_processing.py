@@ -14,6 +14,8 @@ from mgllava.processing import MGLlavaProcessor
 from mgllava.processing.video_reading_mgllava import uniform_indices
 from tests.golden_cases import GOLDEN, NUM_FUSED_TOKENS
 
+from .videos import make_frames, write
+
 RED = {"type": "image", "image": PIL.Image.new("RGB", (40, 30), "red")}
 
 
@@ -80,11 +82,15 @@ def test_sampling_is_the_originals(video_processor, total, number, expected):
     assert inputs["video_metadata"][0].frames_indices == expected
 
 
-def test_frames_of_both_sizes_equal_an_independent_formula(video_processor):
+@pytest.mark.parametrize("is_upright", [False, True])
+def test_frames_of_both_sizes_equal_an_independent_formula(video_processor, is_upright):
     """Each output pixel is the mean of four inputs; computed here with NumPy, frame by frame."""
     video = make_video(3, 20, 31)
     for do_pad in (True, False):
-        inputs = video_processor(video, do_pad=do_pad, return_tensors="pt")
+        given = video.swapaxes(1, 2) if is_upright else video
+        inputs = video_processor(given, do_pad=do_pad, return_tensors="pt")
+        if is_upright:  # the formula below is that of wide frames
+            inputs = {name: value.transpose(-1, -2) for name, value in inputs.items() if "pixel" in name}
         for name, side in (("pixel_values_videos", 96), ("low_res_pixel_values_videos", 42)):
             assert inputs[name].shape == (3, 3, side, side) and inputs[name].dtype == torch.float32
             mean, std = (np.array(values) for values in (video_processor.image_mean, video_processor.image_std))
@@ -104,6 +110,32 @@ def test_frames_of_both_sizes_equal_an_independent_formula(video_processor):
             start = round((resized.shape[1] - side) / 2)
             expected = torch.tensor(resized[:, start : start + side]).permute(2, 0, 1).float()
             torch.testing.assert_close(inputs[name][1], expected, atol=2e-5, rtol=0)
+
+
+def test_frames_that_are_not_normalized_are_padded_with_the_mean(video_processor):
+    video = np.full((1, 30, 10, 3), 200, np.uint8)
+    mean = torch.tensor(video_processor.image_mean)
+    for options, middle, border in (
+        ({"do_normalize": False}, 200 / 255, mean),
+        ({"do_normalize": False, "rescale_factor": 0.5}, 100, mean),
+        ({"do_normalize": False, "do_rescale": False}, 200, mean * 255),
+    ):
+        frame = video_processor(video, return_tensors="pt", **options)["pixel_values_videos"][0]
+        torch.testing.assert_close(frame[:, 48, 48], torch.full((3,), float(middle)))
+        torch.testing.assert_close(frame[:, 48, 0], border)
+
+
+def test_boxes_are_padded_to_a_multiple(video_processor):
+    inputs = video_processor(make_video(3), video_boxes=ENTRIES, pad_boxes_to_multiple_of=4, return_tensors="pt")
+    assert inputs["video_boxes"].shape == (3, 4, 4) and inputs["num_video_boxes"].tolist() == [1, 1, 2]
+
+
+def test_fetched_videos_are_frames_and_metadata(video_processor):
+    videos = [write(make_frames(count)) for count in (4, 2)]
+    frames, metadata = video_processor.fetch_videos(videos[0])
+    assert frames.shape[0] == metadata.total_num_frames == 4
+    sampled, described = video_processor.fetch_videos(videos, lambda metadata: [metadata.total_num_frames - 1])
+    assert torch.equal(sampled[0][0], frames[3]) and [known.frames_indices for known in described] == [[3], [1]]
 
 
 def test_videos_of_several_sizes_and_lengths_come_one_after_the_other(video_processor):
@@ -174,6 +206,12 @@ def test_numbers_of_frames(video_processor, options, frames):
     [
         ({"fps": 2}, "`fps` needs the frame rate of the video"),
         ({"fps": 2, "num_frames": 3}, "either `num_frames` or `fps`"),
+        ({"num_frames": 0}, "`num_frames` must be a positive number, got 0"),
+        ({"pad_boxes_to_multiple_of": 0}, "`pad_boxes_to_multiple_of` must be a positive number, got 0"),
+        ({"do_center_crop": False}, "`do_center_crop` must be True"),
+        ({"do_rescale": False}, "`do_rescale` must be True when `do_normalize` is"),
+        ({"crop_size": {"height": 97, "width": 96}}, r"`crop_size` must not exceed the resized frame \(96 x 96\)"),
+        ({"crop_size": {"height": 96, "width": 98}}, r"`crop_size` must not exceed the resized frame \(96 x 96\)"),
         ({"num_frames": 3, "do_sample_frames": False}, "`num_frames` and `fps` must be None"),
         ({"resample": PIL.Image.Resampling.BICUBIC}, "`resample` must be bilinear"),
         ({"do_resize": False}, "`do_resize` must be True"),
@@ -183,6 +221,13 @@ def test_numbers_of_frames(video_processor, options, frames):
 def test_options_that_contradict_are_an_error(video_processor, options, message):
     with pytest.raises(ValueError, match=message):
         video_processor(make_video(4), **options)
+
+
+def test_unknown_options_and_no_videos_are_an_error(video_processor):
+    with pytest.raises(TypeError, match="unknown options: 'frames'"):
+        video_processor(make_video(4), frames=3)
+    with pytest.raises(ValueError, match="`videos` must hold at least one video"):
+        video_processor([])
 
 
 ENTRIES = [[[1, 2, 20, 20]], [], [[0, 0, 5, 5], [3, 3, 30, 20]]]
@@ -319,6 +364,43 @@ def test_conversations(small):
     assert ids.count(small.video_token_id) == 2 and ids.count(small.image_token_id) == 1
 
 
+def test_blocks_of_videos_may_have_any_form(small, tmp_path):
+    (path := tmp_path / "video.mkv").write_bytes(data := write(make_frames(3)))
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    expected = small.video_processor(data, return_tensors="pt")["pixel_values_videos"]
+    for block in (
+        {"type": "video", "path": str(path)},
+        {"type": "video", "bytes": data, "path": "elsewhere.mkv"},
+        {"type": "video", "video": None, "url": str(path)},
+        {"type": "video_url", "video_url": {"url": str(path)}},
+        {"type": "video_url", "video_url": str(path)},
+    ):
+        inputs = small.apply_chat_template([{"role": "user", "content": [block]}], **options)
+        assert torch.equal(inputs["pixel_values_videos"], expected)
+    with pytest.raises(ValueError, match="A video block must have one video, got 'bytes', 'url'"):
+        small.apply_chat_template([{"role": "user", "content": [{"type": "video", "bytes": data, "url": "a"}]}])
+
+
+def test_boxes_of_rendered_conversations_may_be_given_again(small):
+    block = {"type": "video", "video": make_video(3), "boxes": ENTRIES}
+    text = small.apply_chat_template([{"role": "user", "content": [block, {**RED, "boxes": [[1, 1, 9, 9]]}]}])
+    media = {"text": text, "images": [RED["image"]], "videos": [make_video(3)]}
+    expected = small(**media)
+    for given in ({"video_boxes": [ENTRIES]}, {"video_boxes": [ENTRIES], "boxes": [[[1, 1, 9, 9]]]}):
+        torch.testing.assert_close(small(**media, **given)["video_boxes"], expected["video_boxes"])
+    for other in ([[[1, 2, 20, 21]], *ENTRIES[1:]], ENTRIES[:2]):
+        with pytest.raises(ValueError, match="`video_boxes` must be those of the video blocks"):
+            small(**media, video_boxes=[other])
+    with pytest.raises(ValueError, match="`boxes` must be those of the image blocks"):
+        small(**media, boxes=[[[1, 1, 9, 8]]])
+
+
+def test_planned_placeholders_of_videos_are_the_most_that_the_limits_allow(small):
+    of_frame = NUM_FUSED_TOKENS + small.video_processor.box_limit
+    assert small._get_num_multimodal_tokens(video_sizes=[(9, 20, 30)] * 2).num_video_tokens == [3 * of_frame] * 2
+    assert small._get_num_multimodal_tokens(video_sizes=[(9, 20, 30)], num_frames=2).num_video_tokens == [2 * of_frame]
+
+
 def test_literal_placeholders_keep_their_order(small):
     message = {"role": "user", "content": "What? <video> and <image>"}
     assert "USER: <video>\n<image>\nWhat?  and ASSISTANT:" in small.apply_chat_template(
@@ -358,6 +440,8 @@ def test_empty_videos_are_none(small):
         ),
         ({"text": "<video>", "videos": make_video(1), "truncation": True, "max_length": 9}, "room for the videos"),
         ({"text": "<video>", "videos": [7]}, None),
+        ({"text": "<video>", "videos": [make_video(1)], "processed_videos": {"video_boxes": []}}, "got both"),
+        ({"text": "<video>", "processed_videos": {"video_boxes": [[]]}}, "must have .*, got none of .*pixel_values"),
     ],
 )
 def test_inputs_that_do_not_fit_are_an_error(small, arguments, message):

@@ -279,12 +279,23 @@ def test_torchcodec_is_used_if_it_loads(monkeypatch):
     assert read_video(write(FRAMES), limits=VideoLimits(max_frames=10)).metadata.video_backend == "pyav"
 
 
-class HeaderDecoder(StubDecoder):
+class AnyDecoder(StubDecoder):
+    def __init__(self, source, **options):
+        super().__init__(b"video file", **options)
+
+
+class HeaderDecoder(AnyDecoder):
     """A decoder of a file whose header says that it is twice as long."""
 
     def __init__(self, source, **options):
-        super().__init__(b"video file", **options)
+        super().__init__(source, **options)
         self.metadata.duration_seconds_from_header = 2 / 3
+
+
+class EmptyDecoder(StubDecoder):
+    def __init__(self, source, **options):
+        super().__init__(source, **options)
+        self.metadata.num_frames = None
 
 
 class FailingDecoder(StubDecoder):
@@ -310,6 +321,53 @@ def test_what_torchcodec_does_not_notice_or_read(monkeypatch):
     monkeypatch.setattr(module, "_torchcodec_decoder", lambda: FailingDecoder)
     with pytest.raises(UnreadableVideoError, match="not for me"):
         read_video(mp4)
+    # That of a Matroska file is not known.
+    said = []
+    monkeypatch.setattr(module, "_torchcodec_decoder", lambda: AnyDecoder)
+    monkeypatch.setattr(module.logger, "warning_once", said.append)
+    assert len(read_video(matroska).frames) == len(FRAMES)
+    assert ["breaks off" in message for message in said] == [True]
+
+
+def test_a_decoder_of_no_frames_is_an_error():
+    with pytest.raises(UnreadableVideoError, match=r"a decoder of torchcodec.*it has no frames"):
+        read_video(EmptyDecoder(b"video file", seek_mode="exact"))
+
+
+@pytest.mark.parametrize("metadata", [{"frames_indices": [3, 5, 8], "total_num_frames": 10}, {"fps": 2.0}])
+def test_frames_keep_what_is_known_about_their_video(metadata):
+    clip = read_video(FRAMES[:3], metadata=metadata)
+    known = clip.metadata
+    assert list(known.frames_indices) == metadata.get("frames_indices", [0, 1, 2])
+    assert (known.total_num_frames, known.fps) == (metadata.get("total_num_frames", 3), metadata.get("fps"))
+    sampled = read_video(FRAMES[:3], lambda _: [2], metadata=metadata).metadata
+    assert (list(sampled.frames_indices), sampled.total_num_frames) == ([2], 3)
+
+
+class Packet:
+    """A packet of a file, as PyAV gives it."""
+
+    def __init__(self, result):
+        self.result = result
+
+    def decode(self):
+        if isinstance(self.result, Exception):
+            raise self.result
+        return self.result
+
+
+def test_frames_that_are_damaged_or_do_not_fit_into_memory_are_named():
+    from mgllava.processing.video_reading_mgllava import _decode
+
+    damaged = type("Frame", (), {"is_corrupt": True, "width": 4, "height": 4})()
+    container = type("Container", (), {"demux": lambda self, result: [Packet(result)]})()
+    with pytest.raises(UnreadableVideoError, match=r"`video` .*a file.*frame 0 is damaged"):
+        _decode(container, [damaged], {0}, "video", "a file", VideoLimits())
+    assert _decode(container, [damaged], {1}, "video", "a file", VideoLimits()) == ({}, 1)
+    with pytest.raises(UnreadableVideoError, match="frame 0 needs more memory than one of 1,000 x 1,000 pixels"):
+        _decode(container, MemoryError(), {0}, "video", "a file", VideoLimits(max_side=1000))
+    with pytest.raises(MemoryError):
+        _decode(container, MemoryError(), {0}, "video", "a file", VideoLimits())
 
 
 @pytest.mark.parametrize("name", [name for name in (*EXACT, *NEAR) if name != "h264 10 bits"])
