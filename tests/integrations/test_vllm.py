@@ -1,15 +1,14 @@
-"""The parts of the vLLM plugin that run without vLLM; `make vllm-check` tests it in vLLM."""
+"""The parts of the vLLM plugin that need no vLLM; `test_vllm_engine.py` tests the others with a stand-in."""
 
 import asyncio
 import base64
 import configparser
 import io
 import json
-import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -30,7 +29,7 @@ from mgllava.integrations.vllm.boxed_images import (
 from mgllava.integrations.vllm.command import read_engine_options, vllm_arguments
 from mgllava.integrations.vllm.options import PluginOptions
 from mgllava.integrations.vllm.requests import BoxesField, RequestReader, boxes_into_parts
-from mgllava.integrations.vllm.routing import EMBEDDINGS, ImageRouter
+from mgllava.integrations.vllm.routing import ImageRouter
 from mgllava.integrations.vllm.support import check_config, drops_tokens
 from mgllava.serving.image_urls import ImageHosts
 from mgllava.serving.limits import ServingLimits
@@ -422,54 +421,3 @@ def test_weights_that_the_router_lacks_are_named(tmp_path):
     described = SimpleNamespace(hf_config=model.config, model=str(tmp_path), revision=None, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"these are missing: local_compressor\.queries\."):
         ImageRouter(described, device="cpu")
-
-
-class _Anything:
-    """Stands for a class or function of vLLM."""
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    @staticmethod
-    def register_processor(*args, **kwargs):
-        return lambda model: model
-
-    def compute_logits(self, hidden_states):
-        return hidden_states
-
-
-@pytest.fixture
-def served_model(monkeypatch):
-    """The class of the model in vLLM, imported without vLLM."""
-    hooks = ModuleType("hooks")
-    hooks.__getattr__ = lambda name: _Anything
-    package = "mgllava.integrations.vllm"
-    monkeypatch.setitem(sys.modules, f"{package}.hooks", hooks)
-    for name in ("processing", "model"):
-        monkeypatch.delitem(sys.modules, f"{package}.{name}", raising=False)
-    yield __import__(f"{package}.model", fromlist=["ServedModel"]).ServedModel
-    for name in ("processing", "model"):
-        sys.modules.pop(f"{package}.{name}", None)
-
-
-def test_the_model_embeds_each_image_and_never_writes_placeholders(served_model):
-    model = served_model()
-    seen = {}
-
-    def get_image_features(return_dict, **images):
-        seen.update(images)
-        return SimpleNamespace(pooler_output=(images["pixel_values"].flatten(1) + 1).unbind())
-
-    model.model = SimpleNamespace(get_image_features=get_image_features)
-    model.config = SimpleNamespace(unused_token_ids=[2, 3, 9])
-    model._processor = SimpleNamespace(
-        image_inputs=("pixel_values", "boxes"),
-        join_images=lambda rows: {name: torch.stack([row[name] for row in rows]) for name in rows[0]},
-    )
-    assert model.embed_multimodal() == []
-    pixels, boxes = torch.arange(4.0).view(2, 1, 2), torch.arange(8).view(2, 1, 4)
-    found = model.embed_multimodal(pixel_values=pixels, boxes=boxes)
-    assert [tokens.tolist() for tokens in found] == [[1, 2], [3, 4]] and seen["boxes"].equal(boxes)
-    routed = [torch.zeros(2, 3), torch.ones(1, 3)]
-    assert model.embed_multimodal(**{EMBEDDINGS: routed}) == routed
-    assert model.compute_logits(torch.zeros(1, 4)).tolist() == [[0, 0, -torch.inf, -torch.inf]]
