@@ -1,6 +1,7 @@
 """A running server with a small model, a client, and a web site with images and hostile answers."""
 
 import io
+import logging
 import socket
 import struct
 import threading
@@ -12,9 +13,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import openai
 import psutil
 import pytest
+import uvicorn
 from transformers import AutoProcessor
+from typer.testing import CliRunner
 
 from mgllava import BoxDetector
+from mgllava.cli import app as commands
 from tests import processes
 from tests.processing.detectors import CASES, OWLV2, golden_image
 from tests.serving.requests import as_data_url
@@ -113,6 +117,8 @@ def served_repository(convert):
 
 
 class Server:
+    """`mgllava serve` in a process of its own."""
+
     def __init__(self, repository, log, *options):
         self.port, self.log = free_port(), log
         self.url = f"http://localhost:{self.port}"
@@ -140,21 +146,63 @@ class Server:
             self.process.kill()
 
 
+class Failures(logging.Handler):
+    """Keeps the errors with a traceback that a thread logs."""
+
+    def __init__(self, thread):
+        super().__init__(logging.ERROR)
+        self.found = []
+        self.addFilter(lambda record: record.thread == thread.ident and record.exc_info)
+
+    def emit(self, record):
+        self.found.append(logging.Formatter().format(record))
+
+
+class LocalServer:
+    """`mgllava serve` in a thread of this process."""
+
+    def __init__(self, repository, *options):
+        self.port = free_port()
+        self.url = f"http://localhost:{self.port}"
+        made = []
+
+        def make(app, **options):
+            made.append(uvicorn.Server(uvicorn.Config(app, log_config=None, **options)))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(uvicorn, "run", make)
+            result = CliRunner().invoke(commands, ["serve", str(repository), "--port", str(self.port), *options])
+        assert result.exit_code == 0, result.output
+        self.server = made[0]
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        self.failures = Failures(self.thread)
+        logging.getLogger().addHandler(self.failures)
+        deadline = time.monotonic() + 30
+        while not self.server.started:
+            assert self.thread.is_alive() and time.monotonic() < deadline, "The server does not start."
+            time.sleep(0.01)
+
+    def stop(self):
+        self.server.should_exit = True
+        self.thread.join(40)
+        logging.getLogger().removeHandler(self.failures)
+        assert not self.thread.is_alive()
+
+
 @pytest.fixture(scope="session")
-def server(served_repository, site, tmp_path_factory):
-    server = Server(
+def server(served_repository, site):
+    server = LocalServer(
         served_repository,
-        tmp_path_factory.mktemp("serving") / "log.txt",
         *("--allowed-image-hosts", f"public,localhost:{site.port}"),
         *("--served-model-name", "small", "--image-timeout", "2", "--max-images", "3", "--max-boxes", "50"),
         *("--max-image-bytes", str(MAX_IMAGE_BYTES), "--max-image-side", "2000"),
         *("--max-request-bytes", "2000000", "--max-concurrent-requests", str(MAX_REQUESTS)),
     )
-    server.wait()
     yield server
     server.stop()
     # No request of the tests caused an unexpected error.
-    assert "Traceback" not in server.log.read_text()
+    assert not server.failures.found, server.failures.found
 
 
 @pytest.fixture(scope="session")

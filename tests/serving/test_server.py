@@ -200,6 +200,7 @@ def with_side(large_picture, side):
     return large_picture[:12] + header + struct.pack(">I", zlib.crc32(header)) + large_picture[33:]
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_file_that_is_not_an_image_within_the_limits_is_refused(ask, site, picture, large_picture):
     cases = {
         as_data_url(b"no picture"): "invalid_image",
