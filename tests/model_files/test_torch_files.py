@@ -1,14 +1,13 @@
 """Files of `torch.save` from strangers: either the same tensors as from `torch.load`, or one error."""
 
 import functools
-import io
 import pickle
 import random
 import shutil
 import struct
 import sys
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ import torch
 from mgllava.conversion import ConversionError, read_checkpoint
 from mgllava.model_files.torch_files import open_torch_file
 
-from .torch_archives import flip, repack
+from .torch_archives import Raw, archive, flip, legacy, repack
 
 DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8),
@@ -36,7 +35,10 @@ def _state():
         "scalar": torch.tensor(2.5),
         "empty": torch.empty(0, 3),
         "parameter": torch.nn.Parameter(torch.randn(2, 2)),
+        "with attribute": torch.randn(3),
+        "parameter with attribute": torch.nn.Parameter(torch.randn(3)),
     }
+    state["with attribute"].note = state["parameter with attribute"].note = "kept by torch, not read here"
     return state
 
 
@@ -50,22 +52,49 @@ def _assert_same(tensors, state):
         assert ours.equal(theirs), name
 
 
-@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4}])
+LEGACY = {"_use_new_zipfile_serialization": False}
+
+
+@pytest.mark.parametrize("options", [{}, LEGACY, {"pickle_protocol": 4}])
 def test_tensors_are_those_of_torch_load(tmp_path, options):
     state = _state()
-    if options.get("_use_new_zipfile_serialization") is False:
+    if options == LEGACY:
         state = {name: value for name, value in state.items() if name not in ("dtype.11", "dtype.12")}
     torch.save(state, tmp_path / "a.pth", **options)
     _assert_same(read_checkpoint(tmp_path / "a.pth").tensors, torch.load(tmp_path / "a.pth", weights_only=False))
 
 
-def test_state_dict_of_a_module_with_metadata_is_read(tmp_path):
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_state_dict_of_a_module_with_metadata_is_read(tmp_path, protocol):
     state = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)).state_dict()
     assert isinstance(state, OrderedDict) and state._metadata
-    torch.save({"state_dict": state, "meta": {"iter": 3, "data": b"raw", "set": {1}}}, tmp_path / "a.pth")
+    meta = {"iter": 3, "data": b"raw\xff", "set": {1}, "frozen": frozenset({2}), "array": bytearray(b"x\xff")}
+    meta |= {"complex": 1 + 2j, "count": Counter("aab"), "ordered": OrderedDict(a=1), "empty": bytearray()}
+    meta |= {"size": torch.Size([3, 4]), "device": torch.device("cuda:1"), "dtype": torch.bfloat16}
+    torch.save({"state_dict": state, "meta": meta}, tmp_path / "a.pth", pickle_protocol=protocol)
     checkpoint = read_checkpoint(tmp_path / "a.pth")
     _assert_same(checkpoint.tensors, state)
-    assert checkpoint.meta == {"iter": 3, "data": b"raw", "set": {1}}
+    assert checkpoint.meta == meta
+
+
+def test_tensors_are_mapped_and_aligned(tmp_path):
+    """Without a copy where the file is aligned, as torch writes it; other tools do not align."""
+    torch.save(_state(), tmp_path / "a.pth")
+    repack(tmp_path / "a.pth", tmp_path / "b.pth", zipfile.ZIP_STORED)
+    for tensor in read_checkpoint(tmp_path / "a.pth").tensors.values():
+        assert tensor.load().data_ptr() == tensor.load().data_ptr()
+    for tensor in read_checkpoint(tmp_path / "b.pth").tensors.values():
+        assert tensor.load().data_ptr() % tensor.dtype.itemsize == 0
+
+
+def test_legacy_files_are_little_endian_whatever_machine_wrote_them(tmp_path):
+    torch.save({"a": torch.arange(5.0)}, tmp_path / "a.pth", **LEGACY)
+    content = (tmp_path / "a.pth").read_bytes()
+    place = content.index(pickle.NEWTRUE, content.index(b"little_endian"))
+    (tmp_path / "b.pth").write_bytes(content[:place] + pickle.NEWFALSE + content[place + 1 :])
+    expected = torch.load(tmp_path / "b.pth", weights_only=True)
+    assert expected["a"].equal(torch.arange(5.0))
+    _assert_same(read_checkpoint(tmp_path / "b.pth").tensors, expected)
 
 
 def test_other_byte_order_is_swapped(tmp_path):
@@ -186,43 +215,6 @@ def test_torchscript_and_sparse_tensors_are_refused_by_name(tmp_path):
 # Hostile pickles
 
 
-class Raw:
-    """Builds a pickle from single operations."""
-
-    def __init__(self):
-        self.out = io.BytesIO()
-        self.out.write(pickle.PROTO + b"\2")
-
-    def op(self, code, argument=b""):
-        self.out.write(code + argument)
-        return self
-
-    def name(self, full):
-        module, _, name = full.rpartition(".")
-        return self.op(pickle.GLOBAL, f"{module}\n{name}\n".encode())
-
-    def value(self, value):
-        # Protocol 2 without its first two bytes and the last.
-        return self.op(pickle.dumps(value, 2)[2:-1])
-
-    def bytes(self):
-        return self.out.getvalue() + pickle.STOP
-
-
-def _archive(path, data):
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("a/data.pkl", data)
-        archive.writestr("a/version", b"3\n")
-        archive.writestr("a/data/0", struct.pack("<4f", 1, 2, 3, 4))
-    return path
-
-
-def _legacy(path, data):
-    parts = [0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True}]
-    path.write_bytes(b"".join(pickle.dumps(part, 2) for part in parts) + data + pickle.dumps([], 2))
-    return path
-
-
 TARGETS = (
     *("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor", "torch._utils._rebuild_parameter"),
     *("torch._tensor._rebuild_from_type_v2", "collections.OrderedDict", "collections.Counter", "torch.Size"),
@@ -255,7 +247,7 @@ def _set_defaults():
     return Raw().name(name).value((None, {"__defaults__": ({"neg": True},)})).op(pickle.BUILD)
 
 
-@pytest.mark.parametrize("write", [_archive, _legacy])
+@pytest.mark.parametrize("write", [archive, legacy])
 @pytest.mark.parametrize("target", TARGETS)
 def test_pickle_does_not_set_attributes_of_what_it_names(tmp_path, write, target):
     before = _snapshot()
@@ -282,7 +274,7 @@ def test_rebuilding_of_good_files_is_not_changed_by_a_bad_one(tmp_path):
     torch.save(good, tmp_path / "good.pth")
     data = _set_defaults().op(pickle.POP).value({}).bytes()
     with pytest.raises(ConversionError):
-        read_checkpoint(_archive(tmp_path / "bad.pth", data), trust_pickle=True)
+        read_checkpoint(archive(tmp_path / "bad.pth", data), trust_pickle=True)
     _assert_same(read_checkpoint(tmp_path / "good.pth").tensors, good)
     assert torch.load(tmp_path / "good.pth", weights_only=True)["a"].equal(good["a"])
     assert torch._utils._rebuild_tensor_v2.__defaults__ == (None,)
@@ -290,7 +282,7 @@ def test_rebuilding_of_good_files_is_not_changed_by_a_bad_one(tmp_path):
 
 def test_deepspeed_folder_does_not_set_attributes_either(tmp_path):
     before = _snapshot()
-    _archive(tmp_path / "mp_rank_00_model_states.pt", _set_defaults().bytes())
+    archive(tmp_path / "mp_rank_00_model_states.pt", _set_defaults().bytes())
     with pytest.raises(ConversionError):
         read_checkpoint(tmp_path)
     assert _snapshot() == before
@@ -302,7 +294,7 @@ def test_trusted_legacy_file_writes_nothing(tmp_path):
     target.write_text("mine")
     raw = Raw().op(pickle.MARK).value("module").name("argparse.Namespace").value(str(target))
     raw.value("class Namespace: pass").op(pickle.TUPLE).op(pickle.BINPERSID)
-    path = _legacy(tmp_path / "a.pth", raw.bytes())
+    path = legacy(tmp_path / "a.pth", raw.bytes())
     before = sorted(entry.name for entry in tmp_path.iterdir())
     with pytest.raises(ConversionError, match="must hold a state dict"):
         read_checkpoint(path, trust_pickle=True)
@@ -325,7 +317,7 @@ def test_trusted_legacy_file_writes_nothing(tmp_path):
     ],
     ids=range(10),
 )
-@pytest.mark.parametrize("write", [_archive, _legacy])
+@pytest.mark.parametrize("write", [archive, legacy])
 def test_pickle_bombs_are_one_error(tmp_path, raw, write):
     with pytest.raises(ConversionError):
         read_checkpoint(write(tmp_path / "a.pth", raw.bytes()), trust_pickle=True)
@@ -356,7 +348,7 @@ def test_random_pickles_end_in_an_error_and_change_nothing(tmp_path, seed):
                 raw.op(pickle.TUPLE).op(pickle.BINPERSID)
             else:
                 raw.op(chosen.choice(simple))
-        write = chosen.choice([_archive, _legacy])
+        write = chosen.choice([archive, legacy])
         try:
             open_torch_file(write(path, raw.bytes()), trust_pickle=chosen.random() < 0.5)
             read_checkpoint(path, trust_pickle=chosen.random() < 0.5)

@@ -33,7 +33,6 @@ _LEGACY_PROTOCOL = 1001
 _MAX_PICKLE = 1 << 30
 _MAX_DIMENSIONS = 64
 _MAX_COUNT = 1 << 48
-_MAX_DEPTH = 50
 _BLOCK = 1 << 24
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
@@ -339,8 +338,6 @@ def open_torch_file(path: Path, trust_pickle: bool = False, inert_modules: tuple
         raise
     except ForeignNamesError as error:
         raise ConversionError(_refusal(path, error.names)) from error
-    except MemoryError as error:
-        raise ConversionError(f"{path} cannot be read as a torch file: it asks for too much memory.") from error
     except Exception as error:  # damaged files cause errors of many types
         raise ConversionError(
             f"{path} cannot be read as a torch file ({one_line(error)}). Is it truncated? Fetch it again."
@@ -458,13 +455,11 @@ def _read_legacy(path: Path, file: BinaryIO) -> tuple[Any, list[str]]:
 
     if next_object(nothing)[0] != _LEGACY_MAGIC or next_object(nothing)[0] != _LEGACY_PROTOCOL:
         raise UnpicklingError("it does not start like a torch file")
-    system = next_object(nothing)[0]
-    little = system.get("little_endian") if isinstance(system, dict) else None
-    if not isinstance(little, bool):
-        raise UnpicklingError("its byte order is unknown")
+    # The byte order of the machine that wrote the file, and the like. Storages are little-endian on every machine.
+    next_object(nothing)
 
     entries: dict[str, _Entry] = {}
-    archive = _Archive(path, entries, ("little" if little else "big") != sys.byteorder)
+    archive = _Archive(path, entries, sys.byteorder == "big")
     found: dict[str, tuple[torch.dtype, int]] = {}
 
     def load(pid: Any) -> Any:
@@ -487,7 +482,7 @@ def _read_legacy(path: Path, file: BinaryIO) -> tuple[Any, list[str]]:
     size = path.stat().st_size
     for key in keys:
         _, count = found[key]
-        (stored,) = struct.unpack("<q" if little else ">q", file.read(8))
+        (stored,) = struct.unpack("<q", file.read(8))
         offset = file.tell()
         if stored != count or offset + entries[key].size > size:
             raise UnpicklingError(f"its storage {key} is cut off")
@@ -496,10 +491,8 @@ def _read_legacy(path: Path, file: BinaryIO) -> tuple[Any, list[str]]:
     return content, foreign
 
 
-def materialize(content: Any, archives: list[Any], depth: int = 0) -> Any:
+def materialize(content: Any, archives: list[Any]) -> Any:
     """Copy an object with mapped, unverified tensors, and add their files to `archives`."""
-    if depth > _MAX_DEPTH:
-        raise ConversionError("The objects of the checkpoint are nested too deeply.")
     if isinstance(content, StoredTensor):
         if content.archive.entries[content.name].compressed is not None:
             raise ConversionError(
@@ -510,9 +503,9 @@ def materialize(content: Any, archives: list[Any], depth: int = 0) -> Any:
             archives.append(content.archive)
         return content.load(verify=False)
     if isinstance(content, dict):
-        return {key: materialize(value, archives, depth + 1) for key, value in content.items()}
+        return {key: materialize(value, archives) for key, value in content.items()}
     if isinstance(content, list | tuple) and not isinstance(content, torch.Size):
-        return type(content)([materialize(value, archives, depth + 1) for value in content])
+        return type(content)([materialize(value, archives) for value in content])
     return content
 
 
