@@ -2,7 +2,7 @@
 
 import pytest
 
-from mgllava.evaluation.metrics import anls, chosen_letters, edit_distance, soft_accuracy
+from mgllava.evaluation.metrics import anls, chosen_letters, edit_distance, soft_accuracy, token_f1
 from mgllava.evaluation.normalization import normalize_answer, yes_or_no
 
 
@@ -31,6 +31,17 @@ from mgllava.evaluation.normalization import normalize_answer, yes_or_no
         ("its", "its"),
         ("two\nlines\tand a tab", "2 lines and tab"),
         ('say "hi"', "say hi"),
+        # Line breaks and tabs count as spaces next to a mark.
+        ("x-y\n-c", "xy c"),
+        ("x-y\t-c", "xy c"),
+        ("-x y-z ", "x y z"),
+        # As in the public code, at most 32 points are removed.
+        ("." * 40, "." * 8),
+        # The irregular entries of the public table of contractions.
+        ("somebody'd", "somebodyd"),
+        ("'ows'at", "'ow's'at"),
+        ("yall'd've y'alld've y'all'dve", " ".join(["y'all'd've"] * 3)),
+        ("yall'll shed've somebody'dve", "y'all'll she'd've somebody'd've"),
     ],
 )
 def test_normal_form(text, normal):
@@ -48,6 +59,9 @@ def test_normal_form(text, normal):
         ("nothing", "Unknown"),
         ("", "Unknown"),
         ("Yes!No", "Unknown"),
+        # A comma in a number joins what all marks separate.
+        ("yes-1,000", "Unknown"),
+        ("yes-1000", "Yes"),
     ],
 )
 def test_yes_or_no(text, expected):
@@ -84,6 +98,21 @@ def test_edit_distance(left, right, distance):
 )
 def test_anls(answer, references, value):
     assert anls(answer, references) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "value"),
+    [
+        ("The red cat.", "red cat", 1),
+        ("a cat and a dog", "cat", 2 * 1 / (3 + 1)),
+        ("cat cat", "cat dog dog", 2 * 1 / (2 + 3)),
+        ("dog", "cat", 0),
+        ("the", "", 1),
+        ("", "cat", 0),
+    ],
+)
+def test_f1_of_words(answer, reference, value):
+    assert token_f1(answer, reference) == token_f1(reference, answer) == pytest.approx(value)
 
 
 @pytest.mark.parametrize(("text", "letters"), [("B", "B"), ("(C)", "C"), ("AB", "AB"), ("e", ""), ("The Cat", "C")])

@@ -6,7 +6,7 @@ import pytest
 
 from mgllava.evaluation import BENCHMARKS, BadRowError, EvaluationError, load_task
 from mgllava.evaluation.benchmarks import find_benchmark
-from mgllava.evaluation.paper import REPORTED
+from mgllava.evaluation.paper import REPORTED, reported
 from mgllava.evaluation.questions import question_in_prompt, read_annotations
 from mgllava.evaluation.tables import Row
 
@@ -44,7 +44,29 @@ PROMPTS = [
         "Hint: Please answer the question requiring a floating-point number with two decimal places and provide the "
         "final value, e.g., 1.23, 1.34, 1.45, at the end.\nQuestion: Q?",
     ),
+    (
+        "mathvista",
+        {"question": "Q?", "question_type": "free_form", "answer_type": "float", "precision": 1, "choices": "[]"},
+        "Hint: Please answer the question requiring a floating-point number with one decimal place and provide the "
+        "final value, e.g., 1.2, 1.3, 1.4, at the end.\nQuestion: Q?",
+    ),
+    (
+        "mathvista",
+        {"question": "Q?", "question_type": "free_form", "answer_type": "integer"},
+        "Hint: Please answer the question requiring an integer answer and provide the final value, e.g., 1, 2, 3, at "
+        "the end.\nQuestion: Q?",
+    ),
+    (
+        "mathvista",
+        {"question": "Q?", "question_type": "free_form", "answer_type": "list"},
+        "Hint: Please answer the question requiring a Python list as an answer and provide the final list, e.g., "
+        "[1, 2, 3], [1.2, 1.3, 1.4], at the end.\nQuestion: Q?",
+    ),
     ("mmvp", {"Question": "Q?", "Options": "(a) x (b) y"}, "Q? (a) x (b) y"),
+    ("mmvp", {"question": "Q?", "options": "(a) x (b) y"}, "Q? (a) x (b) y"),
+    ("video-qa", {"question": "Q?"}, "Q?"),
+    ("exact-match", {"text": "T?", "question": "Q?"}, "T?"),
+    ("multiple-choice", {"question": "Q?", "options": "['x', 'y']"}, f"Q?\nA. x\nB. y\n{LETTER}"),
 ]
 
 
@@ -201,6 +223,56 @@ def test_answers_in_lists():
     assert BENCHMARKS["vqav2"].answer(row({"answers": [{"answer": "x"}] * 10})) == ("x",) * 10
     assert BENCHMARKS["mmvp"].answer(row({"Correct Answer": " (a) "})) == "(a)"
     assert BENCHMARKS["pope"].answer(row({"label": "no"})) == "No"
+
+
+def test_ids_are_those_of_the_benchmarks_files():
+    """The first column of a row that can be the id of box files and uploads, the original's first."""
+    usual, questions = ("index", "question_id", "id"), ("question_id", "index", "id", "questionId")
+    columns = {
+        "textvqa": ("question_id", "image_id", "index", "id"),
+        "docvqa": ("index", "questionId", "question_id", "id"),
+        "hallusionbench": ("index",),
+        "mathvista": ("pid", "index", "id"),
+        "mmvp": (),
+        **dict.fromkeys(("pope", "gqa", "vqav2", "llava-wild", "mmvet", "exact-match"), questions),
+        **dict.fromkeys(("msvd-qa", "msrvtt-qa", "video-qa"), questions),
+    }
+    for name, benchmark in BENCHMARKS.items():
+        assert benchmark.keys == columns.get(name, usual), name
+
+
+def test_titles_begin_with_the_names():
+    for name, benchmark in BENCHMARKS.items():
+        title = benchmark.title.lower().replace("-", "")
+        assert title.startswith(name.partition("-")[0]) or name == "video-qa", name
+
+
+def test_numbers_of_the_paper():
+    """Tables 1 and 2 of arXiv 2406.17770."""
+    columns = [
+        "MMB-D",
+        "MMB-T",
+        "SEED-I",
+        "MMStar",
+        "TextVQA",
+        "DocVQA",
+        "SQA-I",
+        "AI2D",
+        "VQAv2",
+        "MMVet",
+        "LLaVA-W",
+        "MMVP",
+    ]
+    rows = {
+        "Phi3-3.8B": "73.4 72.9 70.2 35.5 65.3 49.3 73.9 75.1 77.9 47.3 75.4",
+        "Vicuna-7B": "72.1 71.9 69.4 35.1 67.3 47.9 70.8 69.3 80.2 41.0 75.5 47.3",
+        "Llama3-8B": "76.5 76.6 71.5 36.9 68.1 49.0 76.3 75.6 80.7 46.9 75.5",
+        "Vicuna-13B": "72.2 73.5 70.8 34.1 69.6 52.1 74.7 73.4 81.2 46.7 82.0",
+        "Yi1.5-34B": "80.1 79.1 73.7 47.9 70.0 56.1 77.0 81.1 82.0 48.4 80.5 50.0",
+    }
+    table = {model: dict(zip(columns, map(float, row.split()), strict=False)) for model, row in rows.items()}
+    assert table == REPORTED and list(table["Vicuna-7B"]) == columns
+    assert reported("MMVP") == {"Vicuna-7B": 47.3, "Yi1.5-34B": 50.0} and reported(None) == reported("x") == {}
 
 
 def test_papers_names_are_those_of_its_tables():

@@ -12,6 +12,7 @@ from mgllava.evaluation.scores import (
     score_mme,
     score_pope,
     score_softly,
+    score_videos,
 )
 from mgllava.evaluation.tables import Row
 
@@ -110,6 +111,27 @@ def test_mme_adds_accuracy_of_questions_and_of_images():
     assert "perception is the sum without OCR, artwork" in scores.notes[0]
 
 
+def test_perfect_answers_get_all_points_of_mme():
+    """The paper of MME names ten tasks of perception and four of cognition, with 200 points each."""
+    perception = [
+        "existence",
+        "count",
+        "position",
+        "color",
+        "posters",
+        "celebrity",
+        "scene",
+        "landmark",
+        "artwork",
+        "OCR",
+    ]
+    cognition = ["commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"]
+    questions = ask(*((n, "Yes", name, {"image_path": "a"}) for n, name in enumerate([*perception, *cognition] * 2)))
+    scores = score_mme(questions, ["yes"] * 28)
+    assert (scores.main, scores.notes) == ("perception", [])
+    assert scores.values == {"perception": 2000, "cognition": 800, "total": 2800, "accuracy": 100}
+
+
 def test_hallusionbench_counts_figures_and_questions():
     keys = ["VD_a_b_0_0_0", "VD_a_b_0_0_1", "VD_a_b_0_1_0", "VD_a_b_0_1_1"]
     scores = score_hallusion(
@@ -117,6 +139,38 @@ def test_hallusionbench_counts_figures_and_questions():
     )
     # Figure 0 is right in both questions; question 0 is right for both figures.
     assert scores.values == pytest.approx({"aAcc": 75, "fAcc": 50, "qAcc": 50})
+    assert scores.main == "aAcc" and scores.categories == {"VD": 75}
+
+
+def test_figures_and_questions_of_hallusionbench_are_those_of_their_set_and_group():
+    """Equal numbers in another set, or in another group of categories, are other figures and questions."""
+    keys = [("VD_a_b_0_0_0", "a"), ("VD_a_b_1_0_0", "a"), ("VD_c_b_0_0_0", "c"), ("VD_c_b_0_1_1", "c")]
+    questions = ask(*((key, "Yes", "VD", {"l2-category": group}) for key, group in keys))
+    scores = score_hallusion(questions, ["yes", "no", "yes", "yes"])
+    assert scores.values == pytest.approx({"aAcc": 75, "fAcc": 75, "qAcc": 75})
+
+
+def test_questions_about_videos_have_exact_matches_and_the_f1_of_words():
+    scores = score_videos(ask((1, "two cats", "x"), (2, "dog", "x")), ["The 2 cats.", "a dog runs"])
+    assert (scores.main, scores.values) == ("exact match", pytest.approx({"exact match": 50, "token F1": 250 / 3}))
+    assert scores.credits == [1, 0] and scores.categories == {"x": 50} and "GPT-3.5" in scores.notes[0]
+
+
+def test_pope_names_its_files_if_rows_have_no_category():
+    questions = [
+        Question(number, number, number, "Q", answer, "", Row({}, "row", stem, dict, {}))
+        for number, (stem, answer) in enumerate([("random", "Yes"), ("popular", "Yes"), ("popular", "No")])
+    ]
+    scores = score_pope(questions, ["yes", "no", "no"])
+    assert scores.categories == {"popular": 0, "random": 100}
+    assert scores.values["accuracy, popular"] == 50 and scores.values["share of yes, random"] == 100
+    assert len(score_pope(questions[1:], ["no", "no"]).values) == 5
+
+
+def test_rows_without_a_split_have_their_own_score():
+    scores = score_exactly(ask((1, "a", ""), (2, "b", "", {"split": "dev"})), ["a", "a"])
+    assert scores.values == {"accuracy": 50, "accuracy, split (none)": 100, "accuracy, split dev": 0}
+    assert score_exactly(ask((1, "a", "", {"split": "dev"})), ["a"]).values == {"accuracy": 100}
 
 
 def test_gqa_compares_lower_case_without_points_at_the_end():
@@ -133,6 +187,7 @@ def test_soft_accuracy_and_anls_are_means():
     scores = score_softly(ask((1, humans, ""), (2, humans, "")), ["Cat", "a dog"])
     assert scores.values["accuracy"] == pytest.approx(100 * (0.6 + 1) / 2)
     assert score_documents(ask((1, ("sitting",), "")), ["kitten"]).values["ANLS"] == pytest.approx(100 * 4 / 7)
+    assert scores.main == "accuracy" and score_documents(ask((1, ("a",), "")), ["a"]).main == "ANLS"
 
 
 def test_rotations_alone_give_no_score():

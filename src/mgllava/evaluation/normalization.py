@@ -8,14 +8,13 @@ _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 # removed; and at most `re.UNICODE` of them, which is 32.
 _POINT = re.compile(r"(?!<=\d)\.(?!\d)")
 _MAX_POINTS = int(re.UNICODE)
-_NUMBER_COMMA = re.compile(r"(?<=\d),+(?=\d)")
-_YES_NO_COMMA = re.compile(r"\d,\d")
+_NUMBER_COMMA = re.compile(r"\d,\d")
 _ARTICLES = frozenset(("a", "an", "the"))
 _NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
 _NUMBERS = {"none": "0", **{word: str(number) for number, word in enumerate(_NUMBER_WORDS.split())}}
 
 # Contractions lack their apostrophe or, if there are two, one of them. Words such as "its" and "were" are not in the
-# public table; its entries with a capital I never match, since answers are lower case by then.
+# public table; its entries with a capital I or "'s" never match, since answers are lower case and cut there by then.
 _SINGLE = """
 ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't it'd
 it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't somebody'll
@@ -24,8 +23,8 @@ they're they've 'twas wasn't we've weren't what'll what're what's what've when's
 who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've
 """
 _DOUBLE = """
-couldn't've hadn't've he'd've it'd've mightn't've shouldn't've someone'd've something'd've there'd've they'd've we'd've
-who'd've wouldn't've you'd've
+couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've something'd've
+there'd've they'd've we'd've who'd've wouldn't've y'all'll you'd've
 """
 
 
@@ -35,34 +34,19 @@ def _contractions() -> dict[str, str]:
     for word in _DOUBLE.split():
         first, second, third = word.split("'")
         table[f"{first}{second}'{third}"] = table[f"{first}'{second}{third}"] = word
-    table |= {
-        # As they stand in the public table, which is not regular here.
-        "hadnt've": "hadn't've",
-        "hadn'tve": "hadn't've",
-        "ow's'at": "'ow's'at",
-        "'ows'at": "'ow's'at",
-        "'ow'sat": "'ow's'at",
-        "shed've": "she'd've",
-        "she'dve": "she'd've",
-        "somebody'd": "somebodyd",
-        "somebodyd've": "somebody'd've",
-        "somebody'dve": "somebody'd've",
-        "yall'll": "y'all'll",
-        "y'allll": "y'all'll",
-        "yall'd've": "y'all'd've",
-        "y'alld've": "y'all'd've",
-        "y'all'dve": "y'all'd've",
-    }
+    # As they stand in the public table, which is not regular here.
+    table |= dict.fromkeys(("yall'd've", "y'alld've", "y'all'dve"), "y'all'd've")
+    table |= {"'ows'at": "'ow's'at", "somebody'd": "somebodyd"}
     return table
 
 
 _CONTRACTIONS = _contractions()
 
 
-def _remove_marks(text: str, number_comma: re.Pattern[str]) -> str:
+def _remove_marks(text: str) -> str:
     """Remove punctuation, or turn it into spaces."""
     result = text
-    joins = number_comma.search(text) is not None
+    joins = _NUMBER_COMMA.search(text) is not None
     for mark in _MARKS:
         touches_space = f"{mark} " in text or f" {mark}" in text
         result = result.replace(mark, "" if touches_space or joins else " ")
@@ -81,8 +65,7 @@ def normalize_answer(text: str) -> str:
         `str`: The answer in normal form.
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    text = text.replace("\n", " ").replace("\t", " ").strip()
-    words = _remove_marks(text, _NUMBER_COMMA).lower().split()
+    words = _remove_marks(text.replace("\n", " ").replace("\t", " ")).split()
     words = [_NUMBERS.get(word, word) for word in words]
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
@@ -96,7 +79,7 @@ def yes_or_no(text: str) -> str:
     Returns:
         `str`: `"Yes"` or `"No"` if exactly one of the two words is in the text, else `"Unknown"`.
     """
-    words = set(_remove_marks(text.lower(), _YES_NO_COMMA).split())
+    words = set(_remove_marks(text.lower()).split())
     if ("yes" in words) == ("no" in words):
         return "Unknown"
     return "Yes" if "yes" in words else "No"
