@@ -1,5 +1,6 @@
 """The output folder of a training: which contents are refused, resuming, and that results only appear complete."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,7 +10,9 @@ from typer.testing import CliRunner
 
 from mgllava.cli import app
 from mgllava.folder_lock import FolderLock, FolderLockedError
-from mgllava.training import MGLlavaTrainer, TrainingError, load_recipe, train
+from mgllava.training import MGLlavaTrainer, Recipe, TrainingError, load_recipe, train
+from mgllava.training.recipe import DataOptions
+from mgllava.training.run_record import check_same_training, refuse_other_files, write_start
 from tests.processing.detectors import OWLV2
 from tests.training.conftest import losses, write_samples
 
@@ -35,6 +38,32 @@ def test_folder_with_other_files_is_refused_before_a_starting_model_is_built(cpu
     parts = [f"model.parts.{name}=missing" for name in ("llm", "vision_tower", "high_res_tower")]
     with pytest.raises(TrainingError, match="contains other files"):
         run(cpu_recipe, *SHORT, "model.name=null", "model.parts.prompt_template=vicuna", *parts)
+
+
+def test_what_a_killed_start_leaves_is_no_other_file(tmp_path):
+    left = ["start", "start.incomplete", "start.lock", "recipe.yaml", "run.json", "_saving.incomplete", "runs"]
+    for name in (*left, "recipe.yaml.ab.partial", "checkpoint-3"):
+        (tmp_path / name).mkdir()
+    refuse_other_files(tmp_path)
+    refuse_other_files(tmp_path / "absent")
+    for name in ("model", "checkpoint"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(TrainingError, match=r"contains other files \(checkpoint, model\)"):
+        refuse_other_files(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(TrainingError, match=r"`training\.output_dir`: .* is a file"):
+        refuse_other_files(tmp_path / "file")
+
+
+@pytest.mark.parametrize("noted", [None, "{}", "[", "other"])
+def test_starting_model_of_other_or_unknown_parts_is_refused(cpu_recipe, tmp_path, noted):
+    parts = {"llm": "a", "vision_tower": "b", "high_res_tower": "c", "prompt_template": "vicuna", "config": {}}
+    (tmp_path / "out" / "start").mkdir(parents=True)
+    if noted is not None:
+        text = json.dumps({**parts, "dtype": "bfloat16"}) if noted == "other" else noted
+        (tmp_path / "out" / "start" / "parts.json").write_text(text)
+    with pytest.raises(TrainingError, match=r"`model\.parts`: .*start was built from other or unknown parts"):
+        run(cpu_recipe, *SHORT, "model.name=null", f"model.parts={json.dumps(parts)}")
 
 
 def test_finished_training_is_not_overwritten(cpu_recipe):
@@ -111,6 +140,78 @@ def test_resuming_with_other_samples_under_the_same_name_is_refused(cpu_recipe, 
             run(cpu_recipe, *own, "training.max_steps=2", resume=True)
         path.write_text(text)
     run(cpu_recipe, *own, "training.max_steps=2", resume=True)
+
+
+# All settings of transformers that may differ, by docs/training.md: "logging, saving, evaluation, workers".
+MAY_DIFFER = """
+    disable_tqdm include_num_input_tokens_seen log_level log_level_replica log_on_each_node logging_dir
+    logging_first_step logging_nan_inf_filter logging_steps logging_strategy project report_to run_name
+    skip_memory_metrics trackio_bucket_id trackio_space_id trackio_static_space_id
+
+    hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token output_dir push_to_hub
+    save_on_each_node save_only_model save_steps save_strategy save_total_limit
+
+    eval_accumulation_steps eval_delay eval_do_concat_batches eval_on_start eval_steps eval_strategy
+    eval_use_gather_object per_device_eval_batch_size
+
+    dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers dataloader_persistent_workers
+    dataloader_pin_memory dataloader_prefetch_factor ddp_timeout
+
+    activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
+    torch_empty_cache_steps
+""".split()
+
+
+def refused_on_resuming(before, now, output, samples=("a", "a")):
+    """Return the names of the keys in which a training may not differ from the one that is resumed."""
+    output.mkdir(exist_ok=True)
+    write_start(before, samples[0], output, None, [])
+    try:
+        check_same_training(now, samples[1], output, "checkpoint-2")
+    except TrainingError as error:
+        found = str(error).partition("another recipe: ")[2].partition(". Resume with")[0]
+        return {difference.partition(":")[0].removeprefix("training.") for difference in found.split("; ")}
+    return set()
+
+
+def test_resuming_allows_exactly_what_does_not_change_what_is_learned(tmp_path):
+    before = Recipe(data=DataOptions(samples="a.json"), training={"output_dir": "out"})
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    now = Recipe(
+        data=DataOptions(samples="a.json", allow_other_boxes=True, processes=3),
+        evaluation=DataOptions(samples="b.json", max_text_length=5),
+        training=dict.fromkeys(names, "changed"),
+    )
+    assert refused_on_resuming(before, now, tmp_path / "out") == names - set(MAY_DIFFER)
+
+
+def test_resuming_allows_another_length_or_batch_where_it_does_not_matter(tmp_path):
+    def refused(name, values, **given):
+        recipes = (
+            Recipe(
+                training={"output_dir": "out", "lr_scheduler_type": given.get("schedule", "constant"), name: value},
+                global_batch_size=given.get("global_batch_size"),
+            )
+            for value in values
+        )
+        return refused_on_resuming(*recipes, tmp_path / "out")
+
+    for name in ("max_steps", "num_train_epochs"):
+        assert not refused(name, (2, 3)) and refused(name, (2, 3), schedule="linear") == {name}
+    batch = "per_device_train_batch_size"
+    assert not refused(batch, (2, 4), global_batch_size=8) and refused(batch, (2, 4)) == {batch}
+
+
+def test_resuming_compares_samples_that_are_known(tmp_path):
+    recipe = Recipe(training={"output_dir": "out"})
+    for samples in (("a", "b"), ("a", "a"), ("a", None), (None, "b")):
+        refused = refused_on_resuming(recipe, recipe, tmp_path / "out", samples)
+        assert bool(refused) == (samples == ("a", "b"))
+    (tmp_path / "out" / "run.json").write_text("[]")
+    check_same_training(recipe, "b", tmp_path / "out", "checkpoint-2")
+    (tmp_path / "out" / "recipe.yaml").unlink()
+    with pytest.raises(TrainingError, match=r"cannot be resumed, because its recipe cannot be read.*recipe\.yaml"):
+        check_same_training(recipe, "b", tmp_path / "out", "checkpoint-2")
 
 
 def test_allowed_changes_on_resuming_are_written_to_the_recipe(cpu_recipe):
