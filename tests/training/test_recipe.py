@@ -212,6 +212,72 @@ def test_values_of_another_type_or_range_are_refused_by_name(change, expected):
     assert f"`{change.partition('=')[0]}" in message and expected in message and "\n" not in message
 
 
+# Per key the values that are just within its limits, and those just beyond.
+COUNT, POSITIVE, NOT_NEGATIVE = ([1], [0]), ([1e-9], [0]), ([0], [-1e-9])
+SHARE, INTERVAL, SEED = ([0, 0.999], [-0.001, 1]), ([0.001, 0.999, 1, 2], [0, 1.5]), ([0, 2**32 - 1], [-1, 2**32])
+LIMITS = {
+    "global_batch_size": COUNT,
+    "learning_rates": (["{fusion: 1e-9, lm_head: 1}"], ["{fusion: 0, lm_head: 1}"]),
+    "model.bits": ([4, 8], [5]),
+    "data.max_text_length": COUNT,
+    "data.num_frames": COUNT,
+    "data.processes": COUNT,
+    "data.detector.threshold": ([0, 1], [-0.001, 1.001]),
+    "evaluation.max_text_length": COUNT,
+    "evaluation.detector.threshold": ([0, 1], [-0.001, 1.001]),
+    "training.per_device_train_batch_size": COUNT,
+    "training.per_device_eval_batch_size": COUNT,
+    "training.gradient_accumulation_steps": COUNT,
+    "training.eval_accumulation_steps": COUNT,
+    "training.num_train_epochs": POSITIVE,
+    "training.max_steps": ([-1, 1], [-2, 0]),
+    "training.learning_rate": POSITIVE,
+    "training.warmup_steps": NOT_NEGATIVE,
+    "training.weight_decay": NOT_NEGATIVE,
+    "training.adam_beta1": SHARE,
+    "training.adam_beta2": SHARE,
+    "training.adam_epsilon": NOT_NEGATIVE,
+    "training.max_grad_norm": NOT_NEGATIVE,
+    "training.label_smoothing_factor": SHARE,
+    "training.neftune_noise_alpha": POSITIVE,
+    "training.torch_empty_cache_steps": COUNT,
+    "training.logging_steps": INTERVAL,
+    "training.eval_steps": INTERVAL,
+    "training.save_steps": INTERVAL,
+    "training.eval_delay": NOT_NEGATIVE,
+    "training.save_total_limit": COUNT,
+    "training.seed": SEED,
+    "training.data_seed": SEED,
+    "training.dataloader_num_workers": ([0], [-1]),
+    "training.dataloader_prefetch_factor": COUNT,
+    "training.ddp_timeout": COUNT,
+    "training.ddp_bucket_cap_mb": COUNT,
+    "lora.r": COUNT,
+    "lora.lora_alpha": COUNT,
+    "lora.lora_dropout": SHARE,
+    "model.dtype": (["float32", "bfloat16", "float16"], ["int8"]),
+    "data.missing_boxes": (["error", "empty"], ["skip"]),
+    "data.on_bad_sample": (["error", "skip"], ["empty"]),
+    "evaluation.missing_boxes": (["error", "empty"], ["skip"]),
+    "data.detector.mode": (["faithful", "clean"], ["x"]),
+    "training.train_sampling_strategy": (["random", "sequential", "group_by_length"], ["x"]),
+}
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_values_are_accepted_up_to_their_limits(number):
+    load_recipe(*(f"{key}={within[min(number, len(within) - 1)]}" for key, (within, _) in LIMITS.items()))
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_values_beyond_their_limits_are_refused(number):
+    changes = [f"{key}={beyond[min(number, len(beyond) - 1)]}" for key, (_, beyond) in LIMITS.items()]
+    with pytest.raises(TrainingError) as caught:
+        load_recipe(*changes)
+    named = [line.partition("` must be ")[0] for line in str(caught.value).splitlines()]
+    assert sorted(named) == sorted(f"`{key}" for key in LIMITS)
+
+
 @pytest.mark.parametrize("change", ["training.bf16=2", "training.run_name=[a]"])
 def test_quotes_are_advised_for_numbers_that_may_be_text_only(change):
     with pytest.raises(TrainingError) as caught:
@@ -232,7 +298,17 @@ READ = [
     ("training.include_num_input_tokens_seen=true", True),
     ("training.report_to=[wandb, tensorboard]", ["wandb", "tensorboard"]),
     ("training.fsdp=true", True),
+    ("training.fsdp=full_shard", "full_shard"),
+    ("training.fsdp=[full_shard, auto_wrap]", ["full_shard", "auto_wrap"]),
     ("training.deepspeed=zero.json", "zero.json"),
+    ("training.deepspeed={zero: true}", {"zero": True}),
+    ("training.report_to=wandb", "wandb"),
+    ("training.debug=[underflow_overflow]", ["underflow_overflow"]),
+    ("training.debug=underflow_overflow", "underflow_overflow"),
+    ("training.accelerator_config={even_batches: true}", {"even_batches": True}),
+    ("training.accelerator_config=accelerate.json", "accelerate.json"),
+    ("training.liger_kernel_config={rope: true}", {"rope": True}),
+    ("training.liger_kernel_config=null", None),
     ("training.save_total_limit=null", None),
     ("lora.init_lora_weights=pissa_niter_4", "pissa_niter_4"),
     ("lora.init_lora_weights=false", False),
