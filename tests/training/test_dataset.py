@@ -1,3 +1,4 @@
+import copy
 import json
 import logging
 import shutil
@@ -129,7 +130,59 @@ def test_bad_samples_are_found_before_training(folder, small_processor, kind, ca
 def test_missing_boxes_may_be_taken_for_none(folder, small_processor):
     with pytest.raises(TrainingError, match=r"9 of 12 samples.*no box file"):
         ConversationDataset([source(folder, boxes=None)], small_processor)
-    assert len(ConversationDataset([source(folder, boxes=None)], small_processor, missing_boxes="empty")) == 12
+    dataset = ConversationDataset([source(folder, boxes=None)], small_processor, missing_boxes="empty")
+    assert len(dataset) == 12
+    assert dataset[0]["boxes"] == [[]] and "video_boxes" not in dataset[0] and "boxes" not in dataset[3]
+
+
+def test_the_digest_is_of_ids_paths_and_lengths_without_the_folder(folder, small_processor, tmp_path):
+    def digest(at=folder):
+        return ConversationDataset([source(at)], small_processor).digest
+
+    before = digest()
+    assert digest(shutil.copytree(folder, tmp_path / "moved")) == before
+    shutil.copy(folder / "images" / "1.png", folder / "images" / "one.png")
+    write_boxes(
+        folder / "boxes.json", [*read_boxes(folder / "boxes.json").values(), {"id": "0.png", **found_at(FIRST)}]
+    )
+    assert digest() == before
+    found = set()
+    longer = [{"from": "human", "value": "Say it."}, {"from": "gpt", "value": "It. " * 30}]
+    for number, changes in ((0, {"id": "other"}), (1, {"image": "one.png"}), (3, {"conversations": longer})):
+        change(folder, number, **changes)
+        found.add(digest())
+    assert len(found | {before}) == 4
+
+
+def test_errors_of_chat_templates_name_the_sample(folder, small_processor):
+    template = "{% generation %}{{ raise_exception('no tongue') }}{% endgeneration %}"
+    processor = copy.copy(small_processor)
+    processor.chat_template = template
+    with pytest.raises(TrainingError, match=r"12 of 12 samples .*\(12 of another form\): Sample sample-0: no tongue"):
+        ConversationDataset([source(folder)], processor)
+
+
+def test_samples_without_an_id_are_named_by_file_and_row(folder, small_processor):
+    samples = json.loads((folder / "samples.json").read_text())
+    (folder / "samples.json").write_text(json.dumps([{**samples[3], "id": 0}]))
+    assert ConversationDataset([source(folder)], small_processor)[0]["id"] == "0"
+    for entry in samples:
+        del entry["id"]
+    (folder / "s.jsonl").write_text("\n" + "\n\n".join(map(json.dumps, samples[2:4])))
+    with pytest.raises(
+        TrainingError, match=r"Sample s\.jsonl:0 has no boxes: .*boxes.json has none for s\.jsonl:0 or 2"
+    ):
+        ConversationDataset([source(folder, samples="s.jsonl")], small_processor)
+
+
+@pytest.mark.parametrize("argument", ["samples", "images", "boxes", "videos"])
+def test_what_does_not_exist_is_named_with_its_key(folder, argument):
+    paths = {name: folder for name in ("images", "videos")}
+    paths |= {"samples": folder / "samples.json", "boxes": folder / "boxes.json", argument: folder / "gone"}
+    with pytest.raises(TrainingError, match=rf"^`evaluation\.{argument}`: .*gone does not exist"):
+        open_source(**paths, section="evaluation")
+    with pytest.raises(TrainingError, match=rf"^`{argument}`: "):
+        open_source(**paths)
 
 
 def test_what_is_no_list_of_samples_is_refused(tmp_path, small_processor):
@@ -173,8 +226,8 @@ def test_each_image_of_a_sample_has_its_own_boxes(small_processor, tmp_path):
         assert batch["boxes"].tolist() == [boxes.tolist() for boxes in expected["boxes"]]
 
 
-def boxes_of(sample, processor):
-    batch = MGLlavaDataCollator(processor)([sample])
+def boxes_of(sample, processor, **options):
+    batch = MGLlavaDataCollator(processor, **options)([sample])
     return [boxes[:number].tolist() for boxes, number in zip(batch["boxes"], batch["num_boxes"], strict=True)]
 
 
@@ -232,6 +285,8 @@ def test_images_without_boxes_do_not_take_those_of_the_others_away(small_process
     two_pictures(tmp_path, {}, boxes=[[FIRST], None])
     with pytest.raises(TrainingError, match="Sample pair has boxes for some of its images only"):
         ConversationDataset([source], small_processor)
+    dataset = ConversationDataset([source], small_processor, missing_boxes="empty")
+    assert boxes_of(dataset[0], small_processor, missing_boxes="empty")[1] == [[0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("missing_boxes", ["error", "empty"])
@@ -242,6 +297,15 @@ def test_one_record_for_several_images_is_refused(small_processor, tmp_path, mis
         ConversationDataset([source], small_processor, missing_boxes=missing_boxes)
     with pytest.raises(TrainingError, match=expected):
         next(iter(stream_samples([source])))
+
+
+def test_two_records_of_one_image_are_refused(small_processor, tmp_path):
+    source = two_pictures(tmp_path, {"0.png": FIRST, "1.png": SECOND})
+    records = [{"id": key, **found_at(FIRST)} for key in ("0.png", "1.png", "1.png")]
+    write_boxes(tmp_path / "pair-boxes.json", records)
+    source = open_source(source.samples, source.images, tmp_path / "pair-boxes.json")
+    with pytest.raises(TrainingError, match=r"Sample pair has two records in .*pair-boxes\.json \(1\.png\)"):
+        ConversationDataset([source], small_processor)
 
 
 def test_boxes_by_an_id_that_two_images_have_are_refused(small_processor, tmp_path):

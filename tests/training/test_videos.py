@@ -243,6 +243,62 @@ def test_videos_without_boxes_or_file_are_found_before_training(folder, video_pr
     (folder / "videos" / "0.gif").unlink()
     dataset = ConversationDataset([source(folder)], video_processor, on_bad_sample="skip")
     assert dataset.skipped == 1 and len(dataset) == 3 and dataset.modalities[0] == "video"
+    (folder / "i.png").unlink()
+    expected = (
+        r"\(1 without a video; 1 without an image\): Sample one: there is no video .* Sample i: there is no image"
+    )
+    with pytest.raises(TrainingError, match=expected):
+        ConversationDataset([source(folder)], video_processor)
+
+
+def test_a_video_without_boxes_may_be_taken_for_one_without_objects(folder, video_processor):
+    options = {"missing_boxes": "empty"}
+    write(folder, first="other")
+    dataset = ConversationDataset([source(folder)], video_processor, **options)
+    assert dataset[0]["video_boxes"] == [[]] and "boxes" not in dataset[0]
+    rows = json.loads((folder / "s.json").read_text())
+    (folder / "s.json").write_text(json.dumps([{**rows[0], "video_boxes": []}, {**rows[1], "video_boxes": None}]))
+    dataset = ConversationDataset([source(folder)], video_processor, **options)
+    assert len(dataset) == 2 and len(dataset[1]["video_boxes"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("records", "problem"),
+    [
+        ([{"id": "one", "frames": [ENTRY] * FRAMES}] * 2, r"Sample one has two records in .*boxes\.json \(one\)"),
+        ([{"id": "one", **ENTRY}], r"Sample one is of a video, but .* has boxes of one image for it \(one\)"),
+        ([{"id": "two", **ENTRY}], r"Sample one has no boxes: .*boxes\.json has none for 0\.gif or one"),
+    ],
+)
+def test_unfit_records_of_a_video_are_refused(folder, video_processor, records, problem):
+    write_boxes(folder / "boxes.json", records)
+    with pytest.raises(TrainingError, match=problem):
+        ConversationDataset([source(folder)], video_processor)
+
+
+def test_frames_under_a_later_key_are_preferred_to_an_image_under_the_id(folder, video_processor):
+    records = [{"id": "one", **ENTRY}, {"id": "0", "frames": [EMPTY, ENTRY, EMPTY]}]
+    write_boxes(folder / "boxes.json", records)
+    (folder / "s.json").write_text(json.dumps(json.loads((folder / "s.json").read_text())[:1]))
+    (boxes,) = ConversationDataset([source(folder)], video_processor)[0]["video_boxes"]
+    assert [bool(frame["boxes"]) for frame in boxes] == [False, True, False]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_boxes_by_an_id_that_two_videos_have_are_refused(folder, video_processor, number):
+    """Several videos of one sample have their boxes by path, so that two samples may have the same id."""
+    names = ["0.gif", "1.gif", "2.gif"]
+    rows = [
+        {"id": "one", "video": names[first : first + number], "conversations": turns("<video>" * number + "What?")}
+        for first in (0, 1)
+    ]
+    (folder / "s.json").write_text(json.dumps(rows))
+    write_boxes(folder / "boxes.json", [{"id": key, "frames": [ENTRY] * FRAMES} for key in ("one", *names)])
+    if number == 2:
+        assert len(ConversationDataset([source(folder)], video_processor)) == 2
+        return
+    with pytest.raises(TrainingError, match="Sample one has another video than an earlier sample of this id"):
+        ConversationDataset([source(folder)], video_processor)
 
 
 def test_a_recipe_trains_on_images_videos_and_text(folder, video_processor, tmp_path_factory):
