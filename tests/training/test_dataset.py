@@ -177,7 +177,7 @@ def test_samples_without_an_id_are_named_by_file_and_row(folder, small_processor
 
 @pytest.mark.parametrize("argument", ["samples", "images", "boxes", "videos"])
 def test_what_does_not_exist_is_named_with_its_key(folder, argument):
-    paths = {name: folder for name in ("images", "videos")}
+    paths = dict.fromkeys(("images", "videos"), folder)
     paths |= {"samples": folder / "samples.json", "boxes": folder / "boxes.json", argument: folder / "gone"}
     with pytest.raises(TrainingError, match=rf"^`evaluation\.{argument}`: .*gone does not exist"):
         open_source(**paths, section="evaluation")
