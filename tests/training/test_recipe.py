@@ -1,10 +1,22 @@
 import dataclasses
+import inspect
+from typing import Any
 
 import pytest
 
+from mgllava.box_files import detect_images, open_detector
 from mgllava.families import FAMILIES
-from mgllava.training import Recipe, TrainingError, load_recipe, recipe_names, train
-from mgllava.training.recipe import checked_recipe
+from mgllava.training import (
+    ConversationDataset,
+    MGLlavaDataCollator,
+    Recipe,
+    TrainingError,
+    load_recipe,
+    recipe_names,
+    train,
+)
+from mgllava.training.recipe import DataOptions, DetectorOptions, checked_recipe
+from mgllava.training.values import WrongValueError, read_value
 
 OVERLAYS = {"fsdp2.yaml", "lora.yaml", "qlora.yaml", "zero2.yaml", "zero3.yaml"}
 SLIME_STAGES = ("1a", "1b", "2", "3")
@@ -201,6 +213,8 @@ REFUSED = [
     ("lora.r=0", "must be 1 or greater, got 0"),
     ("lora.lora_dropout=1", "must be at least 0 and below 1, got 1"),
     ("lora.bias=lora_onl", "Did you mean lora_only?"),
+    ("lora.runtime_config=3", "must be keys and values, got 3"),
+    ("model.config={deep: {er: Off}}", "has er=Off, which is read as text here"),
 ]
 
 
@@ -314,6 +328,8 @@ READ = [
     ("lora.init_lora_weights=false", False),
     ("training.lr_scheduler_type=Cosine", "cosine"),
     ("lora.bias=ALL", "all"),
+    ("lora.runtime_config={ephemeral_gpu_offload: true}", {"ephemeral_gpu_offload": True}),
+    ("lora.layer_replication=[[0, 4]]", [[0, 4]]),
     ("evaluation=null", None),
 ]
 
@@ -324,6 +340,28 @@ def test_words_are_read_by_the_type_of_their_key(change, expected):
     for key in change.partition("=")[0].split("."):
         value = value[key] if isinstance(value, dict) else getattr(value, key)
     assert value == expected and type(value) is type(expected)
+
+
+@pytest.mark.parametrize("kind", [list, list[Any], Any])
+def test_values_without_a_type_are_read_as_they_are_but_for_words(kind):
+    """Releases of transformers and peft may have such fields."""
+    assert read_value([{"a": 3}, "no"], kind, "training.new") == [{"a": 3}, "no"]
+    with pytest.raises(WrongValueError, match="has a=no, which is read as text"):
+        read_value([{"a": "no"}] if kind is not Any else {"a": "no"}, kind, "training.new")
+
+
+def defaults_of(function, *names):
+    return {name: inspect.signature(function).parameters[name].default for name in names}
+
+
+def test_defaults_are_those_of_the_functions_that_use_them():
+    data, detector = DataOptions(), DetectorOptions()
+    options = ("max_text_length", "on_bad_sample", "missing_boxes", "original_labels", "processes")
+    assert defaults_of(ConversationDataset, *options) == {name: getattr(data, name) for name in options}
+    assert defaults_of(MGLlavaDataCollator, *options[:4]) == {name: getattr(data, name) for name in options[:4]}
+    assert defaults_of(detect_images, "threshold") == {"threshold": detector.threshold}
+    assert open_detector().config["mode"] == detector.mode
+    assert Recipe().model.dtype == "bfloat16" and not data.allow_other_boxes and not data.streaming
 
 
 def test_parts_are_those_of_the_family(monkeypatch):

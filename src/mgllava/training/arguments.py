@@ -123,7 +123,7 @@ def _check_optimizer(args: TrainingArguments) -> None:
     try:
         optimizer: Any = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
         # Other optimizers cannot be built without the model.
-        if args.optim_args is None and args.optim_target_modules is None and str(args.optim).startswith("adamw_torch"):
+        if args.optim.startswith("adamw_torch"):
             kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
             optimizer = kind([torch.zeros(1)], **options)
         schedule: dict[str, Any] = {"num_warmup_steps": 0, "num_training_steps": 10}

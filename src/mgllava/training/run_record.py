@@ -121,7 +121,7 @@ def write_start(recipe: Recipe, samples: str | None, output: Path, resumed: str 
         comments.append(f"{_RESUMED}{resumed}{', with ' + '; '.join(changes) if changes else ''}")
     with replacing(path) as partial:
         partial.write_text("\n".join([*comments, recipe.to_yaml()]), encoding="utf-8")
-    _write_run(output, {"samples": samples, "finished": False})
+    _write_run(output, {"samples": samples})
 
 
 def write_end(output: Path, steps: int) -> None:

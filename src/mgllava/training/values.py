@@ -8,6 +8,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from mgllava.errors import MGLlavaError
@@ -197,10 +198,8 @@ def _converted(value: Any, kind: Any) -> Any:
         return bool(value) if type(value) is int and value in (0, 1) else _NOT_THIS
     if kind in (int, float) and not isinstance(value, bool):
         if isinstance(value, str):
-            try:
+            with suppress(ValueError):
                 value = int(word) if word.lstrip("+-").isdigit() else float(word)
-            except ValueError:
-                return _NOT_THIS
         if not isinstance(value, int | float):
             return _NOT_THIS
         value = _finite(value)
