@@ -105,6 +105,7 @@ def test_changed_files_are_read_again(folder, small_processor):
 
 BAD = {
     "image": {"image": "gone.png"},
+    "number": {"image": 5},
     "answer": {"conversations": [{"from": "human", "value": "<image>"}]},
     "boxes": {"id": "unknown"},
     "placeholder": {"conversations": [{"from": "human", "value": "Hm?"}, {"from": "gpt", "value": "Hm."}]},

@@ -5,6 +5,8 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoProcessor, TrainingArguments
 from typer.testing import CliRunner
 
@@ -305,6 +307,15 @@ def test_result_is_saved_with_the_changed_configuration(cpu_recipe, small_reposi
     own = {"dtype": None, "rms_norm_eps": None}
     assert after["text_config"]["rms_norm_eps"] == 1e-3 != before["text_config"]["rms_norm_eps"]
     assert {**after["text_config"], **own} == {**before["text_config"], **own}
+
+
+@pytest.mark.parametrize(("overlay", "dtype"), [((), torch.bfloat16), (("lora.yaml",), torch.float32)])
+def test_result_has_the_dtype_of_the_recipe_and_adapters_that_of_training(cpu_recipe, overlay, dtype):
+    """Trained parameters are float32 in training."""
+    changes = ["model.dtype=bfloat16", "training.bf16=true", "training.save_strategy=no", "training.max_steps=1"]
+    output = run(cpu_recipe, *SHORT, *overlay, *changes)
+    (weights,) = output.glob("*.safetensors")
+    assert {value.dtype for value in load_file(weights).values()} == {dtype}
 
 
 def test_model_that_cannot_be_trained_is_refused(cpu_recipe, tmp_path):

@@ -34,7 +34,6 @@ class _Learning(TrainerCallback):
 
     def __init__(self, trainer: "MGLlavaTrainer"):
         self._trainer = trainer
-        self._greatest_rate = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the first step of a resumed training."""
@@ -96,6 +95,12 @@ class MGLlavaTrainer(Trainer):
         empty_steps (`int`): Steps in which all samples were skipped.
     """
 
+    # From the start of `train` or of a step.
+    _counting_since: float
+    _first_step: int
+    _learned_samples: int
+    _sample_ids: list[str]
+
     def __init__(
         self,
         *args: Any,
@@ -109,12 +114,9 @@ class MGLlavaTrainer(Trainer):
             prepare = self.accelerator.prepare
             self.accelerator.prepare = lambda *given, **options: self._prepare_sharded(prepare, *given, **options)
         self._eval_data_collator = eval_data_collator
-        self._sample_ids: list[str] = []
         # Tokens, images, skipped samples and lost ones since the last log.
         self._counts = torch.zeros(4, dtype=torch.float64)
         self._device_tokens: torch.Tensor | None = None
-        self._counting_since = time.perf_counter()
-        self._learned_samples = 0
         # Loss and number of samples of each batch of an evaluation.
         self._evaluated: list[tuple[torch.Tensor, int]] | None = None
         self.skipped_samples = self.lost_samples = 0
@@ -339,7 +341,7 @@ class MGLlavaTrainer(Trainer):
                 )
             resume_from_checkpoint = str(checkpoint)
         self._counting_since = time.perf_counter()
-        self._learned_samples = self._first_step = 0
+        self._learned_samples = 0
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.state.global_step > self._first_step:
             self.check_learned()
