@@ -1,7 +1,9 @@
 """Answering: boxes and their changes, bad rows, and runs that are interrupted and resumed."""
 
+import importlib
 import io
 import json
+from dataclasses import FrozenInstanceError, fields, is_dataclass
 
 import pytest
 from PIL import Image
@@ -357,3 +359,26 @@ def test_damaged_metadata_do_not_turn_an_image(monkeypatch):
 
     monkeypatch.setattr(Image.Image, "getexif", fail)
     assert not open_as_stored(Image.new("RGB", (4, 3))).is_turned
+
+
+def test_records_that_threads_share_cannot_be_changed():
+    kinds = {
+        kind
+        for name in (
+            "answering",
+            "benchmarks",
+            "box_sources",
+            "evaluate",
+            "job",
+            "questions",
+            "scores",
+            "tables",
+            "task",
+        )
+        for kind in vars(importlib.import_module(f"mgllava.evaluation.{name}")).values()
+        if isinstance(kind, type) and is_dataclass(kind) and kind.__module__.startswith("mgllava.evaluation.")
+    }
+    assert len(kinds) == 12
+    for kind in kinds:
+        with pytest.raises(FrozenInstanceError):
+            setattr(object.__new__(kind), fields(kind)[0].name, None)

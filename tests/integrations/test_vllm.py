@@ -6,7 +6,7 @@ import configparser
 import io
 import json
 import threading
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -421,3 +421,9 @@ def test_weights_that_the_router_lacks_are_named(tmp_path):
     described = SimpleNamespace(hf_config=model.config, model=str(tmp_path), revision=None, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"these are missing: local_compressor\.queries\."):
         ImageRouter(described, device="cpu")
+
+
+@pytest.mark.parametrize("kind", [BoxedImage, PluginOptions])
+def test_records_that_threads_share_cannot_be_changed(kind):
+    with pytest.raises(FrozenInstanceError):
+        setattr(object.__new__(kind), fields(kind)[0].name, None)

@@ -291,7 +291,7 @@ def test_an_answer_may_be_continued(start, processor):
 
 def test_another_chat_template_and_its_variables_are_used(start, processor):
     template = "{% for message in messages %}{{ message.content[-1].text }}{% endfor %}{{ end }}"
-    params = vllm.ChatParams(chat_template=template, chat_template_kwargs={"end": "Z", "tokenize": False, "no": None})
+    params = vllm.ChatParams(chat_template=template, chat_template_kwargs={"end": "Z", "tokenize": True, "no": None})
     (inputs,) = start()[0].render_chat([[ask()]], params)
     assert inputs["prompt_token_ids"] == processor.encode_text("What is it?Z")[0]
 
@@ -322,6 +322,19 @@ def test_wrong_messages_are_errors_of_the_request(start, conversation, parameter
     assert raised.value.parameter == parameter
     with pytest.raises(vllm.VLLMValidationError, match=error):
         asyncio.run(renderer.render_chat_async([conversation], chat_params()))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "tool", "content": "3 cats", "tool_call_id": "1"},
+        {"role": "assistant", "content": "a", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]},
+    ],
+    ids=["tool", "assistant"],
+)
+def test_tools_are_refused_as_errors_of_the_request(start, message):
+    with pytest.raises(vllm.VLLMValidationError, match=r"Turns must alternate|not trained with tools"):
+        asyncio.run(start()[0].render_chat_async([[ask(), message, ask()]], chat_params()))
 
 
 def test_wrong_templates_and_requests_are_errors_of_the_request(start):

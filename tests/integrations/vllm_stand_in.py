@@ -74,6 +74,8 @@ def parse_chat_messages(messages, model_config, content_format, media_io_kwargs=
             names.append(part.get("uuid"))
             kept = {key: value for key, value in part.items() if key not in ("type", "image_url", "image_pil", "uuid")}
             blocks.append({"type": "image", **kept})
+        if message["role"] == "tool":
+            blocks = "\n".join(block["text"] for block in blocks)
         calls = {"tool_calls": message["tool_calls"]} if message.get("tool_calls") else {}
         conversation.append({"role": message["role"], "content": blocks, **calls})
     return conversation, {"image": images} if images else None, {"image": names} if images else None

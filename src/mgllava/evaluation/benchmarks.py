@@ -15,7 +15,7 @@ from .uploads import Upload
 _BOX_LIMIT = 100
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Benchmark:
     """A benchmark.
 

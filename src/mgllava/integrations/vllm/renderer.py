@@ -27,8 +27,8 @@ from .options import PluginOptions
 from .processing import open_item
 from .requests import RequestReader
 
-# Options of `apply_chat_template` that vLLM sets for its own way of rendering.
-_NOT_FOR_PROCESSORS = ("tokenize", "return_dict", "chat_template")
+# Options of `apply_chat_template` that are not those of the processor, or are given apart.
+_NOT_FOR_PROCESSORS = ("tokenize", "chat_template")
 
 
 class ServedRenderer(HfRenderer):
@@ -156,11 +156,8 @@ class ServedRenderer(HfRenderer):
                     "The prompt has a placeholder of an image, but no image.", parameter="prompt"
                 )
             return []
-        options = dict(prompt.get("mm_processor_kwargs") or {})
         with _as_request_errors():
-            items = boxed_images(images, options.pop("boxes", None))
-        if "mm_processor_kwargs" in prompt:
-            prompt["mm_processor_kwargs"] = options
+            items = boxed_images(images, (prompt.get("mm_processor_kwargs") or {}).get("boxes"))
         prompt["multi_modal_data"] = {**prompt["multi_modal_data"], "image": items}
         names = (prompt.get("multi_modal_uuids") or {}).get("image") or [None] * len(items)
         names = [names] if isinstance(names, str) else names
@@ -208,17 +205,15 @@ class ServedRenderer(HfRenderer):
 def _plain_blocks(conversation: list[Any]) -> list[Any]:
     """Copy a conversation with the roles and blocks that templates know, and without boxes."""
     roles = {"developer": "system"}
-    return [
-        {
-            "role": roles.get(message["role"], message["role"]),
-            "content": [
-                {key: part[key] for key in ("type", "text") if key in part} for part in message.get("content") or []
-            ]
-            or [{"type": "text", "text": ""}],
-            **({"tool_calls": message["tool_calls"]} if message.get("tool_calls") else {}),
-        }
-        for message in conversation
-    ]
+    copied = []
+    for message in conversation:
+        parts = message.get("content") or ""
+        if isinstance(parts, str):  # results of tools, and empty messages
+            parts = [{"type": "text", "text": parts}]
+        blocks = [{key: part[key] for key in ("type", "text") if key in part} for part in parts]
+        calls = {"tool_calls": message["tool_calls"]} if message.get("tool_calls") else {}
+        copied.append({"role": roles.get(message["role"], message["role"]), "content": blocks, **calls})
+    return copied
 
 
 class _as_request_errors:  # noqa: N801  (reads like a function)
