@@ -176,6 +176,7 @@ def test_rows_without_a_split_have_their_own_score():
 def test_gqa_compares_lower_case_without_points_at_the_end():
     scores = score_gqa(ask((1, "cat", ""), (2, "cat", ""), (3, "cat", "")), ["Cat.", "the cat", "cat "])
     assert scores.values["accuracy"] == pytest.approx(100 / 3)
+    assert (scores.main, scores.categories) == ("accuracy", {}), "questions without a category have no row"
 
 
 def test_exact_match_ignores_case_and_surrounding_spaces():
@@ -192,7 +193,7 @@ def test_soft_accuracy_and_anls_are_means():
 
 def test_rotations_alone_give_no_score():
     scores = score_choices(ask((1_000_001, "A", ""), (2_000_001, "A", "")), ["A", "B"])
-    assert scores.values == {"accuracy": 0} and "No question has an index" in scores.notes[0]
+    assert (scores.main, scores.values) == ("accuracy", {"accuracy": 0}) and "No question has" in scores.notes[0]
     assert scores.credits == [1, 0]
 
 

@@ -3,9 +3,13 @@
 import asyncio
 import base64
 import configparser
+import copy
 import io
 import json
+import re
+import sys
 import threading
+from contextlib import nullcontext
 from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +18,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
 
 import mgllava
 from mgllava.families import FAMILIES
@@ -26,14 +32,14 @@ from mgllava.integrations.vllm.boxed_images import (
     digest,
     run_lengths,
 )
-from mgllava.integrations.vllm.command import read_engine_options, vllm_arguments
+from mgllava.integrations.vllm.command import read_engine_options, run_vllm, vllm_arguments
 from mgllava.integrations.vllm.options import PluginOptions
 from mgllava.integrations.vllm.requests import BoxesField, RequestReader, boxes_into_parts
 from mgllava.integrations.vllm.routing import ImageRouter
 from mgllava.integrations.vllm.support import check_config, drops_tokens
 from mgllava.serving.image_urls import ImageHosts
 from mgllava.serving.limits import ServingLimits
-from tests.tiny import one_slime_prompt, slime_inputs, tiny_slime
+from tests.tiny import one_slime_prompt, slime_inputs, tiny_config, tiny_slime
 
 IMAGE = PIL.Image.linear_gradient("L").resize((30, 20)).rotate(30).convert("RGB")
 BOXES = [[1, 2, 11, 12], [3, 4, 9, 18.5]]
@@ -101,6 +107,12 @@ def test_digests_tell_images_apart():
     array = np.asarray(IMAGE)
     images = [IMAGE, turned, clear, IMAGE.resize((20, 30)), IMAGE.convert("L"), array, array[:, ::-1]]
     images += [torch.tensor(array), SimpleNamespace(original_bytes=b"a"), SimpleNamespace(original_bytes=b"b")]
+    images += [torch.tensor(array).bfloat16(), torch.tensor(array).float(), array.astype("int8"), array.reshape(-1)]
+    palette = PIL.Image.new("P", (2, 2))
+    other = palette.copy()
+    palette.putpalette([1, 2, 3])
+    other.putpalette([3, 2, 1])
+    images += [palette, other]
     digests = [digest(image) for image in images]
     assert len({*digests}) == len(digests)
     assert digests == [digest(image) for image in images] and digest(IMAGE.copy()) == digests[0]
@@ -126,7 +138,12 @@ def test_blocks_of_transformers_become_parts_of_vllm(tmp_path):
         {**url, "image_url": {**url["image_url"], "boxes": BOXES}},
         url,
         {"type": "text", "text": "a"},
+        "b",
+        {"type": "image_url", "image_url": "https://a/b.png"},
     ]
+    assert as_parts(["no message", {"role": "user"}]) == ["no message", {"role": "user"}]
+    (unnamed,) = as_parts([{"role": "user", "content": ({"type": "image", "base64": "QUJD"},)}])[0]["content"]
+    assert unnamed == {"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD"}}
     parts = as_parts([{"role": "user", "content": blocks}, {"role": "assistant", "content": "b"}])[0]["content"]
     assert parts[0] == {"type": "image_pil", "image_pil": IMAGE, "boxes": BOXES}
     assert parts[1] == {"type": "image_url", "image_url": {"url": "https://a/b.png"}}
@@ -146,11 +163,12 @@ def test_boxes_are_read_from_parts():
         url,
         {"image_pil": None, "uuid": "x", "boxes": []},
         {"type": "input_image", "image_url": "u"},
+        "c",
     ]
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "b"}]
     assert boxes_in_parts(messages) == [BOXES, None, [], None]
     with pytest.raises(ValueError, match="next to an image"):
-        boxes_in_parts([{"role": "user", "content": [{"type": "text", "text": "a", "boxes": BOXES}]}])
+        boxes_in_parts([{"role": "user", "content": ({"type": "text", "text": "a", "boxes": BOXES},)}])
 
 
 def test_prompts_with_and_without_runs_are_the_same():
@@ -204,6 +222,18 @@ def test_an_image_that_cannot_be_read_fails_alone():
     assert finder.submit("c", 5).result(10)["boxes"][0][0] == 5, "an error is not remembered"
 
 
+@pytest.mark.parametrize(("device", "config"), [("cpu:0", {}), ("cpu:0", None), (None, {})])
+def test_the_detector_is_placed_once_where_the_operator_wants_it(device, config):
+    processor, loaded = Detector(), []
+    processor.box_detector_config = config
+    processor.load_box_detector = lambda device: loaded.append(device)
+    processor.may_run.set()
+    finder = BoxFinder(processor, PluginOptions(box_detector_device=device))
+    for image in range(3):
+        finder.submit(str(image), image).result(10)
+    assert loaded == ([device] if device and config is not None else [])
+
+
 def test_without_a_detector_no_boxes_are_found():
     assert BoxFinder(Detector(box_detector=None), PluginOptions()).submit("a", 1).result(10) is None
 
@@ -224,6 +254,16 @@ def test_without_a_detector_no_boxes_are_found():
 def test_wrong_options_are_named(options, error):
     with pytest.raises(ValueError, match=error):
         PluginOptions.read({"mgllava": options})
+
+
+def test_options_have_the_defaults_of_the_page():
+    page = (Path(__file__).parents[2] / "docs" / "vllm.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \| \S", page, re.MULTILINE))
+    options = PluginOptions.read({}).as_dict()
+    for name in ("box_detector", "box_detector_batch_size", "remembered_images", "max_boxes"):
+        assert json.loads(rows[name].strip("`").replace(",", "")) == options[name], name
+    for name in ("box_detector_device", "router_device"):
+        assert rows[name] == "the accelerator" and options[name] is None
 
 
 def test_options_survive_the_way_through_a_command_line():
@@ -269,6 +309,82 @@ def test_options_of_the_command_become_those_of_vllm(tmp_path):
     assert plugin.allowed_image_hosts == "none"
 
 
+def test_all_options_of_the_command_have_a_counterpart_or_are_refused():
+    words = vllm_arguments(
+        "a/b",
+        ServingLimits(),
+        {"additional_config": {"other": 1, "mgllava": {"max_boxes": 7}}, "enable_prefix_caching": False},
+        host="0.0.0.0",
+        port=81,
+        trust_remote_code=True,
+        chat_template_kwargs='{"a": 1}',
+        served_model_name="m",
+        log_level="INFO",
+        compile=True,
+    )
+    found = options_of(words)
+    given = {"--model": "a/b", "--host": "0.0.0.0", "--port": "81", "--dtype": "auto", "--served-model-name": "m"}
+    given |= {"--default-chat-template-kwargs": '{"a": 1}', "--uvicorn-log-level": "info"}
+    given |= {"--middleware": f"{BoxesField.__module__}.BoxesField"}
+    assert {name: found[name] for name in given} == {name: [value] for name, value in given.items()}
+    assert found["--trust-remote-code"] == found["--no-enable-prefix-caching"] == []
+    assert not {"--revision", "--tokenizer-revision", "--api-key", "--allowed-origins"} & set(found)
+    config = json.loads(found["--additional-config"][0])
+    assert config["other"] == 1 and PluginOptions.read(config).max_boxes == 7
+    (origins,) = options_of(vllm_arguments("a/b", ServingLimits(), {}, enable_cors=True))["--allowed-origins"]
+    assert json.loads(origins) == ["*"]
+    with pytest.raises(TypeError, match="unexpected options: size"):
+        vllm_arguments("a/b", ServingLimits(), {}, size=1)
+    defaults = options_of(vllm_arguments("a/b", ServingLimits(), {}))
+    assert (defaults["--host"], defaults["--port"]) == (["localhost"], ["8000"])
+    assert defaults["--served-model-name"] == ["a/b"] and defaults["--uvicorn-log-level"] == ["warning"]
+    plugin = PluginOptions.read(json.loads(defaults["--additional-config"][0]))
+    assert (plugin.box_detector, plugin.allowed_image_hosts) == (True, "public")
+
+
+def test_limits_that_vllm_cannot_keep_are_refused():
+    kept = {"images", "image_bytes", "image_side", "pixels", "boxes", "image_timeout"}
+    for limit in fields(ServingLimits):
+        limits = ServingLimits(**{limit.name: limit.default + 1})
+        if limit.name in kept:
+            vllm_arguments("a/b", limits, {})
+        else:
+            with pytest.raises(ValueError, match=f"`{limit.name}` must be left out"):
+                vllm_arguments("a/b", limits, {})
+
+
+@pytest.fixture
+def server_of_vllm(tmp_path, monkeypatch):
+    """A package with the name of vLLM, whose server writes its command line."""
+    folder = tmp_path / "vllm" / "entrypoints" / "openai"
+    folder.mkdir(parents=True)
+    for name in (folder, *folder.parents[:2]):
+        (name / "__init__.py").touch()
+    written = tmp_path / "arguments.json"
+    code = f"import json, sys\nassert __name__ == '__main__'\njson.dump(sys.argv, open({str(written)!r}, 'w'))\n"
+    (folder / "api_server.py").write_text(code)
+    monkeypatch.setattr(sys, "argv", ["mgllava", "serve"])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield written
+    for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
+        del sys.modules[name]
+
+
+def test_the_server_of_vllm_runs_in_this_process(server_of_vllm):
+    run_vllm("a/b", engine_options='{"max_num_seqs": 4}', limits=ServingLimits(), api_keys=["secret"])
+    arguments = json.loads(server_of_vllm.read_text())
+    assert arguments[1:] == vllm_arguments("a/b", ServingLimits(), {"max_num_seqs": 4}, api_keys=["secret"])
+    assert arguments[arguments.index("--max-num-seqs") :][:2] == ["--max-num-seqs", "4"]
+
+
+def test_a_missing_vllm_is_said_after_wrong_options(monkeypatch):
+    monkeypatch.setattr("mgllava.integrations.vllm.command.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"`engine_options` must be a JSON object, got '\{'"):
+        run_vllm("a/b", engine_options="{", limits=ServingLimits())
+    with pytest.raises(ImportError, match="`--engine vllm` needs vLLM"):
+        run_vllm("a/b", limits=ServingLimits())
+
+
 @pytest.mark.parametrize(
     ("options", "engine_options", "error"),
     [
@@ -308,7 +424,14 @@ def test_boxes_of_a_request_move_into_its_parts():
     assert [entry.get("boxes") for entry in moved["messages"][0]["content"]] == [BOXES, None, None, BOXES]
     assert "boxes" not in moved and moved["messages"][0]["content"][3]["image_url"] == {"url": "u"}
     assert boxes_into_parts(parts_of(part)) == parts_of(part)
-    assert boxes_into_parts(b'{"boxes"') == b'{"boxes"'
+    for body in (b'{"boxes"', b'["boxes"]', b'{"text": "boxes"}'):
+        assert boxes_into_parts(body) == body
+    responses = {"input": [{"content": [{"type": "input_image", "image_url": "u"}]}, "text", {"content": None}]}
+    for messages in (responses, {"messages": [{"content": [{"type": "image", "url": "u"}, "text", text]}]}):
+        moved = json.loads(boxes_into_parts(json.dumps({**messages, "boxes": [BOXES]}).encode()))
+        ((message, *_),) = moved.values()
+        assert message["content"][0]["boxes"] == BOXES
+    assert json.loads(boxes_into_parts(b'{"input": "a", "boxes": []}')) == {"input": "a"}
     for body, error in (
         (parts_of(part, boxes=[]), "one entry per image .* got 0 for 1 images"),
         (parts_of(part, boxes={"a": 1}), "got no list"),
@@ -343,11 +466,53 @@ def test_the_middleware_passes_on_whole_bodies(is_wrong):
     scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers}
     asyncio.run(BoxesField(app)(scope, receive, send))
     if is_wrong:
-        assert seen == {} and sent[0]["status"] == 400 and b"one entry per image" in sent[1]["body"]
+        assert seen == {} and [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+        assert (sent[0]["status"], dict(sent[0]["headers"])) == (400, {b"content-type": b"application/json"})
+        error = json.loads(sent[1]["body"])["error"]  # in vLLM's form
+        assert (error["type"], error["code"]) == ("BadRequestError", 400) and "one entry per image" in error["message"]
         return
     assert json.loads(seen["body"])["messages"][0]["content"][0]["boxes"] == BOXES
     assert dict(seen["scope"]["headers"]) == {b"content-length": str(len(seen["body"])).encode(), b"x": b"y"}
     assert seen["after"] == {"type": "http.disconnect"} and sent == []
+
+
+@pytest.mark.parametrize("change", [{"type": "websocket"}, {"method": "GET"}, {"path": "/health"}], ids=range(3))
+def test_the_middleware_leaves_other_requests_alone(change):
+    passed = []
+
+    async def app(*arguments):
+        passed.append(arguments)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/responses", "headers": [], **change}
+    asyncio.run(BoxesField(app)(scope, "receive", "send"))
+    assert passed == [(scope, "receive", "send")]
+
+
+def test_the_middleware_drops_requests_whose_client_is_gone():
+    pieces = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+
+    async def receive():
+        return pieces.pop(0)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/responses", "headers": []}
+    asyncio.run(BoxesField(None)(scope, receive, None))
+    assert not pieces
+
+
+def test_images_of_a_request_share_their_limits(processor):
+    file = io.BytesIO()
+    IMAGE.save(file, "PNG")
+    url = "DATA:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}] * 2}]
+    enough = 2 * max(IMAGE.size) ** 2
+    for pixels, problem in (
+        (enough, nullcontext()),
+        (enough - 1, pytest.raises(ValueError, match="at most 1,799 pix")),
+    ):
+        limits = ServingLimits(pixels=pixels)
+        reader = RequestReader.of(PluginOptions(allowed_image_hosts="none", limits=limits), processor)
+        with problem:
+            assert len(asyncio.run(reader.read(messages))[1]) == 2
 
 
 def test_requests_are_read_with_the_limits_of_the_server(processor):
@@ -373,6 +538,8 @@ def test_requests_are_read_with_the_limits_of_the_server(processor):
 def test_models_with_other_answers_in_vllm_are_refused():
     check_config(mgllava.MGLlavaConfig(), FAMILIES["mgllava"])
     check_config(mgllava.SlimeConfig(), FAMILIES["slime"])
+    for kind in ("llama", "mistral", "phi3", "qwen2", "qwen3"):  # those that docs/vllm.md names
+        check_config(tiny_config(kind), FAMILIES["mgllava"])
     # Its images depend on the text, but it does not tell which placeholders to drop.
     with pytest.raises(ValueError, match="Use `mgllava serve` without `--engine vllm`"):
         check_config(mgllava.MGLlavaConfig(), replace(FAMILIES["mgllava"], images_depend_on_text=True))
@@ -396,8 +563,12 @@ def test_the_router_keeps_the_tokens_of_generate(tmp_path, branch):
     model, tiles = tiny_slime(branch=branch), [[2, 0], [2], [4], []]
     model.save_pretrained(tmp_path)
     inputs = slime_inputs(tiles)
-    described = SimpleNamespace(hf_config=model.config, model=str(tmp_path), revision=None, dtype=torch.float32)
-    router = ImageRouter(described, device="cpu")
+    config = copy.deepcopy(model.config)
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}  # of the layers, which are left out
+    described = SimpleNamespace(hf_config=config, model=str(tmp_path), revision=None, dtype=torch.float32)
+    with CaptureLogger(logging.get_logger("transformers")) as said:
+        router = ImageRouter(described, device="cpu")
+    assert "lm_head" not in said.out and "language_model" not in said.out and config.quantization_config
     assert not [name for name, _ in router.model.named_parameters() if "layers" in name and "language" in name]
     for index, counts in enumerate(tiles[:3]):
         prompt = one_slime_prompt(inputs, tiles, index)

@@ -333,7 +333,8 @@ def test_wrong_messages_are_errors_of_the_request(start, conversation, parameter
     ids=["tool", "assistant"],
 )
 def test_tools_are_refused_as_errors_of_the_request(start, message):
-    with pytest.raises(vllm.VLLMValidationError, match=r"Turns must alternate|not trained with tools"):
+    error = "Turns must alternate" if message["role"] == "tool" else "message 2 has `tool_calls`"
+    with pytest.raises(vllm.VLLMValidationError, match=error):
         asyncio.run(start()[0].render_chat_async([[ask(), message, ask()]], chat_params()))
 
 
@@ -349,8 +350,9 @@ def test_wrong_templates_and_requests_are_errors_of_the_request(start):
 
 def test_wrong_prompts_are_refused(start):
     renderer, _ = start()
-    with pytest.raises(vllm.VLLMValidationError, match="placeholder of an image, but no image"):
+    with pytest.raises(vllm.VLLMValidationError, match="placeholder of an image, but no image") as raised:
         renderer.render_cmpl([{"prompt": "USER: <image>\nWhat? ASSISTANT:"}])
+    assert raised.value.parameter == "prompt"
     with pytest.raises(vllm.VLLMValidationError, match="one entry per image"):
         prompt = {"prompt": "<image>", "multi_modal_data": {"image": IMAGE}}
         renderer.render_cmpl([{**prompt, "mm_processor_kwargs": {"boxes": [BOXES, BOXES]}}])
@@ -455,6 +457,10 @@ def test_slime_gets_the_tokens_of_generate(start, slime, is_routed, monkeypatch)
             torch.testing.assert_close(served.run(inputs), logits, atol=1e-3, rtol=1e-3)
     assert any(counts) == is_routed
     info = renderer.get_mm_processor()
+    sizes = [(42 * rows, 42 * columns) for rows in range(1, 9) for columns in range(1, 9)]
+    images = [PIL.Image.new("RGB", size) for size in sizes]
+    features = processor.image_processor(images=images, return_tensors="pt")
+    assert max(processor.num_image_tokens(features)) == info.info.largest_image[1]
     dummy = info.get_dummy_mm_inputs({"image": 1})
     assert dummy["mm_placeholders"]["image"][0][1] == info.info.largest_image[1]
     assert served.run(dummy).shape == (1, 512)
@@ -462,8 +468,9 @@ def test_slime_gets_the_tokens_of_generate(start, slime, is_routed, monkeypatch)
     whole = processor(images=[wide], text=text)["input_ids"][0]
     prompt = {"prompt_token_ids": whole, "multi_modal_data": {"image": wide}}
     if is_routed:
-        with pytest.raises(vllm.VLLMValidationError, match="must have one placeholder"):
+        with pytest.raises(vllm.VLLMValidationError, match="must have one placeholder") as raised:
             renderer.render_cmpl([prompt])
+        assert raised.value.parameter == "prompt"
     else:
         assert renderer.render_cmpl([prompt])[0]["prompt_token_ids"] == whole
     with pytest.raises(vllm.VLLMValidationError, match="takes no boxes"):
@@ -503,6 +510,7 @@ def test_every_family_that_reads_text_is_registered_once(monkeypatch):
 def test_options_of_vllm_that_cannot_be_right_are_refused(start, options, error):
     with pytest.raises(ValueError, match=error):
         start(model_options=options)
+    start(model_options={"enable_prompt_embeds": False})
     for mode in ("auto", "hf", "mgllava"):
         start(model_options={"tokenizer_mode": mode})
 

@@ -105,6 +105,9 @@ class ProcessorBatchItems:
     def get_item_for_hash(self, index):
         return self.data[index]
 
+    def get_processor_data(self):
+        return {f"{self.modality}s": list(self.data)}
+
 
 class MultiModalDataParser:
     def _parse_image_data(self, data):
@@ -232,7 +235,7 @@ class BaseMultiModalProcessor:
             if any(items["image"][index] is None for index in missing):
                 raise ValueError("Cache miss for image")
             new = self.info.data_parser.parse_mm_data({"image": [items["image"][index] for index in missing]})
-            outputs = self._call_hf_processor({"images": list(new["image"])}, options)
+            outputs = self._call_hf_processor(new["image"].get_processor_data(), options)
             fields = self._get_mm_fields_config(outputs, options)
             rows = [
                 {name: SimpleNamespace(data=outputs[name][index]) for name, config in fields.items()}

@@ -14,8 +14,6 @@ from mgllava.processing.boxes_mgllava import boxes_of_block, flatten_boxes, plai
 
 # Keys of an image block that hold the image, as transformers and this package write them.
 _IMAGE_KEYS = ("image", "url", "path", "base64")
-# Types of the parts of vLLM that hold an image.
-_IMAGE_PARTS = ("image_url", "input_image", "image_pil")
 
 
 @dataclass(frozen=True)
@@ -179,7 +177,7 @@ def boxes_in_parts(messages: list[Any]) -> list[Any]:
         for part in content if isinstance(content, list | tuple) else ():
             if not isinstance(part, Mapping):
                 continue
-            if part.get("type") in _IMAGE_PARTS or not {"image_url", "image_pil"}.isdisjoint(part):
+            if "image_url" in part or "image_pil" in part:
                 found.append(boxes_of_block(part.get("boxes")))
             elif part.get("boxes") is not None:
                 raise ValueError(f"`boxes` must be next to an image, got them in a part of type {part.get('type')!r}.")

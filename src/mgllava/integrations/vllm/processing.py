@@ -27,8 +27,8 @@ from .options import MAX_BOXES, ROUTER_DEVICE, PluginOptions
 from .routing import EMBEDDINGS, ImageRouter
 from .support import drops_tokens
 
-# Arrangements of views, rows and columns, one of which takes the most placeholders.
-_GRIDS = ((1, 1), (1, 7), (7, 1), (2, 3), (3, 2), (1, 6), (6, 1))
+# Views side by side, with which an image takes the most placeholders: those of SliME; MG-LLaVA has one view.
+_MOST_VIEWS = 7
 
 
 class BoxedImageItems(ProcessorBatchItems):
@@ -77,13 +77,9 @@ class ServedInfo(BaseProcessingInfo):
         """An image with the most placeholders, and their number."""
         processor = self.get_hf_processor()
         size = processor.image_processor.crop_size
-        found = []
-        for rows, columns in _GRIDS:
-            image = np.zeros((rows * size["height"], columns * size["width"], 3), dtype=np.uint8)
-            boxes = [[0, 0, 1, 1]] * self.most_boxes or None
-            item = BoxedImage(image, boxes, is_complete=True)
-            found.append((item, processor.num_image_tokens(image_features(processor, item, {}))[0]))
-        return max(found, key=lambda entry: entry[1])
+        image = np.zeros((size["height"], _MOST_VIEWS * size["width"], 3), dtype=np.uint8)
+        item = BoxedImage(image, [[0, 0, 1, 1]] * self.most_boxes or None, is_complete=True)
+        return item, processor.num_image_tokens(image_features(processor, item, {}))[0]
 
     @cached_property
     def most_boxes(self) -> int:
