@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
 from mgllava import BoxDetector, MGLlavaProcessor
@@ -252,6 +253,35 @@ def test_a_processor_from_the_hub_fetches_its_folders(saved, monkeypatch):
         ("user/model", "v1", [folder, f"{folder}/*"], "secret"),
         ("user/model", "v1", [embeds, f"{embeds}/*"], "secret"),
     ]
+
+
+@pytest.mark.parametrize("options", [{}, {"local_files_only": True}, {"force_download": True}], ids=str)
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_without_a_connection_cached_folders_are_used(saved, monkeypatch, options, is_cached):
+    def download(repo_id, local_files_only=False, **_):
+        if not local_files_only or "local_files_only" in options:
+            raise ConnectionError("no connection")
+        if not is_cached:
+            raise LocalEntryNotFoundError("not in the cache")
+        return str(saved)
+
+    loaded = MGLlavaProcessor.from_pretrained(saved)
+    loaded._repository = box_detector_files_mgllava.ProcessorRepository(
+        "user/model", None, {**loaded._repository.hub_options, **options}
+    )
+    monkeypatch.setattr(box_detector_files_mgllava, "snapshot_download", download)
+    if is_cached and not options:
+        assert_same_boxes(loaded.detect(IMAGE)[0], EXPECTED)
+    else:
+        with pytest.raises(ConnectionError, match="no connection"):
+            loaded.detect(IMAGE)
+
+
+def test_links_in_a_circle_are_refused(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    (folder / "box_detector" / "detector" / "again").symlink_to("again")
+    with pytest.raises(ValueError, match="again' leads out of"):
+        MGLlavaProcessor.from_pretrained(folder).detect(IMAGE)
 
 
 def test_uploading_sends_the_folders_too(saved, monkeypatch):

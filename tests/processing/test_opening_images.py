@@ -330,6 +330,15 @@ def test_errors_do_not_print_the_data():
         assert len(str(caught.value)) < 400
 
 
+def test_a_download_stops_behind_its_limit(site, folder):
+    data = (folder / "0.img").read_bytes()
+    read = partial(images_common.binary_file, f"{site}/0.img", "image")
+    assert read(len(data)).read() == data
+    assert len(data) > 100 and 100 < len(read(100).read()) <= len(data)
+    with pytest.raises(ValueError, match=f"`image` cannot be downloaded from '{site}/absent.png'.*404"):
+        images_common.binary_file(f" {site}/absent.png", "image", 100)
+
+
 def test_a_url_without_a_picture_is_named(site):
     for processor in PROCESSORS:
         with pytest.raises(

@@ -383,6 +383,13 @@ def test_boxes_outside_of_image_blocks_are_refused(processor, place):
         processor.apply_chat_template([message], tokenize=True, return_dict=True)
 
 
+def test_rendered_boxes_that_were_changed_are_refused(processor):
+    block = {"type": "image", "image": RED, "boxes": [[1, 2, 20, 15]]}
+    text = processor.apply_chat_template([{"role": "user", "content": [block]}])
+    with pytest.raises(ValueError, match="must hold boxes as `apply_chat_template` writes them after an image, got"):
+        processor(RED, text.replace("[[1,", "[[one,"))
+
+
 def test_boxes_may_come_from_a_generator(processor):
     image = PIL.Image.new("RGB", (60, 40))
     expected = processor(image, "<image>", boxes=[[[1, 2, 20, 30]]])

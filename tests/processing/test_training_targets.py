@@ -125,8 +125,12 @@ def test_packed_boxes_are_boxes():
     assert torch.equal(model(**packed).logits, model(**given).logits)
     options = {"max_new_tokens": 3, "do_sample": False, "num_beams": 2}
     assert torch.equal(model.eval().generate(**packed, **options), model.generate(**given, **options))
-    with pytest.raises(ValueError, match="image_position_ids"):
-        model(**packed, boxes=given["boxes"], num_boxes=given["num_boxes"])
+    for name in ("boxes", "num_boxes"):
+        with pytest.raises(ValueError, match="either `boxes` and `num_boxes`, or `image_position_ids`"):
+            model(**packed, **{name: given[name]})
+    for wrong in (packed["image_position_ids"][0], packed["image_position_ids"][..., :3]):
+        with pytest.raises(ValueError, match=r"`image_position_ids` must have shape \(num_images, max_boxes, 4\)"):
+            model(**{**packed, "image_position_ids": wrong})
 
 
 def test_images_without_boxes_are_refused():

@@ -381,6 +381,21 @@ def test_blocks_of_videos_may_have_any_form(small, tmp_path):
         small.apply_chat_template([{"role": "user", "content": [{"type": "video", "bytes": data, "url": "a"}]}])
 
 
+@pytest.mark.parametrize(
+    ("boxes", "advice"), [([[1, 2, 20, 20]], "Give each frame a list"), ([[ENTRIES]], "Remove lists")], ids=str
+)
+def test_boxes_of_a_block_of_another_depth_are_refused(small, boxes, advice):
+    block = {"type": "video", "video": make_video(3), "boxes": boxes}
+    with pytest.raises(ValueError, match=f"`boxes` of a video block must be a list with one entry.*{advice}"):
+        small.apply_chat_template([{"role": "user", "content": [block]}])
+
+
+def test_engines_get_the_placeholders_of_one_image_or_video(small):
+    inputs = small([RED["image"]] * 2, "<image><image><video>", make_video(3), boxes=[[], ENTRIES[2]])
+    assert small.replace_image_token(inputs, 1) == "<image>" * (NUM_FUSED_TOKENS + 2)
+    assert small.replace_video_token(inputs, 0) == "<video>" * (3 * (NUM_FUSED_TOKENS + 1))
+
+
 def test_boxes_of_rendered_conversations_may_be_given_again(small):
     block = {"type": "video", "video": make_video(3), "boxes": ENTRIES}
     text = small.apply_chat_template([{"role": "user", "content": [block, {**RED, "boxes": [[1, 1, 9, 9]]}]}])
