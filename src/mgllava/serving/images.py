@@ -30,10 +30,10 @@ def read_data_url(url: str, param: str, limits: ServingLimits, kind: str = "imag
         )
     payload = "".join(payload.split())  # `base64` and mail programs break lines
     payload += "=" * (-len(payload) % 4)
-    size = len(payload) * 3 // 4  # padding included
-    if size > most + 2:
+    size = len(payload) * 3 // 4 - payload[-2:].count("=")
+    if size > most:
         raise RequestError(
-            f"`{param}` must have at most {most:,} bytes (`--max-{kind}-bytes`), got about {size:,}.",
+            f"`{param}` must have at most {most:,} bytes (`--max-{kind}-bytes`), got {size:,}.",
             param,
             f"{kind}_too_large",
         )
