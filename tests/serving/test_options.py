@@ -400,7 +400,7 @@ def test_limits_are_those_of_the_page():
     for word, text in rows.items():
         assert options[word].default == getattr(ServingLimits(), options[word].name) == number(text)
     (fixed,) = re.findall(r"^Fixed: (.*?)\. Prompts", page, re.MULTILINE | re.DOTALL)
-    names = "TEXT_CHARACTERS MESSAGES PARTS PROMPTS STOP_STRINGS BEAMS JSON_VALUES JSON_DEPTH".split()
+    names = ["TEXT_CHARACTERS", "MESSAGES", "PARTS", "PROMPTS", "STOP_STRINGS", "BEAMS", "JSON_VALUES", "JSON_DEPTH"]
     expected = [getattr(fixed_limits, f"MAX_{name}") for name in names]
     expected += [fixed_limits.HEAD_TIMEOUT, fixed_limits.BODY_TIMEOUT, fixed_limits.SEND_TIMEOUT]
     assert list(map(number, re.findall(r"[\d,]*\d", fixed))) == [*expected, fixed_limits.MAX_LOOKUPS]
