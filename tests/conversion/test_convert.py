@@ -1,20 +1,28 @@
+import datetime
 import hashlib
 import json
+import platform
+import re
 import shutil
 import signal
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from mgllava import MGLlavaConfig, MGLlavaForConditionalGeneration, MGLlavaProcessor
-from mgllava.conversion import ConversionError, convert_checkpoint
+from mgllava.conversion import ConversionError, convert_checkpoint, convert_ram_plus, pipeline
 from mgllava.conversion.pipeline import set_max_positions
 from mgllava.conversion.xtuner.key_mapping import to_xtuner
 from mgllava.processing import CHAT_TEMPLATES
 from tests import processes
+from tests.ram_plus.golden import SOURCES
 
 from .zero_folders import write_zero
 
@@ -106,20 +114,76 @@ def test_token_ids_stay_as_they_are(converted, golden):
         assert ids == case["input_ids"]
 
 
-def test_report_lists_all_sources_and_tensors(converted, golden):
+def test_report_lists_all_sources_and_tensors(converted, golden, sources):
     report = json.loads((converted / "conversion_report.json").read_text())
     (source,) = report["sources"]["checkpoint"]
     assert source["sha256"] == hashlib.sha256((golden / "xtuner" / "iter_10.pth").read_bytes()).hexdigest()
     assert report["tensors"].keys() == _weights(converted).keys()
     assert report["tensors"]["lm_head.weight"]["from"].startswith("iter_10.pth:llm.lm_head.weight")
-    assert report["checkpoint"]["kind"] == "sft"
+    assert report["checkpoint"]["kind"] == "sft" and report["checkpoint"]["lora_scaling"] is None
     assert report["checkpoint"]["meta"]["iter"] == 10
+    assert report["files"] == {"model.safetensors": (converted / "model.safetensors").stat().st_size}
+    assert source["bytes"] == (golden / "xtuner" / "iter_10.pth").stat().st_size
+    assert {Path(entry["file"]).name for entry in report["sources"]["llm"]} == {
+        *("config.json", "tokenizer.json", "tokenizer_config.json")
+    }
+    assert report["variant"] == {"fusion_type": "conv_gate", "object_merging": "concat", "box_feature_type": "pyramid"}
+    assert report["vocabulary"] == {
+        "image_token_id": 420,
+        "original_rows": 420,
+        "padded_rows": 448,
+        "video_token_id": 421,
+    }
+    assert report["arguments"] == {
+        "checkpoint": str(golden / "xtuner" / "iter_10.pth"),
+        **{name: str(value) for name, value in sources.items()},
+        **{"dtype": "auto", "max_shard_size": "5GB", "trust_pickle": "False"},
+        **{"lora_alpha": None, "max_positions": None},
+    }
+    assert report["versions"] | {"mgllava": "any"} == {
+        "mgllava": "any",
+        "python": platform.python_version(),
+        "torch": torch.__version__.partition("+")[0],
+        "transformers": transformers.__version__,
+        "timm": timm.__version__,
+    }
+    assert datetime.datetime.fromisoformat(report["created"]).utcoffset() == datetime.timedelta(0)
     dropped = [name for reasons in report["dropped"].values() for names in reasons.values() for name in names]
     clip = load_file(golden / "clip" / "model.safetensors")
     trunk = torch.load(golden / "convnext" / "open_clip_pytorch_model.bin", weights_only=True)
     # Every tensor of the sources is used or listed.
     used = len(_weights(converted))
     assert len(dropped) + used == len(clip) + len(trunk) + len(report["checkpoint"]["keys"])
+
+
+def test_report_names_packages_that_are_not_installed(tmp_path, monkeypatch):
+    def version(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(pipeline, "version", version)
+    report = json.loads((convert_ram_plus(**SOURCES, output=tmp_path / "out") / "conversion_report.json").read_text())
+    assert {name for name, value in report["versions"].items() if value == "not installed"} == {
+        *("mgllava", "torch", "transformers", "timm")
+    }
+
+
+def test_progress_counts_every_byte(tmp_path, golden, sources):
+    told = {}
+
+    def progress(stage, done, total):
+        sums, totals = told.setdefault(stage, ([0], set()))
+        sums[0] += done
+        totals.add(total)
+
+    arguments = {**sources, "max_shard_size": "200KB", "progress": progress}
+    output = convert_checkpoint(golden / "xtuner" / "iter_10.pth", **arguments, output=tmp_path / "out")
+    report = json.loads((output / "conversion_report.json").read_text())
+    files = {entry["file"]: entry["bytes"] for entries in report["sources"].values() for entry in entries}
+    written = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    assert told == {
+        "reading sources": ([sum(files.values())], {sum(files.values())}),
+        "writing weights": ([written], {written}),
+    }
 
 
 def test_pretrain_checkpoint_gets_the_language_model(tmp_path, golden, sources):
@@ -179,7 +243,124 @@ def test_zero_folder_with_frozen_towers(tmp_path, sources, golden, golden_state,
         _assert_same(ours[name], 2 * value if name.startswith("model.vision_tower.") else value)
 
 
+# Tensors that do not fit
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"llm.visual.weight": torch.zeros(3)}, r"unexpected: 1\n  language model: llm\.visual\.weight \(3,\)"),
+        ({"other.weight": torch.zeros(3)}, r"unexpected: 1\n  checkpoint: other\.weight \(3,\)"),
+        ({"llm.lm_head.weight": None, "llm.model.norm.weight": None}, "missing: 2\n"),
+        ({"llm.model.embed_tokens.weight": None}, r"embedding table llm\.model\.embed_tokens\.weight is missing"),
+        (
+            {f"a{number}": torch.zeros(1) for number in range(10)},
+            r"unexpected: 10\n(  .*\n){9}  .*a9.*\nwrong shape: 0$",
+        ),
+        ({f"a{number}": torch.zeros(1) for number in range(11)}, r"unexpected: 11\n(  .*\n){10}  and 1 more\n"),
+    ],
+)
+def test_tensors_of_the_checkpoint_that_do_not_fit_are_listed(tmp_path, sources, golden_state, changes, said):
+    state = {key: value for key, value in {**golden_state("iter_10.pth"), **changes}.items() if value is not None}
+    with pytest.raises(ConversionError, match=f"^The sources do not match the model(.|\n)*{said}|{said}"):
+        convert_checkpoint(_save(tmp_path / "odd.pth", state), **sources, output=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("argument", "name", "said"),
+    [
+        ("llm", "model.extra.weight", None),
+        ("llm", "visual.weight", "unexpected: 1\n  llm: visual.weight (3,)"),
+        ("vision_tower", "vision_model.new.weight", "unexpected: 1\n  vision_tower: vision_model.new.weight (3,)"),
+        ("vision_tower", "text_model.new.weight", ""),
+    ],
+)
+def test_tensors_of_the_parts_that_do_not_fit_are_listed(tmp_path, sources, golden, edit_folder, argument, name, said):
+    folder = edit_folder(sources[argument])
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, name: torch.zeros(3)}, folder / "model.safetensors")
+    arguments = {**sources, argument: folder, "output": tmp_path / "out"}
+    if said == "":
+        report = json.loads(
+            (
+                convert_checkpoint(golden / "xtuner" / "iter_5_pretrain.pth", **arguments) / "conversion_report.json"
+            ).read_text()
+        )
+        assert name in report["dropped"]["vision_tower"]["text tower of CLIP"]
+        return
+    with pytest.raises(
+        ConversionError,
+        match=re.escape(said or f"model.language_model.extra.weight (3,) from model.safetensors:{name}"),
+    ):
+        convert_checkpoint(golden / "xtuner" / "iter_5_pretrain.pth", **arguments)
+
+
+LORA_MODULE = "llm.base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({f"{LORA_MODULE}.lora_B.default.weight": None}, r"lora_A\.default\.weight \(its other factor is missing\)"),
+        (
+            {f"llm.base_model.model.model.new.lora_{factor}.default.weight": torch.zeros(2, 2) for factor in "AB"},
+            r"unexpected: 2\n.*new\.lora_A.* \(its base weight is missing\)",
+        ),
+    ],
+)
+def test_updates_without_their_counterpart_are_refused(tmp_path, golden, sources, changes, said):
+    content = torch.load(golden / "xtuner" / "iter_8_lora.pth", weights_only=True)
+    state = {**content["state_dict"], **changes}
+    content["state_dict"] = {key: value for key, value in state.items() if value is not None}
+    torch.save(content, tmp_path / "lora.pth")
+    with pytest.raises(ConversionError, match=said):
+        convert_checkpoint(tmp_path / "lora.pth", **sources, output=tmp_path / "out")
+
+
+def test_module_that_was_trained_whole_replaces_the_base(tmp_path, golden, sources):
+    content = torch.load(golden / "xtuner" / "iter_8_lora.pth", weights_only=True)
+    head = "llm.base_model.model.lm_head"
+    content["state_dict"][f"{head}.original_module.weight"] = torch.zeros(420, 64)
+    content["state_dict"][f"{head}.modules_to_save.default.weight"] = torch.randn(420, 64)
+    torch.save(content, tmp_path / "lora.pth")
+    output = convert_checkpoint(tmp_path / "lora.pth", **sources, output=tmp_path / "out")
+    _assert_same(
+        _weights(output)["lm_head.weight"][:420], content["state_dict"][f"{head}.modules_to_save.default.weight"]
+    )
+    report = json.loads((output / "conversion_report.json").read_text())
+    assert [f"{head}.original_module.weight"] in report["dropped"]["checkpoint"].values()
+    assert report["dropped"]["llm"] == {"replaced by the checkpoint's own": ["lm_head.weight"]}
+    assert report["checkpoint"]["kind"] == "lora" and report["checkpoint"]["lora_scaling"] == 32 / 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dtype": "int8"}, "`llm`: the dtype in its config.json must be a float, got torch.int8"),
+        ({"hidden_act": "no such function"}, "No model can be built from these parts"),
+        ({"num_hidden_layers": 0}, "`num_hidden_layers` in config.json of .* must be a number from 1 to 10000, got 0"),
+        ({"num_hidden_layers": 10_001}, "from 1 to 10000, got 10001"),
+        ({"vocab_size": (1 << 30) + 1}, f"from 1 to {1 << 30}, got {(1 << 30) + 1}"),
+    ],
+)
+def test_config_of_the_language_model_with_impossible_values(tmp_path, golden, sources, edit_folder, changes, said):
+    sources = {**sources, "llm": edit_folder(golden / "llm", **changes)}
+    with pytest.raises(ConversionError, match=said):
+        convert_checkpoint(golden / "xtuner" / "iter_5_pretrain.pth", **sources, output=tmp_path / "out")
+
+
 # Dtypes
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64", None])
+def test_other_tensors_get_the_dtype_of_the_language_model(tmp_path, golden, sources, edit_folder, dtype):
+    llm = edit_folder(golden / "llm", dtype=dtype, torch_dtype=dtype)
+    output = convert_checkpoint(
+        golden / "xtuner" / "iter_5_pretrain.pth", **{**sources, "llm": llm}, output=tmp_path / "out"
+    )
+    dtypes = {name: value.dtype for name, value in _weights(output).items()}
+    assert dtypes[EMBEDDING] == dtypes["model.vision_tower.pre_layrnorm.weight"] == getattr(torch, dtype or "float32")
+    assert dtypes["model.fusion.gate.0.weight"] == torch.float32
 
 
 def test_dtypes_of_the_checkpoint_are_kept(tmp_path, sources, golden_state):
@@ -193,16 +374,16 @@ def test_dtypes_of_the_checkpoint_are_kept(tmp_path, sources, golden_state):
     assert MGLlavaConfig.from_pretrained(output).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("dtype", ["float16", torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float16", "torch.float16", torch.bfloat16])
 def test_dtype_on_request(tmp_path, golden, sources, converted, dtype):
     output = convert_checkpoint(golden / "xtuner" / "iter_10.pth", **sources, output=tmp_path / "out", dtype=dtype)
-    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    wanted = dtype if isinstance(dtype, torch.dtype) else torch.float16
     plain = _weights(converted)
     for name, value in _weights(output).items():
         _assert_same(value, plain[name].to(wanted))
     config = MGLlavaConfig.from_pretrained(output)
-    assert config.dtype == wanted
-    assert config.text_config.dtype == wanted
+    parts = (config, config.text_config, config.vision_config, config.high_res_vision_config)
+    assert [part.dtype for part in parts] == [wanted] * 4
 
 
 # Variants
@@ -376,6 +557,30 @@ def test_convnext_of_another_size(tmp_path, sources, golden, edit_folder):
         )
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (None, "has neither open_clip_model.safetensors nor open_clip_pytorch_model.bin"),
+        ({"stages.1.": ""}, r"has no blocks of visual\.trunk\.stages\.1\."),
+        ({"stages.2.blocks.1.": "stages.2.blocks.10000."}, r"names 10004 blocks, and has \d+ tensors"),
+        ({"stages.2.blocks.1.": "stages.2.blocks.2."}, r"missing: \d+\n"),
+    ],
+)
+def test_damaged_open_clip_models(tmp_path, sources, golden, edit_folder, changes, said):
+    tower = edit_folder(golden / "convnext", file="open_clip_config.json")
+    path = tower / "open_clip_pytorch_model.bin"
+    weights = torch.load(path, weights_only=True)
+    path.unlink()
+    if changes is not None:
+        ((old, new),) = changes.items()
+        weights = {name.replace(old, new): value for name, value in weights.items() if new or old not in name}
+        torch.save({"state_dict": weights, "epoch": 3}, path)
+    with pytest.raises(ConversionError, match=said):
+        convert_checkpoint(
+            golden / "xtuner" / "iter_10.pth", **{**sources, "high_res_tower": tower}, output=tmp_path / "out"
+        )
+
+
 def test_open_clip_safetensors_and_local_dir_schema(tmp_path, sources, golden, converted, edit_folder):
     tower = edit_folder(golden / "convnext", file="open_clip_config.json")
     weights = torch.load(tower / "open_clip_pytorch_model.bin", weights_only=True)
@@ -434,10 +639,11 @@ def test_killed_run_leaves_no_output_and_is_resumed(tmp_path, golden, sources):
     assert not staging.exists()
 
 
-def test_prompt_template_must_be_known(tmp_path, golden, sources):
-    with pytest.raises(ConversionError, match="prompt_template"):
+@pytest.mark.parametrize("template", ["gpt", "v1", "plain"])
+def test_prompt_template_must_be_one_of_the_family(tmp_path, golden, sources, template):
+    with pytest.raises(ConversionError, match=rf"`prompt_template` must be one of .*'vicuna'.*, got '{template}'"):
         convert_checkpoint(
-            golden / "xtuner" / "iter_10.pth", **{**sources, "prompt_template": "gpt"}, output=tmp_path / "out"
+            golden / "xtuner" / "iter_10.pth", **{**sources, "prompt_template": template}, output=tmp_path / "out"
         )
 
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 import mgllava
 from mgllava import MGLlavaConfig, MGLlavaForConditionalGeneration
 from mgllava.conversion import ConversionError, convert_checkpoint, export_xtuner, read_checkpoint
+from mgllava.folder_lock import FolderLock
 
 
 def _load(path):
@@ -164,3 +165,77 @@ def test_output_that_is_a_link_and_partial_files_of_the_user(tmp_path, converted
     assert (tmp_path / "back.pth").is_symlink() and _load(tmp_path / "disk" / "weights.pth")
     assert (tmp_path / "back.pth.partial").read_text() == "mine"
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["weights.pth"]
+
+
+def _edit(path, **changes):
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+
+def test_outputs_that_cannot_be_written(tmp_path, converted):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name, said in (("folder", "is a folder. Choose a file"), ("loop", "is a link that leads nowhere")):
+        with pytest.raises(ConversionError, match=said):
+            export_xtuner(converted, tmp_path / name, overwrite=True)
+    repository = shutil.copytree(converted, tmp_path / "repository")
+    weights = (repository / "model.safetensors").read_bytes()
+    with pytest.raises(ConversionError, match="holds weights of the model folder"):
+        export_xtuner(repository, repository / "model.safetensors", overwrite=True)
+    assert (repository / "model.safetensors").read_bytes() == weights
+    with (
+        FolderLock(tmp_path / "back.pth", "writing"),
+        pytest.raises(ConversionError, match=r"writing back\.pth|is being"),
+    ):
+        export_xtuner(converted, tmp_path / "back.pth")
+    assert not (tmp_path / "back.pth").exists()
+
+
+def test_full_disk_stops_before_writing(tmp_path, converted, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(ConversionError, match="Not enough disk space"):
+        export_xtuner(converted, tmp_path / "back.pth")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_model_folders_that_are_damaged_are_refused(tmp_path, converted):
+    with pytest.raises(ConversionError, match=r"must be a model folder of MG-LLaVA, but .* is not a folder"):
+        export_xtuner(converted / "config.json", tmp_path / "back.pth")
+    repository = shutil.copytree(converted, tmp_path / "repository")
+    config = json.loads((repository / "config.json").read_text())
+    changes = {
+        "cannot be read": {"text_config": 3},
+        "No model can be built": {"text_config": {**config["text_config"], "hidden_act": "no such function"}},
+        r"is quantized \(gptq\)": {"vision_config": {"quantization_config": {"quant_method": "gptq"}}},
+        r"is quantized \(compression_config\)": {"compression_config": 3},
+    }
+    for said, change in changes.items():
+        _edit(repository / "config.json", **{**config, **change})
+        with pytest.raises(ConversionError, match=said):
+            export_xtuner(repository, tmp_path / "back.pth")
+        (repository / "config.json").write_text(json.dumps(config))
+    assert not (tmp_path / "back.pth").exists()
+
+
+def test_report_that_lists_lost_tensors_is_refused(tmp_path, converted):
+    repository = shutil.copytree(converted, tmp_path / "repository")
+    report = json.loads((repository / "conversion_report.json").read_text())
+    keys = report["checkpoint"]["keys"]
+    # A buffer of older checkpoints, and a tower, are not lost.
+    for more in ("llm.model.layers.0.self_attn.rotary_emb.inv_freq", "visual_encoder.vision_model.x"):
+        keys.insert(0, more)
+    (repository / "conversion_report.json").write_text(json.dumps(report))
+    assert list(_load(export_xtuner(repository, tmp_path / "back.pth"))) == keys[2:]
+    keys.append("llm.model.layers.7.mlp.up_proj.weight")
+    (repository / "conversion_report.json").write_text(json.dumps(report))
+    with pytest.raises(ConversionError, match=r"lists: llm\.model\.layers\.7\.mlp\.up_proj\.weight\."):
+        export_xtuner(repository, tmp_path / "other.pth")
+
+
+def test_version_and_image_size_are_in_the_metadata(tmp_path, converted):
+    repository = shutil.copytree(converted, tmp_path / "repository")
+    report = json.loads((repository / "conversion_report.json").read_text())
+    report["checkpoint"]["meta"] = {"epoch": 3}
+    (repository / "conversion_report.json").write_text(json.dumps(report))
+    meta = torch.load(export_xtuner(repository, tmp_path / "back.pth"), weights_only=True)["meta"]
+    assert meta == {"cfg": "image_size_aux = 768\n", "epoch": 3, "mgllava_version": mgllava.__version__}

@@ -8,15 +8,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mgllava.conversion import PRESETS, ConversionError, convert_ram_plus, fetch
 from mgllava.conversion.detect import presets
 from mgllava.conversion.ram_plus import TAG_LIST_URL, THRESHOLDS_URL
 from mgllava.conversion.xtuner import XTUNER
+from mgllava.conversion.xtuner.open_clip import open_high_res_tower
 from mgllava.hub.card_sections import LICENSES
 from mgllava.model_files import sources as model_sources
+from mgllava.model_files.errors import UnreadableSourceError
 from tests.ram_plus.golden import SOURCES
 
 from .conftest import options_of, run
@@ -144,6 +147,82 @@ def test_hub_that_cannot_be_reached(hub):
     hub.online = False
     # Found in the cache.
     assert _fetch("acme/model").read_bytes() == _fetch("acme/model/iter_10.pth").read_bytes()
+    with pytest.raises(ConversionError, match=r"acme/model has no iter_9\.pth"):
+        _fetch("acme/model/iter_9.pth")
+
+
+@pytest.mark.parametrize(("number", "more"), [(40, ""), (41, "\n  and 1 more")])
+def test_long_lists_of_checkpoints_are_cut(hub, number, more):
+    hub.add("acme/many", {f"iter_{index:02}.pth": b"" for index in range(number)})
+    with pytest.raises(ConversionError) as error:
+        _fetch("acme/many@v1")
+    assert str(error.value).endswith("  acme/many@v1/iter_39.pth" + more)
+    assert str(error.value).count("\n") == number
+
+
+def test_repository_without_checkpoints_is_described(hub):
+    hub.add("acme/other", {"model.onnx": b""})
+    for name in ("acme/other", "acme/other/sub"):
+        with pytest.raises(ConversionError) as error:
+            _fetch(name)
+        found = "(*.pth, *.pt)." if name == "acme/other" else "sub."
+        assert str(error.value) == f"`checkpoint`: acme/other has no checkpoint {found}"
+
+
+@pytest.mark.parametrize("safetensors", [True, False])
+def test_pickled_weights_of_a_language_model_are_fetched_only_without_safetensors(hub, golden, safetensors):
+    files = {path.name: path for path in (golden / "llm").iterdir()}
+    weights = files.pop("model.safetensors")
+    hub.add("acme/llm", {**files, "pytorch_model.bin": b"pickled"})
+    if safetensors:
+        hub.add("acme/llm", {"model.safetensors": weights})
+    folder = model_sources.fetch_weights("acme/llm", "llm")
+    assert (folder / "pytorch_model.bin").exists() != safetensors and (folder / "config.json").exists()
+    assert ("acme/llm/model.safetensors" in hub.downloaded) == safetensors
+
+
+def test_open_clip_weights_are_safetensors_if_there_are_any(hub, golden):
+    config = golden / "convnext" / "open_clip_config.json"
+    pickled = golden / "convnext" / "open_clip_pytorch_model.bin"
+    hub.add("acme/clip", {"open_clip_config.json": config, "open_clip_pytorch_model.bin": pickled, "README.md": b""})
+    for name in ("acme/clip", "hf-hub:acme/clip"):
+        assert open_high_res_tower(name).depths == [1, 1, 2, 1]
+    assert set(hub.downloaded) == {"acme/clip/open_clip_config.json", "acme/clip/open_clip_pytorch_model.bin"}
+    hub.downloaded.clear()
+    weights = torch.load(pickled, weights_only=True)
+    save_file(weights, hub.root / "acme/clip/open_clip_model.safetensors")
+    assert open_high_res_tower("acme/clip").architecture.startswith("convnext")
+    assert set(hub.downloaded) == {"acme/clip/open_clip_config.json", "acme/clip/open_clip_model.safetensors"}
+
+
+def test_open_clip_names_without_weights_on_the_hub_are_refused(monkeypatch):
+    monkeypatch.setattr("open_clip.get_pretrained_cfg", lambda architecture, tag: {"url": "https://elsewhere"})
+    with pytest.raises(ConversionError, match="the weights of convnext_base:laion400m_s13b_b51k are not on the Hub"):
+        open_high_res_tower("convnext_base:laion400m_s13b_b51k")
+
+
+@pytest.mark.parametrize("name", ["a b/c", "a/b/c", "a", "./a/b", ".a/b", "/a/b", "hf://a", "hf://./a", ""])
+def test_names_that_are_neither_folder_nor_hub_id(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c").mkdir()
+    with pytest.raises(UnreadableSourceError, match="`llm` must be a folder or a Hub id"):
+        model_sources.fetch(name or tmp_path / "absent", "llm", ["*"])
+    assert model_sources.fetch("c", "llm", ["*"]) == Path("c")
+
+
+def test_hub_prefix_is_never_a_folder(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "acme" / "llm").mkdir(parents=True)
+    hub.add("acme/llm", {"config.json": b"{}"})
+    assert model_sources.fetch("acme/llm", "llm", ["*"]) == Path("acme/llm")
+    assert (model_sources.fetch("hf://acme/llm", "llm", ["*.json"]) / "config.json").is_file()
+
+
+def test_revision_is_for_models_on_the_hub(tmp_path):
+    model_sources.refuse_revision_of_folder(tmp_path, None)
+    model_sources.refuse_revision_of_folder("acme/llm", "v1")
+    with pytest.raises(ConversionError, match="`revision` is for models on the Hub"):
+        model_sources.refuse_revision_of_folder(tmp_path, "v1")
 
 
 def test_presets_are_the_models_of_the_paper():

@@ -22,9 +22,17 @@ def test_merge_is_the_formula_in_float32(dtype):
     assert not torch.equal(merged.load(), base.load())
 
 
-def test_factors_that_do_not_fit_are_refused():
+@pytest.mark.parametrize(
+    ("low_a", "low_b"),
+    [((2, 5), (6, 2)), ((2, 4), (5, 2)), ((2, 4), (6, 3)), ((8,), (6, 2)), ((2, 4), (12,)), ((2, 4, 1), (6, 2))],
+)
+def test_factors_that_do_not_fit_are_refused(low_a, low_b):
     with pytest.raises(ConversionError, match=r"do not fit the base weight"):
-        merge_lora(_lazy(6, 4), _lazy(2, 5), _lazy(6, 2), 1.0)
+        merge_lora(_lazy(6, 4), _lazy(*low_a), _lazy(*low_b), 1.0)
+
+
+def test_packed_base_weights_keep_their_dtype_for_the_error_about_it():
+    assert merge_lora(_lazy(6, 4, dtype=torch.int8), _lazy(2, 4), _lazy(6, 2), 1.0).dtype == torch.int8
 
 
 def test_tensors_are_sorted_by_the_names_of_peft():
@@ -71,6 +79,13 @@ def test_tensors_are_sorted_by_the_names_of_peft():
         ("llm_lora = dict(lora_alpha=", None),
         ("(" * 10_000, None),
         ("image_size_aux = 768", None),
+        ("wrap(dict(llm_lora=dict(lora_alpha=16)))", 16),
+        ("models = [dict(llm_lora=dict(lora_alpha=16)), 3]", 16),
+        ("{3: dict(lora_alpha=16), **more}", 16),
+        ("a, b = 3, 4\nllm_lora = dict(lora_alpha=16, **more)", 16),
+        ("alpha = other\nllm_lora = dict(lora_alpha=alpha)", None),
+        ("llm_lora = dict(lora_alpha=16)\nllm_lora_2 = dict(lora_alpha='16')", None),
+        ("llm_lora = dict(lora_alpha=16)\nllm_lora_2 = dict(lora_alpha=16.0)", 16),
         ("__import__('os').abort()", None),
     ],
 )
@@ -85,9 +100,33 @@ def test_scaling():
     assert lora_scaling(None, 16, text + ", use_rslora=True") == 8
     with pytest.raises(ConversionError, match="Pass `lora_alpha`"):
         lora_scaling(None, 8, "")
-    with pytest.raises(ConversionError, match="alpha_pattern"):
-        lora_scaling(None, 8, "lora_alpha=32, alpha_pattern=dict(q_proj=3)")
+    with pytest.raises(ConversionError, match="rank 0"):
+        lora_scaling(8.0, 0, text)
     assert lora_scaling(None, 16, "llm_lora = dict(lora_alpha=32)\nvisual_encoder_lora = dict(use_rslora=True)") == 2
+
+
+@pytest.mark.parametrize(
+    ("pattern", "is_filled"),
+    [
+        ("{}", False),
+        ("dict()", False),
+        ("None", False),
+        ("dict(q_proj=3)", True),
+        ("dict([('q_proj', 3)])", True),
+        ("{'q_proj': 3}", True),
+        ("{'q_proj': other}", True),
+        ("{**other}", True),
+        ("other", True),
+    ],
+)
+def test_alpha_of_single_modules_is_refused(pattern, is_filled):
+    """Also where the text must be run to know it."""
+    text = f"llm_lora = dict(lora_alpha=32, alpha_pattern={pattern})"
+    if is_filled:
+        with pytest.raises(ConversionError, match="`alpha_pattern`"):
+            lora_scaling(None, 8, text)
+    else:
+        assert lora_scaling(None, 8, text) == 4
 
 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 0, -1.0, True])

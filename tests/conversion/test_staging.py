@@ -279,6 +279,93 @@ def test_link_to_a_folder_of_the_user_is_refused(tmp_path):
     assert _tree(tmp_path) == before
 
 
+def test_file_at_the_output_is_not_replaced(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(ConversionError, match="exists and is not a folder"):
+            _convert(tmp_path / "out", overwrite=overwrite)
+    assert (tmp_path / "out").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_empty_output_is_replaced_and_its_folders_are_made(tmp_path):
+    (tmp_path / "out").mkdir()
+    assert _is_whole(_convert(tmp_path / "out"))
+    assert _is_whole(_convert(tmp_path / "new" / "folders" / "out"))
+
+
+def test_run_that_was_killed_while_it_marked_its_folder_is_resumed(tmp_path):
+    (tmp_path / "out.incomplete").mkdir()
+    (tmp_path / "out.incomplete" / ".conversion_progress.json.0123abcd.partial").write_text("{")
+    assert _is_whole(_convert(tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_pipes_are_not_copied(tmp_path, tagger, monkeypatch):
+    """A copy would wait for the other end; a hard link does not."""
+    output = shutil.copytree(tagger, tmp_path / "out")
+    os.mkfifo(output / "pipe")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", lambda *a, **o: (_ for _ in ()).throw(OSError("no links on this disk")))
+        with pytest.raises(OSError, match="no links on this disk"):
+            _convert(output, overwrite=True)
+    assert _is_whole(output)
+    _convert(output, overwrite=True)
+    assert (output / "pipe").is_fifo()
+
+
+# The files of a model folder, which transformers and this package name, and some of a user.
+OWN = (
+    *("model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "chat_template.jinja"),
+    *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
+    *("image_processor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.json", "conversion_report.json", "modeling_mgllava.py"),
+    *("modeling_slime.py", "modeling_ram_plus.py", "text_common.py", "__init__.py"),
+)
+OF_THE_USER = (
+    *("adapter_model.safetensors", "model-1-of-2.safetensors", "handler.py", "my_config.json", "notes.txt", "a.jinja"),
+    *("config.json.bak", "tokenizer.model", "video_mgllava.txt"),
+)
+
+
+@pytest.mark.parametrize("name", [*OWN, *OF_THE_USER])
+def test_files_of_a_model_folder_are_replaced_and_others_are_kept(tmp_path, name):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "config.json").write_text('{"model_type": "ram_plus"}')
+    if name != "config.json":
+        (output / name).write_text("old")
+    with StagingFolder(output, True, "ram_plus") as folder:
+        folder.keep_finished({}, [])
+        folder.publish()
+    assert _tree(output) == ({} if name in OWN else {name: b"old"})
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_own"),
+    [
+        *((name, True) for name in (*OWN, "box_detector", "vision_tower", "additional_chat_templates", "README.md")),
+        *((".gitattributes", True), (".config.json.0123abcd.partial", True)),
+        *((name, False) for name in OF_THE_USER),
+    ],
+)
+def test_unfinished_folder_may_hold_what_a_run_writes(tmp_path, name, is_own):
+    unfinished = tmp_path / "out.incomplete"
+    unfinished.mkdir()
+    (unfinished / "conversion_progress.json").write_text(json.dumps({"mark": staging._MARK}))
+    (unfinished / name).write_text("old")
+    if is_own:
+        with StagingFolder(tmp_path / "out", False, "ram_plus") as folder:
+            folder.keep_finished({}, [])
+        assert [path.name for path in unfinished.iterdir()] == ["conversion_progress.json"]
+    else:
+        with pytest.raises(ConversionError, match=rf"holds also {name}\."):
+            StagingFolder(tmp_path / "out", False, "ram_plus").__enter__()
+        assert (unfinished / name).exists()
+    assert not (tmp_path / "out.lock").exists()
+
+
 @pytest.mark.parametrize("config", ["{", "[]", '"ram_plus"', '{"model_type": ["ram_plus"]}', "[" * 100_000, "\udcff"])
 def test_output_with_a_broken_config_is_not_replaced(tmp_path, config):
     (tmp_path / "out").mkdir()

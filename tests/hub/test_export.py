@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import safe_open
@@ -21,7 +23,7 @@ from mgllava import MGLlavaForConditionalGeneration, MGLlavaProcessor
 from mgllava.cli import app
 from mgllava.conversion import ConversionError
 from mgllava.families import FAMILIES
-from mgllava.hub import export, export_repository, upload, verify
+from mgllava.hub import export, export_repository, loading_check, upload, verify
 from mgllava.hub.card_sections import Contents
 from mgllava.hub.model_card import model_card
 from mgllava.model_files import sources
@@ -200,6 +202,16 @@ def test_parts_that_stay_on_the_hub_are_pinned(families, tmp_path, monkeypatch):
         export_repository(families["vicuna"], tmp_path / "none", **{**options, "tagger": "org/typo"})
 
 
+def test_link_in_a_part_of_the_box_detector_is_refused(families, tagger_repository, tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "secret.txt").write_text("mine")
+    tagger = shutil.copytree(tagger_repository, tmp_path / "tagger")
+    (tagger / "notes.txt").symlink_to(tmp_path / "home" / "secret.txt")
+    with pytest.raises(ConversionError, match=r"The processor cannot be saved: .*notes\.txt.* leads out of"):
+        export_repository(families["vicuna"], tmp_path / "out", tagger=str(tagger), verify=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_ram_plus_is_exported_too(tagger_repository, tmp_path):
     output = export_repository(tagger_repository, tmp_path / "ram-plus", verify=False)
     assert {"README.md", "preprocessor_config.json", "modeling_ram_plus.py"} <= {p.name for p in output.iterdir()}
@@ -218,6 +230,27 @@ def test_report_has_no_paths_of_this_machine(repository, tmp_path):
     report = json.loads((output / "conversion_report.json").read_text())
     assert report["arguments"]["llm"] == "llm"
     assert [file["file"] for file in report["sources"]["checkpoint"]] == ["iter_10.pth"]
+
+
+def test_paths_in_a_report_are_cut_and_hub_ids_are_not(copied, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "here").mkdir(parents=True)
+    arguments = {"llm": "owner/name", "vision_tower": "owner/here", "checkpoint": "/home/me/iter_1.pth", "dtype": None}
+    arguments |= {"high_res_tower": "some/more/folders", "prompt_template": "vicuna", "max_positions": 7}
+    report = {"arguments": arguments, "sources": {"llm": [{"file": "/home/me/config.json", "bytes": 3}]}, "notes": []}
+    (copied / "conversion_report.json").write_text(json.dumps(report))
+    output = export_repository(copied, tmp_path / "out", verify=False)
+    found = json.loads((output / "conversion_report.json").read_text())
+    cut = {"vision_tower": "here", "checkpoint": "iter_1.pth", "high_res_tower": "folders"}
+    assert found == {
+        "arguments": {**arguments, **cut},
+        "sources": {"llm": [{"file": "config.json", "bytes": 3}]},
+        "notes": [],
+    }
+    for damaged in ({"arguments": []}, {"sources": []}, {"sources": {"x": [3]}}, {"sources": {"x": [{}]}}):
+        (copied / "conversion_report.json").write_text(json.dumps(damaged))
+        with pytest.raises(ConversionError, match=r"conversion_report\.json is not the report of a conversion"):
+            export_repository(copied, tmp_path / "other", verify=False)
 
 
 def test_hand_written_card_is_kept_and_a_generated_one_is_not(copied, tmp_path):
@@ -364,6 +397,35 @@ def test_push_creates_uploads_and_tags(saved, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("exists", "is_private", "private"),
+    [(False, False, False), (True, False, False), (True, True, False), (True, True, True)],
+)
+def test_upload_into_repositories_that_exist(tmp_path, monkeypatch, exists, is_private, private):
+    api = FakeApi(exists, is_private, tags=["v0"], files=["model.safetensors"])
+    said = []
+    monkeypatch.setattr(upload, "HfApi", api)
+    monkeypatch.setattr(upload.logger, "warning", said.append)
+    (tmp_path / "config.json").touch()
+    options = {"private": True} if private else {}
+    assert upload.upload_repository(tmp_path, "org/name", "v1", **options) == "https://hub/org/name"
+    # Whether a repository that exists is private is not changed.
+    assert api.calls == [
+        ("create", "org/name", True if private else None, True),
+        ("upload", "org/name", {"config.json"}, ["model.safetensors"]),
+        ("tag", "org/name", "v1", "c0ffee"),
+    ]
+    assert len(said) == 1 and "Deleted from org/name" in said[0] and "model.safetensors" in said[0]
+
+
+def test_upload_that_fails_says_that_the_folder_is_complete(tmp_path, monkeypatch):
+    api = FakeApi()
+    monkeypatch.setattr(upload, "HfApi", api)
+    monkeypatch.setattr(api, "create_tag", lambda *given, **options: (_ for _ in ()).throw(OSError("no\nnetwork")))
+    with pytest.raises(ConversionError, match=r"complete, but could not be uploaded to org/name \(no network\)"):
+        upload.upload_repository(tmp_path, "org/name", "v1")
+
+
+@pytest.mark.parametrize(
     ("api", "options", "message"),
     [
         (FakeApi(True, tags=[TAG]), ["--push", "org/name"], f"has a tag {TAG}, which users may have pinned"),
@@ -393,6 +455,54 @@ def test_import_of_the_loading_check_does_not_hide_the_package():
     import mgllava.hub.loading_check
 
     assert sys.modules["mgllava"] is mgllava
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """What the loading check loads, in place of the Auto classes of transformers."""
+    calls = []
+
+    def record(name, method, result=None):
+        def load(*arguments, trust_remote_code, **options):
+            assert trust_remote_code is True
+            calls.append((name, *arguments, *options.values(), torch.empty(0).device.type))
+            return result
+
+        monkeypatch.setattr(transformers, name, SimpleNamespace(**{method: load}))
+
+    config = SimpleNamespace(auto_map={"AutoConfig": "a", "AutoModel": "b", "AutoModelForImageTextToText": "c"})
+    record("AutoConfig", "from_pretrained", config)
+    for name in ("AutoModel", "AutoModelForImageTextToText"):
+        record(name, "from_config")
+    for name in ("AutoImageProcessor", "AutoProcessor"):
+        record(name, "from_pretrained")
+    calls.append(config)
+    return calls
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_loading_check_loads_all_that_has_code(loaded, tmp_path, monkeypatch, started):
+    """Models without their weights, both image processors, the processor if there is one, and parts with code."""
+    config = loaded.pop()
+    tagger, detector = tmp_path / "box_detector" / "tagger", tmp_path / "box_detector" / "detector"
+    for folder, content in ((tmp_path, "{}"), (tagger, '{"auto_map": {}}'), (detector, "{}")):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(content)
+    (tmp_path / "processor_config.json").write_text("{}")
+    if started:
+        monkeypatch.setitem(sys.modules, "mgllava", mgllava)
+        monkeypatch.setattr(sys, "argv", ["loading_check.py", str(tmp_path)])
+        runpy.run_path(str(verify._SCRIPT), run_name="__main__")
+        assert sys.modules["mgllava"] is None
+    else:
+        loading_check.check(tmp_path)
+    models = [(name, config, "meta") for name in ("AutoModel", "AutoModelForImageTextToText")]
+
+    def of(folder):
+        images = [("AutoImageProcessor", folder, backend, "cpu") for backend in ("torchvision", "pil")]
+        return [("AutoConfig", folder, "cpu"), *models, *images]
+
+    assert loaded == [*of(tmp_path), ("AutoProcessor", tmp_path, "cpu"), *of(tagger)]
 
 
 @pytest.mark.parametrize(

@@ -75,17 +75,12 @@ def plan_shards(tensors: Mapping[str, LazyTensor], max_shard_size: str | int) ->
     is_number = type(max_shard_size) is int and max_shard_size > 0
     if not is_number and (size is None or float(size[1]) * 10 ** _UNITS[size[2].upper()] < 1):
         raise ConversionError(f"`max_shard_size` must be like 5GB or 500MB, got {max_shard_size}.")
-    try:
-        split = split_state_dict_into_shards_factory(
-            dict(tensors),
-            get_storage_size=lambda tensor: tensor.nbytes,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
-        )
-    except ValueError as error:
-        raise ConversionError(
-            f"`max_shard_size` must be like 5GB or 500MB, got {max_shard_size} ({error})."
-        ) from error
+    split = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
     shards = []
     for filename, names in split.filename_to_tensors.items():
         # Widest dtype first, so that every tensor is aligned to its item size.

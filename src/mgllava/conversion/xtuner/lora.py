@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from mgllava.conversion.lora import check_lora_alpha, is_positive_number, scaling_of
@@ -108,7 +108,7 @@ def read_lora_settings(config_text: str) -> LoraSettings:
     return LoraSettings(
         float(alpha) if isinstance(alpha, int | float) else None,
         any(value(items.get("use_rslora")) is True for items in chosen),
-        any(_is_filled(items.get("alpha_pattern"), value) for items in chosen),
+        any(_is_filled(items["alpha_pattern"]) for items in chosen if "alpha_pattern" in items),
     )
 
 
@@ -154,13 +154,11 @@ def _dictionaries(node: ast.AST, owner: tuple[str, ...]) -> Iterator[tuple[tuple
             yield from _dictionaries(child, owner)
 
 
-def _is_filled(node: ast.expr | None, value: Callable[[ast.expr | None], object]) -> bool:
-    if node is None:
-        return False
+def _is_filled(node: ast.expr) -> bool:
+    """Tell whether a dictionary has entries; also if it cannot be read without running the text."""
     if isinstance(node, ast.Call):
         return bool(node.args or node.keywords)
-    known = value(node)
-    return bool(known) or not isinstance(node, ast.Constant | ast.Dict)
+    return bool(node.keys) if isinstance(node, ast.Dict) else not isinstance(node, ast.Constant) or bool(node.value)
 
 
 def lora_scaling(alpha: float | None, rank: int, config_text: str) -> float:
