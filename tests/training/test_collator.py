@@ -121,6 +121,31 @@ def test_turns_are_read_as_the_original_reads_them(small_processor):
     assert torch.equal(a["labels"], b["labels"])
 
 
+def test_two_answers_in_a_row_get_an_empty_question(small_processor):
+    first, second = ({"from": "gpt", "value": text} for text in ("A cup.", "It is red."))
+    collator = MGLlavaDataCollator(small_processor)
+    a = collator([sample(conversations=[TURNS[0], first, second])])
+    b = collator([sample(conversations=[TURNS[0], first, {"from": "human", "value": ""}, second])])
+    assert torch.equal(a["input_ids"], b["input_ids"]) and torch.equal(a["labels"], b["labels"])
+
+
+def test_the_system_text_comes_first_and_is_not_learned(small_processor):
+    system = {"from": "system", "value": "Answer with one word."}
+    collator = MGLlavaDataCollator(small_processor)
+    a = collator([sample(conversations=[system, *TURNS])])
+    messages = [{"role": "system", "content": "Answer with one word."}]
+    messages += [
+        {"role": role, "content": turn["value"]} for role, turn in zip(("user", "assistant"), TURNS, strict=True)
+    ]
+    b = collator([sample(conversations=None, messages=messages)])
+    assert torch.equal(a["input_ids"], b["input_ids"]) and torch.equal(a["labels"], b["labels"])
+    plain = collator([sample()])
+    assert a["labels"].ge(0).sum() == plain["labels"].ge(0).sum() and a["labels"].shape[1] > plain["labels"].shape[1]
+    # A question is needed for an answer, whatever the system says.
+    with pytest.raises(SampleError, match="no answer to learn"):
+        collator([sample(conversations=[system, TURNS[1]])])
+
+
 def test_messages_of_trl_are_read_like_conversations(small_processor):
     collator = MGLlavaDataCollator(small_processor)
     # Arrow fills in keys that only other blocks have.
@@ -176,6 +201,21 @@ BAD = {
     "too_few_images": ({"image": [IMAGE] * 2, "boxes": None, "conversations": THREE}, "got 3 <image> and 2 images"),
     "one_record_for_two": ({"image": [IMAGE] * 2, "conversations": TWO}, "got 1 entries for 2 images"),
     "wrong_turn": ({"conversations": [{"from": "robot", "value": "Hm?"}]}, "from"),
+    "wrong_role": ({"conversations": None, "messages": [{"role": "robot", "content": "Hm?"}]}, "`role` and `content`"),
+    "no_content": ({"conversations": None, "messages": [{"role": "user"}]}, "must have messages with `role`"),
+    "no_value": ({"conversations": [{"from": "human"}]}, "must have turns with `from` (human or gpt) and `value`"),
+    "no_turns": ({"conversations": None}, "must have `conversations` or `messages`, got id, image"),
+    "boxes_twice": (
+        {
+            "conversations": None,
+            "messages": [
+                {"role": "user", "content": [{"type": "image", "boxes": [[5, 10, 40, 30]]}]},
+                {"role": "assistant", "content": "A cup."},
+            ],
+            "boxes": [[5, 10, 40, 30]],
+        },
+        "boxes in `boxes` or in its image blocks, got both",
+    ),
     "wrong_boxes": ({"boxes": [[40, 10, 5, 30]]}, "x1 <= x2"),
     "wrong_number_of_boxes": ({"boxes": [[[5, 10, 40, 30]], []]}, "for each image"),
 }
@@ -214,9 +254,23 @@ def test_missing_boxes_may_be_taken_for_none(small_processor):
     assert batch["boxes"].tolist() == [[[0, 0, 0, 0]]]
 
 
+def test_a_dataset_whose_boxes_may_have_been_dropped_is_a_warning(small_processor, caplog):
+    bare = {name: value for name, value in sample().items() if name != "boxes"}
+    text = {"id": "1", "conversations": [{"from": "human", "value": "Say red."}, TURNS[1]]}
+    for samples, warnings in (([text], 0), ([sample(boxes=None), bare], 0), ([bare, bare], 1)):
+        caplog.clear()
+        collator = MGLlavaDataCollator(small_processor, missing_boxes="empty")
+        for one in samples:
+            collator([one])
+        assert caplog.text.count("No sample so far has the key `boxes`") == warnings
+
+
 def test_a_template_without_marks_is_refused(small_processor):
     class Plain:
         chat_template = "{{ messages }}"
 
-    with pytest.raises(ValueError, match="generation"):
+    with pytest.raises(ValueError, match=r"generation .*got one without"):
+        MGLlavaDataCollator(Plain())
+    Plain.chat_template = None
+    with pytest.raises(ValueError, match=r"generation .*got none"):
         MGLlavaDataCollator(Plain())

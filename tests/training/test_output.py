@@ -234,6 +234,10 @@ def test_allowed_changes_on_resuming_are_written_to_the_recipe(cpu_recipe):
 def test_processor_is_saved_with_the_detector_of_the_recipe(cpu_recipe):
     detector = (f"data.detector.detector={OWLV2}", "data.detector.labels=[square, circle]")
     output = run(cpu_recipe, *SHORT, *detector, "data.detector.mode=clean")
+    (output / "box_detector" / "old.json").touch()
+    # The result is written again, and replaces that of before.
+    assert run(cpu_recipe, *SHORT, *detector, "data.detector.mode=clean", resume=True) == output
+    assert not (output / "box_detector" / "old.json").exists()
     processor = AutoProcessor.from_pretrained(output)
     config = processor.box_detector_config
     assert (config["tagger"], config["mode"]) == (["square", "circle"], "clean")
@@ -242,8 +246,12 @@ def test_processor_is_saved_with_the_detector_of_the_recipe(cpu_recipe):
     assert processor.box_detector.config["mode"] == "clean"
 
 
-def test_detector_from_the_hub_is_saved_by_its_id(cpu_recipe):
-    output = run(cpu_recipe, *SHORT, "data.detector.tagger=coco80", "training.save_strategy=no")
+@pytest.mark.parametrize("threshold", [0.2, 0.3])
+def test_detector_from_the_hub_is_saved_by_its_id(cpu_recipe, threshold, caplog):
+    changes = ["data.detector.tagger=coco80", f"data.detector.threshold={threshold}", "training.max_steps=1"]
+    output = run(cpu_recipe, *SHORT, *changes, "training.save_strategy=no")
+    said = f"a threshold of {threshold}, which cannot be saved with the processor"
+    assert (said in caplog.text) == (threshold != 0.2) and ("cannot be saved" in caplog.text) == (threshold != 0.2)
     config = AutoProcessor.from_pretrained(output).box_detector_config
     assert config["detector"] == "google/owlv2-large-patch14-ensemble" and len(config["tagger"]) == 80
 
@@ -274,18 +282,48 @@ REFUSED = [
     ("model.config.fusion_type=round", "`model.config` cannot be used"),
     ("lora={target_modules: [nothing]}", "`lora` cannot be used"),
     ("training.output_dir=null", "`training.output_dir` must say where to write"),
+    ("data.samples=null", "`data.samples` must name a file of samples"),
+    ("data.images=[a, b]", "`data.images` must have one entry, or one for each of 1 files, got 2"),
+    ("data.boxes=[a, b]", "`data.boxes` must have one entry, or one for each of 1 files, got 2"),
+    ("data.videos=[a, b, c]", "`data.videos` must have one entry, or one for each of 1 files, got 3"),
+    ("data.original_labels=true", "`data`: `original_labels` must be false for a model whose original learns from"),
+    ("data.num_frames=4", "`data.num_frames` must not be set: this model of MG-LLaVA takes no videos"),
+    ("data.prompt_template=v1", "`data.prompt_template` must be null or a template of MG-LLaVA (vicuna, "),
+    ("train=[]", "`train` must name the modules"),
+    ("lora.r=4", "`train` must not name language_model, lm_head if `lora` is given"),
+    ("learning_rates={language_modle: 1}", "`learning_rates.language_modle` matches no parameter that is trained"),
+    ("model.bits=4", "`model.bits` needs `lora`: weights in 4 bits cannot be trained"),
+    ("model.family=slime", "`model.family` must be mgllava"),
+    ("model.parts.llm=a", "Set either `model.name`"),
+    ("model.name=null", "Set either `model.name`"),
+    ("model={name: null, parts: {llm: a, vision_tower: b}}", "`model.parts.high_res_tower`, `model.parts.prompt_temp"),
 ]
 
 
 @pytest.mark.parametrize(("change", "expected"), REFUSED)
 def test_settings_that_contradict_each_other_are_refused_in_one_line(cpu_recipe, change, expected):
     changes = ("training.lr_scheduler_type=cosine", change) if "scheduler" in change else (change,)
-    changes = ("train=[fusion]", change) if change.startswith("lora") else changes
+    changes = ("train=[fusion]", change) if "target_modules" in change else changes
     result = CliRunner().invoke(app, ["train", str(cpu_recipe), *SHORT, *changes])
     assert result.exit_code == 1 and "Wrote" not in result.stdout
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert expected in line
     assert "Traceback" not in result.stderr
+
+
+def test_a_stream_needs_a_number_of_steps(cpu_recipe):
+    with pytest.raises(TrainingError, match=r"`training\.max_steps` must be given if `data\.streaming` is true"):
+        run(cpu_recipe, "data.streaming=true", "training.train_sampling_strategy=sequential")
+
+
+def test_a_result_without_the_picture_of_the_loss_is_complete(cpu_recipe, monkeypatch, caplog):
+    def fail(history, path):
+        raise ImportError("no matplotlib")
+
+    monkeypatch.setattr("mgllava.training.run.plot_losses", fail)
+    output = run(cpu_recipe, *SHORT, "training.max_steps=1", "training.save_strategy=no")
+    assert "The loss was not plotted: no matplotlib" in caplog.text
+    assert json.loads((output / "run.json").read_text())["finished"] and (output / "model.safetensors").is_file()
 
 
 def test_training_without_a_step_is_an_error(cpu_recipe):

@@ -3,6 +3,7 @@ import inspect
 from typing import Any
 
 import pytest
+from transformers.trainer_utils import SaveStrategy
 
 from mgllava.box_files import detect_images, open_detector
 from mgllava.families import FAMILIES
@@ -393,7 +394,7 @@ def test_a_key_that_occurs_twice_is_refused(tmp_path):
 
 
 def test_a_recipe_of_python_is_checked_too(tmp_path):
-    recipe = Recipe(training={"output_dir": tmp_path, "save_strategy": "no"}, global_batch_size=2)
-    assert checked_recipe(recipe).training["output_dir"] == str(tmp_path)
+    recipe = Recipe(training={"output_dir": tmp_path, "save_strategy": SaveStrategy.NO}, global_batch_size=2)
+    assert checked_recipe(recipe).training == {"output_dir": str(tmp_path), "save_strategy": "no"}
     with pytest.raises(TrainingError, match="`global_batch_size` must be a whole number or null, got 'many'"):
         train(Recipe(training={"output_dir": tmp_path}, global_batch_size="many"))

@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -84,6 +85,18 @@ def test_a_batch_of_all_modalities_has_the_inputs_of_each(video_processor):
         single = collator([alone])
         assert torch.equal(batch["input_ids"][row][batch["attention_mask"][row].bool()], single["input_ids"][0])
     assert "pixel_values_videos" not in collator([IMAGE, TEXT])
+
+
+@pytest.mark.parametrize("as_array", [torch.tensor, np.array, tuple])
+def test_boxes_of_a_video_may_be_arrays(video_processor, as_array):
+    collator = MGLlavaDataCollator(video_processor)
+    expected = collator([sample()])
+    for boxes in (as_array([[BOX]] * FRAMES), as_array([[[BOX]] * FRAMES])):
+        found = collator([sample(boxes=boxes)])
+        assert torch.equal(found["video_boxes"], expected["video_boxes"])
+    entry = {"frames": [ENTRY] * FRAMES}
+    assert torch.equal(collator([sample(boxes=entry)])["video_boxes"], expected["video_boxes"])
+    assert torch.equal(collator([sample(boxes=[ENTRY] * FRAMES)])["video_boxes"], expected["video_boxes"])
 
 
 def test_a_sample_may_have_images_and_videos(video_processor):

@@ -111,8 +111,6 @@ def _train(recipe: Recipe, args: TrainingArguments, output: Path, resume: bool) 
     if args.should_save:
         write_start(recipe, samples, output, None if checkpoint is None else checkpoint.name, changes)
     result = trainer.train(str(checkpoint) if checkpoint is not None else None)
-    if trainer.state.global_step == 0:
-        raise TrainingError("Nothing was trained: no sample was read, so there was no step.")
     _save(trainer, recipe.model, output)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()

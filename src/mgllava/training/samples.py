@@ -206,6 +206,8 @@ def _entries(sample: Mapping[str, Any], num_images: int, num_videos: int, name: 
     videos = [None] * num_videos if video_boxes is None else video_boxes
     if num_videos == 1 and video_boxes is not None and _levels(video_boxes) < 4:
         videos = [video_boxes]
+    if hasattr(videos, "ndim"):
+        videos = list(videos)
     if not isinstance(videos, list | tuple) or len(videos) != num_videos:
         number = len(videos) if isinstance(videos, list | tuple) else 1
         raise SampleError(
