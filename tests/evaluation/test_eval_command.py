@@ -1,7 +1,10 @@
 """`mgllava eval` with small models: answers as of single prompts, boxes of models that have some, and of others."""
 
+import importlib
+import inspect
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from typer.testing import CliRunner
 from mgllava.box_files import write_boxes
 from mgllava.cli import app
 from mgllava.evaluation import Answerer, EvaluationError, evaluate
+from mgllava.evaluation.evaluate import Evaluation
 
 from .conftest import in_base64
 
@@ -133,6 +137,16 @@ def test_models_without_boxes_are_asked_without(stand_in_path, choices, tmp_path
     assert result.exit_code == 0, result.output
     answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").open()]
     assert len(answers) == 4 and all("boxes" not in answer for answer in answers)
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())["settings"]
+    assert settings == {
+        "benchmark": "multiple-choice",
+        "model": "stand-in@None",  # a Hub id, and its commit
+        "dtype": "float32",
+        "bits": None,
+        "attn_implementation": None,
+        "max_new_tokens": 5,
+        "boxes": {"source": "none"},
+    }
 
 
 def test_answers_are_greedy_whatever_the_model_suggests(model, processor, monkeypatch):
@@ -155,3 +169,45 @@ def test_answers_of_another_model_are_not_scored_again(repository, choices, tmp_
     (other / "generation_config.json").write_text(json.dumps({**config, "temperature": 0.5}))
     with pytest.raises(EvaluationError, match=r"answers of other settings: settings\.model is"):
         evaluate(str(other), "multiple-choice", choices, tmp_path / "out", **options, resume=True)
+
+
+def test_no_row_with_boxes_is_an_error(repository, choices, tmp_path):
+    file = write_boxes(tmp_path / "b.json", [{"id": 99, "boxes": [], "labels": [], "scores": []}])
+    with pytest.raises(EvaluationError, match=r"no row can be asked\. .*row 1: the box file has no boxes"):
+        evaluate(str(repository), "seed", choices, tmp_path / "out", box_file=file, on_error="skip")
+
+
+@pytest.mark.parametrize(
+    ("count", "device", "expected"),
+    [(1, "auto", "auto"), (2, "auto", "cuda:1"), (2, None, "cuda:1"), (2, "cpu", "cpu")],
+)
+def test_each_process_loads_the_model_on_its_own_device(count, device, expected, choices, tmp_path, monkeypatch):
+    def load(model, **options):
+        raise RuntimeError(f"loads on {options['device']}")
+
+    state = SimpleNamespace(num_processes=count, device="cuda:1")
+    monkeypatch.setattr(importlib.import_module("mgllava.evaluation.evaluate"), "processes", lambda: state)
+    monkeypatch.setattr("mgllava.chat.loading.load", load)
+    options = {} if device is None else {"device": device}
+    with pytest.raises(RuntimeError, match=f"loads on {expected}"):
+        evaluate("model", "seed", choices, tmp_path / "out", **options)
+
+
+def test_the_command_has_the_defaults_of_the_function():
+    from mgllava.commands.eval import evaluate as command
+
+    given = {name: option.default for name, option in inspect.signature(command).parameters.items()}
+    for name, option in inspect.signature(evaluate).parameters.items():
+        if name in given and option.default is not option.empty:
+            assert getattr(given[name], "value", given[name]) == option.default, name
+
+
+def test_a_result_is_said_in_one_line(tmp_path):
+    found = Evaluation(tmp_path, "accuracy", {"accuracy": 66.66}, {}, 1200, 1003, [])
+    assert str(found) == (
+        f"accuracy: 66.7 (1,200 answers, 1,003 rows skipped). Wrote {tmp_path / 'report.html'} and scores.json."
+    )
+    found = Evaluation(tmp_path, None, {}, {}, 1, 0, [tmp_path / "a.json", tmp_path / "b.json"])
+    assert str(found) == (
+        f"No score without a judge (1 answers). Wrote {tmp_path / 'report.html'} and a.json, b.json."
+    )

@@ -1,5 +1,6 @@
 """The model of lmms-eval, or of a stand-in where it is not installed: answers in order, boxes, options of tasks."""
 
+import importlib
 import json
 import re
 import sys
@@ -8,10 +9,12 @@ from types import ModuleType, SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
+import typer
 from PIL import Image
+from typer.testing import CliRunner
 
 from mgllava.box_files import BoxFile, read_boxes, write_boxes
-from mgllava.evaluation import Answerer, BadRowError, EvaluationError
+from mgllava.evaluation import BENCHMARKS, Answerer, BadRowError, EvaluationError
 from mgllava.evaluation.answering import Film, open_video
 from tests import processes
 from tests.processing.videos import make_frames, write
@@ -88,7 +91,7 @@ def lmms_eval(tmp_path, monkeypatch):
 
 
 def test_the_class_of_the_manifest_is_there():
-    from mgllava.integrations import lmms_eval
+    lmms_eval = importlib.import_module("mgllava.integrations.lmms_eval")
 
     found = lmms_eval.manifest()
     assert found.model_id == "mgllava"
@@ -127,8 +130,35 @@ def test_answers_are_in_the_order_of_the_requests(ask, model, processor, documen
     assert ask() == [expected[number] for number in (2, 0, 1)]
     # Options of generation differ, so that the batches do too.
     options = [{"max_new_tokens": 4}, {"max_new_tokens": 2}, {"max_new_tokens": 4, "until": [expected[2][:1]]}]
-    found = ask(options)
+    hooks = []
+    found = ask(options, change=lambda chat: hooks.append(chat.cache_hook))
     assert found[:2] == ["", expected[0]]
+    if hasattr(hooks[0], "saved"):  # answers that are saved for another run
+        wanted = [("generate_until", ("context", options[number]), found[place]) for place, number in ((1, 0), (2, 1))]
+        assert all(call in hooks[0].saved for call in wanted) and len(hooks[0].saved) == 3
+
+
+def test_progress_counts_answers_in_the_main_process(ask, monkeypatch):
+    lmms_eval = importlib.import_module("mgllava.integrations.lmms_eval")
+
+    bars = []
+
+    class Bar:
+        def __init__(self, **options):
+            self.options, self.done, self.is_closed = options, 0, False
+            bars.append(self)
+
+        def update(self, count):
+            self.done += count
+
+        def close(self):
+            self.is_closed = True
+
+    monkeypatch.setattr(lmms_eval, "tqdm", Bar)
+    ask()
+    ask(change=lambda chat: setattr(chat, "_rank", 1))
+    assert [(bar.done, bar.is_closed, bar.options["total"]) for bar in bars] == [(3, True, 3)] * 2
+    assert [bar.options["disable"] for bar in bars] == [False, True]
 
 
 def test_boxes_of_a_file(ask, model, processor, documents, tmp_path):
@@ -190,7 +220,7 @@ def test_boxes_of_the_detector(ask, processor, model, documents):
 
 @pytest.mark.parametrize(("boxes", "detects"), [(None, True), ("detector", True), ("none", False)])
 def test_the_detector_of_the_model_is_the_default(boxes, detects, monkeypatch):
-    from mgllava.integrations import lmms_eval
+    lmms_eval = importlib.import_module("mgllava.integrations.lmms_eval")
 
     given = []
 
@@ -202,8 +232,23 @@ def test_the_detector_of_the_model_is_the_default(boxes, detects, monkeypatch):
     monkeypatch.setattr(lmms_eval, "Answerer", lambda *pair: SimpleNamespace(takes_boxes=True))
     chat = lmms_eval.MGLlavaChat("folder", boxes=boxes, device=None)
     assert chat._detects == detects and chat.batch_size == 1
+    assert chat._num_frames == BENCHMARKS["msvd-qa"].num_frames and chat._options == {"box_limit": 100}
     assert given[0]["boxes"] == (None if boxes == "none" else boxes)
     assert (given[0]["device"], given[0]["dtype"], given[0]["trust_remote_code"]) == ("auto", "auto", False)
+
+
+@pytest.mark.parametrize(("count", "device"), [(1, "cpu"), (2, "cuda:1")])
+def test_each_process_has_its_own_device(count, device, monkeypatch):
+    lmms_eval = importlib.import_module("mgllava.integrations.lmms_eval")
+
+    state = SimpleNamespace(num_processes=count, process_index=count - 1, device="cuda:1")
+    devices = []
+    monkeypatch.setattr(lmms_eval, "Accelerator", lambda: state)
+    monkeypatch.setattr(lmms_eval, "load", lambda path, **options: (devices.append(options["device"]), None))
+    monkeypatch.setattr(lmms_eval, "Answerer", lambda *pair: SimpleNamespace(takes_boxes=False))
+    chat = lmms_eval.MGLlavaChat("folder", device="cpu")
+    assert devices == [device] and (chat._rank, chat._world_size) == (count - 1, count)
+    assert chat.accelerator is state and chat._options == {} and not chat._detects
 
 
 @pytest.mark.parametrize(
@@ -332,9 +377,22 @@ def test_task_of_videos(films, tmp_path):
     answers.write_text(json.dumps([{"answer": "2010-01-01"}, {"answer": "a big dog"}]))
     path = write_task("MSVD_QA", [questions], tmp_path / "tasks", annotations=answers)
     task = json.loads(re.sub(r"!function mgllava\.integrations\.lmms_eval\.(\w+)", r'"\1"', path.read_text()))
-    assert path.name == "msvd_qa_local.yaml" and task["process_results"] == "score_answer"
-    assert task["doc_to_messages"] == "messages_about_video"
-    assert [metric["metric"] for metric in task["metric_list"]] == ["exact_match", "token_f1"]
+    assert path.name == "msvd_qa_local.yaml"
+    metrics = ("exact_match", "token_f1")
+    assert task == {  # the names of lmms-eval
+        "task": "msvd_qa_local",
+        "dataset_path": "parquet",
+        "dataset_kwargs": {"data_files": {"test": [str(tmp_path / "tasks" / "msvd_qa_local.parquet")]}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_visual": "video",
+        "doc_to_messages": "messages_about_video",
+        "doc_to_text": "question",
+        "doc_to_target": "answer",
+        "process_results": "score_answer",
+        "generation_kwargs": {"max_new_tokens": 100, "temperature": 0, "do_sample": False, "until": []},
+        "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in metrics],
+    }
     table = pq.read_table(task["dataset_kwargs"]["data_files"]["test"]).to_pylist()
     assert table[0] == {
         "question_id": "1",
@@ -345,6 +403,7 @@ def test_task_of_videos(films, tmp_path):
     }
     # A video also if lmms-eval would take its file for an image.
     [message] = messages_about_video({**table[0], "video": "a.gif"})
+    assert message["role"] == "user"
     assert message["content"] == [{"type": "video", "url": "a.gif"}, {"type": "text", "text": "1?"}]
     assert score_answer(table[1], ["big dog."]) == {"exact_match": 1.0, "token_f1": 1.0}  # articles do not count
     assert score_answer(table[1], ["cat dog"]) == {"exact_match": 0.0, "token_f1": 0.5}
@@ -396,3 +455,20 @@ def test_local_variant_of_a_task(tmp_path):
         write_local_task("pope", [data, tmp_path / "b.parquet"], tmp_path)
     with pytest.raises(EvaluationError, match="no task 'absent'"):
         write_local_task("absent", [data], tmp_path)
+
+
+@pytest.mark.parametrize(("line", "split"), [("test_split: 'validation'", "validation"), ("", "test")])
+def test_a_local_variant_has_the_split_of_its_task(line, split, tmp_path, monkeypatch):
+    lmms_eval = importlib.import_module("mgllava.integrations.lmms_eval")
+
+    monkeypatch.setattr(lmms_eval.utils, "__file__", str(tmp_path / "lmms" / "utils.py"))
+    (tmp_path / "lmms" / "tasks").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "lmms" / "tasks" / "docvqa.yaml").write_text(f"task: docvqa\n{line}\n")
+    (tmp_path / "a.parquet").touch()
+    app = typer.Typer()
+    app.command()(lmms_eval.main)
+    result = CliRunner().invoke(app, ["docvqa", str(tmp_path / "a.parquet"), "--output", str(tmp_path / "new" / "x")])
+    path = tmp_path / "new" / "x" / "docvqa_local.yaml"
+    assert result.exit_code == 0 and f"Wrote {path}" in result.output.replace("\n", "")
+    content = json.loads(path.read_text())
+    assert content["test_split"] == split and list(content["dataset_kwargs"]["data_files"]) == [split]

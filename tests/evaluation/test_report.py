@@ -22,15 +22,23 @@ ATTACK = '<script>alert(1)</script><img src=x onerror="alert(2)">&amp;'
 class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
-        self.tags, self.links, self.text = [], [], ""
+        self.tags, self.links, self.text, self.headings, self.open = [], [], "", [], []
         self.feed(text)
+        assert not [tag for tag in self.open if tag not in ("html", "body")]
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
         self.links += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
 
     def handle_data(self, data):
         self.text += data
+        if self.open and self.open[-1] in ("h1", "h2"):
+            self.headings.append(data)
 
 
 @pytest.fixture
@@ -80,6 +88,8 @@ def test_numbers_of_the_paper_stand_next_to_the_main_score(report):
     assert "paper, Vicuna-7B" in page.text and "72.1" in page.text and "66.7" in page.text
     kinds = [attrs["class"] for tag, attrs in page.tags if tag == "figure"]
     assert kinds == ["right", "right", "wrong"]
+    headings = ["MMBench dev", "By category", "Right answers (2)", "Wrong answers (1)", "Settings"]
+    assert page.headings == headings and "benchmarkmmbench-dev" in page.text
     # The bar of the only category, as wide as its share.
     assert [attrs["style"] for tag, attrs in page.tags if tag == "i"] == ["width:66.7%"]
 
@@ -149,3 +159,33 @@ def test_pictures_are_small_with_the_boxes_in_their_places(tmp_path, write_tsv):
     assert colored.min(axis=0) == pytest.approx([50, 200], abs=3)
     assert colored.max(axis=0) == pytest.approx([150, 359], abs=3)
     assert page.text.count("boxes") == 1 and "1 boxes" in page.text
+
+
+def test_captions_say_what_was_asked_answered_and_expected(report):
+    line = {"question": "Q?", "ocr_tokens": "[]", "image": in_base64()}
+    page, _ = report("textvqa", [{"question_id": 7, **line, "answers": json.dumps(["cat"] * 9 + ["a cat"])}], "dog")
+    caption = page.text[page.text.index("Answer: dog") :]
+    assert caption.split("\n")[:4] == ["Answer: dog", "Expected: cat | a cat", "1 boxes", "7"]
+
+
+def test_skipped_rows_are_listed(tmp_path, task):
+    page = _page(tmp_path, task, _summary(skipped=[{"place": "<a>", "id": 1, "reason": "no <b>"}], notes=["N <c>"]))
+    assert "Skipped rows (1)" in page.headings and "<a>: no <b>" in page.text and "N <c>" in page.text
+    assert "Skipped" not in _page(tmp_path, task, _summary()).text
+
+
+def test_an_image_that_is_gone_is_said(tmp_path, write_lines):
+    (tmp_path / "a.png").write_bytes(base64.b64decode(in_base64()))
+    task = load_task("exact-match", write_lines([{"question_id": 1, "image": "a.png", "text": "Q", "answer": "A"}]))
+    (tmp_path / "a.png").unlink()
+    page = _page(tmp_path, task, _summary(), {0: {"answer": "A"}})
+    assert "a.png does not exist" in page.text and not page.links
+
+
+def test_shown_answers_are_spread_over_all(tmp_path, write_tsv):
+    line = {"question": "Q?", "A": "x", "answer": "A", "image": in_base64()}
+    for count, expected in ((12, range(12)), (24, range(0, 24, 2)), (36, range(0, 36, 3))):
+        task = load_task("seed", write_tsv([{"index": number, **line} for number in range(count)]))
+        answers = {number: {"answer": f"@{number}@"} for number in range(count)}
+        page = _page(tmp_path, task, _summary(), answers)
+        assert [int(text) for text in page.text.split("@")[1::2]] == list(expected)

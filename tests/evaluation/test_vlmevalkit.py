@@ -4,6 +4,7 @@ import json
 import sys
 import time
 
+import numpy as np
 import pytest
 import typer
 from PIL import Image
@@ -115,6 +116,38 @@ def test_a_model_answers_through_the_table_of_the_kit(view, kit, wide, loaded, m
     image = Image.open(wide)
     shown = image if view == "full" else image.crop((10, 0, 50, 40))
     assert wrapper.generate(message(wide)) == Answerer(model, processor, 4).answer([shown], ["Q?"])[0]
+    assert wrapper.INTERLEAVE, "the kit gives the parts of a message in their order"
+
+
+def test_the_square_in_the_middle_is_shown(kit, loaded):
+    wrapper = MGLlavaVLM("folder", view="center-crop")
+    for size, box in (((31, 50), (0, 9, 31, 40)), ((50, 31), (9, 0, 40, 31))):
+        image = Image.effect_noise(size, 80).convert("RGB")
+        assert wrapper._open(image).tobytes() == image.crop(box).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "detects"),
+    [({"tagger": None}, {}, True), ({"tagger": None}, {"use_box_detector": False}, False), (None, {}, False)],
+)
+def test_the_detector_of_the_model_finds_boxes(config, options, detects, kit, wide, loaded, processor, monkeypatch):
+    monkeypatch.setattr(processor, "_box_detector_config", config)
+    wrapper, seen = MGLlavaVLM("folder", **options), []
+    record = {"boxes": [[1, 1, 30, 30]], "labels": ["a"], "scores": [0.9]}
+    wrapper.answerer.detect = lambda images: [record] * len(images)
+    wrapper.answerer.answer_conversations = lambda conversations: seen.extend(conversations[0]) or ["yes"]
+    assert wrapper.generate_inner(message(wide) * 2) == "yes"
+    assert [message["role"] for message in seen] == ["user"]
+    assert [part.get("boxes") for part in seen[0]["content"]] == [record if detects else {"boxes": []}, None] * 2
+    assert not wrapper.use_custom_prompt(None)
+
+
+def test_models_without_boxes_are_shown_none(kit, wide, stand_in, monkeypatch):
+    monkeypatch.setattr(vlmevalkit, "load", lambda path, **options: stand_in)
+    wrapper, seen = MGLlavaVLM("folder"), []
+    wrapper.answerer.answer_conversations = lambda conversations: seen.extend(conversations[0][0]["content"]) or [""]
+    wrapper.generate_inner(message(wide))
+    assert not wrapper.detects and "boxes" not in seen[0]
 
 
 class Benchmark:
@@ -137,6 +170,8 @@ def test_boxes_come_from_the_file_of_the_row(kit, wide, loaded, model, processor
     wrapper.answerer.answer_conversations = lambda conversations: seen.append(conversations[0][0]["content"]) or [""]
     wrapper.generate_inner(wrapper.build_prompt({"index": 3, "image_path": str(wide)}, dataset="Custom"))
     assert seen[0][0]["boxes"]["boxes"] == own["boxes"]
+    (shown, _) = wrapper.build_prompt({"index": np.int64(3), "image_path": str(wide)})
+    assert type(shown["index"]) is int and wrapper.dump_image_func.__self__ is wrapper.dataset
     with pytest.raises(EvaluationError, match="no boxes for id 8"):
         wrapper.generate_inner(wrapper.build_prompt({"index": 8, "image_path": str(wide)}))
     with pytest.raises(EvaluationError, match="does not let models build the prompts"):
@@ -179,8 +214,35 @@ def test_command_runs_the_kit(command, kit, wide, loaded):
     assert "answer:" in result.output and result.output.split()[-2:] == ["BaseModel", "center-crop"]
     path, options = loaded[0]
     assert path == "org/small" and (options["dtype"], options["device"], options["bits"]) == ("float32", "cpu", None)
+    assert sys.path[0] == str(kit)
     result = command("--kit", "absent", image=wide)
     assert result.exit_code == 2 and "--kit must be the folder" in result.output
+    result = command("--kit", str(kit), "--view", "tiles", image=wide)
+    assert result.exit_code == 2 and "--view must be one of full, center-crop, got 'tiles'" in result.output
+
+
+def test_options_of_the_command_reach_the_model(command, kit, wide, loaded, tmp_path):
+    options = ["--revision", "v1", "--bits", "4", "--trust-remote-code", "--no-box-detector", "--name", "mine"]
+    result = command("--kit", str(kit), *options, image=wide)
+    assert result.exit_code == 0, result.output
+    ((_, given),) = loaded
+    expected = {"revision": "v1", "bits": 4, "dtype": "auto", "device": "auto", "trust_remote_code": True}
+    assert given == {**expected, "use_box_detector": False, "box_file": None}
+    assert (tmp_path / "out" / "mine").is_dir() and result.output.split()[-1] == "full"
+
+
+def test_the_status_is_read_where_the_kit_writes_it(kit, wide, loaded, tmp_path, monkeypatch):
+    """In `outputs`, or where the environment says."""
+    run = (kit / "run.py").read_text().replace('sys.argv[sys.argv.index("--work-dir") + 1]', "FOLDER")
+    app = typer.Typer()
+    app.command()(vlmevalkit.main)
+    monkeypatch.chdir(tmp_path)
+    for folder, root in (("outputs", None), (str(tmp_path / "root"), str(tmp_path / "root"))):
+        (kit / "run.py").write_text(run.replace("FOLDER", repr(folder)))
+        if root:
+            monkeypatch.setenv("MMEVAL_ROOT", root)
+        result = CliRunner().invoke(app, ["a/b", "--kit", str(kit), "--name", f"n{bool(root)}", "--", str(wide)])
+        assert result.exit_code == 0, result.output
 
 
 def test_command_fails_where_the_kit_skips_a_benchmark(command, kit, wide, loaded, tmp_path):

@@ -152,8 +152,6 @@ def evaluate(
     if task.num_frames is not None:
         loaded.check_videos(task.num_frames)
     file = None if box_file is None else read_boxes(box_file)
-    if source is BoxSource.FILE and file is None:
-        raise EvaluationError("`boxes` is file, so `box_file` must name one.")
     given = Boxes(source, file, changes)
     processor = loaded.processor
     tokens = [token for token in (processor.image_token, getattr(processor, "video_token", None)) if token]

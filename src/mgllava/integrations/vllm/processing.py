@@ -6,7 +6,7 @@ from functools import cached_property
 from io import BytesIO
 from typing import Any
 
-import numpy as np
+import PIL.Image
 import torch
 
 from mgllava.families import family_of, takes_boxes
@@ -75,27 +75,24 @@ class ServedInfo(BaseProcessingInfo):
     @cached_property
     def largest_image(self) -> tuple[BoxedImage, int]:
         """An image with the most placeholders, and their number."""
-        processor = self.get_hf_processor()
-        size = processor.image_processor.crop_size
-        image = np.zeros((size["height"], _MOST_VIEWS * size["width"], 3), dtype=np.uint8)
-        item = BoxedImage(image, [[0, 0, 1, 1]] * self.most_boxes or None, is_complete=True)
-        return item, processor.num_image_tokens(image_features(processor, item, {}))[0]
+        return self._image(self.most_boxes)
 
     @cached_property
     def most_boxes(self) -> int:
         """Most boxes of an image: as many as fit into the context of the model, and 0 if it takes none."""
-        processor = self.get_hf_processor()
-        if not takes_boxes(processor):
+        if not takes_boxes(self.get_hf_processor()):
             return 0
-        image = BoxedImage(np.zeros((8, 8, 3), dtype=np.uint8), [[0, 0, 1, 1]], is_complete=True)
-        alone = processor.num_image_tokens(image_features(processor, image, {}))[0]
-        return max(
-            1,
-            min(
-                getattr(self.ctx.model_config.hf_config, MAX_BOXES, PluginOptions.max_boxes),
-                self.ctx.model_config.max_model_len - alone - 1,
-            ),
-        )
+        config = self.ctx.model_config
+        left = config.max_model_len - self._image(1)[1] - 1
+        return max(1, min(getattr(config.hf_config, MAX_BOXES, PluginOptions.max_boxes), left))
+
+    def _image(self, num_boxes: int) -> tuple[BoxedImage, int]:
+        """Return an image with the most views, and the number of its placeholders."""
+        processor = self.get_hf_processor()
+        size = processor.image_processor.crop_size
+        image = PIL.Image.new("RGB", (_MOST_VIEWS * size["width"], size["height"]))
+        item = BoxedImage(image, [[0, 0, 1, 1]] * num_boxes or None)
+        return item, processor.num_image_tokens(image_features(processor, item, {}))[0]
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> dict[str, int]:
         """Return the number of placeholders for which memory is reserved."""
