@@ -155,7 +155,10 @@ def half_broken(tmp_path, write_lines):
 
 
 def test_bad_images_stop_the_run(half_broken, tmp_path):
-    with pytest.raises(EvaluationError, match=r"row 2 \(id 1\) cannot be asked: its image cannot be read.*`on_error`"):
+    with pytest.raises(
+        EvaluationError,
+        match=r"row 2 \(id 1\) cannot be asked: its image cannot be read.*[^.]\. Correct it.*`on_error`",
+    ):
         run(half_broken, tmp_path / "out")
 
 

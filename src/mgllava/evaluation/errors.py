@@ -8,7 +8,10 @@ class EvaluationError(MGLlavaError, ValueError):
 
 
 class BadRowError(EvaluationError):
-    """A row of a benchmark that cannot be asked or scored; the message says why."""
+    """A row of a benchmark that cannot be asked or scored; the message is the reason, without a full stop."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason.rstrip("."))
 
 
 __all__ = ["BadRowError", "EvaluationError"]
