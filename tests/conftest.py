@@ -26,6 +26,14 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def no_warnings_were_given():
+    """Give every test the warnings that are given once: those of other tests would have been the ones."""
+    from transformers.utils import logging
+
+    logging.warning_once.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def convert(tmp_path_factory):
     """Convert a checkpoint of the golden set (a path, or its name under `xtuner/`) and return the model folder."""
