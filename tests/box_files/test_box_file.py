@@ -69,6 +69,16 @@ def test_boxes_of_other_settings_are_refused_unless_allowed():
     file.check_settings(other, allow_other=True)
 
 
+def test_a_few_of_many_differences_are_named():
+    found, expected = ({f"option_{number}": [value, number] for number in range(7)} for value in "ab")
+    with pytest.raises(BoxFileError) as caught:
+        BoxFile([], [], settings=found).check_settings(expected)
+    assert "option_4 is" in str(caught.value) and "option_5" not in str(caught.value)
+    assert "; and 2 more. " in str(caught.value)
+    with pytest.raises(BoxFileError, match=r"a is \{\}, expected \(absent\); a\.b is \(absent\), expected 1\. Make"):
+        BoxFile([], [], settings={"a": {}}).check_settings({"a": {"b": 1}})
+
+
 def test_boxes_of_unknown_settings_are_refused_unless_allowed():
     file = BoxFile([], [])
     assert file.digest is None
@@ -81,14 +91,15 @@ def test_boxes_of_unknown_settings_are_refused_unless_allowed():
     ("made", "expected", "fits"),
     [("a", "a", True), ("a", "b", False), (None, "b", True), ("a", None, True)],
 )
-def test_revisions_of_the_detector_are_compared_if_both_are_known(made, expected, fits):
+@pytest.mark.parametrize("part", ["detector", "tagger"])
+def test_revisions_of_the_detector_are_compared_if_both_are_known(part, made, expected, fits):
     made, expected = (
-        {"detector": {"detector": "org/name", **({"detector_revision": revision} if revision else {})}}
+        {"detector": {"detector": "org/name", **({f"{part}_revision": revision} if revision else {})}}
         for revision in (made, expected)
     )
     boxes = BoxFile([1], [record(1)], settings=made)
     if fits:
         boxes.check_settings(expected)
     else:
-        with pytest.raises(BoxFileError, match=r"detector_revision is .a., expected .b."):
+        with pytest.raises(BoxFileError, match=rf"{part}_revision is .a., expected .b."):
             boxes.check_settings(expected)

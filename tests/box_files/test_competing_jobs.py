@@ -65,6 +65,17 @@ def test_tasks_of_an_array_run_together_but_none_twice(some_images, tmp_path, ex
     assert output.read_text() == expected and detector.calls == 6
 
 
+def test_locks_of_dead_tasks_and_of_other_outputs_are_in_nobodys_way(some_images, tmp_path):
+    output = tmp_path / "boxes.json"
+    with FolderLock(output.with_name("boxes.json.task-1-of-3"), "detecting part 1 of 3") as lock:
+        content = json.loads(lock.file.read_text())
+    lock.file.write_text(json.dumps({**content, "process_started": "1"}))
+    with FolderLock(output.with_name("other.json.task-0-of-2"), "detecting part 0 of 2"):
+        assert detect_images(some_images, output, StubDetector(), array_task=(0, 2), **OPTIONS) is None
+        detect_images(some_images, output, StubDetector(), resume=True, **OPTIONS)
+    assert len(read_boxes(output)) == 10
+
+
 def test_task_of_another_job_does_not_join_an_array(some_images, tmp_path):
     output = tmp_path / "boxes.json"
     with FolderLock(output.with_name("boxes.json.task-1-of-2"), "detecting part 1 of 2"):

@@ -1,5 +1,6 @@
 """`mgllava detect` with the small OWLv2 of the golden data."""
 
+import hashlib
 import logging
 import os
 import shutil
@@ -11,7 +12,15 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mgllava import MGLlavaProcessor
-from mgllava.box_files import BoxFileError, detect_images, detection_settings, open_detector, read_boxes
+from mgllava.box_files import (
+    BoxFileError,
+    detect_images,
+    detection_settings,
+    detectors,
+    open_detector,
+    read_boxes,
+)
+from mgllava.box_files.detectors import folder_digest
 from mgllava.cli import app
 from mgllava.commands.detect import parse_array_task, parse_labels
 from mgllava.processing import COCO_80, BoxDetector
@@ -94,6 +103,92 @@ def test_detectors_are_opened_without_reading_weights():
         "mode": "faithful",
     }
     assert detection_settings(open_detector(detector=str(OWLV2)))["detector"]["detector"].startswith("sha256:")
+
+
+def test_model_with_a_detector_outside_its_folder_is_refused(processor_folder, tmp_path):
+    moved = shutil.copytree(processor_folder, tmp_path / "moved")
+    shutil.rmtree(moved / "box_detector" / "detector")
+    (moved / "box_detector" / "detector").symlink_to(OWLV2)
+    path = next(path for path in moved.glob("*.json") if "./box_detector/detector" in path.read_text())
+    path.write_text(path.read_text().replace("./box_detector/detector", "./../outside"))
+    with pytest.raises(BoxFileError, match=r"`processor`: .*outside"):
+        open_detector(str(moved))
+
+
+def test_detectors_are_loaded_once_at_the_first_image(monkeypatch):
+    loaded = []
+
+    class Loaded:
+        def detect(self, images, **options):
+            return [options] * len(images)
+
+    def load(config, device, trust_remote_code):
+        loaded.append((config["mode"], device.type, trust_remote_code))
+        return Loaded()
+
+    monkeypatch.setattr(detectors.BoxDetector, "from_config", load)
+    for trusted in (False, True):
+        detector = open_detector(tagger="coco80", mode="clean", trust_remote_code=trusted)
+        options = {"labels": None, "threshold": 0.2, "batch_size": 8}
+        assert detector.detect(["a"]) == [options] and detector.detect(["a", "b"]) == [options] * 2
+        assert [entry[::2] for entry in loaded] == [("clean", trusted)]
+        loaded.clear()
+    assert open_detector(tagger="coco80").detect(["a"]) and loaded.pop()[2] is False
+    with pytest.raises(BoxFileError, match="Nothing says what to look for: pass `labels` or a `tagger`"):
+        open_detector().detect(["a"])
+    assert open_detector().detect(["a"], labels=["cup"])[0]["labels"] == ["cup"]
+
+
+def test_folders_of_models_are_identified_by_their_contents(tmp_path):
+    """The digests are in box files, so a new release must find the same."""
+    first = tmp_path / "first"
+    first.mkdir()
+    files = {"a.json": b"{}", "b.safetensors": b"\1\2", "c.bin": b"", "d.txt": b"words", "README.md": b"any"}
+    for name, content in files.items():
+        (first / name).write_bytes(content)
+    digest = folder_digest(first)
+    counted = b"".join(f"{name}\0{len(files[name])}\0".encode() + files[name] for name in sorted(files)[1:])
+    assert (
+        digest
+        == f"sha256:{hashlib.sha256(counted).hexdigest()}"
+        == folder_digest(shutil.copytree(first, tmp_path / "b"))
+    )
+    (first / "README.md").write_text("other")
+    assert folder_digest(first) == digest
+    # Of more than 4 MiB, 64 samples of 64 KiB are read, from the first byte to the last.
+    size, step = (1 << 22) + 64, 1 << 16
+    content = bytearray(size)
+    content[size // 2] = 7
+    digests = set()
+    for changed in (None, 0, size - 1, size // 3):
+        other = bytearray(content)
+        if changed is not None:
+            other[changed] ^= 255
+        (first / "b.safetensors").write_bytes(other)
+        digests.add(folder_digest(first))
+        samples = b"".join(other[at : at + step] for at in ((size - step) * number // 63 for number in range(64)))
+        parts = {**files, "b.safetensors": samples}
+        sizes = {name: size if name == "b.safetensors" else len(part) for name, part in parts.items()}
+        counted = b"".join(f"{name}\0{sizes[name]}\0".encode() + parts[name] for name in sorted(parts)[1:])
+        assert folder_digest(first) == f"sha256:{hashlib.sha256(counted).hexdigest()}"
+    assert len(digests) == 4
+    (first / "b.safetensors").write_bytes(bytes(1 << 22))
+    parts = {**files, "b.safetensors": bytes(1 << 22)}
+    counted = b"".join(f"{name}\0{len(parts[name])}\0".encode() + parts[name] for name in sorted(parts)[1:])
+    assert folder_digest(first) == f"sha256:{hashlib.sha256(counted).hexdigest()}"
+
+
+def test_settings_name_folders_by_contents_and_leave_caches_out(tmp_path):
+    for part in ("tagger", "detector"):
+        (tmp_path / "box_detector" / part).mkdir(parents=True)
+        (tmp_path / "box_detector" / part / "config.json").write_text(part)
+    config = {part: f"./box_detector/{part}" for part in ("tagger", "detector")}
+    found = detection_settings({**config, "mode": "clean", "prompt_embeds": [1]}, ("a",), 0.3, repository=tmp_path)
+    folders = {part: folder_digest(tmp_path / "box_detector" / part) for part in ("tagger", "detector")}
+    assert found == {"detector": {**folders, "mode": "clean"}, "labels": ["a"], "threshold": 0.3}
+    for part in ("tagger", "detector"):
+        with pytest.raises(BoxFileError, match=f"its {part} has no name"):
+            detection_settings({part: config[part]})
 
 
 def test_detector_that_does_not_follow_the_protocol_is_refused(tmp_path):

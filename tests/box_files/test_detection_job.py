@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from mgllava.box_files import (
     read_boxes,
     slices,
 )
+from mgllava.folder_lock import FolderLockedError
 from tests import processes
 from tests.box_files.conftest import NUMBER
 from tests.box_files.stub_detector import StubDetector, begin
@@ -72,6 +74,11 @@ def test_unreadable_images_are_counted_logged_and_listed(many_images, tmp_path, 
     assert "UnreadableImageError" in listed[1]["reason"]
     assert "Skipped 0250.png (UnreadableImageError" in caplog.text
     assert "Unreadable images: 3, see" in str(summary)
+    # The list goes with the images.
+    (tmp_path / "whole").mkdir()
+    shutil.copy(many_images / "0001.png", tmp_path / "whole" / "0001.png")
+    summary = detect_images(tmp_path / "whole", tmp_path / "boxes.json", StubDetector(), overwrite=True)
+    assert summary.unreadable == 0 and "Unreadable" not in str(summary) and not summary.unreadable_list.exists()
 
 
 def test_no_readable_image_is_an_error_without_output(tmp_path):
@@ -273,6 +280,94 @@ def test_progress_counts_the_images_of_an_earlier_run(many_images, tmp_path, mon
     assert detector.calls == 125 - 30
 
 
+def test_slice_whose_last_batch_is_done_only_needs_its_name(some_images, tmp_path, interrupted):
+    shard = tmp_path / "boxes.json.shards" / "shard-000001.jsonl"
+    shard.rename(shard.with_name(shard.name + ".partial"))
+    detector = StubDetector()
+    assert detect_images(some_images, interrupted, detector, shard_size=5, resume=True).records == 10
+    assert detector.calls == 0
+
+
+def slice_folder(tmp_path):
+    folder = slices.SliceFolder(tmp_path / "boxes.json")
+    folder.begin({"settings": {}, "inputs_digest": "", "images": 5, "shard_size": 3})
+    return folder
+
+
+def test_batches_that_do_not_follow_each_other_are_damage(tmp_path):
+    folder = slice_folder(tmp_path)
+    assert folder.num_slices == 2 and [folder.bounds(number) for number in (0, 1)] == [(0, 3), (3, 5)]
+    folder.append(0, slices.Batch(0, 1))
+    with pytest.raises(BoxFileError, match=r"damaged after input 1 of 0 to 3\. Run the same command"):
+        folder.append(0, slices.Batch(2, 3))
+    assert folder.next_image(0) == 1
+    for batch in (slices.Batch(1, 3), slices.Batch(3, 4)):
+        folder.append(batch.start // 3, batch)
+    assert folder.next_image(0) == 3 and folder.next_image(1) == 4
+    with pytest.raises(BoxFileError, match=r"shard-000001.* is absent or damaged \(inputs 3 to 5, complete up to 3\)"):
+        list(folder.batches())
+    folder.append(1, slices.Batch(4, 5))
+    assert [(batch.start, batch.stop) for batch in folder.batches()] == [(0, 1), (1, 3), (3, 4), (4, 5)]
+
+
+LINES = [{"start": 0, "stop": 1}, {"start": 1, "stop": 3}]
+
+
+@pytest.mark.parametrize(
+    ("damaged", "position"),
+    [
+        ([LINES[1]], 0),
+        ([{"start": 0, "stop": 4}], 0),
+        ([{"start": 0, "stop": 0}, LINES[0]], 0),
+        ([LINES[0], LINES[0]], 1),
+        ([LINES[0], "null"], 1),
+        ([LINES[0], {"start": 1, "stop": 3, "more": 1}], 1),
+        ([LINES[0], "{"], 1),
+        ([*LINES, LINES[0]], 3),
+    ],
+)
+def test_damaged_lines_and_all_after_them_are_done_again(tmp_path, damaged, position):
+    folder = slice_folder(tmp_path)
+    lines = [line if isinstance(line, str) else json.dumps(line) for line in damaged]
+    path = tmp_path / "boxes.json.shards" / "shard-000000.jsonl"
+    path.write_text("".join(f"{line}\n" for line in lines))
+    if position < 3:
+        with pytest.raises(BoxFileError, match=r"inputs 0 to 3, complete up to \d"):
+            list(folder.batches())
+    assert folder.next_image(0) == position
+    if position < 3:
+        kept = path.with_name(path.name + ".partial").read_text()
+        assert kept == "".join(f"{json.dumps(line)}\n" for line in LINES[:position])
+    # The end of a line is part of it.
+    path.write_text(json.dumps(LINES[0]))
+    assert folder.next_image(0) == 0
+
+
+def test_slices_without_their_manifest_are_not_removed(some_images, tmp_path, interrupted):
+    shards = tmp_path / "boxes.json.shards"
+    for content in ("{}", '{"settings": {}}', "[]"):
+        (shards / "manifest.json").write_text(content)
+        with pytest.raises(BoxFileError, match=r"is in the way: .*\(no manifest\.json of a job\)"):
+            detect_images(some_images, interrupted, StubDetector(), overwrite=True)
+    (shards / "manifest.json").unlink()
+    with pytest.raises(BoxFileError, match=r"is in the way: .*\(no manifest\.json of a job\)"):
+        detect_images(some_images, interrupted, StubDetector())
+    assert len(list(shards.glob("shard-*"))) == 2
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_job_that_lost_its_lock_writes_nothing_more(some_images, tmp_path, calls):
+    class Losing(StubDetector):
+        def detect(self, images, **options):
+            if self.calls == calls - 1:
+                (tmp_path / "boxes.json.lock").unlink()
+            return super().detect(images, **options)
+
+    with pytest.raises(FolderLockedError, match="lost its lock"):
+        detect_images(some_images, tmp_path / "boxes.json", Losing(), batch_size=5, workers=1)
+    assert not (tmp_path / "boxes.json").exists()
+
+
 # Several processes
 
 
@@ -312,18 +407,23 @@ def test_fewer_slices_than_processes_are_a_warning(some_images, tmp_path, caplog
     with caplog.at_level(logging.WARNING):
         detect_images(some_images, tmp_path / "b.json", StubDetector(), array_task=(1, 4))
     assert "1 slices for 4 processes" in caplog.text
+    caplog.clear()
+    detect_images(some_images, tmp_path / "c.json", StubDetector(), array_task=(1, 2), shard_size=5)
+    assert not caplog.text
 
 
 # Existing outputs and interrupted jobs
 
 
-def test_complete_output_is_not_computed_again(some_images, tmp_path):
+def test_complete_output_is_not_computed_again(some_images, tmp_path, caplog):
     output = tmp_path / "boxes.parquet"
     detect_images(some_images, output, StubDetector())
     with pytest.raises(BoxFileError, match=r"boxes\.parquet exists\. .*`overwrite=True`"):
         detect_images(some_images, output, StubDetector())
     detector = StubDetector()
-    assert detect_images(some_images, output, detector, resume=True) is None and detector.calls == 0
+    with caplog.at_level(logging.INFO):
+        assert detect_images(some_images, output, detector, resume=True) is None and detector.calls == 0
+    assert "boxes.parquet is complete" in caplog.text
     assert detect_images(some_images, output, detector, overwrite=True).records == 10 and detector.calls == 2
     with pytest.raises(BoxFileError, match=r"another job made it: settings\.threshold is 0\.2, expected 0\.3"):
         detect_images(some_images, output, StubDetector(), threshold=0.3, resume=True)
@@ -377,7 +477,9 @@ def test_job_that_failed_before_its_first_batch_is_replaced(some_images, tmp_pat
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ({"shard_size": 0}, "`shard_size` must be at least 1"),
         ({"workers": 0}, "`workers` must be at least 1"),
+        ({"num_frames": 0}, "`num_frames` must be at least 1"),
         ({"array_task": (3, 3)}, r"`array_task` must be \(i, n\)"),
+        ({"array_task": (-1, 3)}, r"`array_task` must be \(i, n\)"),
         ({"array_task": (1, 3), "overwrite": True}, "would delete the work of the others"),
         ({"resume": True, "overwrite": True}, "pass one of them"),
     ],

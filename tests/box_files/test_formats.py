@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from mgllava.box_files import BoxFileError, read_boxes, settings_digest, write_boxes
+from mgllava.box_files import BoxFileError, formats, read_boxes, settings_digest, write_boxes
 
 RECORDS = [
     {"id": "a", "boxes": [[-3, 0, 10, 2000], [1, 2, 3, 4]], "scores": [0.25, 0.1 + 0.2], "labels": ["cup", ""]},
@@ -101,6 +101,51 @@ def test_parquet_opens_as_a_dataset(tmp_path):
     assert rows[0]["boxes"] == RECORDS[0]["boxes"]
 
 
+@pytest.mark.parametrize("extension", ["json", "parquet"])
+def test_no_records_and_no_settings_make_a_file(tmp_path, extension):
+    file = read_boxes(write_boxes(tmp_path / f"boxes.{extension}", [], inputs_digest="12"))
+    assert len(file) == 0 and file.settings is None and file.inputs_digest == "12"
+    file = read_boxes(write_boxes(tmp_path / f"boxes.{extension}", RECORDS))
+    assert list(file) == ["a", "b"] and file.settings is file.inputs_digest is None
+
+
+@pytest.mark.parametrize("integer_boxes", [None, True, False])
+@pytest.mark.parametrize("has_frames", [None, True])
+def test_types_of_parquet_are_as_given_or_those_of_the_records(tmp_path, integer_boxes, has_frames):
+    records = [RECORDS[0], {"id": "v", "frames": FRAMES}]
+    options = {"integer_boxes": integer_boxes, "has_frames": has_frames}
+    file = read_boxes(write_boxes(tmp_path / "boxes.parquet", records, **options))
+    kind = float if integer_boxes is False else int
+    assert {type(corner) for box in file["a"]["boxes"] for corner in box} == {kind}
+    assert {type(corner) for box in file["v"]["frames"][0]["boxes"] for corner in box} == {kind}
+    whole = read_boxes(write_boxes(tmp_path / "boxes.parquet", records[:1], **options))
+    assert not whole.holds_frames("a") and boxes_of(whole["a"]) == boxes_of(RECORDS[0])
+    with pytest.raises(BoxFileError, match="`has_frames` must be true for records of videos, got false"):
+        write_boxes(tmp_path / "boxes.parquet", records, integer_boxes=integer_boxes, has_frames=False)
+
+
+def test_intact_rows_of_parquet_are_not_checked_one_by_one(tmp_path, monkeypatch):
+    """It would take minutes for millions of boxes."""
+    import pyarrow
+    import pyarrow.parquet
+
+    paths = [
+        write_boxes(tmp_path / f"{number}.parquet", RECORDS[number:], integer_boxes=number == 0) for number in (0, 1)
+    ]
+    large = pyarrow.table({"id": [1], "boxes": [[[1.0, 2, 3, 4]]], "scores": [[1]]})
+    labels = pyarrow.array([["a"]], pyarrow.list_(pyarrow.large_string()))
+    pyarrow.parquet.write_table(large.append_column("labels", labels), tmp_path / "large.parquet")
+    write_boxes(tmp_path / "video.parquet", [{"id": "v", "frames": FRAMES}])
+
+    def fail(*args):
+        raise AssertionError("checked")
+
+    monkeypatch.setattr(formats, "check_record", fail)
+    assert [len(read_boxes(path)) for path in (*paths, tmp_path / "large.parquet")] == [2, 1, 1]
+    with pytest.raises(AssertionError, match="checked"):
+        read_boxes(tmp_path / "video.parquet")
+
+
 def test_fractions_are_kept(tmp_path):
     record = {**RECORDS[0], "boxes": [[0.1, 0.2, 0.30000001192092896, 4.0], [0, 0, 1, 1]]}
     for extension in ("json", "parquet"):
@@ -170,12 +215,26 @@ def test_damaged_parquet_is_refused(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"id": [1], "boxes": [[1]]}), path)
     with pytest.raises(BoxFileError, match="has no column scores, labels"):
         read_boxes(path)
+    row = {"id": 1, "boxes": [[1, 2, 3, 4]], "scores": [0.5], "labels": ["a"]}
+    for change, said in (
+        ({"labels": [7]}, "`labels` must be text"),
+        ({"boxes": 3}, "`boxes` must be a list, got int"),
+        ({"boxes": [["1", "2", "3", "4"]]}, "every box must be"),
+        ({"scores": ["0.5"]}, "`scores` must be finite numbers"),
+        ({"boxes": [[1, 3, 3, 2]]}, "x1 <= x2 and y1 <= y2"),
+    ):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**row, **change}] * 7), path)
+        with pytest.raises(BoxFileError, match=rf"has 7 damaged records: record 0: .*{said}.* \(and 2 more\)$"):
+            read_boxes(path)
 
 
 def test_records_that_a_format_cannot_hold_are_refused_without_a_file(tmp_path):
     for name, records, layout, said in [
         ("boxes.parquet", [RECORDS[0], {**RECORDS[1], "id": 3}], "list", "needs ids of one type"),
         ("boxes.json", [RECORDS[0], RECORDS[0]], "dictionary", "occurs twice"),
+        ("boxes.json", [{**RECORDS[0], "id": 1}, {**RECORDS[0], "id": "1"}], "dictionary", "occurs twice"),
+        ("boxes.json", RECORDS, "table", "`layout` must be 'list' or 'dictionary', got 'table'"),
+        ("boxes.json", [{**RECORDS[0], "id": True}], "list", "`id` must be text or an integer, got True"),
     ]:
         with pytest.raises(BoxFileError, match=said):
             write_boxes(tmp_path / name, records, layout=layout)

@@ -4,9 +4,10 @@ import json
 import logging
 import math
 import os
+import shutil
 
 import pytest
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 
 from mgllava.box_files import BoxFileError, detect_images, list_images, read_boxes, write_boxes
 from tests.box_files.stub_detector import StubDetector
@@ -38,6 +39,7 @@ def test_id_with_a_lone_surrogate_is_listed_as_unreadable(some_images, tmp_path)
     output = tmp_path / "boxes.json"
     summary = detect_images(tmp_path / "samples.json", output, StubDetector(), image_folder=some_images)
     assert list(read_boxes(output)) == ["good", "x"] and summary.unreadable == 1
+    assert "Samples without an image" not in str(summary)
 
 
 def test_images_with_long_names_are_drawn(tmp_path):
@@ -49,15 +51,55 @@ def test_images_with_long_names_are_drawn(tmp_path):
     assert len(list(drawn.iterdir())) == 2
 
 
-def test_ids_beyond_64_bits_are_refused_before_the_work(some_images, tmp_path):
-    lines = [{"question_id": 2**63, "image": "0.png"}, {"question_id": 1, "image": "1.png"}]
+@pytest.mark.parametrize(
+    ("stem", "name"),
+    [("a b!.-_\u00fc\U0001f600", "a_b_.-_\u00fc_"), ("a" * 245, "a" * 200), ("\u00e4" * 120, "\u00e4" * 100)],
+)
+def test_drawings_have_names_that_any_file_system_takes(some_images, tmp_path, stem, name):
+    (some_images / "3.png").rename(tmp_path / f"{stem}.png")
+    detect_images([tmp_path / f"{stem}.png"], tmp_path / "boxes.json", StubDetector(), show=tmp_path / "drawn")
+    (drawn,) = (tmp_path / "drawn").iterdir()
+    assert drawn.name == f"000000_{name}.jpg"
+    with Image.open(drawn) as picture:
+        assert picture.format == "JPEG" and JpegImagePlugin.get_sampling(picture) == 0  # colors are not blurred
+
+
+def test_rows_of_datasets_are_named_by_their_ids(some_images, tmp_path, caplog):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"id": datasets.Value("string"), "image": datasets.Image()})
+    picture = {"bytes": (some_images / "1.png").read_bytes(), "path": None}
+    rows = datasets.Dataset.from_dict({"id": ["x/y", "z"], "image": [picture, None]}, features=features)
+    summary = detect_images(rows, tmp_path / "boxes.json", StubDetector(), show=tmp_path / "drawn")
+    assert [path.name for path in (tmp_path / "drawn").iterdir()] == ["000000_x_y.jpg"]
+    assert "Skipped z (OSError: the row holds no image)" in caplog.text
+    (listed,) = [json.loads(line) for line in summary.unreadable_list.read_text().splitlines()]
+    assert (listed["ids"], listed["image"]) == (["z"], None)
+
+
+def test_unreadable_lists_are_readable_text(some_images, tmp_path):
+    (tmp_path / "m\u00fcll.png").write_bytes(b"")
+    shutil.copy(some_images / "1.png", tmp_path / "1.png")
+    summary = detect_images([tmp_path / "m\u00fcll.png", tmp_path / "1.png"], tmp_path / "b.json", StubDetector())
+    assert "m\u00fcll.png" in summary.unreadable_list.read_text(encoding="utf-8")
+
+
+def test_ids_of_64_bits_are_kept(some_images, tmp_path):
+    lines = [{"question_id": key, "image": "0.png"} for key in (2**63 - 1, -(2**63))]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    detect_images(tmp_path / "questions.jsonl", tmp_path / "b.parquet", StubDetector(), image_folder=some_images)
+    assert list(read_boxes(tmp_path / "b.parquet")) == [2**63 - 1, -(2**63)]
+
+
+@pytest.mark.parametrize("key", [2**63, -(2**63) - 1])
+def test_ids_beyond_64_bits_are_refused_before_the_work(some_images, tmp_path, key):
+    lines = [{"question_id": key, "image": "0.png"}, {"question_id": 1, "image": "1.png"}]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     detector = StubDetector()
-    with pytest.raises(BoxFileError, match="1 ids are larger, such as 9223372036854775808"):
+    with pytest.raises(BoxFileError, match=f"1 ids are larger, such as {key}"):
         detect_images(tmp_path / "questions.jsonl", tmp_path / "b.parquet", detector, image_folder=some_images)
     assert detector.calls == 0
     detect_images(tmp_path / "questions.jsonl", tmp_path / "b.json", detector, image_folder=some_images)
-    assert 2**63 in read_boxes(tmp_path / "b.json")
+    assert key in read_boxes(tmp_path / "b.json")
 
 
 def test_link_to_an_outer_folder_is_skipped(tmp_path, caplog):
@@ -76,8 +118,13 @@ def test_link_to_an_outer_folder_is_skipped(tmp_path, caplog):
 
 def test_samples_with_several_images_have_a_record_for_each_image(some_images, tmp_path):
     samples = [{"id": 1, "image": ["1.png", "2.png"]}, {"id": 2, "image": ["3.png"]}, {"id": 3, "image": "2.png"}]
+    samples += [{"id": number} for number in range(1000)]
     (tmp_path / "samples.json").write_text(json.dumps(samples))
-    detect_images(tmp_path / "samples.json", tmp_path / "boxes.json", StubDetector(), image_folder=some_images)
+    summary = detect_images(
+        tmp_path / "samples.json", tmp_path / "boxes.json", StubDetector(), image_folder=some_images
+    )
+    assert str(summary).startswith(f"Wrote {tmp_path / 'boxes.json'}: 4 records, {summary.boxes} boxes.")
+    assert str(summary).endswith(" Samples without an image: 1,000.")
     file = read_boxes(tmp_path / "boxes.json")
     assert list(file) == ["1.png", "2.png", "3", "2"]
     assert file["3"]["boxes"] == file["2.png"]["boxes"] != file["1.png"]["boxes"]

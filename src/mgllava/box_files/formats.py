@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal
 
 from mgllava.atomic_files import replacing
 from mgllava.extras import import_extra
@@ -368,15 +368,7 @@ class _ArrowRecords(Sequence[Record]):
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
-    @overload
-    def __getitem__(self, row: int) -> Record: ...
-
-    @overload
-    def __getitem__(self, row: slice) -> list[Record]: ...
-
-    def __getitem__(self, row: int | slice) -> Record | list[Record]:
-        if isinstance(row, slice):
-            return [self[number] for number in range(*row.indices(len(self)))]
+    def __getitem__(self, row: Any) -> Any:
         record: Record = self._table.slice(row, 1).to_pylist()[0]
         # A column holds null where it does not apply.
         if record.get(_FRAMES) is None:
