@@ -54,6 +54,39 @@ def test_a_folder_without_videos_is_given_videos(tmp_path):
     assert output.shape[1] > inputs["input_ids"].shape[1]
 
 
+@pytest.mark.parametrize("unpadded", [None, 300])
+def test_a_full_table_grows_by_the_placeholder(unpadded):
+    """Its old rows stay words, if the model does not say that they are none."""
+    processor, model = AutoProcessor.from_pretrained(FOLDER), AutoModelForImageTextToText.from_pretrained(FOLDER)
+    rows = len(processor.tokenizer)
+    assert rows % 64
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    model.config.unpadded_vocab_size = unpadded
+    model.generation_config.suppress_tokens = [1]
+    mgllava.add_videos(model, processor)
+    assert processor.video_token_id == model.config.video_token_id == rows
+    padded = (rows // 64 + 1) * 64
+    assert model.get_input_embeddings().num_embeddings == model.config.text_config.vocab_size == padded
+    assert model.config.unpadded_vocab_size == (unpadded or rows)
+    assert model.generation_config.suppress_tokens == sorted({1, *model.config.unused_token_ids})
+    assert processor.video_processor.low_res_size == model.config.vision_config.image_size
+
+
+def test_chat_templates_of_the_user_are_kept():
+    processor, model = AutoProcessor.from_pretrained(FOLDER), AutoModelForImageTextToText.from_pretrained(FOLDER)
+    own = processor.chat_template
+    processor.chat_template = {"default": own, "mine": "{{ messages }}"}
+    mgllava.add_videos(model, processor)
+    assert processor.chat_template["mine"] == "{{ messages }}"
+    assert processor.chat_template["default"] in CHAT_TEMPLATES.values()
+    for template in (None, "{{ messages }}"):
+        processor.chat_template = template
+        mgllava.add_videos(model, processor)
+        assert processor.chat_template == template
+
+
 def test_other_families_are_refused():
-    with pytest.raises(TypeError, match="must be of a family that takes videos"):
-        mgllava.add_videos(tiny_slime(), object())
+    processor, model = AutoProcessor.from_pretrained(FOLDER), AutoModelForImageTextToText.from_pretrained(FOLDER)
+    for pair in ((tiny_slime(), processor), (model, object())):
+        with pytest.raises(TypeError, match="must be of a family that takes videos"):
+            mgllava.add_videos(*pair)

@@ -8,6 +8,7 @@ import torch
 
 from mgllava.conversion import ConversionError, read_checkpoint
 from mgllava.model_files.tensor_files import open_weights
+from tests.model_files.torch_archives import flip, places
 
 from .zero_folders import write_zero
 
@@ -153,3 +154,80 @@ def test_zero_partitions_are_joined_on_disk(tmp_path, golden_state, monkeypatch)
     # The temporary file has no name, but its mapping still has the values.
     assert not list(scratch.iterdir())
     _assert_same(checkpoint.tensors, state)
+
+
+def test_damaged_partitions_are_noticed_when_values_are_read(tmp_path, golden_state):
+    pytest.importorskip("deepspeed")
+    folder = write_zero(tmp_path / "iter", golden_state("iter_5_pretrain.pth"), stage=3)
+    path = sorted(folder.glob("*_optim_states.pt"))[1]
+    place = max(places(path, "/data/"), key=len)
+    flip(path, place[99])
+    tensors = read_checkpoint(folder).tensors
+    for tensor in tensors.values():  # the reader's partitions may be in any file
+        with pytest.raises(ConversionError, match=r"_optim_states\.pt is damaged: its entry .* checksum"):
+            tensor.load()
+
+
+def test_empty_partitions_are_joined(tmp_path, golden_state):
+    pytest.importorskip("deepspeed")
+    state = golden_state("iter_5_pretrain.pth")
+    folder = write_zero(tmp_path / "iter", {**state, "empty": torch.zeros(0, 3)}, stage=2)
+    _assert_same(read_checkpoint(folder).tensors, {**state, "empty": torch.zeros(0, 3)})
+
+
+@pytest.mark.parametrize("value", [3, [torch.zeros(1)]])
+def test_deepspeed_reader_that_returns_other_values_is_refused(tmp_path, golden_state, monkeypatch, value):
+    reader = pytest.importorskip("deepspeed.utils.zero_to_fp32")
+    folder = write_zero(tmp_path / "iter", golden_state("iter_5_pretrain.pth"), stage=2)
+    monkeypatch.setattr(reader, "get_fp32_state_dict_from_zero_checkpoint", lambda *given, **options: {"a": value})
+    with pytest.raises(ConversionError, match="must hold names and tensors, got 'a'"):
+        read_checkpoint(folder)
+    monkeypatch.setattr(
+        reader, "get_fp32_state_dict_from_zero_checkpoint", lambda *given, **options: {3: torch.ones(1)}
+    )
+    with pytest.raises(ConversionError, match="must hold names and tensors, got 3"):
+        read_checkpoint(folder)
+
+
+def test_reader_of_deepspeed_is_quiet_and_left_as_it_was(tmp_path, golden_state, capfd):
+    reader = pytest.importorskip("deepspeed.utils.zero_to_fp32")
+    folder = write_zero(tmp_path / "iter", golden_state("iter_5_pretrain.pth"), stage=2)
+    capfd.readouterr()
+    read_checkpoint(folder)
+    assert reader.torch is torch and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({}, r"is not a DeepSpeed checkpoint: expected .* It holds \[\]"),
+        ({"latest": "step"}, r"names .*step, which holds no \*_model_states\.pt"),
+        ({"latest": ""}, "must name a folder next to it, got ''"),
+        ({"latest": ".."}, "must name a folder next to it"),
+        ({"latest": "a/b"}, "must name a folder next to it"),
+        ({"latest": "a\x07b"}, "must name a folder next to it"),
+    ],
+)
+def test_folders_without_the_files_of_deepspeed(tmp_path, files, said):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ConversionError, match=said):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("meta", "said"),
+    [("text", "got a str"), ([], "got a list"), ({3: 4}, "got a dict with other keys")],
+)
+def test_meta_of_another_kind_is_refused(tmp_path, meta, said):
+    torch.save({"state_dict": {"a": torch.ones(1)}, "meta": meta}, tmp_path / "a.pth")
+    with pytest.raises(ConversionError, match=f"`meta` of .* must be a dict with text for keys, {said}"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+def test_files_without_meta_or_config_text(tmp_path):
+    for content in ({"a": torch.ones(1)}, {"state_dict": {"a": torch.ones(1)}, "meta": {"cfg": 3}}):
+        torch.save(content, tmp_path / "a.pth")
+        checkpoint = read_checkpoint(tmp_path / "a.pth")
+        assert list(checkpoint.tensors) == ["a"] and checkpoint.config_text == ""
+        assert checkpoint.files == [tmp_path / "a.pth"] and checkpoint.path == tmp_path / "a.pth"

@@ -1,6 +1,7 @@
 """Conversion of the original files of RAM++ to a model folder, and its errors."""
 
 import argparse
+import io
 import json
 import shutil
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from mgllava import RamPlusForImageTagging
 from mgllava.conversion import ConversionError, convert_ram_plus
+from mgllava.conversion.ram_plus import source_format
 from tests.ram_plus.golden import NUM_TAGS, SOURCES, original_state
 
 from .conftest import options_of, run
@@ -70,10 +72,16 @@ def test_every_weight_is_that_of_its_source_and_in_the_report(tmp_path):
 
 def test_optimizer_state_is_dropped_and_listed(tmp_path):
     moments = {"state": {0: {"exp_avg": torch.zeros(1000), "exp_avg_sq": torch.zeros(1000)}}}
-    checkpoint = saved(tmp_path, {"model": original_state(), "optimizer": moments, "epoch": 4})
+    moments["itself"] = moments
+    pair = (torch.zeros(2), [torch.zeros(3).double()])
+    checkpoint = saved(tmp_path, {"model": original_state(), "optimizer": moments, "epoch": 4, "pair": pair})
     output = convert(tmp_path, checkpoint=checkpoint)
     report = json.loads((output / "conversion_report.json").read_text())
-    assert report["checkpoint"]["not_read"] == {"optimizer": "dict with 2 tensors, 8000 bytes", "epoch": "int"}
+    assert report["checkpoint"]["not_read"] == {
+        "optimizer": "dict with 2 tensors, 8000 bytes",
+        "epoch": "int",
+        "pair": "tuple with 2 tensors, 32 bytes",
+    }
     assert set(load_file(output / "model.safetensors")) == set(report["tensors"])
 
 
@@ -165,6 +173,22 @@ def test_damaged_text_files(tmp_path, argument, text, said):
 def test_tag_list_in_another_encoding(tmp_path):
     (tmp_path / "tags.txt").write_bytes("café\n".encode("latin-1") * 20)
     assert "must be UTF-8" in failure(tmp_path, tag_list=tmp_path / "tags.txt")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"), [(0, "the list has 3 tags"), (1, "is too large for a text of one line per tag")]
+)
+def test_downloaded_texts_have_at_most_16_mebibytes(tmp_path, monkeypatch, more, said):
+    asked = []
+
+    def urlopen(url, timeout):
+        asked.append(url)
+        return io.BytesIO((b"a\na\n").ljust((1 << 24) + more, b"a"))
+
+    monkeypatch.setattr(source_format, "urlopen", urlopen)
+    limits = written(tmp_path, "0.5", "limits.txt")
+    message = failure(tmp_path, tag_list="https://somewhere/", thresholds=limits)
+    assert asked == ["https://somewhere/"] and said in message
 
 
 def test_line_ends_and_byte_order_mark_are_not_part_of_tags(tmp_path):

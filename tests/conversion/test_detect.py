@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mgllava.conversion import ConversionError, convert_checkpoint, export_original
-from mgllava.conversion.detect import source_formats
+from mgllava.conversion.detect import source_formats, tensor_names
 from mgllava.conversion.source_format import SourceFormat
 from mgllava.families import FAMILIES
 from tests.ram_plus.golden import SOURCES
@@ -69,6 +69,42 @@ def test_error_for_unknown_files_lists_what_was_looked_for(tmp_path, sources):
     for path, said in cases.items():
         message = _failure(tmp_path, path, **sources)
         assert said in message and all(one.looked_for in message for one in source_formats())
+
+
+@pytest.mark.parametrize(
+    ("number", "file_said", "folder_said"),
+    [
+        (5, "it holds a0, a1, a2, a3, a4. ", "holds a0, a1, a2, a3, a4. "),
+        (6, "it holds a0, a1, a2, a3, a4 and 1 more. ", "a4, a5. "),
+        (10, "a4 and 5 more. ", "a8, a9. "),
+        (11, "a4 and 6 more. ", "a7, a8 and more. "),
+    ],
+)
+def test_long_lists_of_unknown_contents_are_cut(tmp_path, sources, number, file_said, folder_said):
+    names = [f"a{index}" for index in range(number)]
+    torch.save(dict.fromkeys(names, torch.ones(1)), tmp_path / "other.bin")
+    assert file_said in _failure(tmp_path, tmp_path / "other.bin", **sources)
+    (tmp_path / "folder").mkdir()
+    for name in names:
+        (tmp_path / "folder" / name).touch()
+    assert folder_said in _failure(tmp_path, tmp_path / "folder", **sources)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".ckpt", ".other"])
+@pytest.mark.parametrize("key", ["state_dict", "model", None])
+def test_names_in_a_torch_file(tmp_path, suffix, key):
+    """Of any name, if it starts like one."""
+    state = {"a.weight": torch.ones(1), 3: 4, "b": "text"}
+    torch.save({key: state, "c": 1} if key else state, tmp_path / f"a{suffix}")
+    assert tensor_names(tmp_path / f"a{suffix}") == ["a.weight", "b"]
+    torch.save([1], tmp_path / f"a{suffix}", _use_new_zipfile_serialization=False)
+    assert tensor_names(tmp_path / f"a{suffix}") == []
+    (tmp_path / f"a{suffix}").write_bytes(b"text")
+    if suffix == ".other":
+        assert tensor_names(tmp_path / "a.other") is None
+    else:
+        with pytest.raises(ConversionError, match="cannot be read as a torch file"):
+            tensor_names(tmp_path / f"a{suffix}")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")

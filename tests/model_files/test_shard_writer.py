@@ -1,11 +1,12 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from mgllava.conversion import ConversionError
-from mgllava.model_files.shard_writer import plan_shards, write_shard
+from mgllava.model_files.shard_writer import check_disk_space, plan_shards, write_shard
 from mgllava.model_files.staging import StagingFolder
 from mgllava.model_files.tensor_files import LazyTensor, from_tensor
 
@@ -18,6 +19,8 @@ TENSORS = {
     "strided": torch.randn(4, 6).T,
     "empty": torch.empty(0, 3),
     "full": torch.randn(8, 8),
+    "double": torch.randn(3).double(),
+    **{str(dtype): torch.arange(3).to(dtype) for dtype in (torch.int32, torch.int16, torch.int8, torch.uint8)},
 }
 
 
@@ -25,7 +28,7 @@ def _lazy():
     return {name: from_tensor(value, f"test:{name}") for name, value in TENSORS.items()}
 
 
-@pytest.mark.parametrize(("size", "files"), [("1GB", 1), (100, 3)])
+@pytest.mark.parametrize(("size", "files"), [("1GB", 1), (100, 4)])
 def test_safetensors_reads_the_files(tmp_path, size, files):
     plan = plan_shards(_lazy(), size)
     assert len(plan.shards) == files
@@ -71,9 +74,58 @@ def test_tensor_of_another_shape_than_planned_is_an_error(tmp_path):
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_bad_shard_size_and_dtype_are_refused():
-    with pytest.raises(ConversionError, match="max_shard_size"):
-        plan_shards(_lazy(), "much")
+def test_values_are_aligned_to_their_dtype(tmp_path):
+    (shard,) = plan_shards(_lazy(), "1GB").shards
+    write_shard(shard, tmp_path, lambda count: None)
+    content = (tmp_path / shard.filename).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert length % 8 == 0 and header.pop("__metadata__") == {"format": "pt"}
+    for name, entry in header.items():
+        assert entry["data_offsets"][0] % TENSORS[name].dtype.itemsize == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "files"),
+    [
+        *((size, 1) for size in ("1KB", "1kb", " 1 MB ", "1.5GB", "1TB", "0.5Gb", "0.000000001TB", 1000)),
+        *((size, 2) for size in ("0.001KB", "0.000001MB", "0.000000001GB", "0.000000000001TB", 1)),
+    ],
+)
+def test_shard_sizes_are_those_of_transformers(size, files):
+    tensors = {name: from_tensor(torch.zeros(100), name) for name in "ab"}
+    assert len(plan_shards(tensors, size).shards) == files
+
+
+@pytest.mark.parametrize(
+    "size",
+    ["much", "", "1", "1B", "1PB", "KB", "-1GB", "1e3KB", "0GB", "0.0009KB", "0.0000009MB", 0, -1, True, 1.5, None],
+)
+def test_impossible_shard_sizes_are_refused(size):
+    with pytest.raises(ConversionError, match=f"`max_shard_size` must be like 5GB or 500MB, got {size}"):
+        plan_shards(_lazy(), size)
+
+
+@pytest.mark.parametrize(("free", "is_enough"), [(99, False), (100, True)])
+def test_disk_space(tmp_path, monkeypatch, free, is_enough):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    if is_enough:
+        check_disk_space(tmp_path, 100)
+    else:
+        with pytest.raises(ConversionError, match="Not enough disk space"):
+            check_disk_space(tmp_path, 100)
+
+
+def test_casts_are_in_the_origin_of_a_value():
+    tensor = from_tensor(torch.tensor([1.5, 2.5]), "a")
+    half = tensor.to(torch.float16)
+    assert (half.dtype, half.nbytes, tensor.nbytes) == (torch.float16, 4, 8) and half.origin != tensor.origin
+    assert half.load().dtype == torch.float16 and tensor.to(torch.float32) is tensor
+    number = from_tensor(torch.tensor([1]), "b")
+    assert number.to(torch.float16) is number
+
+
+def test_dtypes_that_transformers_does_not_load_are_refused():
     with pytest.raises(ConversionError, match="complex64"):
         plan_shards({"t": from_tensor(torch.zeros(1, dtype=torch.complex64), "test")}, "1GB")
 

@@ -5,6 +5,7 @@ import torch
 
 from mgllava.conversion.build import build_slime
 from mgllava.modeling.adapters_slime import sincos_positions
+from mgllava.processing import SLIME_CHAT_TEMPLATES
 from tests.slime.golden import GOLDEN
 
 PARTS = {"llm": GOLDEN / "more" / "lora" / "base", "vision_tower": GOLDEN / "checkpoint" / "vision_tower"}
@@ -34,3 +35,15 @@ def test_new_modules_start_as_in_the_original():
 def test_unknown_argument_is_named():
     with pytest.raises(TypeError, match="is not built with 'fusion_type'"):
         build_slime(**PARTS, prompt_template="v1", dtype="auto", fusion_type="none")
+
+
+def test_values_of_the_configuration_are_taken():
+    values = {"separator_token_id": 7, "num_local_queries": 4, "local_order": "flat", "router_top_p": 0.5}
+    values |= {"router_temperature": 0.25, "router_sees_answers": False, "branch": "local", "forced_expert": 1}
+    options = {**PARTS, "prompt_template": "llama3", "dtype": torch.bfloat16}
+    model, processor = build_slime(**options, **values, attn_implementation="eager")
+    assert {name: getattr(model.config, name) for name in values} == values
+    assert model.config.text_config._attn_implementation == "eager" and not model.training
+    assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
+    assert processor.chat_template == SLIME_CHAT_TEMPLATES["llama3"] and processor.num_separators == 1
+    assert model.generation_config.suppress_tokens == model.config.unused_token_ids

@@ -1,8 +1,17 @@
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModel, AutoProcessor, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GenerationConfig,
+)
 
 from mgllava import build_from_parts
 from mgllava.training import TrainingError, write_starting_model
@@ -137,8 +146,111 @@ def test_generation_config_of_the_language_model_is_kept(tmp_path):
         ({"fusion_typ": "none"}, TypeError, "unexpected keyword argument 'fusion_typ'"),
         ({"quantization_config": {}}, ValueError, "`quantization_config` is for a complete model folder"),
         ({"device_map": "auto"}, ValueError, "`device_map` must be a single device here"),
+        ({"device_map": {"": "cpu", "x": "cpu"}}, ValueError, "`device_map` must be a single device here"),
+        # What `from_pretrained` of transformers takes for a model in a folder.
+        *(
+            ({name: None}, ValueError, f"`{name}` is for a complete model folder")
+            for name in (
+                *("load_in_4bit", "load_in_8bit", "max_memory", "offload_folder", "offload_buffers", "tp_plan"),
+                *("tp_size", "device_mesh", "distributed_config", "output_loading_info", "ignore_mismatched_sizes"),
+                *("state_dict", "config", "adapter_kwargs", "key_mapping", "use_kernels", "low_cpu_mem_usage"),
+            )
+        ),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(wrong, error, message):
     with pytest.raises(error, match=message):
         build_from_parts(**PARTS, **wrong)
+
+
+class _AskedError(Exception):
+    """Says that a part was asked for."""
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Record how the parts are loaded, up to the given one, in place of loading them."""
+    calls = {}
+
+    def record(name, value):
+        def load(*given, **options):
+            calls[name] = {**options, **({"name": given[-1]} if name != "AutoTokenizer" else {})}
+            if value is None:
+                raise _AskedError
+            return value
+
+        return load
+
+    def until(model):
+        info = {"missing_keys": ()}
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", record("llm", (model, info)))
+        monkeypatch.setattr(CLIPVisionModel, "from_pretrained", record("vision_tower", model and (tiny_clip(), info)))
+        monkeypatch.setattr("mgllava.conversion.build.open_high_res_tower", record("high_res_tower", None))
+        return calls
+
+    return until
+
+
+def tiny_clip():
+    return CLIPVisionModel(CLIPVisionConfig.from_pretrained(PARTS["vision_tower"]))
+
+
+LOCATION = {"cache_dir": "c", "force_download": True, "local_files_only": True, "token": "t"}
+OF_THE_LLM = {"revision": "r", "subfolder": "s", "gguf_file": "g", "trust_remote_code": True, "code_revision": "v"}
+OF_ITS_WEIGHTS = {"variant": "x", "use_safetensors": True, "weights_only": True}
+
+
+def test_each_part_gets_the_arguments_of_its_download(asked):
+    calls = asked(SimpleNamespace(dtype=torch.float16))
+    with pytest.raises(_AskedError):
+        build_from_parts(**PARTS, **LOCATION, **OF_THE_LLM, **OF_ITS_WEIGHTS, torch_dtype="float16")
+    shared = {"output_loading_info": True, **LOCATION}
+    assert calls["llm"] == {**shared, **OF_THE_LLM, **OF_ITS_WEIGHTS, "dtype": "float16", "name": PARTS["llm"]}
+    assert calls["vision_tower"] == {**shared, "dtype": torch.float16, "name": PARTS["vision_tower"]}
+    assert calls["high_res_tower"] == {**LOCATION, "name": str(PARTS["high_res_tower"])}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "older", "expected"), [("auto", "float16", "float16"), ("bfloat16", "float16", "bfloat16")]
+)
+def test_older_name_of_dtype(asked, dtype, older, expected):
+    calls = asked(SimpleNamespace(dtype=torch.float32))
+    with pytest.raises(_AskedError):
+        build_from_parts(**PARTS, dtype=dtype, torch_dtype=older)
+    assert calls["llm"]["dtype"] == expected
+
+
+def test_parts_that_are_quantized_or_lack_weights_are_refused(asked, monkeypatch):
+    asked(SimpleNamespace(dtype=torch.float16, is_quantized=True))
+    with pytest.raises(ValueError, match=r"`llm`: .* is quantized. Pass its weights in 16 or 32 bits"):
+        build_from_parts(**PARTS)
+    lacking = (None, {"missing_keys": {"b", "a"}})
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *given, **options: lacking)
+    with pytest.raises(ValueError, match=r"`llm`: .* lacks the weights \['a', 'b'\]"):
+        build_from_parts(**PARTS)
+
+
+def test_tokenizer_gets_the_arguments_of_its_download(monkeypatch):
+    calls = []
+
+    def load(name, **options):
+        calls.append((name, options))
+        raise _AskedError
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", load)
+    options = {"local_files_only": True, "revision": "main", "use_safetensors": True}
+    with pytest.raises(_AskedError):
+        build_from_parts(**PARTS, **options)
+    assert calls == [(PARTS["llm"], {"local_files_only": True, "revision": "main"})]
+
+
+def test_values_of_the_configuration_and_the_device(assembled):
+    values = {"object_merging": "none", "box_feature_type": "multi_level", "box_multi_level_size": 40}
+    values |= {"projector_hidden_act": "relu", "initializer_range": 0.5, "fusion_type": "none"}
+    ids = {"image_token_id": 430, "video_token_id": 455}
+    model = build_from_parts(**PARTS, **values, **ids, high_res_image_size=736, device_map={"": "cpu"})
+    assert model.config.high_res_vision_config.image_size == 736
+    assert {name: getattr(model.config, name) for name in values} == values
+    assert (model.config.image_token_id, model.config.video_token_id) == (430, 455)
+    assert model.get_input_embeddings().num_embeddings == 512 and not model.training
+    assert assembled.config.video_token_id is None and assembled.config.high_res_vision_config.image_size == 768
