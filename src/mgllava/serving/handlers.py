@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class _Job:
     options: Options
 
 
-class _Handler:
+class _Handler(ABC):
     """Base class of the endpoints."""
 
     fields: Fields
@@ -101,18 +102,21 @@ class _Handler:
         options = read_options(body, served.model.generation_config, served.vocab_size, served.compile)
         return options, self._read_content(body)
 
+    @abstractmethod
     def _read_content(self, body: dict[str, Any]) -> Any:
-        raise NotImplementedError
+        """Check the field with the content of the prompts, and return it."""
 
     async def _make_prompts(self, content: Any, stack: AsyncExitStack) -> list[Any]:
         """Make the model's inputs; `stack` is closed after the answer."""
         return [await self._served.prompts.from_conversation(content, stack)]
 
+    @abstractmethod
     async def _whole(self, job: _Job) -> dict[str, Any]:
-        raise NotImplementedError
+        """Return the JSON of an answer."""
 
+    @abstractmethod
     def _events(self, job: _Job) -> AsyncGenerator[Any, None]:
-        raise NotImplementedError
+        """Generate the events of a stream."""
 
 
 class _ChoiceHandler(_Handler):
@@ -125,13 +129,13 @@ class _ChoiceHandler(_Handler):
     first: dict[str, Any] | None = None
     last: dict[str, Any]
 
+    @abstractmethod
     def _content(self, text: str) -> dict[str, Any]:
         """Return the content of a whole choice."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _piece(self, text: str) -> dict[str, Any]:
         """Return the content of a choice in a stream."""
-        raise NotImplementedError
 
     async def _whole(self, job: _Job) -> dict[str, Any]:
         generator = self._served.generator

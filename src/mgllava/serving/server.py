@@ -6,16 +6,19 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import uvicorn
+from transformers import ProcessorMixin
 from transformers.utils import logging
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mgllava.chat.loading import load
 from mgllava.extras import install_hint
 from mgllava.families import takes_boxes, takes_videos
+from mgllava.user_text import encode_conversation
 
 from .app import build_app
 from .gate import AllowedHosts
@@ -28,22 +31,12 @@ from .prompts import PromptMaker
 
 # Seconds that answers may still take after the server has been asked to stop.
 _SHUTDOWN_TIMEOUT = 30
-# Arguments of `apply_chat_template` that are not variables of the template.
+# Arguments of the calls that apply a chat template, which are not variables of the template.
 _TEMPLATE_ARGUMENTS = {
-    "add_generation_prompt",
-    "chat_template",
-    "continue_final_message",
-    "conversation",
-    "messages",
-    "processor",
-    "processor_kwargs",
-    "return_assistant_tokens_mask",
-    "return_dict",
-    "return_tensors",
     "sanitize_control_tokens",
-    "tokenize",
-    "tools",
-}
+    *signature(encode_conversation).parameters,
+    *signature(ProcessorMixin.apply_chat_template).parameters,
+} - {"documents"}
 
 
 class _ImpatientProtocol(H11Protocol):
