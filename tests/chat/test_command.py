@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from mgllava.chat import ChatSession, command, loading
 from mgllava.cli import app
 from tests import processes
-from tests.chat.conftest import COFFEE, assistant, user
+from tests.chat.conftest import COFFEE, TwoBoxes, assistant, user
 
 
 @pytest.fixture
@@ -52,8 +52,15 @@ def test_generation_options_override_those_of_the_model(model, own_config):
     [
         (["--bits", "3"], "--bits must be 4 or 8, got 3"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
-        (["--temperature", "-1"], "--temperature must be 0 or between 1e-06 and 10000, got -1.0"),
-        (["--top-p", "1.5"], "--top-p must be above 0 and at most 1, got 1.5"),
+        *[
+            (["--temperature", value], "--temperature must be 0 or between 1e-06 and 10000, got ")
+            for value in ("-1", "9e-7", "10001", "nan", "inf")
+        ],
+        *[(["--top-p", value], "--top-p must be above 0 and at most 1, got ") for value in ("1.5", "0", "-1", "nan")],
+        *[(["--seed", value], "--seed must be a whole number from 0 to 4294967295") for value in ("-1", "4294967296")],
+        *[(["--threshold", value], "--threshold must be a number, got ") for value in ("nan", "inf")],
+        (["--num-frames", "0"], "--num-frames must be at least 1, got 0"),
+        *[(["--dtype", value], "--dtype must be 'auto' or a dtype of torch") for value in ("float99", "nn", "")],
         (["--temperature", "0", "--top-p", "0.5"], "--top-p has no effect with a --temperature of 0"),
         (["--image", "absent.jpg"], "absent.jpg cannot be read as an image"),
         (["--boxes", "absent.json"], "absent.json"),
@@ -64,6 +71,113 @@ def test_mistakes_are_reported_before_the_model_is_loaded(repository, monkeypatc
     result = CliRunner().invoke(app, ["chat", str(repository), *options])
     assert result.exit_code == 1
     assert message in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(["--temperature", value] for value in ("0", "1e-6", "10000")),
+        *(["--top-p", value] for value in ("1", "0.01")),
+        *(["--seed", value] for value in ("0", "4294967295")),
+        *(["--max-new-tokens", "1"], ["--temperature", "0", "--max-new-tokens", "2"]),
+    ],
+)
+def test_values_at_the_limits_are_taken(stand_in_path, options):
+    result = CliRunner().invoke(app, ["chat", stand_in_path, "--max-new-tokens", "3", *options], input="Hello.\n")
+    assert result.exit_code == 0 and result.stdout.endswith("\n"), result.output
+    length = int(options[-1]) if options[-2] == "--max-new-tokens" else 3
+    assert f"(cut after {length} tokens" in result.stderr or "cut" not in result.stderr
+
+
+def test_a_seed_makes_sampled_answers_the_same(stand_in_path):
+    def ask(*options):
+        options = "--temperature", "5", "--max-new-tokens", "12", *options
+        return CliRunner().invoke(app, ["chat", stand_in_path, *options], input="Hello.\n").stdout
+
+    assert ask("--seed", "1") == ask("--seed", "1") != ask("--seed", "2")
+    assert len({ask() for _ in range(3)}) > 1
+
+
+def test_images_and_system_message_are_those_of_the_options(stand_in, stand_in_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    terminals, run = [], command.ChatTerminal.run
+
+    def run_and_note(self, images):
+        terminals.append(self)
+        run(self, images)
+
+    monkeypatch.setattr(command.ChatTerminal, "run", run_and_note)
+    Image.new("RGB", (30, 10)).save("a.png")
+    options = ["--image", "a.png", "--image", str(tmp_path / "a.png"), "--system", "Be brief."]
+    result = CliRunner().invoke(app, ["chat", stand_in_path, *options], input="What?\n")
+    assert result.exit_code == 0 and "a.png: 30 x 10 pixels" in result.stderr, result.output
+    (terminal,) = terminals
+    assert [image.name for image in terminal.session.images] == ["a.png", str(tmp_path / "a.png")]
+    assert terminal.session.messages[0] == {"role": "system", "content": "Be brief."}
+    assert str(terminal.picture_folder) == "chat-boxes"
+
+
+@pytest.mark.parametrize("name", ["chat", "serve"])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], {"dtype": "auto", "device_map": "auto", "attn_implementation": None, "trust_remote_code": False}),
+        (["--dtype", "bfloat16", "--device", "1"], {"dtype": "bfloat16", "device_map": 1}),
+        (
+            ["--device", "cuda:1", "--attn-implementation", "eager"],
+            {"device_map": "cuda:1", "attn_implementation": "eager"},
+        ),
+        (["--trust-remote-code"], {"trust_remote_code": True, "quantization_config": None}),
+    ],
+)
+def test_options_of_loading_reach_transformers(stand_in, stand_in_path, monkeypatch, name, options, expected):
+    asked = []
+    for loader in (loading.AutoConfig, loading.AutoProcessor, loading.AutoModelForImageTextToText):
+        found = loader.from_pretrained()
+        monkeypatch.setattr(loader, "from_pretrained", lambda _, found=found, **given: asked.append(given) or found)
+    monkeypatch.setattr("uvicorn.run", lambda *_, **__: None)
+    result = CliRunner().invoke(app, [name, stand_in_path, *options], input="")
+    assert result.exit_code == 0, result.output
+    assert {key: asked[2][key] for key in expected} == expected
+    assert all(given["trust_remote_code"] == ("--trust-remote-code" in options) for given in asked)
+
+
+def test_quantization_reaches_transformers(repository, monkeypatch):
+    asked = []
+
+    class LoadedError(ValueError):
+        pass
+
+    def stop(*_, quantization_config, **__):
+        asked.append(quantization_config)
+        raise LoadedError
+
+    monkeypatch.setattr(loading, "quantization_of", lambda bits: f"{bits} bits")
+    monkeypatch.setattr(loading.AutoModelForImageTextToText, "from_pretrained", stop)
+    for options in ([], ["--bits", "8"]):
+        CliRunner().invoke(app, ["chat", str(repository), *options])
+    assert asked == [None, "8 bits"]
+
+
+def test_the_detector_is_left_out(repository, served_detector, monkeypatch):
+    found = []
+    monkeypatch.setattr(command.ChatTerminal, "run", lambda self, images: found.append(self.session.processor))
+    for options in ([], ["--no-box-detector"]):
+        assert CliRunner().invoke(app, ["chat", str(repository), *options]).exit_code == 0
+    assert [processor.box_detector is None for processor in found] == [False, True]
+
+
+@pytest.fixture
+def served_detector(monkeypatch):
+    """Give loaded processors a detector."""
+    load = loading.AutoProcessor.from_pretrained
+
+    def from_pretrained(*arguments, **options):
+        processor = load(*arguments, **options)
+        processor.box_detector = TwoBoxes()
+        return processor
+
+    monkeypatch.setattr(loading.AutoProcessor, "from_pretrained", from_pretrained)
 
 
 @pytest.mark.parametrize("command", ["chat", "serve"])
