@@ -244,7 +244,10 @@ class BaseMultiModalProcessor:
             assert {config.modality for config in fields.values()} == {"image"}
             updates = self._get_prompt_updates(new, options, {"image": rows})
             for index, row in enumerate(rows):
-                self.cache[hashes["image"][missing[index]]] = row, [update.resolve(index) for update in updates]
+                self.cache[hashes["image"][missing[index]]] = (
+                    row,
+                    [update.resolve(index) for update in updates if update.modality == "image"],
+                )
         found = [self.cache[name] for name in hashes["image"]]
         ids, ranges = self._apply_prompt_updates(inputs.prompt, {"image": [updates for _, updates in found]})
         if len(ranges["image"]) != len(found):

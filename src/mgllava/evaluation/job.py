@@ -17,7 +17,7 @@ from mgllava.box_files import BoxFile
 from mgllava.box_files.box_file import describe_differences
 from mgllava.box_files.slices import Batch, SliceFolder, processes, read_ahead
 from mgllava.folder_lock import FolderLock
-from mgllava.model_files.json_files import try_read_json
+from mgllava.model_files.json_files import try_read_json, write_json
 
 from .answering import Film, Visual, plain
 from .box_sources import BoxChanges, BoxSource, boxes_of, partners, scaled
@@ -165,9 +165,7 @@ def answer_task(
         answers = [record for batch in folder.batches() for record in (*batch.records, *batch.unreadable)]
         answers.sort(key=lambda record: record["number"])
         # Before the answers: until these have their name, the run counts as interrupted.
-        with replacing(output / SETTINGS) as partial:
-            content = {"settings": dict(settings), "questions_digest": task.digest}
-            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(output / SETTINGS, {"settings": dict(settings), "questions_digest": task.digest})
         with replacing(path) as partial:
             partial.write_text("".join(json.dumps(record) + "\n" for record in answers), encoding="utf-8")
         folder.remove()

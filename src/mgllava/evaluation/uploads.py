@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mgllava.atomic_files import replacing
+from mgllava.model_files.json_files import write_json
 
 from .normalization import normalize_answer
 from .questions import Question, options_of
@@ -21,8 +22,7 @@ _NOT_IN_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff\ud800-\udfff]
 
 
 def _json(path: Path, content: Any) -> list[Path]:
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(path, content)
     return [path]
 
 
