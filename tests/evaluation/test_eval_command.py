@@ -153,6 +153,8 @@ def test_answers_are_greedy_whatever_the_model_suggests(model, processor, monkey
     image = Image.new("RGB", (40, 30))
     expected = Answerer(model, processor, 5).answer([image], ["Q?"])
     suggestion = {"do_sample": True, "temperature": 5.0, "top_k": 3, "repetition_penalty": 3.0, "num_beams": 2}
+    suggestion |= {"num_return_sequences": 2, "no_repeat_ngram_size": 1, "min_length": 1000, "max_length": 3}
+    suggestion |= {"return_dict_in_generate": True}
     for name, value in suggestion.items():
         monkeypatch.setattr(model.generation_config, name, value)
     torch.manual_seed(1)

@@ -5,6 +5,7 @@ import io
 import json
 from dataclasses import FrozenInstanceError, fields, is_dataclass
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -109,6 +110,31 @@ def test_shifted_boxes_keep_their_size_and_stay_inside():
     assert shifted([0, 0, 1, 1], 5, 0.0, (100, 100)) == [5, 0, 6, 1]
 
 
+def test_shifts_have_all_directions_alike():
+    boxes = [[500, 500, 510, 510]] * 2000
+    moved = BoxChanges(shift=100).apply({"boxes": boxes}, 1, (1000, 1000))["boxes"]
+    offsets = np.array([[new[0] - 500, new[1] - 500] for new in moved])
+    assert np.abs(offsets.mean(axis=0)).max() < 6  # three standard deviations are 5
+    assert [((offsets[:, 0] > 0) & (offsets[:, 1] > 0)).mean()] == pytest.approx([0.25], abs=0.05)
+
+
+def test_changes_are_described_if_there_are_any():
+    assert BoxChanges(seed=3).settings == {} and not BoxChanges(seed=3)
+    assert BoxChanges(shift=2.5, seed=3).settings == {"drop": 0.0, "shift": 2.5, "shuffle": False, "seed": 3}
+    for change in ({"drop": 0.5}, {"shift": 1.0}, {"shuffle": True}):
+        assert BoxChanges(**change)
+
+
+def test_progress_counts_the_questions_of_an_earlier_run_together(task, tmp_path):
+    calls = []
+    with pytest.raises(KeyboardInterrupt):
+        run(task, tmp_path / "out", Interrupted(3), batch_size=1, progress=lambda *call: calls.append(call))
+    assert 0 < len(calls) <= 3 and set(calls) == {(1, 4)}
+    done, calls = len(calls), []
+    run(task, tmp_path / "out", batch_size=2, resume=True, progress=lambda *call: calls.append(call))
+    assert calls[0][0] >= done and sum(count for count, _ in calls) == 4 and {total for _, total in calls} == {4}
+
+
 def test_shuffled_boxes_are_those_of_another_image_and_scaled(write_tsv, tmp_path):
     rows = [
         {"index": n, "question": "Q?", "A": "x", "answer": "A", "image": in_base64("red", size)}
@@ -171,6 +197,10 @@ def test_bad_images_are_skipped_and_reported(half_broken, tmp_path):
     assert (result.answered, result.skipped, result.scores["accuracy"]) == (1, 2, 100)
     written = json.loads((output / "scores.json").read_text())
     assert [row["id"] for row in written["skipped"]] == [1, 2]
+    assert written["skipped"][0]["place"].endswith("row 2") and "cannot be read" in written["skipped"][0]["reason"]
+    described = {"benchmark": "exact-match", "title": "Exact match", "model": "model", "no_score": "", "files": []}
+    assert {name: written[name] for name in described} == described
+    assert (result.main, result.categories, result.files, result.output) == ("accuracy", {}, [], output)
     assert written["rows"] == {"all": 3, "answered": 1, "skipped": 2, "left_out": 0}
     assert "2 rows were skipped" in written["notes"][0]
 
@@ -354,6 +384,16 @@ def test_no_answered_question_is_an_error(half_broken, tmp_path):
     lines = [{"number": number, "key": number, "reason": "it is broken"} for number in range(3)]
     with pytest.raises(EvaluationError, match=r"No question could be asked: .*row 1: it is broken"):
         finish(half_broken, lines, tmp_path, {}, "model")
+
+
+@pytest.mark.parametrize("orientation", [None, 0, 1, 2, 6, 8])
+def test_orientations_that_turn_or_mirror_are_counted(orientation, tmp_path):
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    Image.new("RGB", (4, 3)).save(tmp_path / "a.jpg", exif=exif)
+    picture = open_as_stored(tmp_path / "a.jpg")
+    assert picture.is_turned == (orientation in (2, 6, 8)) and picture.size == (4, 3)
 
 
 def test_damaged_metadata_do_not_turn_an_image(monkeypatch):

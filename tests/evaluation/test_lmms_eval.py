@@ -431,7 +431,7 @@ def test_options_of_generation(options, expected, model):
 
     config = generation_config(model.generation_config, options)
     names = ("do_sample", "temperature", "top_p", "num_beams", "max_new_tokens")
-    assert tuple(getattr(config, name) for name in names) == expected
+    assert tuple(getattr(config, name) for name in names) == expected and config.top_k == 50  # as in transformers
 
 
 def test_answers_end_before_the_first_of_some_words():
