@@ -9,6 +9,7 @@ from mgllava.evaluation.benchmarks import find_benchmark
 from mgllava.evaluation.paper import REPORTED, reported
 from mgllava.evaluation.questions import question_in_prompt, read_annotations
 from mgllava.evaluation.tables import Row
+from mgllava.evaluation.task import BadRow, describe
 
 LETTER = "Answer with the option's letter from the given choices directly."
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -128,6 +129,10 @@ def test_annotations_of_vqav2_and_gqa(tmp_path):
     assert read_annotations(path) == {"7": [{"answer": "x"}]}
     path.write_text(json.dumps({"7": {"answer": "x", "isBalanced": True}, "8": {"answer": "y", "isBalanced": False}}))
     assert read_annotations(path) == {"7": "x"}
+    path.write_text(json.dumps({"7": {"answer": "x"}}))
+    assert read_annotations(path) == {"7": "x"}
+    path.write_text(json.dumps(["x", {"answer": "y"}, {"answer": "z", "question_id": 1}]))
+    assert read_annotations(path) == ["x", "y", "z"]
     path.write_text("[]")
     with pytest.raises(EvaluationError, match="`annotations`"):
         read_annotations(path)
@@ -174,6 +179,45 @@ def test_an_id_that_occurs_twice_is_named(write_tsv):
     line = {"index": 1, "question": "Q?", "A": "x", "answer": "A", "image": in_base64()}
     task = load_task("seed", write_tsv([line, line]))
     assert [bad.reason for bad in task.bad_rows] == ["its id 1 is that of an earlier row"]
+
+
+@pytest.mark.parametrize("column", ["category", "type", "kind"])
+def test_categories_are_in_one_of_three_columns(column, write_tsv):
+    from .conftest import in_base64
+
+    line = {"index": 1, "question": "Q?", "A": "x", "answer": "A", "image": in_base64()}
+    (question,) = load_task("seed", write_tsv([{**line, "kind": "k", column: "c"}])).questions
+    assert question.category == "c"
+    assert load_task("seed", write_tsv([line])).questions[0].category == ""
+
+
+def test_answers_of_textvqa_are_found_by_the_id_of_the_image(tmp_path, write_lines):
+    from .conftest import png
+
+    (tmp_path / "a.png").write_bytes(png())
+    data = write_lines([{"question_id": 5, "image_id": "i", "image": "a.png", "text": "What?\nAnswer."}])
+    annotations = tmp_path / "val.json"
+    entry = {"image_id": "i", "question": "What?", "answers": ["x"] * 10}
+    annotations.write_text(json.dumps({"data": [entry]}))
+    (question,) = load_task("textvqa", data, annotations=annotations).questions
+    assert question.answer == ("x",) * 10 and question.key == 5
+
+
+def test_answers_of_gqa_come_from_its_annotations(tmp_path, write_lines):
+    from .conftest import png
+
+    (tmp_path / "a.png").write_bytes(png())
+    data = write_lines([{"question_id": 5, "image": "a.png", "text": "What?"}])
+    (tmp_path / "a.json").write_text(json.dumps({"5": {"answer": "cat"}}))
+    (question,) = load_task("gqa", data, annotations=tmp_path / "a.json").questions
+    assert question.answer == "cat"
+
+
+def test_a_few_bad_rows_are_named_and_the_others_counted():
+    rows = [BadRow("a.tsv, row 1", 1, "it is bad")] * 7
+    assert describe(rows[:1]) == "a.tsv, row 1: it is bad."
+    assert describe(rows[:5]).count("row 1") == 5 and describe(rows[:5]).endswith("it is bad.")
+    assert describe(rows).count("row 1") == 5 and describe(rows).endswith("it is bad; and 2 more.")
 
 
 def test_some_rows_without_an_answer_are_named(write_tsv):

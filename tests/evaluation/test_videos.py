@@ -4,16 +4,18 @@ import base64
 import io
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from mgllava.box_files import BoxFile
 from mgllava.cli import app
 from mgllava.evaluation import Answerer, BoxChanges, BoxSource, EvaluationError, evaluate, load_task
-from mgllava.evaluation.answering import open_video
+from mgllava.evaluation.answering import check_context, open_video
 from mgllava.evaluation.evaluate import finish
 from mgllava.evaluation.job import Boxes, answer_task, with_boxes
 from mgllava.evaluation.metrics import token_f1
@@ -136,6 +138,7 @@ def test_options_of_images_and_videos_are_not_mixed_up(files, choices):
         load_task("multiple-choice", choices, num_frames=4)
     with pytest.raises(EvaluationError, match="`num_frames` must be at least 1"):
         load_task("msvd-qa", files[0], num_frames=0)
+    assert load_task("msvd-qa", files[0], num_frames=1).num_frames == 1
 
 
 def test_texts_with_placeholders_are_not_asked(files):
@@ -275,6 +278,10 @@ def test_models_that_cannot_are_refused_before_anything_is_asked(repository, fil
     arguments = (str(repository), "msvd-qa", files[0], tmp_path / "out")
     with pytest.raises(EvaluationError, match=r"has 11520 tokens.*context has 8192.*`num_frames`.*--max-positions"):
         evaluate(*arguments, num_frames=20)
+    small = SimpleNamespace(config=LlamaForCausalLM.config_class(max_position_embeddings=100))
+    check_context(small, 99)
+    with pytest.raises(EvaluationError, match="has 100 tokens"):
+        check_context(small, 100)
     from mgllava.processing import MGLlavaProcessor
 
     monkeypatch.setattr(MGLlavaProcessor, "takes_videos", False)

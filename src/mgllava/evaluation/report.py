@@ -21,7 +21,6 @@ REPORT = "report.html"
 SHOWN = 12
 # Longer sides in pixels of an image, and of the frames of a video together and each.
 _THUMBNAIL, _STRIP, _FRAME = 360, 960, 240
-_JPEG_QUALITY = 80
 _STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;color:#222;background:#fff;max-width:1120px;margin:2em auto;padding:0 1em}
 h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}
@@ -186,7 +185,7 @@ def _picture(task: Task, question: Question, line: Mapping[str, Any]) -> str:
     else:
         small = draw_boxes(smaller[0], shown[0]) if shown[0]["boxes"] else smaller[0]
     buffer = io.BytesIO()
-    small.save(buffer, format="JPEG", quality=_JPEG_QUALITY)
+    small.save(buffer, format="JPEG")
     content = base64.b64encode(buffer.getvalue()).decode("ascii")
     return f'<img alt="" src="data:image/jpeg;base64,{content}">'
 
