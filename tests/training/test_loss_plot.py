@@ -33,6 +33,13 @@ def test_without_evaluation_there_is_one_curve(tmp_path):
     assert len(pixels_of(path, ORANGE)) == 0
 
 
+def test_a_single_loss_is_visible(tmp_path):
+    path = plot_losses([{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 1.0}], tmp_path / "loss.png")
+    middle = Image.open(path).width / 2
+    for color in (BLUE, ORANGE):
+        assert any(abs(column - middle) < middle / 8 for _, column in pixels_of(path, color))
+
+
 def test_without_losses_there_is_no_picture(tmp_path):
     assert plot_losses([{"step": 1, "train_runtime": 3.0}], tmp_path / "loss.png") is None
     assert not list(tmp_path.iterdir())

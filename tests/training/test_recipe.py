@@ -136,6 +136,40 @@ def test_changes_reach_every_depth_and_later_ones_win(tmp_path):
     assert load_recipe(tmp_path / "mine.yaml", "training.save_strategy=no").training["save_strategy"] == "no"
 
 
+def test_names_are_looked_up_beside_the_file_then_here_then_in_the_package(tmp_path, monkeypatch):
+    here, beside = tmp_path / "here", tmp_path / "beside"
+    for folder in (here, beside):
+        folder.mkdir()
+        (folder / "base.yaml").write_text(f"data: {{samples: {folder.name}}}\n")
+    monkeypatch.chdir(here)
+    (beside / "mine.yml").write_text("extends: [stage_1.yaml, base.yaml]\ntraining: {seed: 3}\n")
+    recipe = load_recipe(beside / "mine.yml", "global_batch_size=7")
+    assert recipe.data.samples == "beside" and recipe.training["seed"] == 3 and recipe.train == NEW_PARTS
+    (beside / "base.yaml").unlink()
+    assert load_recipe(beside / "mine.yml").data.samples == "here"
+    (here / "stage_1.yaml").write_text("train: [fusion]\n")
+    assert load_recipe("stage_1.yaml").train == load_recipe(beside / "mine.yml").train == ["fusion"]
+    (here / "empty.yaml").write_text("")
+    assert load_recipe("empty.yaml") == Recipe() == load_recipe()
+    for name, other in (("a", "b"), ("b", "a")):
+        (here / f"{name}.yaml").write_text(f"extends: {other}.yaml\n")
+    with pytest.raises(TrainingError, match=r"extend each other: a\.yaml -> b\.yaml -> a\.yaml"):
+        load_recipe("a.yaml")
+    with pytest.raises(TrainingError, match=r"no recipe .*stage_1\.yaml"):
+        load_recipe(tmp_path / "stage_1.yaml")
+    with pytest.raises(
+        TrainingError, match=r"The package has finetune\.yaml, fsdp2\.yaml, .*, zero3\.yaml; a change is"
+    ):
+        load_recipe("0")
+
+
+def test_numbers_and_booleans_are_those_of_yaml_1_2(tmp_path):
+    """PyYAML reads YAML 1.1, where 1e-3 is text."""
+    text = "{a: 1e-3, b: .5, c: 1., d: -1E+2, e: +2.5e1, f: 1e, g: True, h: FALSE, i: n, j: 7, k: -1.5, l: 1.2.3}"
+    expected = {"a": 1e-3, "b": 0.5, "c": 1.0, "d": -100.0, "e": 25.0, "f": "1e", "g": True, "h": False, "i": "n"}
+    assert load_recipe(f"model.config={text}").model.config == {**expected, "j": 7, "k": -1.5, "l": "1.2.3"}
+
+
 def test_a_recipe_says_itself_in_yaml(tmp_path):
     recipe = load_recipe("stage_1_yi_34b.yaml", "evaluation.samples=x.json")
     (tmp_path / "again.yaml").write_text(recipe.to_yaml())
@@ -151,6 +185,8 @@ def test_a_recipe_says_itself_in_yaml(tmp_path):
         ("data.box=x", "data.boxes"),
         ("data.detector.treshold=1", "data.detector.threshold"),
         ("lora.alpha=1", "lora.lora_alpha"),
+        ("trian=[a]", "train"),
+        ("evaluation.detector.lables=[a]", "evaluation.detector.labels"),
     ],
 )
 def test_unknown_keys_name_the_nearest_known_one(change, expected):
@@ -202,6 +238,12 @@ REFUSED = [
     ("training.learning_rate=true", "must be a number, got true"),
     ("training.bf16=2", "must be true or false, got 2"),
     ("training.seed=null", "must be a whole number, got null"),
+    ("training.zzz=1", "Known keys: "),
+    ("training._n_gpu=1", "is not a recipe key"),
+    ("model=null", "must contain keys and values, got None"),
+    ("model.parts=[a]", "must contain keys and values, got ['a']"),
+    ("training.bf16=nan", "must be true or false"),
+    ("training.max_steps=abc", "must be a whole number, got 'abc'"),
     ("training.seed=", "has no value"),
     ("training.run_name=None", "got the word None. Write null"),
     ("training.save_strategy=nope", "must be no, steps, epoch or best, got 'nope'"),
@@ -332,6 +374,12 @@ READ = [
     ("lora.runtime_config={ephemeral_gpu_offload: true}", {"ephemeral_gpu_offload": True}),
     ("lora.layer_replication=[[0, 4]]", [[0, 4]]),
     ("evaluation=null", None),
+    ("evaluation.detector=null", None),
+    ("model.parts=null", None),
+    ("training.bf16=0", False),
+    ("training.max_steps='+1_0'", 10),
+    ("training.max_steps='-1'", -1),
+    ("learning_rates={fusion: '1e-3'}", {"fusion": 1e-3}),
 ]
 
 
@@ -391,6 +439,8 @@ def test_a_key_that_occurs_twice_is_refused(tmp_path):
     (tmp_path / "twice.yaml").write_text("training: {seed: 1}\ntraining: {seed: 2}\n")
     with pytest.raises(TrainingError, match="training occurs twice"):
         load_recipe(tmp_path / "twice.yaml")
+    with pytest.raises(TrainingError, match="b, c occurs twice"):
+        load_recipe("model.config={a: {b: 1, c: 2, b: 2, d: 3, c: 4}}")
 
 
 def test_a_recipe_of_python_is_checked_too(tmp_path):

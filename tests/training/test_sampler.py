@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -37,7 +39,21 @@ def test_the_longest_sample_is_in_the_first_batch():
     assert longest in batches(ModalityLengthSampler(lengths, 16, seed=3), 16)[0]
 
 
+@pytest.mark.parametrize(("count", "groups"), [(16 * 40, 4), (16 * 400, 8), (16 * 3, 3)])
+def test_a_quarter_of_the_batches_but_at_most_fifty_are_sorted_together(count, groups):
+    """More would make the order less random, fewer the lengths less alike."""
+    order = list(ModalityLengthSampler(range(1, count + 1), 16))
+    assert sum(after > before for before, after in itertools.pairwise(order)) == groups - 1
+
+
+def test_what_is_left_over_is_sorted_too():
+    last = [abs(LENGTHS[index]) for index in list(ModalityLengthSampler(LENGTHS, 16))[61 * 16 :]]
+    assert len(last) == 27 and last == sorted(last, reverse=True)
+
+
 def test_the_order_follows_from_seed_and_epoch():
+    assert list(ModalityLengthSampler(LENGTHS, 16)) == list(ModalityLengthSampler(LENGTHS, 16, seed=0))
+    assert list(ModalityLengthSampler(LENGTHS, 16, seed=1)) != list(ModalityLengthSampler(LENGTHS, 16, seed=2))
     sampler, other = ModalityLengthSampler(LENGTHS, 16, seed=1), ModalityLengthSampler(LENGTHS, 16, seed=1)
     first = list(sampler)
     assert list(sampler) == first == list(other)
@@ -49,7 +65,8 @@ def test_the_order_follows_from_seed_and_epoch():
 
 @pytest.mark.parametrize("lengths", [[5], [5, 6, 7], [-5, 6], [-3] * 40])
 def test_small_sets_and_single_modalities(lengths):
-    assert sorted(ModalityLengthSampler(lengths, 16)) == list(range(len(lengths)))
+    sampler = ModalityLengthSampler(lengths, 16)
+    assert sorted(sampler) == list(range(len(lengths))) and len(sampler) == len(lengths)
 
 
 def test_videos_have_batches_of_their_own():

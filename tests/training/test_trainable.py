@@ -4,7 +4,7 @@ from peft import get_peft_model
 from rich.console import Console
 
 from mgllava.training import TrainingError, check_trained, describe_trained, freeze_all_but, lora_config
-from mgllava.training.trainable import trained_parameters
+from mgllava.training.trainable import matching_pattern, part_of, short_name, trained_parameters
 from tests.tiny import tiny_model
 
 NEW_PARTS = ["fusion", "multi_modal_projector", "box_projector", "object_attention"]
@@ -74,6 +74,43 @@ def test_adapters_sit_on_every_linear_layer_of_the_language_model(llm, layers):
     assert {name.split(".")[3] for name in trained_names(adapted) if "lora_" not in name} == set(NEW_PARTS[:3])
 
 
+WRAPPED = {
+    "model.fusion.gate.0.weight": "fusion.gate.0.weight",
+    "module.model.fusion.gate.0.weight": "fusion.gate.0.weight",
+    "_orig_mod.module.model.fusion.gate.0.weight": "fusion.gate.0.weight",
+    "base_model.model.model.fusion.modules_to_save.default.gate.0.weight": "fusion.gate.0.weight",
+    "lm_head.weight": "lm_head.weight",
+    "base_model.model.lm_head.modules_to_save.default.weight": "lm_head.weight",
+    "base_model.model.model.language_model.layers.1.q_proj.lora_A.default.weight": (
+        "language_model.layers.1.q_proj.lora_A.weight"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_parameters_are_known_by_the_same_names_in_wrapped_models(name):
+    short = WRAPPED[name]
+    assert short_name(name) == short and part_of(name) == short.partition(".")[0]
+    assert matching_pattern(name, ["vision_tower", part_of(name), "*"]) == part_of(name)
+    assert matching_pattern(name, [short.rpartition(".")[0]]) and matching_pattern(name, [short])
+    assert matching_pattern(name, ["fus", "lm", "language", "weight"]) is None
+
+
+def test_frozen_copies_and_weights_under_adapters_may_not_be_trained():
+    model = get_peft_model(tiny_model(), lora_config(r=2))
+    check_trained(model, NEW_PARTS, lora=True)
+    for part in ("original_module", "q_proj.base_layer", "lm_head"):
+        (name, parameter), *_ = [entry for entry in model.named_parameters() if part in entry[0]]
+        parameter.requires_grad_(True)
+        with pytest.raises(TrainingError, match=rf"^1 parameters differ .*{name} \(trained\)"):
+            check_trained(model, [*NEW_PARTS, "language_model", "lm_head"], lora=True)
+        parameter.requires_grad_(False)
+    model.requires_grad_(False)
+    with pytest.raises(TrainingError) as caught:
+        check_trained(model, NEW_PARTS, lora=True)
+    assert str(caught.value).count("(frozen)") == 5
+
+
 def test_the_table_counts():
     model = tiny_model()
     freeze_all_but(model, NEW_PARTS)
@@ -82,3 +119,10 @@ def test_the_table_counts():
     text = console.export_text()
     assert f"{sum(p.numel() for p in model.parameters()):,}" in text
     assert f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,}" in text
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "float32" in line]
+    sizes = {
+        name: f"{sum(p.numel() for p in getattr(model.model, name).parameters()):,}"
+        for name in ("fusion", "vision_tower")
+    }
+    assert ["fusion", "float32", sizes["fusion"], sizes["fusion"]] in rows
+    assert ["vision_tower", "float32", "-", sizes["vision_tower"]] in rows
