@@ -146,6 +146,20 @@ def test_public_configuration_lists_the_modules_to_skip(save, bits):
     assert mgllava.quantization_config(bits).llm_int8_skip_modules
 
 
+@pytest.mark.parametrize(
+    ("has_gpu", "has_bfloat16", "dtype"),
+    [(False, False, torch.bfloat16), (True, True, torch.bfloat16), (True, False, torch.float16)],
+)
+def test_4_bits_are_computed_in_bfloat16_unless_a_gpu_lacks_it(monkeypatch, has_gpu, has_bfloat16, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    # Emulation would be slow.
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or has_bfloat16
+    )
+    config = mgllava.quantization_config(4)
+    assert config.bnb_4bit_compute_dtype == config.bnb_4bit_quant_storage == dtype
+
+
 @pytest.mark.parametrize("bits", [16, 0, "4", None])
 def test_other_bits_are_refused(bits):
     with pytest.raises(ValueError, match=r"`bits` must be 4 or 8, got"):

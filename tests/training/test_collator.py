@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 from mgllava.training import MGLlavaDataCollator, SampleError
+from mgllava.training.samples import to_conversation
 from tests.golden_cases import GOLDEN, IMAGE_ID, case, cases, load_tensors
 from tests.tiny import NUM_FUSED_TOKENS
 
@@ -79,6 +80,57 @@ def test_text_is_cut_where_the_image_counts_as_one_token(small_processor):
     assert cut["input_ids"].shape[1] == 60 - 1 + image_tokens
     assert torch.equal(cut["input_ids"], whole["input_ids"][:, : 59 + image_tokens])
     assert torch.equal(cut["labels"], whole["labels"][:, : 59 + image_tokens])
+    # Of several boxes with a label, one is left.
+    boxes = {"boxes": [[x, 0, x + 8, 8] for x in range(0, 60, 10)], "labels": ["a", "b"] * 3, "scores": [0.5] * 6}
+    cut = MGLlavaDataCollator(small_processor, max_text_length=60)([sample(conversations=turns, boxes=boxes)])
+    assert cut["input_ids"].shape[1] == 60 - 1 + NUM_FUSED_TOKENS + 2
+
+
+@pytest.mark.parametrize(
+    ("given", "said", "advice"),
+    [
+        (sample(), rf"\({NUM_FUSED_TOKENS + 1} of them of images\)", "Use fewer images"),
+        (
+            {"id": "7", "conversations": [{"from": "human", "value": "Hm?"}, TURNS[1]]},
+            "tokens, but",
+            "Use a shorter text",
+        ),
+    ],
+)
+def test_a_sample_longer_than_the_model_is_refused_with_advice(small_processor, given, said, advice):
+    with pytest.raises(SampleError, match=rf"Sample 7 has \d+ tokens.*{said}.*the model has 5 positions.*{advice}"):
+        MGLlavaDataCollator(small_processor, max_length=5)([given])
+
+
+@pytest.mark.parametrize(
+    ("key", "content"), [("conversations", TURNS), ("messages", [{"role": "user", "content": "a"}])]
+)
+def test_a_sample_without_an_id_is_named_by_its_first_turn(small_processor, key, content):
+    bare = {"id": None, "image": IMAGE, key: content[:1]}
+    with pytest.raises(SampleError) as caught:
+        MGLlavaDataCollator(small_processor)([bare])
+    assert str(caught.value).startswith(f"Sample without an id ({content[0]}) ")
+
+
+SOURCES = ("url", "path", "base64", "bytes")
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [(kind, key) for kind in ("image", "video") for key in (kind, f"{kind}_url", *SOURCES)]
+    + [("image_url", "image_url"), ("video_url", "video_url")],
+)
+def test_a_block_with_its_own_source_needs_none_of_the_sample(kind, key):
+    """These are the keys of transformers' chat templates."""
+    block = {"type": kind, key: "a"}
+    answer = {"role": "assistant", "content": "A cup."}
+    messages = [{"role": "user", "content": [block, {"type": "text", "text": "What?"}]}, answer]
+    (question, _) = to_conversation({"id": "7", "messages": messages}, "empty", "<video>")
+    assert question["content"][0] == {**block, "boxes": []}
+    if kind in ("image", "video"):
+        del block[key]
+        with pytest.raises(SampleError, match=rf"got 1 <{kind}> and 0 {kind}s"):
+            to_conversation({"id": "7", "messages": messages}, "empty", "<video>")
 
 
 @pytest.mark.parametrize(("limit_over_text", "boxes_left"), [(51, 6), (50, 2), (0, 2)])

@@ -1,13 +1,15 @@
 """The model that a recipe loads: its attention, bits and dtypes."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mgllava.families import FAMILIES
-from mgllava.training import load_recipe
-from mgllava.training.recipe_model import load_model
+from mgllava.training import TrainingError, load_recipe
+from mgllava.training.recipe import ModelOptions
+from mgllava.training.recipe_model import family_of_recipe, load_model
 from mgllava.training.trainable import trained_parameters
 from tests.training.conftest import words_model
 
@@ -29,6 +31,21 @@ def test_what_is_trained_is_in_float32_where_nothing_else_keeps_a_copy(small_rep
     trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     assert trained == {torch.float32 if in_float32 else torch.bfloat16}
     assert {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad} == {torch.bfloat16}
+
+
+def test_the_family_is_that_of_the_model_and_must_be_that_of_the_recipe(small_repository, tmp_path):
+    both = shutil.copytree(small_repository, tmp_path / "both")
+    (both / "adapter_config.json").write_text("{}")
+    for options in (ModelOptions(), ModelOptions(parts={}), ModelOptions(family="mgllava")):
+        assert family_of_recipe(options, str(both)) is FAMILIES["mgllava"]
+    with pytest.raises(OSError, match="connect"):
+        family_of_recipe(ModelOptions(), "no/such")
+    (tmp_path / "config.json").write_text('{"model_type": "slime"}')
+    for options in (ModelOptions(), ModelOptions(family="slime")):
+        assert family_of_recipe(options, str(tmp_path)) is FAMILIES["slime"]
+    for options in (ModelOptions(family="mgllava"), ModelOptions(parts={})):
+        with pytest.raises(TrainingError, match=r"`model\.family` must be slime, .*got mgllava"):
+            family_of_recipe(options, str(tmp_path))
 
 
 def test_attention_is_that_of_the_recipe(small_repository):

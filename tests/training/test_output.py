@@ -336,12 +336,15 @@ def test_training_without_a_step_is_an_error(cpu_recipe):
         )
 
 
-def test_result_is_saved_with_the_changed_configuration(cpu_recipe, small_repository):
+def test_result_is_saved_with_the_changed_configuration(cpu_recipe, small_repository, capsys):
     """Nested values are merged with those of the starting model."""
     changes = ("model.config.projector_hidden_act=relu", "model.config.text_config.rms_norm_eps=1e-3")
     output = run(cpu_recipe, *SHORT, *changes, "training.save_strategy=no", "model.family=mgllava")
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (small_repository, output))
     assert before["projector_hidden_act"] != after["projector_hidden_act"] == "relu"
+    assert "Set in the model's configuration, and saved with the result: projector_hidden_act=relu, text_config=" in (
+        " ".join(capsys.readouterr().err.split())
+    )
     own = {"dtype": None, "rms_norm_eps": None}
     assert after["text_config"]["rms_norm_eps"] == 1e-3 != before["text_config"]["rms_norm_eps"]
     assert {**after["text_config"], **own} == {**before["text_config"], **own}

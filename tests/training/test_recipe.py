@@ -185,8 +185,8 @@ def test_a_recipe_says_itself_in_yaml(tmp_path):
         ("data.box=x", "data.boxes"),
         ("data.detector.treshold=1", "data.detector.threshold"),
         ("lora.alpha=1", "lora.lora_alpha"),
-        ("trian=[a]", "train"),
-        ("evaluation.detector.lables=[a]", "evaluation.detector.labels"),
+        ("trainn=[a]", "train"),
+        ("evaluation.detector.labelz=[a]", "evaluation.detector.labels"),
     ],
 )
 def test_unknown_keys_name_the_nearest_known_one(change, expected):

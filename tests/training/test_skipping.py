@@ -6,7 +6,15 @@ import math
 import pytest
 import torch
 
-from mgllava.training import ConversationDataset, TrainingError, load_recipe, open_source, train
+from mgllava.training import (
+    ConversationDataset,
+    MGLlavaDataCollator,
+    MGLlavaTrainer,
+    TrainingError,
+    load_recipe,
+    open_source,
+    train,
+)
 from tests.training.conftest import losses, write_samples
 from tests.training.test_distributed import launch
 
@@ -81,6 +89,17 @@ def test_skipped_samples_do_not_change_the_evaluation_loss(cpu_recipe, tmp_path,
     expected = logged(train(load_recipe(cpu_recipe, *ORDER, *EVALUATION, *changes, other)), "eval_loss")
     output = evaluated(cpu_recipe, damaged, *range(2, 12))
     assert logged(output, "eval_loss") == pytest.approx(expected, rel=1e-5)
+
+
+def test_skipped_batches_do_not_change_an_evaluation_under_another_name(make_trainer, small_processor, damaged):
+    collator = MGLlavaDataCollator(small_processor, on_bad_sample="skip", return_sample_ids=True)
+    options = {"trainer_options": {"eval_data_collator": collator}, "per_device_eval_batch_size": 4}
+    paths = [change.partition("=")[2] for change in damaged(4, 5, 6, 7)]
+    dataset = ConversationDataset([open_source(*paths)], small_processor)
+    trainer = make_trainer(dataset, trainer_class=MGLlavaTrainer, **options)
+    whole = trainer.evaluate(dataset, metric_key_prefix="test")
+    rest = trainer.evaluate([dataset[index] for index in (0, 1, 2, 3, 8, 9, 10, 11)])
+    assert whole["test_loss"] == pytest.approx(rest["eval_loss"], rel=1e-5) and "eval_loss" not in whole
 
 
 def test_evaluation_that_skips_all_samples_is_an_error(cpu_recipe, damaged):

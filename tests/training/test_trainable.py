@@ -111,6 +111,12 @@ def test_frozen_copies_and_weights_under_adapters_may_not_be_trained():
     assert str(caught.value).count("(frozen)") == 5
 
 
+def test_adapters_without_a_model_are_those_of_mgllava():
+    config = lora_config(lora_alpha=5)
+    assert set(config.modules_to_save) == set(NEW_PARTS)
+    assert config.task_type == "CAUSAL_LM" and config.lora_alpha == 5
+
+
 def test_the_table_counts():
     model = tiny_model()
     freeze_all_but(model, NEW_PARTS)

@@ -23,11 +23,12 @@ from mgllava.training import (
     train,
 )
 from mgllava.training.recipe_data import _check_detector
+from mgllava.training.samples import frames_of_a_video
 from tests.processing.detectors import OWLV2
 from tests.processing.videos import make_frames
 from tests.processing.videos import write as encode
 from tests.tiny import NUM_FUSED_TOKENS
-from tests.training.conftest import tiny_video_processor, words_model
+from tests.training.conftest import tiny_processor, tiny_video_processor, words_model
 
 FRAMES = 3
 ANSWER = {"from": "gpt", "value": "A cup."}
@@ -85,6 +86,15 @@ def test_a_batch_of_all_modalities_has_the_inputs_of_each(video_processor):
         single = collator([alone])
         assert torch.equal(batch["input_ids"][row][batch["attention_mask"][row].bool()], single["input_ids"][0])
     assert "pixel_values_videos" not in collator([IMAGE, TEXT])
+
+
+def test_the_number_of_frames_is_that_of_the_processor_where_it_does_not_depend_on_the_video():
+    assert frames_of_a_video(tiny_video_processor(num_frames=5)) == 5
+    assert frames_of_a_video(tiny_processor()) is None
+    for name, value in (("fps", 2), ("do_sample_frames", False)):
+        processor = tiny_video_processor(num_frames=5)
+        setattr(processor.video_processor, name, value)
+        assert frames_of_a_video(processor) is None
 
 
 @pytest.mark.parametrize("as_array", [torch.tensor, np.array, tuple])

@@ -30,9 +30,7 @@ def freeze_all_but(model: nn.Module, patterns: Sequence[str]) -> None:
     """
     inner: Any = model.model
     parts = {name for module in (model, inner) for name, _ in module.named_children()} - {"model"}
-    absent = {name for name, value in inner._modules.items() if value is None} | {
-        name for name, value in vars(inner).items() if value is None
-    }
+    absent = {name for name, value in vars(inner).items() if value is None}
     used = set()
     for name, parameter in model.named_parameters():
         short = name.removeprefix("model.")
