@@ -92,7 +92,7 @@ def test_text_is_cut_where_the_image_counts_as_one_token(small_processor):
         (sample(), rf"\({NUM_FUSED_TOKENS + 1} of them of images\)", "Use fewer images"),
         (
             {"id": "7", "conversations": [{"from": "human", "value": "Hm?"}, TURNS[1]]},
-            "tokens, but",
+            ", but",
             "Use a shorter text",
         ),
     ],
