@@ -3,7 +3,11 @@
 import importlib
 import io
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError, fields, is_dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,7 +40,7 @@ def records(*lists):
 def test_answers_are_in_order_and_written(task, tmp_path):
     echo = Echo(lambda prompt, boxes: prompt.partition("?")[0])
     answers = run(task, tmp_path / "out", echo, batch_size=3)
-    assert [line["answer"] for line in answers] == ["Q0", "Q1", "Q2", "Q3"]
+    assert answers == [{"number": number, "key": number, "answer": f"Q{number}", "boxes": []} for number in range(4)]
     assert [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").open()] == answers
     assert echo.options == [{"box_limit": 100}] * 2
 
@@ -307,6 +311,38 @@ def test_a_bad_image_of_one_process_stops_both(write_tsv, tmp_path):
         process.kill()
     assert codes == [1, 1] and "row 2 (id 2) cannot be asked" in said[1].read_text()
     assert not (tmp_path / "out" / "answers.jsonl").exists()
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_two_processes_share_the_questions(slow, task, tmp_path, monkeypatch):
+    """Threads stand for the processes; whichever is slow, the main one has all answers, and nobody waits forever."""
+    monkeypatch.setattr(job, "_SLICE_SIZE", 1)
+    barrier, here, prepare, asked = threading.Barrier(2), threading.local(), job._prepare, {}
+    monkeypatch.setattr(job, "processes", lambda: here.state)
+
+    def prepare_slowly(*arguments):
+        time.sleep(0.1)
+        prepare(*arguments)
+
+    monkeypatch.setattr(job, "_prepare", prepare_slowly)
+
+    def one(index):
+        here.state = SimpleNamespace(
+            num_processes=2, process_index=index, is_main_process=index == 0, wait_for_everyone=lambda: barrier.wait(5)
+        )
+
+        def reply(prompt, boxes):
+            time.sleep(0.1 * (index == slow))
+            asked.setdefault(index, []).append(prompt.partition("?")[0])
+            return prompt.partition("?")[0]
+
+        first = run(task, tmp_path / "out", Echo(reply))
+        return first, run(task, tmp_path / "out", Interrupted(0), resume=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        (answers, again), other = pool.map(one, range(2))
+    assert [line["answer"] for line in answers] == ["Q0", "Q1", "Q2", "Q3"] and again == answers
+    assert other == (None, None) and asked == {0: ["Q0", "Q2"], 1: ["Q1", "Q3"]}
 
 
 def test_images_are_shown_as_stored(tmp_path, write_lines):

@@ -158,7 +158,9 @@ def test_pictures_are_small_with_the_boxes_in_their_places(tmp_path, write_tsv):
     colored = np.argwhere(np.ptp(np.asarray(shown[0].convert("RGB")).astype(int), axis=2) > 60)
     assert colored.min(axis=0) == pytest.approx([50, 200], abs=3)
     assert colored.max(axis=0) == pytest.approx([150, 359], abs=3)
-    assert page.text.count("boxes") == 1 and "1 boxes" in page.text
+    assert page.text.count("boxes") == 1 and "1 boxes" in page.text and "Answers (3)" in page.headings
+    named = _page(tmp_path, task, _summary(), {0: {"answer": "A", **boxes, "labels": ["cup"]}})
+    assert named.links[0] != page.links[0], "labels are drawn"
 
 
 def test_captions_say_what_was_asked_answered_and_expected(report):
@@ -172,6 +174,11 @@ def test_skipped_rows_are_listed(tmp_path, task):
     page = _page(tmp_path, task, _summary(skipped=[{"place": "<a>", "id": 1, "reason": "no <b>"}], notes=["N <c>"]))
     assert "Skipped rows (1)" in page.headings and "<a>: no <b>" in page.text and "N <c>" in page.text
     assert "Skipped" not in _page(tmp_path, task, _summary()).text
+
+
+def test_names_of_files_need_not_be_unicode(tmp_path, task):
+    _page(tmp_path, task, _summary(model=b"caf\xe9".decode("utf-8", "surrogateescape")))
+    assert b"caf&#56553;" in (tmp_path / "report.html").read_bytes()
 
 
 def test_an_image_that_is_gone_is_said(tmp_path, write_lines):

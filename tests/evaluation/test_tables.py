@@ -6,7 +6,7 @@ import json
 import pytest
 
 from mgllava.evaluation import BadRowError, EvaluationError, load_task
-from mgllava.evaluation.tables import Row, find_image, read_rows
+from mgllava.evaluation.tables import Row, find_image, find_video, read_rows
 
 from .conftest import in_base64, png
 
@@ -332,3 +332,93 @@ def test_other_encodings_are_refused(name, tmp_path):
     (tmp_path / name).write_bytes("index\tquestion\n1\tcafé\n".encode("latin-1"))
     with pytest.raises(EvaluationError, match=rf"{name} is not UTF-8 .* Convert it"):
         read_rows([tmp_path / name])
+
+
+def test_a_video_may_be_named_with_its_ending_or_without(tmp_path):
+    for column in ("video_name", "video", "video_path"):
+        for ending in ("", ".avi", ".mp4", ".mkv", ".webm", ".mov", ".gif"):
+            path = tmp_path / f"v{ending}"
+            path.write_bytes(b"x")
+            row = Row({column: "v", "video": ""} if column != "video" else {column: "v"}, "row", "data", dict, {})
+            assert find_video(row, tmp_path) == path
+            path.unlink()
+    with pytest.raises(BadRowError, match=r"its video .*v does not exist"):
+        find_video(row, tmp_path)
+    (tmp_path / "7.mp4").write_bytes(b"x")
+    assert find_video(Row({"video": 7}, "row", "data", dict, {}), tmp_path).name == "7.mp4"
+    for value in (None, "", 1.5):
+        with pytest.raises(BadRowError, match="it has no video_name or video or video_path"):
+            find_video(Row({"video": value}, "row", "data", dict, {}), tmp_path)
+
+
+@pytest.mark.parametrize("ending", [".jpg", ".png", ".jpeg"])
+def test_images_of_mme_have_one_of_three_endings(ending, tmp_path):
+    (tmp_path / "count").mkdir()
+    (tmp_path / "count" / f"7{ending}").write_bytes(png())
+    (tmp_path / "count" / "7.txt").write_text("Is it?\tYes\n\nIs it\tnot?\t No \n")
+    first, second = read_rows([tmp_path])
+    assert find_image(first, tmp_path).name == f"7{ending}"
+    assert [row.values for row in (first, second)] == [
+        {
+            "index": f"count/7{ending}#{number}",
+            "question": question,
+            "answer": answer,
+            "category": "count",
+            "image_path": f"count/7{ending}",
+        }
+        for number, question, answer in ((1, "Is it?", "Yes"), (2, "Is it\tnot?", "No"))
+    ]
+    assert (first.place, first.stem) == (f"{tmp_path / 'count' / '7.txt'}, line 1", tmp_path.name)
+
+
+def test_a_missing_image_of_mme_is_named(tmp_path):
+    (tmp_path / "count").mkdir()
+    (tmp_path / "count" / "7.txt").write_text("Is it?\tYes\n")
+    (row,) = read_rows([tmp_path])
+    with pytest.raises(BadRowError, match=r"count/7\.jpg does not exist"):
+        find_image(row, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        (["1", "20"], [1, 20]),
+        (["0", ""], [0, None]),
+        (["01", "2"], ["01", "2"]),
+        (["1", "2.5"], ["1", "2.5"]),
+        (["9" * 18, "1"], [int("9" * 18), 1]),
+        (["9" * 19, "1"], ["9" * 19, "1"]),
+        (["NaN", "nan"], [None, None]),
+        (["-1", "1"], ["-1", "1"]),
+    ],
+    ids=range(8),
+)
+def test_columns_of_whole_numbers_hold_numbers(cells, expected, write_tsv):
+    rows = read_rows([write_tsv([{"index": n, "value": cell} for n, cell in enumerate(cells)])])
+    assert [row.values.get("value") for row in rows] == expected
+
+
+def test_short_rows_and_empty_lines(tmp_path):
+    (tmp_path / "a.tsv").write_text("index\tquestion\thint\n1\tQ\n\n2\tR\tH\n")
+    assert [row.values for row in read_rows([tmp_path / "a.tsv"])] == [
+        {"index": 1, "question": "Q"},
+        {"index": 2, "question": "R", "hint": "H"},
+    ]
+
+
+def test_short_texts_are_the_index_of_another_row(tmp_path):
+    """Fifteen letters are, sixteen are base64."""
+    other = Row({}, "row", "data", lambda: {"image": in_base64()}, {})
+    table = {"A" * 15: other, "A" * 16: other, "3": other}
+    for image in ("A" * 15, 3):
+        assert find_image(Row({}, "row", "data", lambda image=image: {"image": image}, table), tmp_path) == png()
+    assert find_image(Row({}, "row", "data", lambda: {"image": "A" * 16}, table), tmp_path) == bytes(12)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_path"), [("a/b.png", True), ("a.jpeg", True), ("v1.x", True), ("data:image/png;base64,i.png", False)]
+)
+def test_paths_have_a_point_near_their_end(name, is_path, tmp_path):
+    row = Row({}, "row", "data", lambda: {"image": name}, {})
+    with pytest.raises(BadRowError, match="does not exist" if is_path else "not base64"):
+        find_image(row, tmp_path)

@@ -263,7 +263,7 @@ class _Job:
                     folder.append(number, self._answer(first, opened))
                     report(len(opened))
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(cancel_futures=True)
                 raise
 
     def _open(self, question: Question) -> _Asked:
