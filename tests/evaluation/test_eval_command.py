@@ -20,8 +20,9 @@ from .conftest import in_base64
 
 
 def command(model, data, output, *options):
-    arguments = ["eval", model, "--benchmark", "multiple-choice", "--data", data, "--output", output, *options]
-    return CliRunner().invoke(app, [*map(str, arguments), "--dtype", "float32", "--max-new-tokens", "5"])
+    arguments = ["eval", model, "--benchmark", "multiple-choice", "--data", data, "--output", output]
+    arguments += ["--dtype", "float32", "--max-new-tokens", "5", *options]
+    return CliRunner().invoke(app, list(map(str, arguments)))
 
 
 def alone(model, processor, prompt, color, boxes):
@@ -99,6 +100,8 @@ def test_bad_rows_stop_before_the_model_answers_or_are_skipped(repository, write
         (["--shift-boxes", "3"], "the model has no box detector, so there are no boxes to change"),
         (["--drop-boxes", "2"], "--drop-boxes must be from 0 to 1, got 2.0"),
         (["--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+        (["--workers", "0"], "--workers must be at least 1"),
         (["--limit", "0"], "--limit must be at least 1"),
         (["--resume", "--overwrite"], "pass one of them"),
         (["--annotations", "absent.json"], "absent.json"),
@@ -124,7 +127,15 @@ def test_arguments_that_the_command_does_not_let_through(options, problem, tmp_p
 
 
 @pytest.mark.parametrize(
-    "options", [["--boxes", "detector"], ["--box-file", "b.json"], ["--boxes", "oracle"], ["--drop-boxes", "0.5"]]
+    "options",
+    [
+        ["--boxes", "detector"],
+        ["--box-file", "b.json"],
+        ["--boxes", "oracle"],
+        ["--drop-boxes", "0.5"],
+        ["--shift-boxes", "1"],
+        ["--shuffle-boxes"],
+    ],
 )
 def test_options_of_boxes_are_refused_for_models_without_boxes(options, stand_in_path, choices, tmp_path):
     result = command(stand_in_path, choices, tmp_path / "out", *options)

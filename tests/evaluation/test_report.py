@@ -84,7 +84,7 @@ def test_texts_are_not_markup(report):
 def test_numbers_of_the_paper_stand_next_to_the_main_score(report):
     page, scores = report("mmbench-dev", rows())
     assert scores["main"] == "accuracy" and scores["scores"]["accuracy"] == pytest.approx(200 / 3)
-    assert scores["paper"]["Vicuna-7B"] == 72.1
+    assert scores["paper"]["Vicuna-7B"] == 72.1 and scores["files"] == [] and not scores["notes"]
     assert "paper, Vicuna-7B" in page.text and "72.1" in page.text and "66.7" in page.text
     kinds = [attrs["class"] for tag, attrs in page.tags if tag == "figure"]
     assert kinds == ["right", "right", "wrong"]
@@ -102,9 +102,28 @@ def test_benchmarks_that_the_paper_lacks_have_no_such_column(report):
 def test_without_answers_there_is_an_upload_file_and_no_score(report, tmp_path):
     page, scores = report("mmbench-test", [{k: v for k, v in row.items() if k != "answer"} for row in rows()])
     assert scores["main"] is None and scores["scores"] == {}
+    assert scores["no_score"] == "the file has no answers." and scores["categories"] == {}
     assert "No score" in page.text and "predictions.tsv" in scores["files"]
+    assert "predictions.tsv" in scores["notes"][0] and scores["notes"][0].endswith(": for the server of MMBench.")
     assert (tmp_path / "out" / "predictions.tsv").is_file()
     assert {attrs["class"] for tag, attrs in page.tags if tag == "figure"} == {"open"}
+
+
+def test_files_for_others_are_written_next_to_scores(report):
+    line = {"question": "Q?", "answer": "cat", "image": in_base64()}
+    _, scores = report("gqa", [{"question_id": 1, **line}], "Cat")
+    assert (scores["main"], scores["scores"]) == ("accuracy", {"accuracy": 100})
+    assert scores["files"] == ["gqa_predictions.json"] and "for the evaluation script of GQA" in scores["notes"][0]
+    _, scores = report("mmvet", [{"question_id": 1, **line}], "Cat")
+    assert (scores["main"], scores["no_score"]) == (None, "that takes the server of MM-Vet.")
+
+
+def test_rows_that_are_left_out_are_counted(report):
+    line = {"question": "Q?", "answer": "yes", "category": "c"}
+    rows = [{"index": "VD_a_b_1_2_3", **line, "image": in_base64()}, {"index": "VS_a_b_1_0_3", **line}]
+    page, scores = report("hallusionbench", rows, "yes")
+    assert scores["rows"] == {"all": 2, "answered": 1, "skipped": 0, "left_out": 1}
+    assert scores["categories"] == {"c": 100} and "1 without an image left out" in page.text
 
 
 def test_at_most_a_dozen_of_each_kind_are_shown(report):
@@ -177,8 +196,8 @@ def test_skipped_rows_are_listed(tmp_path, task):
 
 
 def test_names_of_files_need_not_be_unicode(tmp_path, task):
-    _page(tmp_path, task, _summary(model=b"caf\xe9".decode("utf-8", "surrogateescape")))
-    assert b"caf&#56553;" in (tmp_path / "report.html").read_bytes()
+    _page(tmp_path, task, _summary(model=b"model\xe9".decode("utf-8", "surrogateescape")))
+    assert b"model&#56553;" in (tmp_path / "report.html").read_bytes()
 
 
 def test_an_image_that_is_gone_is_said(tmp_path, write_lines):

@@ -230,7 +230,7 @@ def test_answers_of_other_types(tmp_path, write_lines):
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("a.txt", "x", "must be a folder or end in"),
+        ("a.txt", "x", r"must be a folder or end in \.tsv, \.csv, \.json, \.jsonl, \.parquet, got"),
         ("a.jsonl", '{"a": 1}\n{"a"', "line 2 is not JSON"),
         ("a.json", "[1]", "row 1 must be a dictionary, got int"),
         ("a.json", "[]", "has no rows"),

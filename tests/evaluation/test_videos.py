@@ -278,6 +278,10 @@ def test_models_that_cannot_are_refused_before_anything_is_asked(repository, fil
     arguments = (str(repository), "msvd-qa", files[0], tmp_path / "out")
     with pytest.raises(EvaluationError, match=r"has 11520 tokens.*context has 8192.*`num_frames`.*--max-positions"):
         evaluate(*arguments, num_frames=20)
+    rows = json.loads(files[0].read_text())
+    files[0].write_text(json.dumps([{**rows[0], "question": "What is <video>?"}, *rows[1:]]))
+    with pytest.raises(EvaluationError, match=r"1 rows cannot be asked: .* its text has <video>"):
+        evaluate(*arguments, num_frames=FRAMES)
     small = SimpleNamespace(config=LlamaForCausalLM.config_class(max_position_embeddings=100))
     check_context(small, 99)
     with pytest.raises(EvaluationError, match="has 100 tokens"):
