@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from mgllava.cli import app
 from mgllava.folder_lock import FolderLock, FolderLockedError
 from mgllava.training import MGLlavaTrainer, Recipe, TrainingError, load_recipe, train
 from mgllava.training.recipe import DataOptions
+from mgllava.training.run import _check_trainer
 from mgllava.training.run_record import check_same_training, refuse_other_files, write_start
 from tests.processing.detectors import OWLV2
 from tests.training.conftest import losses, write_samples
@@ -324,6 +327,23 @@ def test_a_result_without_the_picture_of_the_loss_is_complete(cpu_recipe, monkey
     output = run(cpu_recipe, *SHORT, "training.max_steps=1", "training.save_strategy=no")
     assert "The loss was not plotted: no matplotlib" in caplog.text
     assert json.loads((output / "run.json").read_text())["finished"] and (output / "model.safetensors").is_file()
+
+
+def test_processes_other_than_the_first_write_and_print_nothing(cpu_recipe, tmp_path, monkeypatch, capsys):
+    """They do not take the lock either, which the first one holds."""
+    for name, value in {"should_save": False, "should_log": False, "process_index": 1}.items():
+        monkeypatch.setattr(TrainingArguments, name, value)
+    with FolderLock(tmp_path / "out", "training"):
+        output = run(cpu_recipe, *SHORT, "training.max_steps=1", "training.save_strategy=no")
+    assert output == tmp_path / "out" and not [path for path in output.rglob("*") if path.is_file()]
+    assert "Trained parameters" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("wanted", "enabled"), [("zero.json", False), ("zero.json", True), (None, False)])
+def test_deepspeed_that_accelerate_ignores_is_refused(wanted, enabled):
+    trainer = SimpleNamespace(args=SimpleNamespace(deepspeed=wanted), is_deepspeed_enabled=enabled)
+    with pytest.raises(TrainingError, match="ignored by accelerate") if wanted and not enabled else nullcontext():
+        _check_trainer(trainer, [])
 
 
 def test_training_without_a_step_is_an_error(cpu_recipe):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import TrainerCallback
 
 from mgllava.training import MGLlavaDataCollator, MGLlavaTrainer, ModalityLengthSampler, TrainingError, trainer
@@ -121,6 +122,23 @@ def test_training_resumes_from_the_last_complete_checkpoint_or_says_that_there_i
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 3 and again.args.save_total_limit == 1
     assert again.state.log_history[:2] == state["log_history"][:2]
+
+
+def test_sharding_sees_no_saved_buffers(make, monkeypatch):
+    """FSDP in two processes is tested in subprocesses."""
+    seen = []
+
+    def prepare(self, model, *others):
+        seen.append("marks" in model.state_dict())
+        return (model, *others)
+
+    monkeypatch.setattr(Accelerator, "is_fsdp2", True)
+    monkeypatch.setattr(Accelerator, "prepare", prepare)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: None)
+    one = make()
+    one.model.register_buffer("marks", torch.ones(2))
+    assert one.accelerator.prepare(one.model, "optimizer") == (one.model, "optimizer")
+    assert seen == [False] and "marks" in one.model.state_dict()
 
 
 def test_evaluation_has_its_own_collator(make, small_processor):
