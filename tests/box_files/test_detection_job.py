@@ -120,6 +120,10 @@ def test_labels_and_threshold_reach_the_detector_and_the_settings(some_images, t
     detect_images(some_images, tmp_path / "b.json", detector, labels=["fork"], threshold=0.4, batch_size=16)
     assert given == [(["fork"], 0.4, 16)]
     settings = read_boxes(tmp_path / "b.json").settings
+    detect_images(some_images, tmp_path / "c.json", detector)
+    assert given[1:] == [(None, 0.2, 8)] * 2 and read_boxes(tmp_path / "c.json").settings == detection_settings(
+        detector
+    )
     assert settings == detection_settings(detector, ["fork"], 0.4)
     assert (settings["labels"], settings["threshold"]) == (["fork"], 0.4)
 
@@ -249,6 +253,24 @@ def test_batch_of_an_incomplete_line_is_repeated(many_images, undisturbed, tmp_p
     detect_images(many_images, output, detector, resume=True, **OPTIONS)
     assert detector.calls == 1
     assert files_of(output) == files_of(undisturbed["json"])
+
+
+def test_interrupted_jobs_of_earlier_releases_can_be_resumed(some_images, tmp_path, monkeypatch):
+    """The manifest has the defaults that docs/detect.md gives."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(detection_job, "_merge", _kill)
+        detect_images(some_images, tmp_path / "boxes.json", StubDetector())
+    manifest = json.loads((tmp_path / "boxes.json.shards" / "manifest.json").read_text())
+    assert (manifest.pop("shard_size"), manifest.pop("images")) == (512, 10)
+    digest = list_images(some_images).digest
+    assert manifest == {"settings": detection_settings(StubDetector()), "inputs_digest": digest}
+
+
+def test_a_few_items_are_read_ahead():
+    read = []
+    items = slices.read_ahead((read.append(number) or number for number in range(6)), 2)
+    assert [(next(items), len(read)) for _ in range(6)] == [(0, 3), (1, 4), (2, 5), (3, 6), (4, 6), (5, 6)]
+    assert next(items, None) is None
 
 
 def test_damaged_slice_is_detected_again(many_images, undisturbed, tmp_path, monkeypatch):

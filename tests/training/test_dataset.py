@@ -129,8 +129,9 @@ def test_bad_samples_are_found_before_training(folder, small_processor, kind, ca
 
 
 def test_missing_boxes_may_be_taken_for_none(folder, small_processor):
-    with pytest.raises(TrainingError, match=r"9 of 12 samples.*no box file"):
+    with pytest.raises(TrainingError, match=r"9 of 12 samples.*\(9 without boxes\).*no box file") as caught:
         ConversationDataset([source(folder, boxes=None)], small_processor)
+    assert str(caught.value).count("no box file is given") == 5  # the others are counted only
     dataset = ConversationDataset([source(folder, boxes=None)], small_processor, missing_boxes="empty")
     assert len(dataset) == 12
     assert dataset[0]["boxes"] == [[]] and "video_boxes" not in dataset[0] and "boxes" not in dataset[3]

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .errors import BoxFileError, MissingBoxesError
 
@@ -60,7 +60,7 @@ class BoxFile(Mapping[Any, Record]):
         missing: Missing = "error",
         name: str = "the box file",
     ):
-        if missing not in ("error", "empty"):
+        if missing not in get_args(Missing):
             raise BoxFileError(f"`missing` must be 'error' or 'empty', got {missing!r}.")
         self.settings = settings
         self.inputs_digest = inputs_digest

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -16,6 +16,7 @@ from mgllava.extras import import_extra
 from mgllava.families import FAMILIES, resolve
 
 from .errors import TrainingError
+from .samples import BadSamples, MissingBoxes
 from .values import WrongValueError, read_value
 
 # The family of a new model that is built from parts.
@@ -33,7 +34,7 @@ class ModelOptions:
     parts: dict[str, Any] | None = None
     # Changes to the configuration of the model that is loaded.
     config: dict[str, Any] = field(default_factory=dict)
-    dtype: str = "bfloat16"
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     attn_implementation: str | None = None
     # 4 or 8: the language model is quantized (QLoRA).
     bits: int | None = None
@@ -46,7 +47,7 @@ class DetectorOptions:
     tagger: str | None = None
     detector: str | None = None
     labels: list[str] | None = None
-    mode: str = "faithful"
+    mode: Literal["faithful", "clean"] = "faithful"
     threshold: float = 0.2
 
 
@@ -62,8 +63,8 @@ class DataOptions:
     # None: the box detector of the model's processor.
     detector: DetectorOptions | None = None
     allow_other_boxes: bool = False
-    missing_boxes: str = "error"
-    on_bad_sample: str = "error"
+    missing_boxes: MissingBoxes = "error"
+    on_bad_sample: BadSamples = "error"
     # None: the limit of the model family.
     max_text_length: int | None = None
     # Frames that are sampled from each video; None: as many as the model's processor samples.
@@ -264,7 +265,7 @@ def _section(values: Any, kind: type, prefix: str, problems: list[str]) -> Any:
     known = typing.get_type_hints(kind)
     if kind is ModelOptions:
         families = tuple(name for name, family in FAMILIES.items() if family.build)
-        known["family"] = typing.Literal[families] | None
+        known["family"] = Literal[families] | None
     built = _read_fields(values, known, prefix, problems)
     if kind is DataOptions and "detector" in built:
         built["detector"] = _section(built["detector"], DetectorOptions, f"{prefix}.detector", problems)
@@ -278,7 +279,7 @@ def _read_parts(values: Any, family_name: str, problems: list[str]) -> dict[str,
     family = FAMILIES[family_name]
     templates = tuple(resolve(str(family.chat_templates)))
     types: dict[str, Any] = dict.fromkeys(family.parts, str | None)
-    types |= {"prompt_template": typing.Literal[templates] | None, "config": dict[str, Any]}
+    types |= {"prompt_template": Literal[templates] | None, "config": dict[str, Any]}
     if isinstance(values, dict):
         others = {part for other in FAMILIES.values() for part in other.parts} - types.keys()
         for name in sorted(others & values.keys()):

@@ -66,8 +66,8 @@ def open_data(
             sources,
             processor,
             options.max_text_length,
-            options.on_bad_sample,  # type: ignore[arg-type]  # checked
-            options.missing_boxes,  # type: ignore[arg-type]  # checked
+            options.on_bad_sample,
+            options.missing_boxes,
             options.processes,
             options.original_labels,
         )
@@ -79,8 +79,8 @@ def make_collator(options: DataOptions, processor: Any, max_length: int | None) 
     return MGLlavaDataCollator(
         processor,
         options.max_text_length,
-        on_bad_sample=options.on_bad_sample,  # type: ignore[arg-type]  # checked
-        missing_boxes=options.missing_boxes,  # type: ignore[arg-type]  # checked
+        on_bad_sample=options.on_bad_sample,
+        missing_boxes=options.missing_boxes,
         return_sample_ids=True,
         original_labels=options.original_labels,
         max_length=max_length,
