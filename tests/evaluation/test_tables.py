@@ -422,3 +422,17 @@ def test_paths_have_a_point_near_their_end(name, is_path, tmp_path):
     row = Row({}, "row", "data", lambda: {"image": name}, {})
     with pytest.raises(BadRowError, match="does not exist" if is_path else "not base64"):
         find_image(row, tmp_path)
+
+
+@pytest.mark.parametrize("column", ["image", "img", "decoded_image"])
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_images_are_in_one_of_several_columns(column, form, tmp_path, write_lines):
+    rows = [{"index": 1, column: in_base64()}]
+    if form == "jsonl":
+        path = write_lines(rows)
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+        path = tmp_path / "a.parquet"
+    (row,) = read_rows([path])
+    assert row.values == {"index": 1} and find_image(row, tmp_path) == png()

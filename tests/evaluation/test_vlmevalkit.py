@@ -112,7 +112,7 @@ def test_a_model_answers_through_the_table_of_the_kit(view, kit, wide, loaded, m
     from vlmeval.vlm.base import BaseModel
 
     wrapper = supported_VLM[names[view != "full"]]()
-    assert isinstance(wrapper, BaseModel)
+    assert isinstance(wrapper, BaseModel) and wrapper.dump_image_func is None
     image = Image.open(wide)
     shown = image if view == "full" else image.crop((10, 0, 50, 40))
     assert wrapper.generate(message(wide)) == Answerer(model, processor, 4).answer([shown], ["Q?"])[0]
