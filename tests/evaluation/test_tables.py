@@ -109,6 +109,7 @@ def test_a_named_folder_wins_over_pixels_in_the_file(tmp_path, write_tsv):
     (row,) = read_rows([write_tsv([{"index": 1, "image": in_base64(), "image_path": "a.png"}])])
     assert find_image(row, tmp_path) == png()
     assert find_image(row, tmp_path, prefers_files=True) == tmp_path / "a.png"
+    assert row.values == {"index": 1, "image_path": "a.png"}, "MME counts questions by it"
 
 
 def test_data_urls(write_lines, tmp_path):

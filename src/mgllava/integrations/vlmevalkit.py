@@ -186,7 +186,7 @@ def register(name: str, model_path: str, **options: Any) -> list[str]:
     from vlmeval.vlm.base import BaseModel
 
     # The kit asks for `BaseModel`, whose `generate` checks messages and calls `generate_inner`.
-    kind = type("MGLlavaVLM", (MGLlavaVLM, BaseModel), {"__doc__": MGLlavaVLM.__doc__})
+    kind = type("MGLlavaVLM", (MGLlavaVLM, BaseModel), {})
     names = {name: "full", f"{name}-center-crop": "center-crop"}
     if taken := [new for new in names if new in supported_VLM]:
         raise EvaluationError(f"`name`: VLMEvalKit has a model {taken[0]} already. Choose another name.")
