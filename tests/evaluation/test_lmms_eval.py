@@ -416,6 +416,15 @@ def test_task_of_videos(films, tmp_path):
         write_task("msvd-qa", [questions], tmp_path / "tasks", annotations=answers)
 
 
+@pytest.mark.parametrize("module", ["pyarrow", "pyarrow.parquet"])
+def test_a_missing_writer_of_parquet_is_named(module, tmp_path, monkeypatch):
+    from mgllava.integrations.lmms_eval import write_task
+
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=r"The data of a task needs pyarrow .*'\.\[eval\]'"):
+        write_task("msvd-qa", [], tmp_path)
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

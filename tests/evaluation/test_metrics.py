@@ -107,7 +107,8 @@ def test_anls(answer, references, value):
         ("a cat and a dog", "cat", 2 * 1 / (3 + 1)),
         ("cat cat", "cat dog dog", 2 * 1 / (2 + 3)),
         ("dog", "cat", 0),
-        ("the", "", 1),
+        ("two men", "2 men", 1),
+        ("the", "a", 1),
         ("", "cat", 0),
     ],
 )

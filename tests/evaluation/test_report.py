@@ -3,7 +3,9 @@
 import base64
 import io
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from mgllava.evaluation import BoxChanges, BoxSource, load_task
 from mgllava.evaluation.evaluate import finish
 from mgllava.evaluation.job import Boxes, answer_task
 from mgllava.evaluation.report import write_report
+from mgllava.evaluation.task import Task
 
 from .conftest import Echo, in_base64
 
@@ -193,6 +196,23 @@ def test_skipped_rows_are_listed(tmp_path, task):
     page = _page(tmp_path, task, _summary(skipped=[{"place": "<a>", "id": 1, "reason": "no <b>"}], notes=["N <c>"]))
     assert "Skipped rows (1)" in page.headings and "<a>: no <b>" in page.text and "N <c>" in page.text
     assert "Skipped" not in _page(tmp_path, task, _summary()).text
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, (640, 320)), (6, (960, 240))])
+def test_frames_of_a_video_are_a_strip(count, size, tmp_path, task, monkeypatch):
+    frames = [Image.new("RGB", (480, 240), "white")] * count
+    monkeypatch.setattr(Task, "open", lambda self, stored: SimpleNamespace(frames=frames))
+    monkeypatch.setattr(Task, "find_image", lambda self, question: None)
+    seen = [{"boxes": [[0, 0, 40, 40]], "labels": [""]}] + [{"boxes": []}] * (count - 1)
+    page = _page(tmp_path, replace(task, num_frames=count), _summary(), {0: {"answer": "A", "frames": seen}})
+    assert (
+        "div",
+        {"class": "grid wide"},
+    ) in page.tags and f"{', '.join(['1', *'0' * (count - 1)])} boxes" in page.text
+    strip = Image.open(io.BytesIO(base64.b64decode(page.links[0].partition(",")[2])))
+    assert strip.size == pytest.approx(size, rel=0.06)
+    colored = np.argwhere(np.ptp(np.asarray(strip.convert("RGB")).astype(int), axis=2) > 60)
+    assert len(colored) and colored.max() < size[0] / min(count, 4) / 10
 
 
 def test_names_of_files_need_not_be_unicode(tmp_path, task):

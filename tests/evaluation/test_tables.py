@@ -2,6 +2,7 @@
 
 import base64
 import json
+import sys
 
 import pytest
 
@@ -437,3 +438,10 @@ def test_images_are_in_one_of_several_columns(column, form, tmp_path, write_line
         path = tmp_path / "a.parquet"
     (row,) = read_rows([path])
     assert row.values == {"index": 1} and find_image(row, tmp_path) == png()
+
+
+def test_a_missing_reader_of_parquet_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").touch()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"Parquet needs pyarrow .*'\.\[eval\]'"):
+        read_rows([tmp_path / "a.parquet"])

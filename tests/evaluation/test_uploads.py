@@ -44,6 +44,11 @@ def test_workbook_has_no_formulas(tmp_path):
     assert [cell.value for cell in cells[:3]] == [2, "=1+1", "xy"] and cells[1].data_type == "s"
 
 
+def test_workbooks_are_written_if_their_writer_is_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(uploads, "find_spec", lambda name: None)
+    assert [path.name for path in uploads.upload_choices(tmp_path, [question(1)], ["A"])] == ["predictions.tsv"]
+
+
 def test_vqav2_answers_are_normal(tmp_path):
     (path,) = uploads.upload_vqav2(tmp_path, [question(9), question(5)], ["The two Cats.", "Yes"])
     assert read(path) == [{"question_id": 9, "answer": "2 cats"}, {"question_id": 5, "answer": "yes"}]

@@ -18,7 +18,6 @@ from mgllava.evaluation import Answerer, BoxChanges, BoxSource, EvaluationError,
 from mgllava.evaluation.answering import check_context, open_video
 from mgllava.evaluation.evaluate import finish
 from mgllava.evaluation.job import Boxes, answer_task, with_boxes
-from mgllava.evaluation.metrics import token_f1
 from mgllava.evaluation.task import without_placeholders
 from tests.processing.videos import HEIGHT, WIDTH, make_frames, write
 
@@ -222,14 +221,6 @@ def test_an_interrupted_run_goes_on(files, tmp_path):
 
 
 # ----- scores, files, report
-
-
-@pytest.mark.parametrize(
-    ("answer", "wanted", "f1"),
-    [("a man", "Man.", 1), ("two men", "2 men", 1), ("a man walks", "man", 2 / 3), ("dog", "man", 0), ("the", "a", 1)],
-)
-def test_f1_of_words(answer, wanted, f1):
-    assert token_f1(answer, wanted) == pytest.approx(f1)
 
 
 def test_scores_and_files(files, tmp_path):

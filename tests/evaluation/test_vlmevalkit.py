@@ -237,11 +237,12 @@ def test_the_status_is_read_where_the_kit_writes_it(kit, wide, loaded, tmp_path,
     app = typer.Typer()
     app.command()(vlmevalkit.main)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "VLMEvalKit").symlink_to(kit)
     for folder, root in (("outputs", None), (str(tmp_path / "root"), str(tmp_path / "root"))):
         (kit / "run.py").write_text(run.replace("FOLDER", repr(folder)))
         if root:
             monkeypatch.setenv("MMEVAL_ROOT", root)
-        result = CliRunner().invoke(app, ["a/b", "--kit", str(kit), "--name", f"n{bool(root)}", "--", str(wide)])
+        result = CliRunner().invoke(app, ["a/b", "--name", f"n{bool(root)}", "--", str(wide)])
         assert result.exit_code == 0, result.output
 
 
