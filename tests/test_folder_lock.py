@@ -335,6 +335,18 @@ def test_other_files_with_the_name_of_the_lock_are_not_changed(tmp_path, content
     assert (tmp_path / "out.lock").read_text() == content
 
 
+def test_lock_that_is_still_being_written_is_waited_for(tmp_path):
+    """Without hard links, it is empty at first."""
+    file = _lock_of(tmp_path / "out")
+    content = file.read_text()
+    file.write_text("")
+    writer = threading.Timer(0.1, file.write_text, [content])
+    writer.start()
+    with pytest.raises(FolderLockedError, match=r"written by another run: training \(process"):
+        FolderLock(tmp_path / "out", "converting").__enter__()
+    writer.join()
+
+
 def test_folders_links_and_pipes_with_the_name_of_the_lock_are_not_changed(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_lock, "_SETTLING_SECONDS", 0.0)
     stale = _lock_of(tmp_path / "target", machine="another", pid=1)

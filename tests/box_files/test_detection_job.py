@@ -451,6 +451,20 @@ def test_complete_output_is_not_computed_again(some_images, tmp_path, caplog):
         detect_images(some_images, output, StubDetector(), threshold=0.3, resume=True)
 
 
+def test_new_job_that_failed_before_its_first_batch_leaves_the_output_complete(some_images, tmp_path):
+    class Absent(StubDetector):
+        def detect(self, images, labels=None, threshold=0.2, batch_size=8):
+            raise OSError("no such model")
+
+    output = tmp_path / "boxes.json"
+    detect_images(some_images, output, StubDetector())
+    with pytest.raises(OSError, match="no such model"):
+        detect_images(some_images, output, Absent(), overwrite=True)
+    detector = StubDetector()
+    assert detect_images(some_images, output, detector, resume=True) is None and detector.calls == 0
+    assert leftovers(output) == []
+
+
 @pytest.fixture
 def interrupted(some_images, tmp_path, monkeypatch):
     """A job that was killed before it was merged."""

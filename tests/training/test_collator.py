@@ -1,3 +1,4 @@
+import copy
 import logging
 
 import pytest
@@ -227,6 +228,13 @@ def test_samples_of_all_kinds_share_a_batch(small_processor):
     assert batch["input_ids"].shape[1] % 16 == 0
     assert (batch["input_ids"] == IMAGE_ID).sum(1).tolist() == [2 * NUM_FUSED_TOKENS + 2, 0, NUM_FUSED_TOKENS + 1]
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+    tokenizer = copy.deepcopy(small_processor.tokenizer)
+    padded = copy.copy(small_processor)
+    padded.tokenizer = tokenizer
+    for pad, token in ((tokenizer.unk_token, tokenizer.unk_token_id), (None, tokenizer.eos_token_id)):
+        tokenizer.pad_token = pad
+        batch = MGLlavaDataCollator(padded)([text_only, sample()])
+        assert set(batch["input_ids"][batch["attention_mask"] == 0].tolist()) == {token}
 
 
 TWO, THREE = ([{"from": "human", "value": "<image>" * number + "Which?"}, TURNS[1]] for number in (2, 3))

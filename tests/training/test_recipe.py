@@ -174,6 +174,8 @@ def test_a_recipe_says_itself_in_yaml(tmp_path):
     recipe = load_recipe("stage_1_yi_34b.yaml", "evaluation.samples=x.json")
     (tmp_path / "again.yaml").write_text(recipe.to_yaml())
     assert load_recipe(tmp_path / "again.yaml") == recipe
+    text = dataclasses.replace(recipe, training={"run_name": "größer"}).to_yaml()
+    assert text.startswith("model:\n") and "run_name: größer" in text
 
 
 @pytest.mark.parametrize(
@@ -257,7 +259,10 @@ REFUSED = [
     ("lora.lora_dropout=1", "must be at least 0 and below 1, got 1"),
     ("lora.bias=lora_onl", "Did you mean lora_only?"),
     ("lora.runtime_config=3", "must be keys and values, got 3"),
-    ("model.config={deep: {er: Off}}", "has er=Off, which is read as text here"),
+    *(
+        (f"model.config={{deep: {{er: {word}}}}}", f"has er={word}, which is read as text here")
+        for word in ("Off", "on", "yes", "NO")
+    ),
 ]
 
 
@@ -377,6 +382,10 @@ READ = [
     ("evaluation.detector=null", None),
     ("model.parts=null", None),
     ("training.bf16=0", False),
+    ("data.streaming='True'", True),
+    ("data.streaming='false'", False),
+    ("data.streaming=NO", False),
+    ("training.bf16=yes", True),
     ("training.max_steps='+1_0'", 10),
     ("training.max_steps='-1'", -1),
     ("learning_rates={fusion: '1e-3'}", {"fusion": 1e-3}),
