@@ -1,5 +1,7 @@
 """What `MGLlavaTrainer` adds to `Trainer`: order, learning rates, the log, and resuming."""
 
+import copy
+import inspect
 import json
 import logging
 from types import SimpleNamespace
@@ -7,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from mgllava.training import MGLlavaDataCollator, MGLlavaTrainer, ModalityLengthSampler, TrainingError, trainer
 from mgllava.training.checkpoints import last_complete_checkpoint
@@ -62,6 +64,22 @@ def test_modules_have_their_learning_rates(make):
             near = [rate for pattern, rate in rates.items() if name.startswith(f"model.{pattern}.")]
             expected[name] = ((near or [1e-2])[0], group["weight_decay"])
     assert found == expected and {rate for rate, _ in found.values()} == {1e-2, 1e-3, 1e-4}
+
+
+@pytest.mark.skipif(
+    "model" not in inspect.signature(Trainer.create_optimizer).parameters, reason="5.16 has no such argument"
+)
+@pytest.mark.parametrize("rates", [None, {"fusion": 1e-3}])
+def test_the_optimizer_may_be_that_of_another_model(make, rates):
+    one = make(trainer_options={"learning_rates": rates})
+    other = copy.deepcopy(one.model)
+    groups = one.create_optimizer(other).param_groups
+    found = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    expected = {
+        id(parameter): 1e-3 if rates and name.startswith("model.fusion.") else 1e-2
+        for name, parameter in other.named_parameters()
+    }
+    assert found == expected
 
 
 def test_the_log_has_speed_and_memory_since_the_last_log(make, monkeypatch):
