@@ -210,6 +210,16 @@ def test_lock_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["out.lock"]
 
 
+def test_lock_that_may_not_be_written_is_an_error(tmp_path, monkeypatch):
+    def refuse(path, flags, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "denied")
+
+    monkeypatch.setattr(folder_lock, "_write", refuse)
+    with pytest.raises(PermissionError, match="denied"), FolderLock(tmp_path / "a" / "out", "converting"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 # Between two steps of this process, another one does something.
 
 

@@ -281,6 +281,7 @@ REFUSED = [
         ),
     ),
     ("model.config.projector_hidden_actt=relu", "Did you mean `model.config.projector_hidden_act`?"),
+    ("model.config.zzz=1", "`model.config.zzz` is not in the configuration of"),
     ("model.config.fusion_type=none", "weights are missing or unused, such as model.fusion."),
     ("model.config.fusion_type=round", "`model.config` cannot be used"),
     ("lora={target_modules: [nothing]}", "`lora` cannot be used"),

@@ -105,8 +105,8 @@ def test_boxes_of_a_video_may_be_arrays(video_processor, as_array):
         found = collator([sample(boxes=boxes)])
         assert torch.equal(found["video_boxes"], expected["video_boxes"])
     entry = {"frames": [ENTRY] * FRAMES}
-    assert torch.equal(collator([sample(boxes=entry)])["video_boxes"], expected["video_boxes"])
-    assert torch.equal(collator([sample(boxes=[ENTRY] * FRAMES)])["video_boxes"], expected["video_boxes"])
+    for boxes in (entry, [entry], [ENTRY] * FRAMES):
+        assert torch.equal(collator([sample(boxes=boxes)])["video_boxes"], expected["video_boxes"])
 
 
 def test_a_sample_may_have_images_and_videos(video_processor):

@@ -102,7 +102,7 @@ class SliceFolder:
         if earlier is None and os.path.lexists(self.path):
             # Not removed, because another array task may have started since the manifest was read.
             self._check_own()
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(exist_ok=True)
         # Several array tasks may write the manifest at the same time; each renames a file of its own.
         with replacing(self.path / _MANIFEST) as partial:
             partial.write_text(json.dumps(manifest, indent=2), encoding="utf-8")

@@ -186,7 +186,7 @@ class ConversationDataset(torch.utils.data.Dataset[dict[str, Any]]):
         columns = [rows[name] for name in names]
         pictures: dict[tuple[int, str], tuple[list[str], list[str]]] = {}
         with ThreadPoolExecutor(_THREADS) as pool:
-            absent = list(pool.map(self._absent_file, *columns[1:4], chunksize=256))
+            absent = list(pool.map(self._absent_file, *columns[1:4]))
         for row, (key, source, images, videos, kind, problem, given) in enumerate(zip(*columns, strict=True)):
             boxes = self.sources[source].boxes
             if kind:

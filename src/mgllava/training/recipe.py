@@ -198,7 +198,7 @@ def _read(path: Path, folder: Path | None, chain: tuple[str, ...]) -> dict[str, 
     elif found is not None:
         text, folder = found.read_text(encoding="utf-8"), found.parent
     else:
-        near = difflib.get_close_matches(path.name, recipe_names(), n=3)
+        near = difflib.get_close_matches(path.name, recipe_names())
         raise TrainingError(
             f"There is no recipe {path}. The package has {', '.join(near or recipe_names())}"
             f"{' and others' if near else ''}; a change is written key=value."
@@ -301,7 +301,7 @@ def _read_fields(values: Any, types: Mapping[str, Any], prefix: str, problems: l
     for key, value in values.items():
         name = f"{prefix}.{key}" if prefix else str(key)
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(str(key), known, cutoff=0.5)
             path = f"{prefix}." if prefix else ""
             hint = f"Did you mean `{path}{near[0]}`?" if near else f"Known keys: {', '.join(sorted(known)[:20])}."
             problems.append(f"`{name}` is not a recipe key. {hint}")

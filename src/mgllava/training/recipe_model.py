@@ -132,10 +132,10 @@ def _changed_config(changes: dict[str, Any], start: str, family: Family) -> Any:
     values = kind.from_pretrained(start).to_dict()
     for name in changes:
         if name not in values:
-            near = difflib.get_close_matches(name, values, n=1)
+            near = difflib.get_close_matches(name, values)
             raise TrainingError(
                 f"`model.config.{name}` is not in the configuration of {start}."
-                + f" Did you mean `model.config.{near[0]}`?" * len(near)
+                + (f" Did you mean `model.config.{near[0]}`?" if near else "")
             )
     merge(values, changes)
     try:

@@ -40,7 +40,7 @@ def freeze_all_but(model: nn.Module, patterns: Sequence[str]) -> None:
     for pattern in patterns:
         # A variant of the model may lack a module, or have one without parameters.
         if pattern not in used and pattern not in parts | absent:
-            near = difflib.get_close_matches(pattern, sorted(parts), n=1)
+            near = difflib.get_close_matches(pattern, sorted(parts))
             hint = f" Did you mean {near[0]}?" if near else ""
             raise TrainingError(
                 f"`train` must name modules of the model ({', '.join(sorted(parts))}), got {pattern!r}, "

@@ -247,7 +247,7 @@ def _either(choices: Sequence[Any]) -> str:
 
 
 def _nearest(value: Any, choices: Sequence[Any]) -> str:
-    near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
+    near = difflib.get_close_matches(str(value), [str(choice) for choice in choices])
     return f". Did you mean {near[0]}?" if near else ""
 
 
