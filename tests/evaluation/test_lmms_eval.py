@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import runpy
 import sys
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
@@ -481,3 +482,11 @@ def test_a_local_variant_has_the_split_of_its_task(line, split, tmp_path, monkey
     assert result.exit_code == 0 and f"Wrote {path}" in result.output.replace("\n", "")
     content = json.loads(path.read_text())
     assert content["test_split"] == split and list(content["dataset_kwargs"]["data_files"]) == [split]
+
+
+def test_the_module_is_a_program(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lmms_eval", "--help"])
+    monkeypatch.delitem(sys.modules, "mgllava.integrations.lmms_eval", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("mgllava.integrations.lmms_eval", run_name="__main__")
+    assert ended.value.code == 0 and "Write a task for lmms-eval" in capsys.readouterr().out

@@ -418,11 +418,18 @@ def test_short_texts_are_the_index_of_another_row(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "is_path"), [("a/b.png", True), ("a.jpeg", True), ("v1.x", True), ("data:image/png;base64,i.png", False)]
+    ("name", "is_path"),
+    [
+        ("a/b.png", True),
+        ("a.jpeg", True),
+        ("v1.abcde", True),
+        ("averylongname1.abcdef", False),
+        ("data:image/png;base64,i.png", False),
+    ],
 )
 def test_paths_have_a_point_near_their_end(name, is_path, tmp_path):
     row = Row({}, "row", "data", lambda: {"image": name}, {})
-    with pytest.raises(BadRowError, match="does not exist" if is_path else "not base64"):
+    with pytest.raises(BadRowError, match=r"its image \S+ does not exist" if is_path else "not base64"):
         find_image(row, tmp_path)
 
 

@@ -1,6 +1,7 @@
 """The wrapper of VLMEvalKit, with a stand-in for the parts of the kit that it uses."""
 
 import json
+import runpy
 import sys
 import time
 
@@ -36,6 +37,9 @@ import json
 import pathlib
 import sys
 from vlmeval.config import supported_VLM
+
+if __name__ != "__main__":
+    sys.exit("run.py does nothing if it is imported")
 
 
 class Dataset:
@@ -262,3 +266,11 @@ def test_a_run_without_a_status_counts_as_failed(tmp_path):
     (tmp_path / "small" / "T1" / "status.json").write_text(json.dumps({"datasets": statuses}))
     assert vlmevalkit.failures(tmp_path, "small", 0) == ["b: invalid_dataset"]
     assert "no status.json of this run" in vlmevalkit.failures(tmp_path, "small", time.time() + 60)[0]
+
+
+def test_the_module_is_a_program(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["vlmevalkit", "--help"])
+    monkeypatch.delitem(sys.modules, "mgllava.integrations.vlmevalkit", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("mgllava.integrations.vlmevalkit", run_name="__main__")
+    assert ended.value.code == 0 and "Evaluate a model with VLMEvalKit" in capsys.readouterr().out

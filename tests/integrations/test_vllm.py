@@ -426,6 +426,8 @@ def test_boxes_of_a_request_move_into_its_parts():
     assert boxes_into_parts(parts_of(part)) == parts_of(part)
     for body in (b'{"boxes"', b'["boxes"]', b'{"text": "boxes"}'):
         assert boxes_into_parts(body) == body
+    untyped = json.loads(boxes_into_parts(parts_of({"image_url": "u", "uuid": "x"}, boxes=[BOXES])))
+    assert untyped["messages"][0]["content"][0]["boxes"] == BOXES
     responses = {"input": [{"content": [{"type": "input_image", "image_url": "u"}]}, "text", {"content": None}]}
     for messages in (responses, {"messages": [{"content": [{"type": "image", "url": "u"}, "text", text]}]}):
         moved = json.loads(boxes_into_parts(json.dumps({**messages, "boxes": [BOXES]}).encode()))
