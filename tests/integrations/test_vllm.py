@@ -105,7 +105,16 @@ def test_digests_tell_images_apart():
     turned.getexif()[0x0112] = 6
     clear.info["transparency"] = (0, 128, 128)
     array = np.asarray(IMAGE)
-    images = [IMAGE, turned, clear, IMAGE.resize((20, 30)), IMAGE.convert("L"), array, array[:, ::-1]]
+    images = [
+        IMAGE,
+        IMAGE.rotate(180),
+        turned,
+        clear,
+        IMAGE.resize((20, 30)),
+        IMAGE.convert("L"),
+        array,
+        array[:, ::-1],
+    ]
     images += [torch.tensor(array), SimpleNamespace(original_bytes=b"a"), SimpleNamespace(original_bytes=b"b")]
     images += [torch.tensor(array).bfloat16(), torch.tensor(array).float(), array.astype("int8"), array.reshape(-1)]
     palette = PIL.Image.new("P", (2, 2))
