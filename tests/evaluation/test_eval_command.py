@@ -59,7 +59,7 @@ def test_boxes_of_the_truth_are_not_suppressed(repository, write_tsv, tmp_path):
     line = {"question": "Q?", "A": "x", "answer": "A", "boxes": "[[2, 2, 20, 20], [2, 2, 21, 20]]"}
     data = write_tsv([{"index": 1, **line, "image": in_base64()}])
     result = evaluate(
-        str(repository), "seed", data, tmp_path / "out", boxes="oracle", dtype="float32", max_new_tokens=2
+        str(repository), "seed", str(data), str(tmp_path / "out"), boxes="oracle", dtype="float32", max_new_tokens=2
     )
     (answer,) = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").open()]
     assert result.answered == 1 and len(answer["boxes"]) == 2
