@@ -156,7 +156,16 @@ def test_progress_counts_answers_in_the_main_process(ask, monkeypatch):
             self.is_closed = True
 
     monkeypatch.setattr(lmms_eval, "tqdm", Bar)
-    ask()
+    sizes = []
+
+    def count(chat):
+        answer = chat.answerer.answer_conversations
+        chat.answerer.answer_conversations = lambda batch, *rest, **more: (
+            sizes.append(len(batch)) or answer(batch, *rest, **more)
+        )
+
+    ask(change=count)
+    assert sizes == [2, 1], "documents with the same options are a batch"
     ask(change=lambda chat: setattr(chat, "_rank", 1))
     assert [(bar.done, bar.is_closed, bar.options["total"]) for bar in bars] == [(3, True, 3)] * 2
     assert [bar.options["disable"] for bar in bars] == [False, True]

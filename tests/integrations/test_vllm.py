@@ -256,9 +256,11 @@ def test_without_a_detector_no_boxes_are_found():
         ({"box_detector": "no"}, "'box_detector'.* true or false, got 'no'"),
         ({"box_detector_device": 1}, "'box_detector_device'.* must be a string, got 1"),
         ({"router_device": 0}, "'router_device'.* must be a string, got 0"),
+        ({"allowed_image_hosts": 0}, "'allowed_image_hosts'.* must be a string, got 0"),
+        ({"box_detector_batch_size": 1.5}, "'box_detector_batch_size'.* must be a whole number, .* got 1.5"),
         ([], "must be a dict of options"),
     ],
-    ids=range(7),
+    ids=range(9),
 )
 def test_wrong_options_are_named(options, error):
     with pytest.raises(ValueError, match=error):

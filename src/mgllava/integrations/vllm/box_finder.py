@@ -11,7 +11,7 @@ from mgllava.processing.boxes_mgllava import plain_boxes
 
 from .options import PluginOptions
 
-_Job = tuple[str, Any, "Future[Any]"]
+_Job = tuple[str, Any, Future[Any]]
 
 
 class BoxFinder:
