@@ -15,6 +15,7 @@ from mgllava.chat import loading
 from mgllava.cli import app
 from mgllava.commands.console import errors_as_messages
 from mgllava.families.family import resolve
+from mgllava.serving.limits import ServingLimits
 
 COMMANDS = typer.main.get_command(app).commands
 # Options with the same help in all commands that have them.
@@ -43,6 +44,32 @@ def test_option_has_the_same_help_in_every_command(word):
     }
     assert found.keys() == SHARED[word]
     assert len(set(found.values())) == 1
+
+
+# Parameters that an option sets under another name, so that errors can name both.
+RENAMED = {
+    "array_task": "--shard",
+    "box_file": "--boxes",
+    "detection_threshold": "--threshold",
+    "images": "--image",
+    "picture_folder": "--save-boxes",
+    "show": "--save-boxes",
+    "use_box_detector": "--no-box-detector",
+    "api_keys": "--api-key",
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_options_are_named_as_their_arguments(name):
+    limits = ServingLimits.__dataclass_fields__ if name == "serve" else {}
+    for parameter in COMMANDS[name].params:
+        if parameter.param_type_name == "option" and parameter.name != "help":
+            words = [word for word in (*parameter.opts, *parameter.secondary_opts) if word.strip()]
+            plain = f"--{parameter.name.replace('_', '-')}"
+            if parameter.name in limits:
+                assert words in ([plain], [f"--max-{plain[2:]}"])
+            else:
+                assert plain in words or RENAMED.get(parameter.name) in words, (parameter.name, words)
 
 
 def test_model_is_the_positional_argument_of_commands():

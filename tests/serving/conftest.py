@@ -46,7 +46,7 @@ def data_url(picture):
 
 
 class Site:
-    """A host that clients name in image URLs; `seen` are the paths that the server requested."""
+    """A host that clients name in image URLs; `seen` are the paths that the server requested, `headers` the last."""
 
     def __init__(self, picture):
         self.seen, self.picture = [], picture
@@ -64,6 +64,7 @@ class Site:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
                 site.seen.append(self.path)
+                site.headers = dict(self.headers)
                 if self.path == "/to-private":
                     self.answer(302, b"", {"Location": f"http://127.0.0.1:{site.port}/secret"})
                 elif self.path == "/endless":

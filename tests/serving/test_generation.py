@@ -10,7 +10,10 @@ from mgllava.serving import generation
 from mgllava.serving.answers import AnswerFinishedError, AnswerWriter
 from mgllava.serving.errors import RequestError
 from mgllava.serving.generation import DeviceHealth, Generator
+from mgllava.serving.image_urls import ImageHosts
+from mgllava.serving.limits import ServingLimits
 from mgllava.serving.options import Options
+from mgllava.serving.prompts import PromptMaker
 from mgllava.serving.sampling import logits_processors
 
 
@@ -163,6 +166,51 @@ def test_answers_have_no_leading_space_and_continuations_keep_it(processor):
     assert write(tokenizer, tokens[-len(word) :], before=tokens[: -len(word)])[0].text == " and"
 
 
+def test_tokens_after_the_end_are_padding(processor):
+    word = processor.tokenizer.encode("one two", add_special_tokens=False)
+    writer, _ = write(processor.tokenizer, [*word, 2, *word])
+    assert (writer.text, writer.num_tokens, writer.finish_reason) == ("one two", len(word) + 1, "stop")
+    writer = AnswerWriter(processor.tokenizer, [2], (), lambda text: None, lambda: False)
+    writer.add([*word, 2, *word])
+    assert writer.num_tokens == len(word) + 1
+
+
+def test_control_tokens_are_no_text(processor):
+    word = processor.tokenizer.encode("one", add_special_tokens=False)
+    writer, _ = write(processor.tokenizer, [*word, processor.tokenizer.bos_token_id, *word])
+    assert "one" in writer.text and processor.tokenizer.bos_token not in writer.text
+
+
+def test_a_character_that_was_cut_is_marked(processor):
+    tokens = processor.tokenizer.convert_tokens_to_ids(["<0x47>", "<0xE2>"])
+    assert write(processor.tokenizer, tokens)[0].text == "G\N{REPLACEMENT CHARACTER}"
+
+
+def test_text_that_cannot_begin_a_stop_string_is_written_at_once(processor):
+    pieces = []
+    tokens = processor.tokenizer.encode("one two", add_special_tokens=False)
+    for stop, held in (((), ""), (("x",), ""), (("o!",), "o"), (("wo!", "o!"), "wo")):
+        pieces.clear()
+        AnswerWriter(processor.tokenizer, [2], stop, pieces.append, lambda: False).add(tokens)
+        assert "".join(pieces) == "one two".removesuffix(held)
+
+
+def test_a_client_that_has_left_ends_the_answer(processor):
+    writer = AnswerWriter(processor.tokenizer, [2], (), lambda text: None, lambda: True)
+    with pytest.raises(AnswerFinishedError):
+        writer.put(torch.tensor([[1]]))
+
+
+def test_raw_prompts_keep_their_text_though_placeholders_are_text(processor):
+    maker = PromptMaker(processor, 4096, ServingLimits(), ImageHosts(), DeviceHealth(torch.device("cpu")), {})
+    for prompt in ("An <image> tag", "<image>", "a<image><image>b", "Say </s> it"):
+        ids = asyncio.run(maker.from_text(prompt, "prompt"))["input_ids"][0].tolist()
+        assert processor.image_token_id not in ids and ids[0] == processor.tokenizer.bos_token_id
+        assert processor.decode(ids[1:]).replace(" ", "") == prompt.replace(" ", "")
+        assert ("</s>" in prompt) == (processor.tokenizer.eos_token_id in ids)
+        assert "< " not in processor.decode(ids[1:])
+
+
 def test_end_token_at_the_length_limit_is_a_stop(processor):
     assert write(processor.tokenizer, [5, 2])[0].finish_reason == "stop"
     assert write(processor.tokenizer, [5, 6])[0].finish_reason == "length"
@@ -191,6 +239,14 @@ def test_penalties_count_the_answer_and_not_the_prompt():
     ids = torch.tensor([[3, 3, 0, 1, 1]])
     processors = logits_processors(options(frequency_penalty=0.5, presence_penalty=1.0, logit_bias={2: 7.0}), 2, 0)
     assert processors(ids, torch.zeros(1, 4)).tolist() == [[-1.5, -2.0, 7.0, 0.0]]
+    for one, expected in (
+        ({"frequency_penalty": 0.5}, [-0.5, -1.0, 0.0, 0.0]),
+        ({"presence_penalty": 1.0}, [-1.0, -1.0, 0.0, 0.0]),
+        ({"logit_bias": {2: 7.0, 0: -1.0}}, [-1.0, 0.0, 7.0, 0.0]),
+    ):
+        for dtype in (torch.float32, torch.bfloat16):
+            scores = logits_processors(options(**one), 2, 0)(ids, torch.zeros(1, 4, dtype=dtype))
+            assert scores.tolist() == [expected]
 
 
 def test_no_allowed_token_and_nan_are_errors():

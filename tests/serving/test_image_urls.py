@@ -58,11 +58,12 @@ class NameServer:
     """Replaces the resolver: returns its answers one after another, and records the names."""
 
     def __init__(self, monkeypatch, *answers):
-        self.answers, self.asked = list(answers), []
+        self.answers, self.asked, self.ports = list(answers), [], []
         name_server = self
 
         def getaddrinfo(host, port, **kwargs):
             name_server.asked.append(host)
+            name_server.ports.append(port)
             found = name_server.answers.pop(0) if len(name_server.answers) > 1 else name_server.answers[0]
             return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in found]
 
@@ -107,6 +108,70 @@ def test_all_addresses_are_tried(monkeypatch, connections):
     with pytest.raises(RequestError):
         download("http://pictures.test:8080/a.png")
     assert connections == [(ip, "pictures.test:8080", "pictures.test") for ip in ("8.8.8.8", "8.8.4.4")]
+
+
+@pytest.mark.parametrize(
+    ("start", "port"), [("http://a", 80), ("https://a", 443), ("http://a:443", 443), ("https://a:9", 9)]
+)
+def test_ports_are_those_of_the_url_or_the_scheme(monkeypatch, connections, start, port):
+    names = NameServer(monkeypatch, ["127.0.0.1"])
+    with pytest.raises(RequestError, match="could not be downloaded"):
+        download(f"{start}/a.png", "a,a:9,a:443")
+    assert names.ports == [port] and len(connections) == 1
+    if port not in (80, 9) and start.startswith("https"):
+        with pytest.raises(RequestError, match="host from which this server downloads"):
+            download("http://a:443/a.png", "a")
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("ftp://8.8.8.8/a.png", "must be an http or https URL"),
+        ("http:///a.png", "must be an http or https URL"),
+        ("http://me:word@8.8.8.8/a.png", "must not hold a user name or password"),
+        ("http://me@8.8.8.8/a.png", "must not hold a user name or password"),
+    ],
+)
+def test_other_urls_are_refused(connections, url, said):
+    with pytest.raises(RequestError, match=said) as error:
+        download(url)
+    assert (error.value.param, error.value.code) == ("url", "invalid_image_url") and not connections
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/compressed", "must be sent uncompressed"),
+        ("/announced", r"must have at most 10,000,000 bytes \(`--max-image-bytes`\)"),
+        ("/endless", r"must have at most 10,000,000 bytes \(`--max-image-bytes`\)"),
+        ("/gone", "must be an image, but its host answered with status 404"),
+        ("/to-file", "must be an http or https URL"),
+        ("/to-private", "host from which this server downloads"),
+    ],
+)
+def test_answers_of_hosts_that_are_refused(site, path, said):
+    room = image_urls.DownloadRoom(10**9)
+    hosts, limits = ImageHosts.parse(site.url.removeprefix("http://")), ServingLimits(image_bytes=10**7)
+    with pytest.raises(RequestError, match=said) as error:
+        asyncio.run(download_image(site.url + path, "url", hosts, limits, room))
+    assert (error.value.param, error.value.code) == ("url", "invalid_image_url")
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_files_may_be_as_large_as_their_limit(site, kind):
+    """They are asked for uncompressed, as a compressed file could unpack to any size."""
+    hosts, size = ImageHosts.parse(site.url.removeprefix("http://")), len(site.picture)
+    get = {"image": image_urls.download_image, "video": image_urls.download_video}[kind]
+
+    def run(size):
+        limits = ServingLimits(**{f"{kind}_bytes": size})
+        return asyncio.run(get(f"{site.url}/to-picture", "url", hosts, limits, image_urls.DownloadRoom(10**9)))
+
+    assert run(size) == site.picture
+    headers = {"User-Agent": "mgllava-serve", "Accept": f"{kind}/*", "Accept-Encoding": "identity"}
+    assert {name: site.headers[name] for name in headers} == headers
+    with pytest.raises(RequestError, match=f"--max-{kind}-bytes"):
+        run(size - 1)
 
 
 def test_unlisted_public_host_is_refused_without_public(monkeypatch, connections):

@@ -80,6 +80,8 @@ def test_a_picture_is_dim_where_tokens_are_dropped(order):
     expected = np.zeros((672, 672), dtype=bool)
     expected[row * 84 : (row + 1) * 84, column * 84 : (column + 1) * 84] = True
     assert (dimmed == expected).mean() > 0.999
+    for lines in ((drawn == 255).all(axis=(0, 2)), (drawn == 255).all(axis=(1, 2))):  # the borders of the tiles
+        assert 1 <= len(np.flatnonzero(lines)) <= 2 and 330 < np.flatnonzero(lines).mean() < 342
     assert not (np.asarray(kept_tokens(picture, outputs, index=0)) == 50).any()
 
 
