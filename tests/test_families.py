@@ -4,11 +4,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import transformers
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
 import mgllava
 from mgllava.families import FAMILIES, family_of, resolve
 from tests import processes
 from tests.golden_cases import GOLDEN
+from tests.tiny import tiny_model, tiny_slime
 
 PACKAGE = Path(mgllava.__file__).parent
 TOY = Path(__file__).parent / "toy_family"
@@ -24,6 +27,36 @@ def test_import_strings_of_a_family_name_its_classes(model_type):
         assert name is None or resolve(name) is not None
     assert all(resolve(name).model_type == model_type for name in family.source_formats)
     assert set(family.image_processors) == {"torchvision", "pil"}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_auto_classes_load_the_model_of_a_family(model_type):
+    family = FAMILIES[model_type]
+    config = resolve(family.config)
+    assert "AutoModel" in family.auto_classes
+    for name in family.auto_classes:
+        assert getattr(transformers, name)._model_mapping[config] is resolve(family.model)
+    for backend, name in family.image_processors.items():
+        assert IMAGE_PROCESSOR_MAPPING[config][backend] is resolve(name)
+    # Their code is copied into saved models.
+    classes = [config, *(resolve(name) for name in (family.model, *family.image_processors.values()))]
+    optional = (family.processor, family.video_processor, family.base_model)
+    assert all(one._auto_class for one in [*classes, *(resolve(name) for name in optional if name)])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "build"),
+    [("mgllava", lambda: tiny_model(object_merging="box_to_fused")), ("slime", tiny_slime)],
+)
+def test_training_of_a_family_is_that_of_the_original(model_type, build):
+    """LoRA trains the language model, the towers are frozen, all else is trained; 2,048 tokens less an image's 576."""
+    family = FAMILIES[model_type]
+    names = {name for name, _ in build().model.named_children()}
+    assert set(family.trained_whole) == {n for n in names if n != "language_model" and not n.endswith("_tower")}
+    assert family.max_text_length == 2048 - 576
+    assert set(family.parts) == {"llm"} | {
+        n.replace("_vision", "") if "high" in n else n for n in names if "tower" in n
+    }
 
 
 def test_other_families_are_refused():
