@@ -64,3 +64,29 @@ def test_importing_loads_little_beyond_transformers_and_finds_the_documented_nam
         {"bitsandbytes", "open_clip", "deepspeed", "gradio", "peft", "datasets", "fastapi", "uvicorn", "openai"}
     )
     assert not {name for name in loaded if name.startswith(("mgllava.conversion", "mgllava.box_files", "mgllava.cli"))}
+
+
+def test_names_are_listed_and_imported_on_first_use():
+    """In this process, in which most of them have been imported; the tests above have new ones."""
+    import pytest
+
+    import mgllava
+
+    modules = (
+        "box_files",
+        "chat",
+        "conversion",
+        "evaluation",
+        "folder_lock",
+        "hub",
+        "serving",
+        "training",
+        "visualization",
+    )
+    for name in modules:
+        assert name in dir(mgllava) and mgllava.__getattr__(name).__name__ == f"mgllava.{name}"
+    for name in ("add_videos", "build_from_parts"):
+        assert name in dir(mgllava) and mgllava.__getattr__(name) is getattr(mgllava.conversion, name)
+    assert set(mgllava.__all__) <= set(dir(mgllava)) and all(hasattr(mgllava, name) for name in mgllava.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'no_such_name'"):
+        mgllava.no_such_name  # noqa: B018

@@ -102,3 +102,13 @@ def test_the_frames_are_drawn_side_by_side(session, monkeypatch, capsys, tmp_pat
     assert "/video needs a path or URL" in notes and "none.mp4 cannot be read as a video" in notes
     with Image.open(tmp_path / "pictures" / "clip.jpg") as picture:
         assert picture.width > 3 * picture.height  # three frames of 3:2
+
+
+@pytest.mark.parametrize("has_detector", [True, False])
+def test_a_missing_detector_is_reported(session, monkeypatch, capsys, tmp_path, has_detector):
+    clip()[0].save(tmp_path / "clip.gif", save_all=True, append_images=clip()[1:], duration=100)
+    if not has_detector:
+        session.processor.box_detector = None
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"/video {tmp_path / 'clip.gif'}"))
+    ChatTerminal(session).run()
+    assert ("(there is no box detector to find them)" in capsys.readouterr().err) is not has_detector

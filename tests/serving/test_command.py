@@ -136,6 +136,23 @@ def test_seed_of_requests_without_one(start, stand_in):
     assert len({str(ask(served)) for _ in range(4)}) > 1
 
 
+def test_beams_are_those_of_the_model_alone(start, stand_in):
+    model, processor = stand_in
+    options = {"max_new_tokens": 2, "num_beams": 3, "do_sample": False}
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": "Hello."}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    output = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+    served, _ = start()
+    body = {"generation_config": '{"num_beams": 3}', "max_tokens": 2, "temperature": 0}
+    (choice,) = ask(served, **body)
+    assert choice["message"]["content"] == processor.decode(output, skip_special_tokens=True).lstrip()
+
+
 def test_variables_of_the_chat_template(start, stand_in):
     _, processor = stand_in
     processor.chat_template = "{{ manner or '' }}" + processor.chat_template

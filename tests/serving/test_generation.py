@@ -94,6 +94,36 @@ def test_device_error_is_final(processor):
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        *("CUDA error: an illegal memory access", "HIP error: unspecified launch failure", "cuDNN error: internal"),
+        *("device-side assert triggered", "CUBLAS_STATUS_EXECUTION_FAILED", "CUDNN_STATUS_INTERNAL_ERROR"),
+    ],
+)
+def test_errors_of_devices_are_known_by_their_words(message):
+    health = DeviceHealth(torch.device("cpu"))
+    health.examine(ValueError(message))  # torch raises a RuntimeError
+    health.check()
+    health.examine(RuntimeError(message))
+    assert "cpu has failed" in health.failure
+    first = health.failure
+    health.examine(RuntimeError("CUDA error: another one"))
+    assert health.failure == first
+
+
+def test_a_device_that_no_longer_computes_has_failed(monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(torch, "ones", fail)
+    health = DeviceHealth(torch.device("cpu"))
+    health.examine(KeyError("a bug"))
+    with pytest.raises(RequestError) as raised:
+        health.check()
+    assert (raised.value.status, raised.value.code) == (503, "device_failed")
+
+
 def test_other_errors_leave_the_device_healthy(processor):
     health = DeviceHealth(torch.device("cpu"))
     health.examine(KeyError("a bug"))
