@@ -1,6 +1,7 @@
 """The model of lmms-eval, or of a stand-in where it is not installed: answers in order, boxes, options of tasks."""
 
 import importlib
+import io
 import json
 import re
 import runpy
@@ -277,6 +278,16 @@ def test_documents_without_boxes_of_their_own(document, images, key, problem):
     assert chat._boxes({"id": None, "name": 1, "index": 1}, 1)[0]["boxes"] == []
     with pytest.raises(EvaluationError, match=problem):
         chat._boxes(document, images)
+
+
+def test_images_are_shown_as_stored(ask):
+    """As in `mgllava eval`: the processor would turn them upright."""
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(file, "JPEG", exif=exif)
+    block = {"type": "image", "image": Image.open(file)}
+    ask(change=lambda chat: chat._prepare([[{"role": "user", "content": [block]}]], [{}]))
+    assert block["image"].size == (40, 30) and not block["image"].getexif()
 
 
 def test_other_than_images_and_videos_is_refused(ask):
