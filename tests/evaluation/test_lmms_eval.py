@@ -172,12 +172,30 @@ def test_progress_counts_answers_in_the_main_process(ask, monkeypatch):
     assert [bar.options["disable"] for bar in bars] == [False, True]
 
 
+def note_boxes(chat, given):
+    """Note the boxes that the model gets with the image of each color, or with each video."""
+    answer = chat.answerer.answer_conversations
+
+    def note(conversations, *rest, **options):
+        for block in (block for conversation in conversations for block in conversation[0]["content"]):
+            if block["type"] == "image":
+                color = COLORS[max(range(3), key=block["image"].getpixel((0, 0)).__getitem__)]
+                given[color] = block["boxes"]["boxes"]
+            elif block["type"] == "video":
+                given[len(given)] = [entry["boxes"] for entry in block["boxes"]]
+        return answer(conversations, *rest, **options)
+
+    chat.answerer.answer_conversations = note
+
+
 def test_boxes_of_a_file(ask, model, processor, documents, tmp_path):
     records = [{"id": n, "boxes": [[n, 0, 30, 30]], "labels": ["a"], "scores": [0.9]} for n in range(3)]
     file = str(write_boxes(tmp_path / "b.json", records))
     images = [document["image"] for document in documents]
     expected = Answerer(model, processor, 4).answer(images, ["Q?"] * 3, records)
-    assert ask(box_file=file) == [expected[number] for number in (2, 0, 1)]
+    given = {}
+    assert ask(box_file=file, change=lambda chat: note_boxes(chat, given)) == [expected[n] for n in (2, 0, 1)]
+    assert given == {color: records[number]["boxes"] for number, color in enumerate(COLORS)}
     file = str(write_boxes(tmp_path / "b.json", records[:1]))
     with pytest.raises(EvaluationError, match="no boxes for the id 1"):
         ask(box_file=file)
@@ -223,8 +241,11 @@ def test_boxes_of_the_detector(ask, processor, model, documents):
             for seen in found
         ]
         limits.append(chat._options)
+        note_boxes(chat, given)
 
+    given = {}
     assert ask(change=change) == [expected[number] for number in (2, 0, 1)]
+    assert given == {color: records[number]["boxes"] for number, color in enumerate(COLORS)}
     ask(change=change, box_limit=0)
     assert limits == [{"box_limit": 100}, {"box_limit": None}]
 
@@ -365,12 +386,18 @@ def test_videos_and_their_boxes(source, films, repository, model, processor):
         content = [{"type": kind, "url": document[kind]}, {"type": "text", "text": "Q?"}]
         return [{"role": "user", "content": content}]
 
+    shown = {}
+    note_boxes(chat, shown)
     chat.task_dict = {"task": {"test": documents}}
     options = {"max_new_tokens": 4, "until": []}
     found = chat.generate_until(
         [SimpleNamespace(args=("c", to_messages, options, number, "task", "test")) for number in range(len(documents))]
     )
     assert found == [expected[1], expected[0], *expected[2:]]
+    of_videos = [[entry["boxes"] if source != "none" else [] for entry in row["frames"]] for row in records]
+    if source == "detector":  # which finds the same in equal frames of the two
+        of_videos = [[given[frame.tobytes()]["boxes"] for frame in Film(clip).frames] for clip in clips]
+    assert [shown[number] for number in (0, 1)] == of_videos[::-1]
 
 
 def test_frames_and_boxes_that_do_not_fit_are_refused(films, repository):

@@ -173,6 +173,16 @@ def test_bad_rows_are_named(name, values, reason, write_tsv):
     assert re.search(reason, bad.reason)
 
 
+@pytest.mark.parametrize("key", [True, 1.5, [1]])
+def test_ids_are_texts_or_whole_numbers(key, tmp_path, write_lines):
+    from .conftest import png
+
+    (tmp_path / "a.png").write_bytes(png())
+    line = {"image": "a.png", "text": "Q", "answer": "A"}
+    task = load_task("exact-match", write_lines([{"question_id": key, **line}, {"question_id": "1", **line}]))
+    assert len(task.questions) == 1 and "as text or a whole number, got" in task.bad_rows[0].reason
+
+
 def test_an_id_that_occurs_twice_is_named(write_tsv):
     from .conftest import in_base64
 
