@@ -553,7 +553,7 @@ class ImageTextModel(ImageTextPreTrainedModel):
         """Tell whether a sequence is not computed as if masked tokens were absent, by the kinds of the layers."""
         config = self.config.text_config
         kinds = set(getattr(config, "layer_types", None) or ())
-        if getattr(self.language_model, "_is_stateful", False) or kinds - _MASKABLE_LAYERS - _WINDOWS.keys():
+        if self.language_model._is_stateful or kinds - _MASKABLE_LAYERS - _WINDOWS.keys():
             return True
         names = [name for kind, name in _WINDOWS.items() if kind in kinds or not kinds]
         windows = [getattr(config, name, None) for name in names]

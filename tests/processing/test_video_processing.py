@@ -266,6 +266,14 @@ def test_missing_boxes_are_the_zero_box(small, boxes, counts):
 
 
 @pytest.mark.parametrize(
+    "boxes", [[[[], [], []]] * 2, [[[[], [], []]]] * 2, [[[[], None, []]], [None]], [[], []], [None, []]], ids=str
+)
+def test_missing_boxes_of_several_prompts_are_the_zero_box(small, boxes):
+    inputs = small(text=["<video>"] * 2, videos=[[make_video(3)], [make_video(3)]], video_boxes=boxes)
+    assert list(inputs["num_video_boxes"]) == [1] * 6
+
+
+@pytest.mark.parametrize(
     ("boxes", "message"),
     [
         (ENTRIES[:2], r"`video_boxes\[0\]` must have one entry for each of the 3 sampled frames, got 2"),
@@ -414,6 +422,8 @@ def test_planned_placeholders_of_videos_are_the_most_that_the_limits_allow(small
     of_frame = NUM_FUSED_TOKENS + small.video_processor.box_limit
     assert small._get_num_multimodal_tokens(video_sizes=[(9, 20, 30)] * 2).num_video_tokens == [3 * of_frame] * 2
     assert small._get_num_multimodal_tokens(video_sizes=[(9, 20, 30)], num_frames=2).num_video_tokens == [2 * of_frame]
+    (sampled := copy.deepcopy(small)).video_processor.num_frames = None
+    assert sampled._get_num_multimodal_tokens(video_sizes=[(9, 20, 30)]).num_video_tokens == [9 * of_frame]
 
 
 def test_literal_placeholders_keep_their_order(small):

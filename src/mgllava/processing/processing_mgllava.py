@@ -881,7 +881,8 @@ class MGLlavaProcessor(ImageTextProcessor):
     ) -> MultiModalData:
         """Return the number of placeholders that serving engines plan with for each image and video.
 
-        It does not depend on sizes, but on the numbers of boxes and frames: `box_limit` and `num_frames` are assumed.
+        It does not depend on heights and widths, but on the numbers of boxes and frames: `box_limit` and `num_frames`
+        are assumed, or all frames of a video if there is no `num_frames`.
         """
         counts: dict[str, Any] = {}
         if image_sizes is not None:
@@ -889,8 +890,8 @@ class MGLlavaProcessor(ImageTextProcessor):
             counts |= {"num_image_tokens": [most] * len(image_sizes), "num_image_patches": [1] * len(image_sizes)}
         if video_sizes is not None:
             of_frame = self.image_seq_length + self.num_tokens_per_box * (self.video_processor.box_limit or 1)
-            frames = kwargs.get("num_frames") or self.video_processor.num_frames or 1
-            counts["num_video_tokens"] = [of_frame * frames] * len(video_sizes)
+            frames = kwargs.get("num_frames") or self.video_processor.num_frames
+            counts["num_video_tokens"] = [of_frame * (frames or size[0]) for size in video_sizes]
         return MultiModalData(**counts)
 
     def apply_chat_template(  # type: ignore[override]  # the options by name
