@@ -12,7 +12,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from mgllava.modeling import CACHE_NAME
+from mgllava.modeling import CACHE_NAME, language_model_common
 from tests.tiny import one_prompt, tiny_config, tiny_inputs, tiny_model
 
 MIXED = [[3], [], [1, 5], [2]]
@@ -193,6 +193,21 @@ def test_assisted_decoding_equals_greedy(family, any_model, options):
     inputs = family.inputs([[3]])
     expected = new_tokens(any_model, inputs, max_new_tokens=12)
     assert torch.equal(new_tokens(any_model, inputs, max_new_tokens=12, **options(family)), expected)
+
+
+def test_an_assistant_of_the_same_width_sees_the_images(family, any_model, monkeypatch):
+    said = []
+    monkeypatch.setattr(language_model_common.logger, "warning_once", said.append)
+    for hidden_size, is_told in ((32, False), (16, True)):
+        text_config = {"hidden_size": hidden_size, "num_key_value_heads": 4}
+        generate(any_model, family.inputs([[3]]), assistant_model=family.model(text_config=text_config))
+        assert any("the layers of the assistant model are" in message for message in said) == is_told
+
+
+def test_without_a_prompt_answers_begin_with_the_first_token(any_model):
+    answer = any_model.generate(max_new_tokens=3, do_sample=False, eos_token_id=None)
+    bos = torch.tensor([[any_model.generation_config.bos_token_id]])
+    assert torch.equal(answer, generate(any_model, {"input_ids": bos}, max_new_tokens=3))
 
 
 def test_early_exit_is_refused(family, any_model):

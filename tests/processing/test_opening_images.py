@@ -85,12 +85,15 @@ def pictures():
     palette = PIL.Image.fromarray(RGB).quantize(8)
     transparent = encoded(palette, transparency=bytes(range(8)))
     bits = plain.convert("1")
+    turned = PIL.Image.Exif()
+    turned[0x112] = 6
     jpeg = decoded(encoded(PIL.Image.fromarray(RGB), "JPEG"))
     cmyk = encoded(PIL.Image.fromarray(RGB).convert("CMYK"), "JPEG")
     pgm = b"P5\n%d %d\n65535\n" % (SIDE, SIDE) + deep.astype(">u2").tobytes()
     return {
         "gray": (encoded(plain), gray(GRAY)),
         "gray of 16 bits": (encoded(PIL.Image.fromarray(deep)), gray(GRAY)),
+        "gray of 16 bits, turned": (encoded(PIL.Image.fromarray(deep), exif=turned), np.rot90(gray(GRAY), -1)),
         "gray of 16 bits, TIFF": (encoded(PIL.Image.fromarray(deep), "TIFF"), gray(GRAY)),
         "gray of 16 bits, big endian": (encoded(PIL.Image.fromarray(deep.astype(">u2")), "TIFF"), gray(GRAY)),
         "gray of 16 bits, PGM": (pgm, gray(GRAY)),
@@ -172,7 +175,9 @@ def test_an_image_is_the_same_however_it_is_given(kind, folder, site):
             "base64 in lines": "\n".join(text[i : i + 76] for i in range(0, len(text), 76)),
             "base64 of URLs without padding": text.translate(str.maketrans("+/", "-_")).rstrip("="),
             "data URL": f"data:image/png;base64,{text}",
+            "data URL between spaces": f" data:image/png;base64,{text}\n",
             "URL": f"{site}/{path.name}",
+            "URL between spaces": f" {site}/{path.name}\n",
             "stored by datasets": {"bytes": data, "path": "elsewhere.png"},
             "not stored by datasets": {"bytes": None, "path": str(path)},
             "block with a path": {"type": "image", "path": str(path)},
