@@ -6,8 +6,6 @@ import sys
 import warnings
 from pathlib import Path
 
-import pytest
-
 from mgllava.noise import hide_noise
 
 ROOT = Path(__file__).parents[1]
@@ -15,14 +13,16 @@ ROOT = Path(__file__).parents[1]
 
 def test_only_the_known_messages_are_hidden(caplog):
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
         hide_noise()
         hide_noise()
         logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "no kernels")
         logger.warning("Failed to load CUDA.")
-        warnings.warn("`is_gradient_checkpointing` is deprecated and will be removed.", FutureWarning, stacklevel=1)
-        with pytest.warns(FutureWarning, match="another"):
-            warnings.warn("another is deprecated", FutureWarning, stacklevel=1)
+        for category in (FutureWarning, UserWarning):
+            warnings.warn("`is_gradient_checkpointing` is deprecated and will be removed.", category, stacklevel=1)
+        warnings.warn("another is deprecated", FutureWarning, stacklevel=1)
+    assert [warning.category for warning in shown] == [UserWarning, FutureWarning]
     assert [record.getMessage() for record in caplog.records] == ["Failed to load CUDA."]
 
 

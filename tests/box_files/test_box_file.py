@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from mgllava.box_files import BoxFile, BoxFileError, MissingBoxesError, settings_digest
+from mgllava.box_files.box_file import shorten
 
 EMPTY = {"boxes": [], "labels": [], "scores": []}
 SETTINGS = {
@@ -67,6 +68,12 @@ def test_boxes_of_other_settings_are_refused_unless_allowed():
     ):
         file.check_settings(other)
     file.check_settings(other, allow_other=True)
+
+
+def test_long_values_are_shortened_in_messages():
+    for text in ("", "a" * 80):
+        assert shorten(text) == text
+    assert shorten("a" * 81) == "a" * 77 + "..."
 
 
 def test_a_few_of_many_differences_are_named():

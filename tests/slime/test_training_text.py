@@ -107,6 +107,9 @@ def test_what_the_original_loses(slime_processor, template, texts, limit, is_los
     batch = collator([sample])
     assert batch["lost_samples"] == is_lost
     assert (batch["labels"] == -100).all() == is_lost
+    roles = {"human": "user", "gpt": "assistant"}
+    messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in sample["conversations"]]
+    assert collator([{"id": "7", "messages": messages}])["labels"].equal(batch["labels"])
     # By default its answers are learned, from the same ids.
     default = MGLlavaDataCollator(processor, limit)([sample])
     assert default["input_ids"].equal(batch["input_ids"]) and (default["labels"] != -100).any()

@@ -174,6 +174,17 @@ def test_turns_are_read_as_the_original_reads_them(small_processor):
     assert torch.equal(a["labels"], b["labels"])
 
 
+@pytest.mark.parametrize("nothing", [None, "", []])
+def test_samples_may_have_keys_without_images_and_videos(small_processor, nothing):
+    text = {"id": "1", "conversations": [{"from": "human", "value": "Say red."}, TURNS[1]]}
+    collator = MGLlavaDataCollator(small_processor)
+    expected = collator([text])
+    for key in ("image", "images", "video", "videos"):
+        found = collator([{**text, key: nothing}])
+        assert found.keys() == expected.keys() and torch.equal(found["input_ids"], expected["input_ids"])
+    assert torch.equal(collator([sample(images=None)])["input_ids"], collator([sample()])["input_ids"])
+
+
 def test_two_answers_in_a_row_get_an_empty_question(small_processor):
     first, second = ({"from": "gpt", "value": text} for text in ("A cup.", "It is red."))
     collator = MGLlavaDataCollator(small_processor)

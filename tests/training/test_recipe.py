@@ -247,6 +247,7 @@ REFUSED = [
     ("training.bf16=nan", "must be true or false"),
     ("training.max_steps=abc", "must be a whole number, got 'abc'"),
     ("training.seed=", "has no value"),
+    (f"training.seed={'a' * 90}", "must be a whole number, got '" + "a" * 76 + "..."),
     ("training.run_name=None", "got the word None. Write null"),
     ("training.save_strategy=nope", "must be no, steps, epoch or best, got 'nope'"),
     ("training.lr_scheduler_type=cosin", "Did you mean cosine?"),

@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import logging
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +12,17 @@ import torch
 from accelerate import Accelerator
 from transformers import Trainer, TrainerCallback
 
-from mgllava.training import MGLlavaDataCollator, MGLlavaTrainer, ModalityLengthSampler, TrainingError, trainer
+from mgllava.training import (
+    ConversationDataset,
+    MGLlavaDataCollator,
+    MGLlavaTrainer,
+    ModalityLengthSampler,
+    TrainingError,
+    open_source,
+    trainer,
+)
 from mgllava.training.checkpoints import last_complete_checkpoint
+from tests.training.conftest import write_samples
 
 
 @pytest.fixture
@@ -117,6 +127,29 @@ def test_a_training_that_learns_warns_of_nothing(make, caplog):
     with caplog.at_level(logging.WARNING, logger="mgllava"):
         make(max_steps=1).train()
     assert not [record for record in caplog.records if record.name.startswith("mgllava")]
+
+
+def test_the_loss_of_an_evaluation_is_the_mean_of_its_batch(make):
+    one = make()
+    batch = one.data_collator([one.train_dataset[index] for index in (0, 1)])
+    count = (batch["labels"][:, 1:] != -100).sum()
+    with torch.no_grad():
+        mean = one.compute_loss(one.model.eval(), dict(batch), num_items_in_batch=torch.tensor(1))
+        total = one.compute_loss(one.model.train(), dict(batch), num_items_in_batch=torch.tensor(1))
+    torch.testing.assert_close(mean * count, total, rtol=1e-4, atol=0)
+
+
+def test_training_that_skips_all_samples_stops_after_an_epoch(make, small_processor, tmp_path):
+    write_samples(tmp_path / "gone")
+    files = [tmp_path / "gone" / name for name in ("samples.json", "images", "boxes.json")]
+    dataset = ConversationDataset([open_source(*files)], small_processor)
+    shutil.rmtree(tmp_path / "gone" / "images")
+    samples = [sample for sample in dataset if "images" in sample]
+    one = make(dataset=samples, on_bad_sample="skip", max_steps=-1, num_train_epochs=3)
+    one.data_collator.return_sample_ids = True
+    with pytest.raises(TrainingError, match="all samples were skipped"):
+        one.train()
+    assert one.state.epoch == 1
 
 
 def test_the_cache_of_keys_is_not_computed(make):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mgllava.atomic_files import replacing
+from mgllava.box_files.box_file import shorten
 
 from .errors import TrainingError
 from .recipe import Recipe, load_recipe
@@ -196,8 +197,7 @@ def _defaults(kind: Any) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return shorten(json.dumps(value, ensure_ascii=False, default=str))
 
 
 __all__ = [

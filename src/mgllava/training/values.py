@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from mgllava.box_files.box_file import shorten
 from mgllava.errors import MGLlavaError
 
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
@@ -252,8 +253,9 @@ def _nearest(value: Any, choices: Sequence[Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = "true" if value is True else "false" if value is False else "null" if value is None else repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
+    return shorten(
+        "true" if value is True else "false" if value is False else "null" if value is None else repr(value)
+    )
 
 
 __all__ = ["WrongValueError", "read_value"]
