@@ -93,7 +93,6 @@ def pictures():
     return {
         "gray": (encoded(plain), gray(GRAY)),
         "gray of 16 bits": (encoded(PIL.Image.fromarray(deep)), gray(GRAY)),
-        "gray of 16 bits, turned": (encoded(PIL.Image.fromarray(deep), exif=turned), np.rot90(gray(GRAY), -1)),
         "gray of 16 bits, TIFF": (encoded(PIL.Image.fromarray(deep), "TIFF"), gray(GRAY)),
         "gray of 16 bits, big endian": (encoded(PIL.Image.fromarray(deep.astype(">u2")), "TIFF"), gray(GRAY)),
         "gray of 16 bits, PGM": (pgm, gray(GRAY)),
@@ -122,6 +121,7 @@ def pictures():
         "an orientation that does not exist": (jpeg_with_exif(tiff((0x112, 3, 1, 77))), jpeg),
         "an orientation that is text": (jpeg_with_exif(tiff((0x112, 2, 2, 0x36))), jpeg),
         "cut EXIF": (jpeg_with_exif(tiff((0x112, 3, 1, 6), (0x11A, 5, 1, 4000))[:-6]), np.rot90(jpeg, -1)),
+        "gray of 16 bits, turned": (encoded(PIL.Image.fromarray(deep), exif=turned), np.rot90(gray(GRAY), -1)),
     }
 
 
