@@ -60,6 +60,7 @@ def test_generation_options_override_those_of_the_model(model, own_config):
         *[(["--seed", value], "--seed must be a whole number from 0 to 4294967295") for value in ("-1", "4294967296")],
         *[(["--threshold", value], "--threshold must be a number, got ") for value in ("nan", "inf")],
         (["--num-frames", "0"], "--num-frames must be at least 1, got 0"),
+        (["--num-frames", "1", "--image", "absent.jpg"], "absent.jpg cannot be read as an image"),
         *[(["--dtype", value], "--dtype must be 'auto' or a dtype of torch") for value in ("float99", "nn", "")],
         (["--temperature", "0", "--top-p", "0.5"], "--top-p has no effect with a --temperature of 0"),
         (["--image", "absent.jpg"], "absent.jpg cannot be read as an image"),

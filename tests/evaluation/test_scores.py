@@ -158,6 +158,15 @@ def test_questions_about_videos_have_exact_matches_and_the_f1_of_words():
     assert scores.credits == [1, 0] and scores.categories == {"x": 50} and "GPT-3.5" in scores.notes[0]
 
 
+@pytest.mark.parametrize(
+    ("wanted", "said", "expected"),
+    [("No", "yes", {"precision": 0, "recall": 0, "F1": 0}), ("Yes", "no", {"precision": 0, "recall": 0, "F1": 0})],
+)
+def test_measures_of_pope_without_a_denominator_are_zero(wanted, said, expected):
+    values = score_pope(ask((0, wanted, "popular")), [said]).values
+    assert {name: values[name] for name in expected} == expected
+
+
 def test_pope_names_its_files_if_rows_have_no_category():
     questions = [
         Question(number, number, number, "Q", answer, "", Row({}, "row", stem, dict, {}))
