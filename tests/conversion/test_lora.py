@@ -100,6 +100,7 @@ def test_scaling():
     assert lora_scaling(None, 16, text + ", use_rslora=True") == 8
     with pytest.raises(ConversionError, match="Pass `lora_alpha`"):
         lora_scaling(None, 8, "")
+    assert lora_scaling(8.0, 16, "no Python") == 0.5
     with pytest.raises(ConversionError, match="rank 0"):
         lora_scaling(8.0, 0, text)
     assert lora_scaling(None, 16, "llm_lora = dict(lora_alpha=32)\nvisual_encoder_lora = dict(use_rslora=True)") == 2

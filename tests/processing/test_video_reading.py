@@ -108,6 +108,9 @@ BROKEN = {
     "empty": (lambda: b"", "damaged"),
     "text": (lambda: b"This is a text, and no video. " * 20, "damaged"),
     "playlist": (lambda: b"#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n#EXT-X-ENDLIST\n", "which is a playlist"),
+    "playlist behind an empty line": (lambda: b"\n#extm3u\n#EXTINF:1,\na.ts\n", "which is a playlist"),
+    "playlist of DASH": (lambda: b"<MPD><Period/></MPD>", "which is a playlist"),
+    "playlist of DASH with a declaration": (lambda: b'<?xml version="1.0"?><MPD/>', "which is a playlist"),
     "list of files": (lambda: b"ffconcat version 1.0\nfile '/etc/hostname'\n", "which is a playlist"),
 }
 
