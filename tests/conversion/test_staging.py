@@ -453,3 +453,12 @@ def test_full_disk_is_an_error_and_the_next_run_resumes(tmp_path, limit):
     assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("*.safetensors"))
     assert _is_whole(_convert(tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_output_that_another_program_wrote_meanwhile_is_not_replaced(tmp_path):
+    staging_folder = StagingFolder(tmp_path / "out", False, "ram_plus")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    with pytest.raises(ConversionError, match="out exists"), staging_folder:
+        pass
+    assert (tmp_path / "out" / "config.json").read_text() == "{}"
