@@ -57,6 +57,17 @@ def test_steps_whose_samples_are_all_skipped_have_zero_loss_and_are_counted(cpu_
     assert min(found[4], found[6]) < found[1]
 
 
+def test_steps_whose_samples_are_all_skipped_do_not_change_the_weights(cpu_recipe, tmp_path, damaged):
+    """Neither by momentum nor by weight decay."""
+    changes = (*ORDER, *damaged(4, 5, 6, 7), "training.lr_scheduler_type=constant", "training.weight_decay=0.1")
+    saved = []
+    for steps in (1, 2, 3):
+        numbers = f"training.max_steps={steps}", f"training.output_dir={tmp_path / str(steps)}"
+        output = train(load_recipe(cpu_recipe, *changes, "training.warmup_steps=0", *numbers))
+        saved.append((output / "model.safetensors").read_bytes())
+    assert saved[0] == saved[1] != saved[2]
+
+
 def test_all_samples_of_the_last_batch_may_be_skipped(cpu_recipe, damaged):
     changes = ("training.num_train_epochs=1", "training.per_device_train_batch_size=8", "global_batch_size=8")
     output = train(load_recipe(cpu_recipe, *ORDER, *damaged(8, 9, 10, 11), *changes))

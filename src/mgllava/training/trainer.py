@@ -43,9 +43,13 @@ class _Learning(TrainerCallback):
         self._greatest_rate = 0.0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """Note the learning rate of a step."""
+        """Note the learning rate of a step, and let the optimizer leave the weights alone in an empty one."""
         rates = [float(group["lr"]) for group in getattr(optimizer, "param_groups", [{"lr": 1.0}])]
         self._greatest_rate = max(self._greatest_rate, *rates)
+        # Gradients of zero would move the weights by momentum and weight decay. DeepSpeed has stepped already, and the
+        # scaler of fp16 fails without gradients.
+        if self._trainer._is_empty_step and self._trainer.accelerator.scaler is None:
+            optimizer.zero_grad()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report lost samples, and warn if training ended before the warm-up raised the learning rate above 0."""
@@ -78,8 +82,9 @@ class MGLlavaTrainer(Trainer):
       dataset needs `lengths`.
     - Training never resumes from an incomplete checkpoint, and old ones are deleted only after a new one is complete.
     - A loss that is NaN or infinite stops the training with an error that names the samples.
-    - Samples that the collator skips have no weight, even if all samples of a step are skipped. The log has their
-      number and that of such steps. If all samples of an epoch are skipped, training stops with an error.
+    - Samples that the collator skips have no weight. A step whose samples are all skipped leaves the weights of the
+      model as they are, except with DeepSpeed and fp16, where momentum and weight decay still move them. The log has
+      the numbers of such samples and steps. If all samples of an epoch are skipped, training stops with an error.
     - The log has tokens and images per second and the peak memory of a GPU.
 
     Args:
@@ -121,6 +126,7 @@ class MGLlavaTrainer(Trainer):
         self._evaluated: list[tuple[torch.Tensor, int]] | None = None
         self.skipped_samples = self.lost_samples = 0
         self.empty_steps = 0
+        self._is_empty_step = False
         self.add_callback(_Learning(self))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -226,10 +232,11 @@ class MGLlavaTrainer(Trainer):
             skipped.
         """
         batches, count = super().get_batch_samples(*args, **kwargs)
-        if batches and count is not None and bool((torch.as_tensor(count) == 0).all()):
+        self._is_empty_step = bool(batches) and count is not None and bool((torch.as_tensor(count) == 0).all())
+        if self._is_empty_step:
             self.empty_steps += 1
             logger.warning(
-                "All samples of step %d were skipped, so it does not change the weights.", self.state.global_step + 1
+                "All samples of step %d were skipped: nothing is learned in it.", self.state.global_step + 1
             )
             count = torch.ones_like(torch.as_tensor(count))
         return batches, count
