@@ -5,9 +5,11 @@ import shutil
 
 import pytest
 import torch
+from tokenizers import normalizers
 
 from mgllava.box_files import read_boxes, write_boxes
 from mgllava.training import ConversationDataset, MGLlavaDataCollator, TrainingError, open_source, stream_samples
+from mgllava.training.dataset import _Measure
 from tests.golden_cases import case
 from tests.training.conftest import write_samples
 from tests.training.test_collator import golden_sample
@@ -326,3 +328,12 @@ def test_boxes_of_a_video_are_no_boxes_of_an_image(folder, small_processor):
     write_boxes(folder / "boxes.json", [{"id": records[0]["id"], "frames": [record]}, *records[1:]])
     with pytest.raises(TrainingError, match=r"frames of a video for it \(sample-0\)"):
         ConversationDataset([source(folder)], small_processor)
+
+
+def test_lengths_are_measured_again_if_the_tokenizer_splits_words_differently(small_processor):
+    """With the same vocabulary, a tokenizer with another normalizer makes other tokens."""
+    changed = copy.deepcopy(small_processor)
+    changed.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    same = copy.deepcopy(small_processor)
+    prints = [_Measure(processor, 100, False).fingerprint for processor in (small_processor, same, changed)]
+    assert prints[0] == prints[1] != prints[2]
