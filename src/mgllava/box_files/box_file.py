@@ -5,6 +5,8 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
+from mgllava.errors import shorten
+
 from .errors import BoxFileError, MissingBoxesError
 
 # An image: "boxes", "labels", "scores" in parallel. A video: "frames", a list of such records.
@@ -190,9 +192,4 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def shorten(text: str) -> str:
-    """Shorten a long text for an error message."""
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-__all__ = ["BoxFile", "Missing", "Record", "describe_differences", "settings_digest", "shorten"]
+__all__ = ["BoxFile", "Missing", "Record", "describe_differences", "settings_digest"]

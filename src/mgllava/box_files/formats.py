@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mgllava.atomic_files import replacing
+from mgllava.errors import shorten
 from mgllava.extras import import_extra
 
-from .box_file import BoxFile, Missing, Record, settings_digest, shorten
+from .box_file import BoxFile, Missing, Record, settings_digest
 from .errors import BoxFileError
 
 if TYPE_CHECKING:

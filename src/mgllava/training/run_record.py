@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mgllava.atomic_files import replacing
-from mgllava.box_files.box_file import shorten
+from mgllava.errors import shorten
 
 from .errors import TrainingError
 from .recipe import Recipe, load_recipe

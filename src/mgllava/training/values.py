@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from mgllava.box_files.box_file import shorten
-from mgllava.errors import MGLlavaError
+from mgllava.errors import MGLlavaError, shorten
 
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 # Fields for which transformers accepts more or fewer values than it declares.
