@@ -28,7 +28,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True)
 def no_warnings_were_given():
-    """Give every test the warnings that are given once: those of other tests would have been the ones."""
+    """Let warnings that are given only once come again in every test."""
     from transformers.utils import logging
 
     logging.warning_once.cache_clear()

@@ -128,7 +128,7 @@ ELSEWHERE = {"machine": "another boot pid:[1]", "host": "node17", "pid": 1}
         (ELSEWHERE, 130, False),  # no sign of life for two minutes
         ({}, 1000, True),  # this process lives, although it was suspended
         ({"process_started": "1"}, 0, False),
-        # What is no number of a process says nothing about it.
+        # A value that cannot be the number of a process is ignored.
         ({"pid": "1"}, 110, True),
         ({"pid": 0}, 130, False),
         ({"pid": -1}, 110, True),

@@ -168,10 +168,10 @@ def test_report_names_packages_that_are_not_installed(tmp_path, monkeypatch):
 
 
 def test_progress_counts_every_byte(tmp_path, golden, sources):
-    told = {}
+    reported = {}
 
     def progress(stage, done, total):
-        sums, totals = told.setdefault(stage, ([0], set()))
+        sums, totals = reported.setdefault(stage, ([0], set()))
         sums[0] += done
         totals.add(total)
 
@@ -180,7 +180,7 @@ def test_progress_counts_every_byte(tmp_path, golden, sources):
     report = json.loads((output / "conversion_report.json").read_text())
     files = {entry["file"]: entry["bytes"] for entries in report["sources"].values() for entry in entries}
     written = sum(path.stat().st_size for path in output.glob("*.safetensors"))
-    assert told == {
+    assert reported == {
         "reading sources": ([sum(files.values())], {sum(files.values())}),
         "writing weights": ([written], {written}),
     }

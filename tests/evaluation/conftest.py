@@ -1,6 +1,8 @@
 import base64
 import io
 import json
+import runpy
+import sys
 
 import pytest
 from PIL import Image
@@ -89,3 +91,18 @@ def choices(write_tsv):
 @pytest.fixture
 def task(choices):
     return load_task("multiple-choice", choices)
+
+
+@pytest.fixture
+def help_of(monkeypatch, capsys):
+    """Run a module as a program, and return its help."""
+
+    def run(module):
+        monkeypatch.setattr(sys, "argv", [module, "--help"])
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module(module, run_name="__main__")
+        assert ended.value.code == 0
+        return capsys.readouterr().out
+
+    return run

@@ -62,7 +62,7 @@ def test_files_that_are_not_safetensors_are_named(tmp_path):
 
 def test_digest_tells_each_byte(tmp_path):
     (tmp_path / "a").write_bytes(b"x" * (5 << 20))
-    told = []
+    counted = []
     # By `sha256sum`.
-    assert sha256(tmp_path / "a", told.append) == "dba67a476fa78973aabb087f214a1010f3bebca053674e0af50dfe5a582112be"
-    assert sum(told) == 5 << 20
+    assert sha256(tmp_path / "a", counted.append) == "dba67a476fa78973aabb087f214a1010f3bebca053674e0af50dfe5a582112be"
+    assert sum(counted) == 5 << 20

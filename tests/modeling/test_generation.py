@@ -202,10 +202,10 @@ def test_assisted_decoding_equals_greedy(family, any_model, options):
 def test_an_assistant_of_the_same_width_sees_the_images(family, any_model, monkeypatch):
     said = []
     monkeypatch.setattr(language_model_common.logger, "warning_once", said.append)
-    for hidden_size, is_told in ((32, False), (16, True)):
+    for hidden_size, is_warned in ((32, False), (16, True)):
         text_config = {"hidden_size": hidden_size, "num_key_value_heads": 4}
         generate(any_model, family.inputs([[3]]), assistant_model=family.model(text_config=text_config))
-        assert any("the layers of the assistant model are" in message for message in said) == is_told
+        assert any("the layers of the assistant model are" in message for message in said) == is_warned
 
 
 def test_without_a_prompt_answers_begin_with_the_first_token(any_model):

@@ -28,6 +28,16 @@ def read(body, model=GREEDY, compile=False):
     return read_options(body, GenerationConfig(**model), vocab_size=100, compile=compile)
 
 
+def check_field(name, value, found, said):
+    """Check that a field is read as `found`, or refused with an error that names it if that is `None`."""
+    if found is not None:
+        assert getattr(read({name: value}), name) == found
+        return
+    with pytest.raises(RequestError) as error:
+        read({name: value})
+    assert error.value.param == name and said in error.value.message
+
+
 @pytest.mark.parametrize(
     "model, body, expected",
     [
@@ -313,12 +323,7 @@ def test_generation_config_may_be_long():
     ],
 )
 def test_bias_maps_tokens_to_numbers(bias, found):
-    if found is not None:
-        assert read({"logit_bias": bias}).logit_bias == found
-        return
-    with pytest.raises(RequestError) as error:
-        read({"logit_bias": bias})
-    assert error.value.param == "logit_bias" and "below 100 to numbers from -100 to 100, got" in error.value.message
+    check_field("logit_bias", bias, found, "below 100 to numbers from -100 to 100, got")
 
 
 @pytest.mark.parametrize(
@@ -334,12 +339,7 @@ def test_bias_maps_tokens_to_numbers(bias, found):
     ],
 )
 def test_at_most_four_short_stop_strings(stop, found):
-    if found is not None:
-        assert read({"stop": stop}).stop == found
-        return
-    with pytest.raises(RequestError) as error:
-        read({"stop": stop})
-    assert error.value.param == "stop" and "4 strings of 1 to 100 characters" in error.value.message
+    check_field("stop", stop, found, "4 strings of 1 to 100 characters")
 
 
 @pytest.mark.parametrize(

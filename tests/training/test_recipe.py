@@ -136,19 +136,19 @@ def test_changes_reach_every_depth_and_later_ones_win(tmp_path):
     assert load_recipe(tmp_path / "mine.yaml", "training.save_strategy=no").training["save_strategy"] == "no"
 
 
-def test_names_are_looked_up_beside_the_file_then_here_then_in_the_package(tmp_path, monkeypatch):
-    here, beside = tmp_path / "here", tmp_path / "beside"
-    for folder in (here, beside):
+def test_names_are_looked_up_next_to_the_file_then_here_then_in_the_package(tmp_path, monkeypatch):
+    here, near = tmp_path / "here", tmp_path / "near"
+    for folder in (here, near):
         folder.mkdir()
         (folder / "base.yaml").write_text(f"data: {{samples: {folder.name}}}\n")
     monkeypatch.chdir(here)
-    (beside / "mine.yml").write_text("extends: [stage_1.yaml, base.yaml]\ntraining: {seed: 3}\n")
-    recipe = load_recipe(beside / "mine.yml", "global_batch_size=7")
-    assert recipe.data.samples == "beside" and recipe.training["seed"] == 3 and recipe.train == NEW_PARTS
-    (beside / "base.yaml").unlink()
-    assert load_recipe(beside / "mine.yml").data.samples == "here"
+    (near / "mine.yml").write_text("extends: [stage_1.yaml, base.yaml]\ntraining: {seed: 3}\n")
+    recipe = load_recipe(near / "mine.yml", "global_batch_size=7")
+    assert recipe.data.samples == "near" and recipe.training["seed"] == 3 and recipe.train == NEW_PARTS
+    (near / "base.yaml").unlink()
+    assert load_recipe(near / "mine.yml").data.samples == "here"
     (here / "stage_1.yaml").write_text("train: [fusion]\n")
-    assert load_recipe("stage_1.yaml").train == load_recipe(beside / "mine.yml").train == ["fusion"]
+    assert load_recipe("stage_1.yaml").train == load_recipe(near / "mine.yml").train == ["fusion"]
     (here / "empty.yaml").write_text("")
     assert load_recipe("empty.yaml") == Recipe() == load_recipe()
     for name, other in (("a", "b"), ("b", "a")):
